@@ -1,0 +1,22 @@
+"""Corpora in, batches out: from raw files to the rows that a model trains on."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.module import MixtureData
+    from datamodules.world.module import WorldData
+
+__all__ = ["MixtureData", "WorldData"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import data modules when a config names them: preparing corpora needs neither torch nor Lightning."""
+    if name == "MixtureData":
+        from datamodules.module import MixtureData
+
+        return MixtureData
+    if name == "WorldData":
+        from datamodules.world.module import WorldData
+
+        return WorldData
+    raise AttributeError(name)

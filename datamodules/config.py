@@ -1,0 +1,58 @@
+"""What a run says about its data, as tables."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from typing import Literal
+
+from datamodules.sources import ReadOptions
+from kosmos_lit.errors import UserError
+
+Format = Literal["jsonl", "parquet", "img2dataset", "warc"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the tokenizer lies, and what to train it on if it is not there."""
+
+    path: str
+    """The tokenizer's folder."""
+    vocab_size: int | None = None
+    """SentencePiece pieces of a tokenizer to be trained; None: the folder must exist."""
+    input: list[str] | None = None
+    """Files to train it on; None: the corpora's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """One corpus: its raw files, and the index made of them."""
+
+    format: Format
+    input: list[str]
+    """Patterns of the raw files; `**` reaches into sub-folders."""
+    index: str
+    """Folder of the index; made by `fit` if it is missing."""
+    val_share: float = 0.01
+    """Share of the documents kept for validation, drawn by document number."""
+    max_bad_share: float = 0.1
+    """A shard with more broken records, or a run with more undecodable pictures, than this stops."""
+    read: ReadOptions = field(default_factory=ReadOptions)
+    """How documents are cut out of the files."""
+
+    def __post_init__(self) -> None:
+        for name in ("val_share", "max_bad_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)} for the index {self.index}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioConfig:
+    """Shares of the three corpora in positions; only their proportion counts. The default is the paper's batch."""
+
+    text: float = 5.0
+    caption: float = 5.0
+    interleaved: float = 2.0
+
+    def weights(self) -> tuple[float, ...]:
+        """Return the weights in the order of `CORPORA`."""
+        return astuple(self)

@@ -1,0 +1,156 @@
+"""A prepared corpus on disk: memory-mapped tokens, document offsets, and where each picture's bytes lie.
+
+    DIR/manifest.json            format, tokenizer, options, shards, counts, what was skipped; written last
+    DIR/tokens.npy               ids of all documents, uint16 (uint32 for vocabularies over 65,536); a picture is one marker
+    DIR/token_offsets.npy        (documents + 1) uint64: where each document's tokens begin
+    DIR/image_offsets.npy        (documents + 1) uint64: where each document's pictures begin
+    DIR/records.npy              (documents) uint64: place of the document, shard << 40 | record
+    DIR/image_places.npy         (images) uint64: shard << 40 | byte offset
+    DIR/image_lengths.npy        (images) uint32: bytes
+    DIR/image_positions.npy      (images) uint32: index of its marker among its document's tokens
+
+That is 24 bytes a document and 16 a picture beside the tokens. Pictures are read from the original shards, whose paths
+are kept relative to DIR.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.sources import SOURCES
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokens import Tokenizer
+
+VERSION = 1
+MANIFEST = "manifest.json"
+PLACE_BITS = 40
+"""Low bits of a place: shards of up to 1 TiB, and 16 million of them."""
+COLUMNS = {
+    "token_offsets": "<u8",
+    "image_offsets": "<u8",
+    "records": "<u8",
+    "image_places": "<u8",
+    "image_lengths": "<u4",
+    "image_positions": "<u4",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """One picture of a document: its original bytes' place, and the index of its marker in the document's tokens."""
+
+    shard: int
+    offset: int
+    length: int
+    position: int
+
+
+class IndexedCorpus:
+    """Random access to a prepared corpus. Opening it maps files and reads the manifest, nothing else."""
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Open an index, and make sure that it was made with `tokenizer`, if one is given.
+
+        Raises: UserError if there is no index, or another version's or tokenizer's.
+        """
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if self.manifest is None:
+            raise UserError(f"no index in {folder}; make one with `python main.py prepare corpus --output {folder}`")
+        if tokenizer is not None and self.manifest["tokenizer"] != tokenizer.fingerprint:
+            raise UserError(
+                f"the index in {folder} was made with tokenizer {self.manifest['tokenizer']}, but the run's tokenizer "
+                f"is {tokenizer.fingerprint}: give the run that tokenizer, or prepare the corpus again elsewhere"
+            )
+        self.source = SOURCES[self.manifest["format"]]
+        self.tokens = self._map("tokens")
+        self.token_offsets, self.image_offsets = self._map("token_offsets"), self._map("image_offsets")
+        self.records, self.image_places = self._map("records"), self._map("image_places")
+        self.image_lengths, self.image_positions = self._map("image_lengths"), self._map("image_positions")
+        self.n_documents = len(self.records)
+
+    def _map(self, column: str) -> npt.NDArray[Any]:
+        path = self.folder / f"{column}.npy"
+        try:
+            return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise UserError(f"the index in {self.folder} is damaged: {path.name}: {error}; prepare it again") from error
+
+    @property
+    def packing(self) -> str:
+        """`split` or `whole`: how documents become rows."""
+        return self.source.packing
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """Paths of the original shards."""
+        assert self.manifest is not None
+        return [Path(os.path.normpath(self.folder / shard["path"])) for shard in self.manifest["shards"]]
+
+    def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
+        """Return a document's ids, one marker per picture, without <s> and </s>."""
+        start, end = self.token_offsets[document : document + 2]
+        return self.tokens[int(start) : int(end)].astype(np.int64)
+
+    def document_images(self, document: int) -> list[StoredImage]:
+        """Return a document's pictures in order."""
+        start, end = (int(x) for x in self.image_offsets[document : document + 2])
+        return [
+            StoredImage(*split_place(int(self.image_places[i])), int(self.image_lengths[i]), int(self.image_positions[i]))
+            for i in range(start, end)
+        ]
+
+    def shard_and_name(self, document: int) -> tuple[str, str]:
+        """Return the path of a document's shard, and its name there: a key, a URL, a line."""
+        shard, record = split_place(int(self.records[document]))
+        path = self.shards[shard]
+        try:
+            return str(path), self.source.record_name(path, record)
+        except OSError:
+            return str(path), f"record {record}"  # the shard has moved: its documents keep their numbers
+
+    def image_bytes(self, image: StoredImage) -> bytes:
+        """Read a picture's original bytes.
+
+        Raises: OSError if its shard is gone or has changed.
+        """
+        return self.source.image_bytes(self.shards[image.shard], image.offset, image.length)
+
+
+def place(shard: int, at: int) -> int:
+    """Pack a shard number and a place in it into one number."""
+    assert 0 <= at < 1 << PLACE_BITS and 0 <= shard < 1 << (64 - PLACE_BITS), f"shard {shard}, place {at}"
+    return shard << PLACE_BITS | at
+
+
+def split_place(packed: int) -> tuple[int, int]:
+    """Undo `place`."""
+    return packed >> PLACE_BITS, packed & ((1 << PLACE_BITS) - 1)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return an index's manifest, or None if there is no finished index.
+
+    Raises: UserError if it is of another version or not readable.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; delete the folder and prepare the corpus again") from error
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"the index in {folder} has version {manifest.get('version')}, this program reads version {VERSION}; "
+            "delete the folder and prepare the corpus again"
+        )
+    return manifest

@@ -1,0 +1,131 @@
+"""Micro-batches out of a stream, for one rank and any number of worker processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from datamodules.collate import Pictures, collate, empty_row
+from datamodules.stream import Row, Stream
+from kosmos_lit.batch import CORPORA, KosmosBatch
+from kosmos_lit.images import Fit
+from kosmos_lit.tokens import Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How the rows of each optimizer step are shared out.
+
+    Micro-batch k of rank r holds rows [(k W + r) m, (k W + r + 1) m) from `first_row` on, for W ranks and m rows a
+    micro-batch: whatever W and m are, a step of G rows is the same G rows.
+    """
+
+    first_row: int
+    """Row with which this loader begins."""
+    global_batch_rows: int
+    micro_batch_rows: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one rank in one optimizer step."""
+        return self.global_batch_rows // (self.micro_batch_rows * self.world_size)
+
+    def rows(self, k: int) -> range:
+        """Return the rows of this rank's micro-batch k."""
+        first = self.first_row + (k * self.world_size + self.rank) * self.micro_batch_rows
+        return range(first, first + self.micro_batch_rows)
+
+    def step_rows(self, k: int) -> range:
+        """Return all rows of the optimizer step that micro-batch k belongs to."""
+        first = self.first_row + k // self.micro_batches * self.global_batch_rows
+        return range(first, first + self.global_batch_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """What turns rows into tensors."""
+
+    token_bytes: Ids
+    image_size: int
+    fit: Fit
+    n_latents: int
+    max_bad_share: float
+
+
+class MicroBatches(IterableDataset[KosmosBatch]):
+    """The micro-batches of one rank; worker w of n makes each n-th of them, so their order does not depend on n."""
+
+    def __init__(self, stream: Stream, share: Share, rendering: Rendering, n_rows: int | None = None) -> None:
+        """Take `n_rows` of a finite stream, or None for an endless one."""
+        self.stream, self.share, self.rendering, self.n_rows = stream, share, rendering, n_rows
+
+    def __iter__(self) -> Iterator[KosmosBatch]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        r = self.rendering
+        pictures = Pictures(r.image_size, r.fit, r.max_bad_share)
+        counted, n_targets = range(0), 1
+        for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
+            if self.n_rows is None and (rows_of_step := self.share.step_rows(k)) != counted:
+                counted, n_targets = rows_of_step, self.stream.n_targets(rows_of_step.start, rows_of_step.stop)
+            rows = [self._row(number) for number in self.share.rows(k)]
+            yield collate(
+                rows,
+                [pictures.read(row, self.stream.corpora[CORPORA[row.corpus]]) if row.images else [] for row in rows],
+                special=self.stream.special,
+                token_bytes=r.token_bytes,
+                image_size=r.image_size,
+                n_latents=r.n_latents,
+                n_step_targets=max(1, n_targets),
+            )
+
+    def _row(self, number: int) -> Row:
+        """A rank that has fewer rows of a finite stream than others gets empty ones: all ranks have equally many batches."""
+        if self.n_rows is not None and number >= self.n_rows:
+            return empty_row(self.stream.seq_len)
+        return self.stream.row(number)
+
+    @property
+    def n_batches(self) -> int:
+        """Micro-batches of a finite stream, the same on every rank."""
+        assert self.n_rows is not None
+        return -(-self.n_rows // (self.share.micro_batch_rows * self.share.world_size))
+
+
+class Loader:
+    """A DataLoader that knows how long it has been waited for."""
+
+    def __init__(self, batches: MicroBatches, num_workers: int) -> None:
+        self.batches = batches
+        self.waited_seconds = 0.0
+        self._loader: DataLoader[KosmosBatch] = DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4 if num_workers else None,
+        )
+
+    def __iter__(self) -> Iterator[KosmosBatch]:
+        batches = iter(self._loader)
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited_seconds += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+
+class FiniteLoader(Loader):
+    """A loader with a length."""
+
+    def __len__(self) -> int:
+        return self.batches.n_batches

@@ -1,0 +1,267 @@
+"""The LightningDataModule that mixes text, caption and interleaved corpora: it wires the chain, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
+from datamodules.corpus import IndexedCorpus, read_manifest
+from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
+from datamodules.mixture import Mixture
+from datamodules.plan import make_plan, split_documents
+from datamodules.prepare.index import describe, prepare_corpus
+from datamodules.prepare.tokenizer import train_tokenizer
+from datamodules.stream import InOrder, Stream
+from kosmos_lit.batch import CORPORA, PromptBatch
+from kosmos_lit.errors import UserError
+from kosmos_lit.images import Fit, ImageError, decode
+from kosmos_lit.tokens import MODEL_FILE, Tokenizer
+
+
+class Batches(Protocol):
+    """What a loader is to Lightning."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class MixtureData(L.LightningDataModule):
+    """Rows of three corpora by ratio; the same rows on any number of ranks and workers, from any row on."""
+
+    def __init__(
+        self,
+        tokenizer: TokenizerConfig,
+        text: CorpusConfig | None = None,
+        caption: CorpusConfig | None = None,
+        interleaved: CorpusConfig | None = None,
+        ratio: RatioConfig = RatioConfig(),
+        seq_len: int = 2048,
+        global_batch_rows: int = 12,
+        micro_batch_rows: int = 1,
+        n_latents: int = 64,
+        image_size: int = 224,
+        image_fit: Fit = "crop",
+        val_rows: int = 64,
+        num_workers: int = 2,
+        prepare_workers: int = 1,
+        seed: int = 0,
+        prompt: str = "An image of",
+    ) -> None:
+        """Take the corpora and how to mix them.
+
+        Args:
+            tokenizer: The tokenizer of all corpora.
+            text: Documents of text.
+            caption: Pairs of a picture and its caption.
+            interleaved: Pages of text and pictures.
+            ratio: Shares of the corpora; one with share 0 is not opened.
+            seq_len: Positions in a row.
+            global_batch_rows: Rows of one optimizer step, over all ranks and micro-batches.
+            micro_batch_rows: Rows that one rank puts through the model at a time.
+            n_latents: Slots of a picture; linked to the model's connector.
+            image_size: Side of a picture in pixels; linked to the model's tower.
+            image_fit: How a picture becomes square.
+            val_rows: Most rows of each corpus for `validate`; `test` takes all there are.
+            num_workers: Processes that render rows and decode pictures, per rank; 0: the training process itself.
+            prepare_workers: Processes that make indexes.
+            seed: Seed of packing and order.
+            prompt: What `predict` asks about the held-out captions' pictures.
+        """
+        super().__init__()
+        self.prepare_data_per_node = False
+        self.tokenizer_config = tokenizer
+        self.ratio = ratio
+        self.mixture = Mixture(self.ratio.weights())
+        given = {"text": text, "caption": caption, "interleaved": interleaved}
+        self.configs: dict[str, CorpusConfig] = {}
+        for name, weight in zip(CORPORA, self.ratio.weights(), strict=True):
+            config = given[name]
+            if weight and config is None:
+                raise UserError(f"data.ratio.{name} is {weight:g}, but data.{name} is not given; set the ratio to 0 or give it")
+            if weight and config is not None:
+                self.configs[name] = config
+        for name, value in (("seq_len", seq_len), ("global_batch_rows", global_batch_rows), ("micro_batch_rows", micro_batch_rows)):
+            if value <= 0:
+                raise UserError(f"data.{name} must be positive, got {value}")
+        self.seq_len, self.global_batch_rows, self.micro_batch_rows = seq_len, global_batch_rows, micro_batch_rows
+        self.n_latents, self.image_size, self.image_fit = n_latents, image_size, image_fit
+        self.val_rows, self.num_workers, self.prepare_workers = val_rows, num_workers, prepare_workers
+        self.seed, self.prompt = seed, prompt
+        self._first_row = self._first_step = 0
+
+    # ---- preparation
+
+    def prepare_data(self) -> None:
+        """Make the tokenizer and the indexes that are missing."""
+        c = self.tokenizer_config
+        if not (Path(c.path) / MODEL_FILE).exists() and c.vocab_size:
+            inputs = c.input or [pattern for config in self.configs.values() for pattern in config.input]
+            rank_zero_info(f"training a tokenizer of {c.vocab_size} pieces in {c.path}")
+            train_tokenizer(inputs, c.vocab_size, Path(c.path))
+        for config in self.configs.values():
+            if read_manifest(Path(config.index)) is None:
+                corpus = prepare_corpus(
+                    format=config.format,
+                    inputs=config.input,
+                    tokenizer=Path(c.path),
+                    output=Path(config.index),
+                    options=config.read,
+                    workers=self.prepare_workers,
+                    max_bad_share=config.max_bad_share,
+                )
+                rank_zero_info(describe(corpus))
+
+    def open(self) -> None:
+        """Open tokenizer and indexes, and pack the rows of both splits.
+
+        Raises: UserError if one is missing or was made for something else.
+        """
+        self.tokenizer = Tokenizer.load(self.tokenizer_config.path)
+        self.corpora = {name: IndexedCorpus(c.index, self.tokenizer) for name, c in self.configs.items()}
+        for name, config in self.configs.items():
+            manifest = self.corpora[name].manifest
+            assert manifest is not None
+            for key, wanted in (("format", config.format), ("options", asdict(config.read))):
+                if manifest[key] != wanted:
+                    raise UserError(
+                        f"data.{name}: the index in {config.index} was made with {key} {manifest[key]}, the config says "
+                        f"{wanted}; choose another index folder, or delete this one to prepare it again"
+                    )
+        splits = {n: split_documents(c.n_documents, self.configs[n].val_share) for n, c in self.corpora.items()}
+        self.train_plans, self.val_plans = {}, {}
+        for name, (train, val) in splits.items():
+            self.train_plans[name] = make_plan(self.corpora[name], train, self.seq_len, self.n_latents, self.seed)
+            if len(val):
+                self.val_plans[name] = make_plan(self.corpora[name], val, self.seq_len, self.n_latents, 0)
+        self.val_documents = {name: val for name, (_, val) in splits.items()}
+
+    def setup(self, stage: str) -> None:
+        self.open()
+        if self.trainer is not None and stage == "fit":
+            self._set_accumulation()
+
+    def _set_accumulation(self) -> None:
+        """Let the trainer accumulate as many micro-batches as a global batch needs.
+
+        Raises: UserError if they do not divide, or the trainer was told otherwise.
+        """
+        assert self.trainer is not None
+        G, m, W = self.global_batch_rows, self.micro_batch_rows, self.trainer.world_size
+        if G % (m * W):
+            fits = [d for d in range(1, G // W + 1) if G % (d * W) == 0]
+            advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
+            raise UserError(f"global_batch_rows {G} is not divisible by {W} ranks x {m} micro_batch_rows; {advice}")
+        wanted = G // (m * W)
+        if self.trainer.accumulate_grad_batches not in (1, wanted):
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but {G} rows a step on {W} ranks "
+                f"with micro-batches of {m} make {wanted}; leave it out, it follows from the data's numbers"
+            )
+        self.trainer.accumulate_grad_batches = wanted
+
+    # ---- streams
+
+    def stream(self, split: str = "train") -> Stream:
+        """Return the rows of `train` (endless) or `val` (each held-out row once, corpus by corpus)."""
+        if split == "train":
+            return Stream(self.corpora, self.train_plans, self.mixture, self.tokenizer.special, self.seq_len, self.seed)
+        return self._val_stream(None)[0]
+
+    def n_val_rows(self) -> int:
+        """Return the rows of the `val` stream."""
+        return self._val_stream(None)[1]
+
+    def _val_stream(self, most_rows: int | None) -> tuple[Stream, int]:
+        if not self.val_plans:
+            raise UserError("no corpus has held-out documents; raise val_share of a corpus")
+        counts = [self.val_plans[n].n_rows if n in self.val_plans else 0 for n in CORPORA]
+        schedule = InOrder([min(c, most_rows) if most_rows is not None else c for c in counts])
+        stream = Stream(
+            self.corpora, self.val_plans, schedule, self.tokenizer.special, self.seq_len, self.seed, shuffle=False
+        )
+        return stream, schedule.n_rows
+
+    # ---- loaders
+
+    def train_dataloader(self) -> Batches:
+        return Loader(MicroBatches(self.stream(), self._share(self._first_row), self._rendering()), self.num_workers)
+
+    def val_dataloader(self) -> Batches:
+        return self._finite(self.val_rows)
+
+    def test_dataloader(self) -> Batches:
+        return self._finite(None)
+
+    def predict_dataloader(self) -> Batches:
+        """Yield questions about the pictures of held-out caption pairs."""
+        corpus, documents = self.corpora.get("caption"), self.val_documents.get("caption", np.empty(0))
+        if corpus is None or not len(documents):
+            raise UserError("predict asks about held-out caption pairs, but there are none")
+        return [self._questions(corpus, documents[i : i + 16].tolist()) for i in range(0, min(len(documents), 256), 16)]
+
+    def _questions(self, corpus: IndexedCorpus, documents: list[int]) -> PromptBatch:
+        images, answers = [], []
+        for document in documents:
+            try:
+                data = corpus.image_bytes(corpus.document_images(document)[0])
+                images.append(torch.from_numpy(decode(data, self.image_size, "square")))
+            except ImageError:
+                continue
+            answers.append(self.tokenizer.decode(corpus.document_tokens(document).tolist()))
+        n = len(answers)
+        return PromptBatch(
+            prompts=[self.prompt] * n, images=torch.stack(images), n_images=[1] * n, answers=answers, tasks=["caption"] * n
+        )
+
+    def _finite(self, most_rows: int | None) -> FiniteLoader:
+        stream, n_rows = self._val_stream(most_rows)
+        return FiniteLoader(MicroBatches(stream, self._share(0), self._rendering(), n_rows), self.num_workers)
+
+    def _share(self, first_row: int) -> Share:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return Share(
+            first_row=first_row, global_batch_rows=self.global_batch_rows, micro_batch_rows=self.micro_batch_rows,
+            rank=rank, world_size=world,
+        )  # fmt: skip
+
+    def _rendering(self) -> Rendering:
+        return Rendering(
+            token_bytes=self.tokenizer.token_bytes, image_size=self.image_size, fit=self.image_fit,
+            n_latents=self.n_latents, max_bad_share=max(c.max_bad_share for c in self.configs.values()),
+        )  # fmt: skip
+
+    # ---- resume: a row number, and what the rows are of
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        steps = self.trainer.global_step - self._first_step
+        return {
+            "next_row": self._first_row + steps * self.global_batch_rows,
+            "step": self.trainer.global_step,
+            "stream": self._identity(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises: UserError if the rows to come are not the rows that the checkpoint's run would have read."""
+        there, here = state_dict["stream"], self._identity()
+        if wrong := [f"{k} was {there.get(k)!r}, is {here[k]!r}" for k in here if there.get(k) != here[k]]:
+            raise UserError(f"the checkpoint's data stream was another one: {'; '.join(wrong)}; resume with that run's data")
+        self._first_row, self._first_step = state_dict["next_row"], state_dict["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what the stream is a function of, as plain data."""
+        found: dict[str, Any] = {"seed": self.seed, "seq_len": self.seq_len, "n_latents": self.n_latents}
+        found["ratio"] = list(self.ratio.weights())
+        found["tokenizer"] = self.tokenizer.fingerprint
+        for name, corpus in self.corpora.items():
+            assert corpus.manifest is not None
+            found[name] = [corpus.manifest[k] for k in ("documents", "tokens", "images")]
+            found[f"{name}.val_share"] = self.configs[name].val_share
+        return found

@@ -1,0 +1,179 @@
+"""Which documents, or pieces of documents, make up which row. Pure and vectorised; nothing but offsets is read.
+
+A document of n stored tokens has n + 1 targets: its tokens and </s>. A piece [start, end) of them is read as
+
+    inputs    <s>  e[start]  ...  e[end-2]
+    targets   e[start]  ...  ...  e[end-1]          (e[n] is </s>)
+
+so a piece has as many positions as targets, but that a picture, one marker in storage, takes L + 2 positions and is
+no target. Every target of every document occurs exactly once; a piece in the middle of a document starts with <s> again,
+as rows do in the released loader. A piece never ends on a picture's marker: the picture would be lost with it.
+
+Packing is done once; an epoch is a permutation of the rows. So every epoch has the same number of rows, and any row of
+any epoch is found without looking at the ones before it. The price, that the same documents share a row in every epoch,
+is small: they do not see each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.corpus import IndexedCorpus
+from datamodules.hashing import hash_key, hash_numbers, permutation
+from kosmos_lit.errors import UserError
+
+WINDOW = 4096
+"""Pieces among which best-fit packing looks ahead."""
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows as runs of pieces."""
+
+    row_starts: Array
+    """(R + 1,): row r holds pieces row_starts[r] up to row_starts[r + 1]."""
+    document: Array
+    """Per piece: its document's number in the corpus."""
+    start: Array
+    """Per piece: its first target."""
+    end: Array
+    """Per piece: one past its last target."""
+    n_images: Array
+    """Per piece: its pictures."""
+    n_latents: int
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def n_positions(self) -> Array:
+        """Per piece: the positions it takes."""
+        return self.end - self.start + (self.n_latents + 1) * self.n_images
+
+    @property
+    def row_targets(self) -> Array:
+        """Per row: its supervised tokens."""
+        return np.add.reduceat(self.end - self.start - self.n_images, self.row_starts[:-1])
+
+    @property
+    def row_positions(self) -> Array:
+        """Per row: its positions that are not padding."""
+        return np.add.reduceat(self.n_positions, self.row_starts[:-1])
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """Return a row's pieces as (document, start, end)."""
+        run = slice(int(self.row_starts[row]), int(self.row_starts[row + 1]))
+        columns = (self.document[run], self.start[run], self.end[run])
+        return list(zip(*(c.tolist() for c in columns), strict=True))
+
+
+def split_documents(n_documents: int, val_share: float) -> tuple[Array, Array]:
+    """Return the documents of training and of validation.
+
+    Each document is drawn by its number alone, so that neither seed nor mixture moves a document across.
+    """
+    draws = hash_numbers(np.arange(n_documents), hash_key("validation"))
+    is_val = draws < np.uint64(min(val_share * 2.0**64, 2.0**64 - 2048))
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+
+
+def make_plan(corpus: IndexedCorpus, documents: Array, seq_len: int, n_latents: int, seed: int) -> Plan:
+    """Pack `documents` of a corpus, in an order drawn by `seed`, into rows of `seq_len` positions.
+
+    Raises: UserError if a row has no room for a picture, or there is no document.
+    """
+    if not len(documents):
+        raise UserError(f"{corpus.folder}: no document to plan; the corpus is too small for its val_share")
+    order = documents[permutation(len(documents), hash_key("documents", seed))]
+    n_tokens = np.diff(corpus.token_offsets)[order].astype(np.int64)
+    n_images = np.diff(corpus.image_offsets)[order].astype(np.int64)
+    if n_images.any() and seq_len < n_latents + 4:
+        raise UserError(f"seq_len {seq_len} has no room for a picture of {n_latents} latents; it needs {n_latents + 4}")
+    if corpus.packing == "split" and not n_images.any():
+        return _pack_split(order, n_tokens + 1, seq_len, n_latents)
+    return _pack_whole(corpus, order, n_tokens + 1, n_images, seq_len, n_latents)
+
+
+def _pack_split(order: Array, n_targets: Array, seq_len: int, n_latents: int) -> Plan:
+    """Let documents follow one another; cut where a row ends."""
+    ends = np.cumsum(n_targets)
+    rows = np.arange(0, ends[-1], seq_len)
+    cuts = np.union1d(np.concatenate([[0], ends[:-1]]), rows)
+    owner = np.searchsorted(ends, cuts, side="right")
+    first = ends[owner] - n_targets[owner]
+    stop = np.append(cuts[1:], ends[-1])
+    row_starts = np.append(np.searchsorted(cuts, rows), len(cuts))
+    return Plan(row_starts, order[owner], cuts - first, stop - first, np.zeros_like(cuts), n_latents)
+
+
+def _pack_whole(
+    corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array, seq_len: int, n_latents: int
+) -> Plan:
+    """Keep documents in one piece where they fit a row; fill rows by best fit."""
+    long = n_targets + (n_latents + 1) * n_images > seq_len
+    document, start, end, images = (list(x) for x in (order[~long], n_targets[~long] * 0, n_targets[~long], n_images[~long]))
+    for number in order[long].tolist():
+        for piece_start, piece_end, piece_images in _cut(corpus, number, seq_len, n_latents):
+            document.append(number)
+            start.append(piece_start)
+            end.append(piece_end)
+            images.append(piece_images)
+    columns = np.array([document, start, end, images], dtype=np.int64)
+    columns = columns[:, permutation(columns.shape[1], hash_key("pieces"))] if long.any() else columns
+    row = best_fit(columns[2] - columns[1] + (n_latents + 1) * columns[3], seq_len)
+    by_row = np.argsort(row, kind="stable")
+    row_starts = np.searchsorted(row[by_row], np.arange(row.max() + 2))
+    return Plan(row_starts, *columns[:, by_row], n_latents)  # type: ignore[arg-type, misc]
+
+
+def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:
+    """Cut a document that is longer than a row into (start, end, pictures), never inside or right behind a picture."""
+    first, last = (int(x) for x in corpus.image_offsets[document : document + 2])
+    n_targets = int(corpus.token_offsets[document + 1] - corpus.token_offsets[document]) + 1
+    is_image = np.zeros(n_targets, dtype=bool)
+    is_image[corpus.image_positions[first:last].astype(np.int64)] = True
+    # ends[j]: positions of the document up to and with the one that reads e[j-1] and has target e[j]
+    ends = np.cumsum(np.concatenate([[1], np.where(is_image[:-1], n_latents + 2, 1)]))
+    pieces, start = [], 0
+    while start < n_targets:
+        base = ends[start] - 1  # whatever stands at `start` is read as <s>, one position
+        end = int(np.searchsorted(ends, base + seq_len, side="right"))
+        while end < n_targets and is_image[end - 1]:
+            end -= 1
+        assert end > start, f"document {document}: no progress at target {start}"
+        pieces.append((start, end, int(is_image[start:end].sum())))
+        start = end
+    return pieces
+
+
+def best_fit(widths: Array, capacity: int, window: int = WINDOW) -> Array:
+    """Assign each piece a row: within windows the widest first, each into the fullest row that still has room."""
+    row_of = np.empty(len(widths), dtype=np.int64)
+    rows_with_space: dict[int, list[int]] = {}
+    spaces = 0  # bit s is set when some row has exactly s positions left
+    n_rows = 0
+    for begin in range(0, len(widths), window):
+        ahead = widths[begin : begin + window]
+        for i in (begin + np.argsort(-ahead, kind="stable")).tolist():
+            width = int(widths[i])
+            roomy = spaces >> width
+            if roomy:
+                space = width + (roomy & -roomy).bit_length() - 1
+                row = rows_with_space[space].pop()
+                if not rows_with_space[space]:
+                    spaces ^= 1 << space
+            else:
+                space, row = capacity, n_rows
+                n_rows += 1
+            row_of[i] = row
+            left = space - width
+            if left:
+                rows_with_space.setdefault(left, []).append(row)
+                spaces |= 1 << left
+    return row_of

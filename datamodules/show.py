@@ -1,0 +1,67 @@
+"""Rows for people and for other programs."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from datamodules.stream import Row, Stream
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.tokens import IGNORE, Tokenizer
+
+
+def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
+    """Return a row as plain data.
+
+    `documents` say where each document comes from, and which of its targets [start, end) stand in the row: its tokens, a
+    picture counting as one, and </s>. `images` say where each picture's bytes lie; in a crawl that is its WARC record.
+    `sha256` is of the picture itself.
+    """
+    corpus = stream.corpora[CORPORA[row.corpus]]
+    documents, images = [], []
+    for placed in row.documents:
+        shard, name = corpus.shard_and_name(placed.document)
+        documents.append({"source": shard, "id": name, "tokens": [placed.start, placed.end]})
+    for image in row.images:
+        digest = hashlib.sha256(corpus.image_bytes(image)).hexdigest()
+        place = {"shard": str(corpus.shards[image.shard]), "offset": image.offset, "length": image.length}
+        images.append(place | {"sha256": digest})
+    return {
+        "row": row.number,
+        "corpus": CORPORA[row.corpus],
+        "epoch": row.epoch,
+        "documents": documents,
+        "tokens": row.tokens.tolist(),
+        "targets": row.targets.tolist(),
+        "segments": row.segments().tolist(),
+        "images": images,
+    }
+
+
+def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer) -> str:
+    """Return a row as text, each picture as one mark."""
+    corpus = stream.corpora[CORPORA[row.corpus]]
+    n_targets = int((row.targets != IGNORE).sum())
+    lines = [
+        f"row {row.number}: {CORPORA[row.corpus]}, epoch {row.epoch}, {len(row.documents)} documents, "
+        f"{row.n_real} of {len(row.tokens)} positions, {n_targets} supervised, {len(row.images)} pictures"
+    ]
+    image = 0
+    first_slots = {int(slot): n for n, slot in enumerate(row.slots)}
+    for placed in row.documents:
+        shard, name = corpus.shard_and_name(placed.document)
+        text = ""
+        for at in range(placed.at, placed.at + placed.length):
+            id_ = int(row.tokens[at])
+            if at in first_slots:
+                place = row.images[image]
+                text += f" at {place.offset} + {place.length} in {corpus.shards[place.shard].name}"
+                image += 1
+            elif id_ == tokenizer.special.line_end:
+                text += "\n  "
+            elif id_ != tokenizer.special.image or at + 1 in first_slots:
+                text += tokenizer.name(id_)
+        last = int(row.targets[placed.at + placed.length - 1])
+        text += f" -> {tokenizer.name(last)}" if last != IGNORE else ""
+        lines.append(f"- {shard}, {name}, targets {placed.start} to {placed.end}\n  {text}")
+    return "\n".join(lines) + "\n"

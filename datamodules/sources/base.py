@@ -1,0 +1,102 @@
+"""What a format has to say: its documents, the names of its records, the bytes of its pictures."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.document import Document, Tally
+
+SURVEY = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("verdict", "u1")])
+"""One picture that a crawl holds: hash of its URL, where its record lies, and an index into `VERDICTS`."""
+VERDICTS = ("usable", "picture too small", "picture of one colour", "broken picture", "not a raster picture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How documents are cut out of a shard. Part of an index's identity: other options, another index."""
+
+    text_field: str = "text"
+    """JSONL and Parquet: the field that holds a document's text."""
+    min_image_side: int = 64
+    """WARC: pictures with a shorter side, in pixels, are left out."""
+    max_images: int = 5
+    """WARC: a page ends before the picture after this many."""
+    keep_single_image: float = 0.5
+    """WARC: share of pages with exactly one picture that is kept, by a seeded draw per page."""
+    seed: int = 0
+    """Seed of that draw."""
+
+
+class Source(ABC):
+    """One format."""
+
+    format: ClassVar[str]
+    packing: ClassVar[str] = "whole"
+    """`split`: documents follow one another and are cut where a row ends; `whole`: they are kept in one piece."""
+    needs_survey: ClassVar[bool] = False
+    """Whether all shards' pictures must be listed before documents can be read."""
+
+    @abstractmethod
+    def documents(
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+    ) -> Iterator[Document]:
+        """Yield a shard's documents, and count in `tally` every record that yields none.
+
+        Args:
+            path: the shard's file.
+            shard: its number, for `ImageRef`.
+            options: what to leave out.
+            tally: gets each record that is broken or left out; counting documents is the caller's.
+            pictures: the survey of all shards, sorted by URL hash, if the format needs one.
+        """
+
+    def texts(self, path: Path, options: ReadOptions, tally: Tally) -> Iterator[str]:
+        """Yield the text of a shard, as a tokenizer is trained on it."""
+        for document in self.documents(path, 0, options, tally, None):
+            yield from (part for part in document.parts if isinstance(part, str))
+
+    def survey(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
+        """List a shard's pictures as `SURVEY` rows."""
+        raise NotImplementedError(f"{self.format} needs no survey")
+
+    def record_name(self, path: Path, record: int) -> str:
+        """Return the name under which a person finds a record in its shard."""
+        return str(record)
+
+    def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
+        """Return a picture's original bytes.
+
+        Raises: OSError if the file does not hold them.
+        """
+        return read_at(path, offset, length)
+
+
+def read_at(path: Path, offset: int, length: int) -> bytes:
+    """Read `length` bytes from `offset`, keeping the file open for the next picture."""
+    data = os.pread(_descriptor(str(path), os.getpid()), length, offset)
+    if len(data) != length:
+        raise OSError(f"{path} ends before byte {offset + length}; it has changed since it was prepared")
+    return data
+
+
+class _Descriptor(int):
+    """A file descriptor that is closed when nothing refers to it any more."""
+
+    def __del__(self) -> None:
+        os.close(self)
+
+
+@lru_cache(maxsize=256)
+def _descriptor(path: str, process: int) -> _Descriptor:
+    return _Descriptor(os.open(path, os.O_RDONLY))
+
+

@@ -1,0 +1,131 @@
+"""Caption pairs as img2dataset writes them: WebDataset tars of KEY.jpg (or .png, .webp), KEY.txt, KEY.json.
+
+Pictures stay where they are: the index remembers the byte range of each inside its tar.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.document import Document, ImageRef, Tally
+from datamodules.sources.base import ReadOptions, Source, read_at
+from kosmos_lit.images import ImageError, probe
+
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+BLOCK = 512
+"""Bytes of a tar header; a member's data starts right behind its header."""
+
+Sample = dict[str, tarfile.TarInfo]
+"""The members of one key, by extension."""
+
+
+class Img2Dataset(Source):
+    """A document per sample: its picture, then its caption; its record is the byte offset of the picture's tar header."""
+
+    format = "img2dataset"
+
+    def documents(
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+    ) -> Iterator[Document]:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for key, sample in _samples(tar):
+                    yield from self._document(tar, f"{path.name}, {key}", sample, shard, tally)
+                if not _is_marked_end(path, tar.offset):
+                    raise tarfile.ReadError(f"no end-of-archive mark at byte {tar.offset}")
+        except (tarfile.TarError, OSError, EOFError) as error:
+            tally.miss("shard cut off or corrupt", f"{path.name}: {error}")
+
+    def _document(
+        self, tar: tarfile.TarFile, place: str, sample: Sample, shard: int, tally: Tally
+    ) -> Iterator[Document]:
+        picture = next((sample[e] for e in sample if e in PICTURES), None)
+        if picture is None:
+            tally.miss("no picture", place)
+            return
+        try:
+            caption = _caption(tar, sample)
+        except (UnicodeDecodeError, ValueError) as error:
+            tally.miss("caption cannot be read", f"{place}: {error}")
+            return
+        if caption is None:
+            tally.miss("no caption", place)
+            return
+        if not caption:
+            tally.leave("empty caption", place)
+            return
+        try:
+            probe(_read(tar, picture))
+        except ImageError as error:
+            tally.miss(error.reason, f"{place}: {error}")
+            return
+        ref = ImageRef(shard, picture.offset_data, picture.size)
+        yield Document(picture.offset_data - BLOCK, (ref, caption))
+
+    def record_name(self, path: Path, record: int) -> str:
+        header = read_at(path, record, BLOCK)
+        return _key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+
+
+def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, Sample]]:
+    """Group neighbouring members by key. A member's name is a label only, never a path to write to or read from.
+
+    Raises: tarfile.TarError where the archive breaks off, after the samples before it.
+    """
+    current, sample = "", Sample()
+    broken: tarfile.TarError | None = None
+    while True:
+        try:
+            member = tar.next()
+        except tarfile.TarError as error:
+            member, broken = None, error
+        if member is None:
+            break
+        tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header of the shard
+        if not member.isreg():
+            continue
+        key, extension = _key(member.name)
+        if key != current or extension in sample:
+            if sample:
+                yield current, sample
+            current, sample = key, Sample()
+        sample[extension] = member
+    if sample:
+        yield current, sample
+    if broken is not None:
+        raise broken
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Split at the first dot behind the last slash, as WebDataset does."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    data = file.read() if file else b""
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"{member.name} ends after {len(data)} of {member.size} bytes")
+    return data
+
+
+def _caption(tar: tarfile.TarFile, sample: Sample) -> str | None:
+    if "txt" in sample:
+        return " ".join(_read(tar, sample["txt"]).decode("utf-8").split())
+    if "json" in sample:
+        caption = json.loads(_read(tar, sample["json"])).get("caption")
+        return " ".join(caption.split()) if isinstance(caption, str) else None
+    return None
+
+
+def _is_marked_end(path: Path, at: int) -> bool:
+    """Tell whether a zero block ends the archive: tarfile itself takes a file that merely stops for a whole one."""
+    return not any(read_at(path, at, BLOCK))

@@ -1,0 +1,182 @@
+"""A web page to text and pictures in reading order, and the rules by which KOSMOS-1 makes a document of it.
+
+The paper (section 3.1, appendix B.1.3): at most five pictures, half of the pages with a single picture dropped, pictures
+under 64 pixels and of a single colour dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urldefrag, urljoin, urlsplit
+
+from lxml import etree, html
+
+from datamodules.document import ImageRef, Part, Tally
+from datamodules.hashing import hash_key, share_of
+from datamodules.sources.base import ReadOptions
+
+MAX_PAGE_BYTES = 10_000_000
+"""Larger pages are left out: parsing time grows with them, and hostile pages are large."""
+
+_BLOCKS = frozenset(
+    "address article blockquote body caption center dd details div dl dt figcaption figure h1 h2 h3 h4 h5 h6 header hr li "
+    "main ol p pre section summary table tbody tfoot thead tr ul".split()
+)
+_CELLS = frozenset(("td", "th"))
+_SKIPPED = frozenset(
+    "aside audio button canvas datalist footer form head iframe map math nav noscript object script select style svg "
+    "template textarea video".split()
+)
+_SKIPPED_ROLES = frozenset(("navigation", "banner", "contentinfo", "search", "menu", "menubar"))
+_SKIPPED_CLASSES = re.compile(
+    r"(?:^|\s)(?:(?:site-|page-)?(?:nav|navbar|navheader|navfooter|navigation|menu|sidebar|breadcrumbs?|footer)|cookie-\S+)(?:\s|$)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A picture that a page shows, by its absolute URL."""
+
+    url: str
+
+
+class PageError(ValueError):
+    """A page that cannot be read; the message is a short phrase for counting."""
+
+
+def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
+    """Walk a page in document order and return its texts and picture links.
+
+    Scripts, forms and what is marked as navigation is left out. Lines follow the page's blocks.
+
+    Raises: PageError if there is nothing to parse.
+    """
+    if len(page) > MAX_PAGE_BYTES:
+        raise PageError("page too large")
+    try:
+        root = html.document_fromstring(page, parser=html.HTMLParser(encoding=charset, recover=True))
+    except (etree.LxmlError, ValueError, LookupError, AssertionError) as error:
+        raise PageError("page cannot be parsed") from error
+    base = next((urljoin(url, h) for h in root.xpath("//base/@href")), url)
+    parts: list[str | Link] = []
+    text: list[str] = []
+    for piece in _pieces(root, base):
+        if isinstance(piece, str):
+            text.append(piece)
+        else:
+            parts += [*_lines(text), piece]
+            text = []
+    return [*parts, *_lines(text)]
+
+
+def _pieces(root: etree._Element, base: str) -> Iterator[str | Link]:
+    walk = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
+    n_pre = 0
+    for event, element in walk:
+        if event in ("comment", "pi"):
+            yield _inline(element.tail, n_pre)
+            continue
+        tag = element.tag
+        if event == "start":
+            if _is_skipped(element):
+                walk.skip_subtree()
+                continue
+            if tag in _BLOCKS or tag == "br":
+                yield "\n"
+            n_pre += tag == "pre"
+            if tag == "img" and (link := _link(element, base)):
+                yield link
+            yield _inline(element.text, n_pre)
+        else:
+            if not _is_skipped(element):
+                n_pre -= tag == "pre"
+                if tag in _BLOCKS:
+                    yield "\n"
+                elif tag in _CELLS:
+                    yield " "
+            if element is not root:
+                yield _inline(element.tail, n_pre)
+
+
+def _inline(text: str | None, n_pre: int) -> str:
+    if not text:
+        return ""
+    return text if n_pre else re.sub(r"\s+", " ", text)
+
+
+def _lines(text: list[str]) -> list[str]:
+    lines = (" ".join(line.split()) for line in "".join(text).split("\n"))
+    joined = "\n".join(line for line in lines if line)
+    return [joined] if joined else []
+
+
+def _is_skipped(element: etree._Element) -> bool:
+    get = element.get
+    return (
+        element.tag in _SKIPPED
+        or get("role") in _SKIPPED_ROLES
+        or get("hidden") is not None
+        or get("aria-hidden") == "true"
+        or bool(_SKIPPED_CLASSES.search(f"{get('class') or ''} {get('id') or ''}"))
+    )
+
+
+def _link(image: etree._Element, base: str) -> Link | None:
+    for attribute in ("src", "data-src", "data-original"):
+        source = (image.get(attribute) or "").strip()
+        if source and not source.startswith("data:"):
+            return Link(urljoin(base, source))
+    return None
+
+
+def url_hash(url: str) -> int:
+    """Return the hash under which a crawl's pictures are looked up; scheme and host in lower case, no fragment."""
+    try:
+        parts = urlsplit(urldefrag(url.strip()).url)
+        url = parts._replace(scheme=parts.scheme.lower(), netloc=parts.netloc.lower()).geturl()
+    except ValueError:
+        pass  # not a URL that urllib takes apart: looked up as it stands
+    return hash_key("url", url)
+
+
+def compose(
+    page: list[str | Link], url: str, find: Callable[[str], ImageRef | str], options: ReadOptions, tally: Tally
+) -> tuple[Part, ...] | None:
+    """Make a document of a page by KOSMOS-1's rules, or count in `tally` why not.
+
+    Args:
+        page: what `extract` returned.
+        url: the page's URL, which also decides the draw for single-picture pages.
+        find: maps a picture's URL to where it lies, or to the reason why it cannot be used.
+        options: the rules' numbers.
+        tally: gets the reasons.
+    """
+    parts: list[Part] = []
+    n_images = 0
+    for piece in page:
+        if isinstance(piece, Link):
+            found = find(piece.url)
+            if isinstance(found, str):
+                tally.note(found, f"{piece.url} on {url}")
+                continue
+            if n_images == options.max_images:
+                tally.note(f"page cut before picture {options.max_images + 1}", url)
+                break
+            parts.append(found)
+            n_images += 1
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += "\n" + piece
+        else:
+            parts.append(piece)
+    if not n_images:
+        tally.leave("page without a usable picture", url)
+    elif not any(isinstance(part, str) for part in parts):
+        tally.leave("page without text", url)
+    elif n_images == 1 and share_of(hash_key("single-image page", options.seed, url)) >= options.keep_single_image:
+        tally.leave("single-picture page, by draw", url)
+    else:
+        return tuple(parts)
+    return None

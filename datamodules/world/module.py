@@ -1,0 +1,81 @@
+"""The embedded world as a data module: drawn when it is missing, and asked about at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from datamodules.config import CorpusConfig, TokenizerConfig
+from datamodules.hashing import hash_key
+from datamodules.module import Batches, MixtureData
+from datamodules.world.language import PROMPT, canonical
+from datamodules.world.scene import Rules, Scene, held_out_scenes, paint
+from datamodules.world.write import WorldConfig, encode_jpeg, write_world
+from kosmos_lit.batch import PromptBatch
+from kosmos_lit.images import decode
+
+QUESTIONS = {"object": 1000, "count": 1000, "pair": 120}
+"""Most questions of each kind; of the first two, every held-out combination is asked about."""
+BATCH = 64
+
+
+class WorldData(MixtureData):
+    """Draws the world's three corpora, prepares and mixes them like any others, and asks about held-out scenes."""
+
+    def __init__(
+        self,
+        world: WorldConfig,
+        vocab_size: int = 512,
+        val_share: float = 0.02,
+        **options: Any,
+    ) -> None:
+        """Take the world's size; everything else is as in MixtureData, but for tokenizer and corpora.
+
+        Args:
+            world: How much is drawn, and where.
+            vocab_size: SentencePiece pieces of the world's tokenizer.
+            val_share: Share of the documents kept for validation.
+            **options: Those of MixtureData.
+        """
+        self.world = world
+        folder = Path(world.path)
+
+        def corpus(format_: Any, files: str, index: str) -> CorpusConfig:
+            return CorpusConfig(format=format_, input=[str(folder / files)], index=str(folder / index), val_share=val_share)
+
+        super().__init__(
+            tokenizer=TokenizerConfig(path=str(folder / "tokenizer"), vocab_size=vocab_size),
+            text=corpus("jsonl", "text-*.jsonl.zst", "index/text"),
+            caption=corpus("img2dataset", "caption-*.tar", "index/caption"),
+            interleaved=corpus("warc", "pages-*.warc.gz", "index/interleaved"),
+            **options,
+        )
+
+    def prepare_data(self) -> None:
+        """Draw the world if it is missing, then prepare it."""
+        write_world(self.world)
+        super().prepare_data()
+
+    def predict_dataloader(self) -> Batches:
+        """Yield one question for each held-out combination, with a drawing that no one has seen."""
+        random = Random(hash_key("questions", self.world.seed))
+        rules = Rules(self.world.seed, self.world.held_out)
+        batches = []
+        for kind, most in QUESTIONS.items():
+            scenes = held_out_scenes(random, rules, kind, most)
+            batches += [self._ask(scenes[i : i + BATCH], random) for i in range(0, len(scenes), BATCH)]
+        return batches
+
+    def _ask(self, scenes: list[Scene], random: Random) -> PromptBatch:
+        pictures = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]
+        n = len(scenes)
+        return PromptBatch(
+            prompts=[PROMPT] * n,
+            images=torch.stack([torch.from_numpy(p) for p in pictures]),
+            n_images=[1] * n,
+            answers=[canonical(scene) for scene in scenes],
+            tasks=[scene.kind for scene in scenes],
+        )

@@ -1,0 +1,190 @@
+"""What there is in the world, and how it looks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from PIL import Image, ImageDraw, ImageFont
+
+from datamodules.hashing import hash_key, share_of
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (42, 157, 64),
+    "blue": (38, 84, 214),
+    "yellow": (236, 200, 20),
+    "purple": (132, 44, 168),
+    "orange": (240, 128, 20),
+    "black": (24, 24, 24),
+}
+SIZES = {"small": 7.0, "large": 11.0}
+"""Radius in units of a drawing that is 72 units wide."""
+PLACES = (
+    "at the top left", "at the top", "at the top right",
+    "on the left", "in the centre", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
+BACKGROUNDS = {"white": (252, 252, 252), "grey": (204, 204, 204), "beige": (240, 226, 200), "pale blue": (206, 224, 242)}
+SIDE = 72
+MARGIN, CELL = 2.5, (SIDE - 5.0) / 3
+"""Places are the cells of a 3 x 3 grid inside the margin."""
+WORDS = ("lamp", "bird", "seven", "north", "apple", "river", "stone", "cloud", "green", "paper", "horse", "music")
+
+Combination = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene."""
+
+    shape: str
+    colour: str
+    size: str
+    place: int
+    """Index into PLACES."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture."""
+
+    kind: str
+    """`object` (one thing), `count` (2 to 4 alike), `pair` (two that differ), `group` (3 or 4 that differ), `word`."""
+    things: tuple[Thing, ...] = ()
+    background: str = "white"
+    word: str = ""
+
+    def combinations(self) -> Iterator[Combination]:
+        """Yield everything about this scene that may be held out; what a part of the picture shows counts too."""
+        for t in self.things:
+            yield ("object", t.size, t.colour, t.shape, t.place)
+        if self.kind == "count":
+            yield ("count", len(self.things), self.things[0].colour, self.things[0].shape)
+        if self.kind == "pair":
+            first, second = self.things
+            yield ("pair", first.colour, first.shape, relation(first, second), second.colour, second.shape)
+
+    def own_combination(self) -> Combination:
+        """Return the combination that the scene as a whole stands for."""
+        *_, own = self.combinations()
+        return own
+
+
+def relation(first: Thing, second: Thing) -> str:
+    """Return how `first` stands to `second`, which is in another row or column, as a caption says it."""
+    row, column = divmod(first.place, 3)
+    other_row, other_column = divmod(second.place, 3)
+    if row == other_row:
+        return "to the left of" if column < other_column else "to the right of"
+    return "above" if row < other_row else "below"
+
+
+class Rules:
+    """Which combinations the training corpora must not have."""
+
+    def __init__(self, seed: int, held_out: float) -> None:
+        self.seed, self.share = seed, held_out
+
+    def is_held_out(self, combination: Combination) -> bool:
+        return share_of(hash_key("held out", self.seed, *combination)) < self.share
+
+    def allows(self, scene: Scene) -> bool:
+        """Tell whether a scene may be trained on."""
+        return not any(self.is_held_out(c) for c in scene.combinations())
+
+
+def draw_scene(random: Random, kind: str) -> Scene:
+    """Draw a scene of a kind at random, held out or not."""
+    background = random.choice(list(BACKGROUNDS))
+    if kind == "word":
+        return Scene(kind, (), background, random.choice(WORDS))
+    if kind == "count":
+        look = (random.choice(SHAPES), random.choice(list(COLOURS)), random.choice(list(SIZES)))
+        places = random.sample(range(9), random.randint(2, 4))
+        return Scene(kind, tuple(Thing(*look, p) for p in sorted(places)), background)
+    n = {"object": 1, "pair": 2}.get(kind) or random.randint(3, 4)
+    looks = random.sample([(s, c) for s in SHAPES for c in COLOURS], n)
+    places = sorted(random.sample(range(9), n) if kind != "pair" else _side_by_side(random))
+    return Scene(kind, tuple(Thing(*look, random.choice(list(SIZES)), p) for look, p in zip(looks, places, strict=True)), background)
+
+
+def _side_by_side(random: Random) -> list[int]:
+    """Two places in one row or in one column."""
+    line, (a, b) = random.randrange(3), random.sample(range(3), 2)
+    return [3 * line + a, 3 * line + b] if random.random() < 0.5 else [3 * a + line, 3 * b + line]
+
+
+def training_scene(random: Random, kind: str, rules: Rules) -> Scene:
+    """Draw scenes until one may be trained on."""
+    while not rules.allows(scene := draw_scene(random, kind)):
+        pass
+    return scene
+
+
+def held_out_scenes(random: Random, rules: Rules, kind: str, most: int) -> list[Scene]:
+    """Return scenes with distinct held-out combinations of a kind.
+
+    A one-thing scene *is* its combination; of counts and pairs there are many drawings, one is taken at random.
+    """
+    found: dict[Combination, Scene] = {}
+    if kind == "object":
+        every = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(9)]
+        for thing in every:
+            scene = Scene(kind, (thing,), random.choice(list(BACKGROUNDS)))
+            if rules.is_held_out(scene.own_combination()):
+                found[scene.own_combination()] = scene
+    else:
+        for _ in range(200 * most):
+            scene = draw_scene(random, kind)
+            if rules.is_held_out(scene.own_combination()):
+                found.setdefault(scene.own_combination(), scene)
+    scenes = [found[key] for key in sorted(found, key=repr)]
+    random.shuffle(scenes)
+    return scenes[:most]
+
+
+def paint(scene: Scene, random: Random, side: int = SIDE, smoothness: int = 3) -> Image.Image:
+    """Draw a scene as a picture; place, size, colour, tilt and background vary a little from drawing to drawing."""
+    scale = side * smoothness / SIDE
+    picture = Image.new("RGB", (side * smoothness,) * 2, _vary(BACKGROUNDS[scene.background], random, 6))
+    canvas = ImageDraw.Draw(picture)
+    for thing in scene.things:
+        x, y = (MARGIN + CELL * (i + 0.5) + random.uniform(-2.5, 2.5) for i in (thing.place % 3, thing.place // 3))
+        radius = SIZES[thing.size] * random.uniform(0.92, 1.08)
+        fill = _vary(COLOURS[thing.colour], random, 14)
+        _paint_shape(canvas, thing.shape, x * scale, y * scale, radius * scale, fill, random.uniform(-0.15, 0.15))
+    if scene.kind == "word":
+        font = ImageFont.load_default(size=round(22 * scale))
+        at = (SIDE / 2 + random.uniform(-4, 4)) * scale, (SIDE / 2 + random.uniform(-14, 14)) * scale
+        canvas.text(at, scene.word, fill=_vary(COLOURS["black"], random, 20), font=font, anchor="mm")
+    return picture.resize((side, side), Image.Resampling.BOX)
+
+
+def _paint_shape(
+    canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int], tilt: float
+) -> None:
+    def points(angles: list[float], radii: list[float]) -> list[tuple[float, float]]:
+        return [(x + q * math.sin(a + tilt), y - q * math.cos(a + tilt)) for a, q in zip(angles, radii, strict=True)]
+
+    if shape == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "ring":
+        canvas.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(r * 0.42))
+    elif shape == "cross":
+        for a in (0.0, math.pi / 2):
+            w = math.atan(0.3)
+            canvas.polygon(points([a - w, a + w, a + math.pi - w, a + math.pi + w], [r * 1.04] * 4), fill=fill)
+    else:
+        n, start, inner = {"square": (4, math.pi / 4, 1.0), "triangle": (3, 0.0, 1.0), "star": (10, 0.0, 0.42)}[shape]
+        angles = [start + 2 * math.pi * i / n for i in range(n)]
+        radii = [r * 1.15 * (inner if i % 2 else 1.0) for i in range(n)]
+        canvas.polygon(points(angles, radii), fill=fill)
+
+
+def _vary(colour: tuple[int, int, int], random: Random, by: int) -> tuple[int, int, int]:
+    r, g, b = (min(255, max(0, c + random.randint(-by, by))) for c in colour)
+    return r, g, b

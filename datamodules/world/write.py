@@ -1,0 +1,165 @@
+"""The world's corpora on disk, in the formats of real ones: JSONL, img2dataset tars with Parquet, WARC."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import json
+import multiprocessing
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+from PIL import Image
+from tqdm import tqdm
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from datamodules.hashing import hash_key
+from datamodules.prepare.files import whole_folder
+from datamodules.world.language import caption, page_texts, text
+from datamodules.world.scene import SIDE, Rules, paint, training_scene
+from kosmos_lit.errors import UserError
+
+KINDS = {"object": 5, "count": 2, "pair": 2, "group": 1, "word": 0.4}
+"""Relative frequency of the kinds of scenes in captions and pages."""
+SITE = "https://world.example"
+DATE = "2024-01-01T00:00:00Z"
+IDENTITY = "world.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """How much of the world is drawn."""
+
+    path: str
+    """Folder of the drawn corpora."""
+    seed: int = 0
+    """Decides every scene, sentence and stroke."""
+    held_out: float = 0.28
+    """Share of the combinations that training never shows or tells."""
+    n_pairs: int = 16_000
+    """Caption pairs."""
+    n_pages: int = 3_000
+    """Pages of several pictures."""
+    n_texts: int = 12_000
+    """Texts without pictures."""
+    shards: int = 4
+    """Files per corpus."""
+    workers: int = 2
+    """Processes that draw."""
+
+
+def write_world(config: WorldConfig) -> None:
+    """Draw the corpora, unless they are already there.
+
+    Raises: UserError if the folder holds another world.
+    """
+    folder = Path(config.path)
+    identity = {k: v for k, v in asdict(config).items() if k not in ("path", "workers")}
+    if (folder / IDENTITY).exists():
+        if (there := json.loads((folder / IDENTITY).read_text(encoding="utf-8"))) != identity:
+            wrong = ", ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in identity.items() if there.get(k) != v)
+            raise UserError(f"{folder} holds another world: {wrong}; choose another data.world.path, or delete it")
+        return
+    with whole_folder(folder) as temporary:
+        jobs = [(kind, shard) for kind in ("caption", "pages", "text") for shard in range(config.shards)]
+        with (
+            ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool,
+            tqdm(total=len(jobs), desc="drawing the world", unit="shard", disable=None) as bar,
+        ):
+            for future in [pool.submit(_write_shard, config, kind, shard, temporary) for kind, shard in jobs]:
+                future.result()
+                bar.update()
+        (temporary / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _write_shard(config: WorldConfig, kind: str, shard: int, folder: Path) -> None:
+    random = Random(hash_key("world", config.seed, kind, shard))
+    rules = Rules(config.seed, config.held_out)
+    write = {"caption": _write_captions, "pages": _write_pages, "text": _write_texts}[kind]
+    total = {"caption": config.n_pairs, "pages": config.n_pages, "text": config.n_texts}[kind]
+    write(folder, shard, total * (shard + 1) // config.shards - total * shard // config.shards, random, rules)
+
+
+def _kind(random: Random) -> str:
+    return random.choices(list(KINDS), weights=list(KINDS.values()))[0]
+
+
+def _write_captions(folder: Path, shard: int, n: int, random: Random, rules: Rules) -> None:
+    rows = []
+    with tarfile.open(folder / f"caption-{shard:05d}.tar", "w") as tar:
+        for i in range(n):
+            scene = training_scene(random, _kind(random), rules)
+            picture = encode_jpeg(paint(scene, random))
+            row = {
+                "caption": caption(scene, random), "url": f"{SITE}/{shard}/{i}.jpg", "key": f"{shard:05d}{i:04d}",
+                "status": "success", "error_message": None, "width": SIDE, "height": SIDE, "original_width": SIDE,
+                "original_height": SIDE, "exif": "{}", "sha256": hashlib.sha256(picture).hexdigest(),
+            }  # fmt: skip
+            rows.append(row)
+            members = {"jpg": picture, "json": json.dumps(row).encode(), "txt": str(row["caption"]).encode()}
+            for extension, data in members.items():
+                member = tarfile.TarInfo(f"{row['key']}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"caption-{shard:05d}.parquet")
+
+
+def _write_pages(folder: Path, shard: int, n: int, random: Random, rules: Rules) -> None:
+    with (folder / f"pages-{shard:05d}.warc.gz").open("wb") as file:
+        warc = WARCWriter(file, gzip=True)
+        icon = _png(Image.new("RGB", (16, 16), "navy"))
+        _respond(warc, f"{SITE}/icon.png", "image/png", icon, random)
+        for i in range(n):
+            url = f"{SITE}/{shard}/page{i}.html"
+            scenes = [training_scene(random, _kind(random), rules) for _ in range(random.choice((1, 2, 3, 3, 4, 5, 6)))]
+            for j, scene in enumerate(scenes):
+                # Some links are dead, as in any crawl.
+                if random.random() > 0.01:
+                    _respond(warc, f"{SITE}/{shard}/p{i}-{j}.jpg", "image/jpeg", encode_jpeg(paint(scene, random)), random)
+            opening, paragraphs, closing = page_texts(scenes, random)
+            figures = "\n".join(
+                f'<p><img src="p{i}-{j}.jpg" alt=""></p>\n<p>{html.escape(paragraph)}</p>'
+                for j, paragraph in enumerate(paragraphs)
+            )
+            page = (
+                f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>Page {i}</title></head><body>'
+                f'<nav><a href="/"><img src="/icon.png">Home</a></nav>\n<h1>{html.escape(opening)}</h1>\n{figures}\n'
+                f"<p>{html.escape(closing)}</p></body></html>"
+            )
+            _respond(warc, url, "text/html; charset=utf-8", page.encode(), random)
+
+
+def _respond(warc: WARCWriter, url: str, mime: str, body: bytes, random: Random) -> None:
+    headers = StatusAndHeaders("200 OK", [("Content-Type", mime), ("Content-Length", str(len(body)))], protocol="HTTP/1.1")
+    number = f"{random.getrandbits(128):032x}"
+    record = warc.create_warc_record(
+        url, "response", payload=io.BytesIO(body), http_headers=headers,
+        warc_headers_dict={"WARC-Date": DATE, "WARC-Record-ID": f"<urn:uuid:{number}>"},
+    )  # fmt: skip
+    warc.write_record(record)
+
+
+def _write_texts(folder: Path, shard: int, n: int, random: Random, rules: Rules) -> None:
+    lines = (json.dumps({"text": text(random, rules), "meta": {"shard": shard, "n": i}}) for i in range(n))
+    compressed = zstandard.ZstdCompressor().compress("".join(line + "\n" for line in lines).encode())
+    (folder / f"text-{shard:05d}.jsonl.zst").write_bytes(compressed)
+
+
+def encode_jpeg(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=92)
+    return data.getvalue()
+
+
+def _png(picture: Image.Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return data.getvalue()

@@ -1,0 +1,78 @@
+"""The contract between data and model: what `datamodules` hand over and what `kosmos_lit` reads.
+
+B rows of T positions; a row holds whole or split documents one after another, then padding. N images in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+CORPORA = ("text", "caption", "interleaved")
+"""The kinds of corpora, in the order of `KosmosBatch.corpus`."""
+
+
+class _Movable:
+    """Moves every tensor field; Lightning and the DataLoader call these."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Any) -> Self:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{k: move(v) for k, v in moved.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KosmosBatch(_Movable):
+    """One micro-batch of the training stream on one rank."""
+
+    tokens: Tensor
+    """(B, T) int64: input ids; image slots repeat the id of <image>, padding is <pad>."""
+    targets: Tensor
+    """(B, T) int64: the id that each position has to predict, or IGNORE."""
+    positions: Tensor
+    """(B, T) int64: position within the document, from 0; restarts at each document."""
+    lengths: tuple[int, ...]
+    """Positions of each document in the flattened (B * T) stream, a row's padding as a document of its own; sums to B * T."""
+    loss_at: Tensor
+    """(S,) int64: the flat positions whose target is not IGNORE, known on the host so that no device sync is needed."""
+    images: Tensor
+    """(N, 3, H, W) uint8: the pictures in the order of their slots."""
+    slots: Tensor
+    """(N, 2) int64: row and first slot of each picture; its latents go to that many positions from there."""
+    corpus: Tensor
+    """(B,) int64: index into `CORPORA`, -1 for a row that only fills up a validation batch."""
+    n_bytes: Tensor
+    """(B,) int64: UTF-8 bytes of text that the row's targets stand for."""
+    rows: tuple[int, ...]
+    """The rows' numbers in the stream."""
+    n_step_targets: int
+    """Supervised tokens of the whole optimizer step, over all ranks and micro-batches: the loss's denominator."""
+    n_real: int
+    """Positions that are not padding."""
+    n_bad_images: int = 0
+    """Pictures that could not be decoded: their documents are in the batch without targets."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptBatch(_Movable):
+    """Questions to a model: a prompt with pictures, and the answer that would be right."""
+
+    prompts: Sequence[str]
+    """B prompts; `<image>` stands for the next picture, and pictures without a mark come first."""
+    images: Tensor
+    """(N, 3, H, W) uint8: the pictures of all prompts, in order."""
+    n_images: Sequence[int]
+    """B numbers of pictures; they sum to N."""
+    answers: Sequence[str]
+    """B continuations that count as right."""
+    tasks: Sequence[str]
+    """B names of the tasks that the questions belong to."""

@@ -1,0 +1,75 @@
+"""One line for every row of the log; on a terminal the newest line replaces the one before."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+
+from kosmos_lit.batch import CORPORA
+
+
+class Progress(ProgressBar):
+    """Shows step, losses, speed and time left; in a file or a pipe one line after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._started, self._first_step = 0.0, 0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        if self._enabled:
+            print(*args, **kwargs, file=sys.stderr)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        metrics = trainer.callback_metrics
+        if float(metrics.get("step", -1)) != trainer.global_step or trainer.global_step == getattr(self, "_shown", -1):
+            return
+        self._shown = trainer.global_step
+        self._line(
+            f"step {trainer.global_step:,}/{trainer.max_steps:,}  {_losses(metrics, 'train/')}  "
+            f"lr {float(metrics['lr']):.1e}  {float(metrics['tokens_per_second']):,.0f} tokens/s  "
+            f"data wait {float(metrics['data_wait']):.0%}  {self._left(trainer)} left"
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if "val/loss" in trainer.callback_metrics:
+            self._line(f"step {trainer.global_step:,} validation  {_losses(trainer.callback_metrics, 'val/')}", keep=True)
+
+    def on_train_end(self, *_: Any) -> None:
+        self._line("", keep=True)
+
+    def _left(self, trainer: L.Trainer) -> str:
+        done = trainer.global_step - self._first_step
+        seconds = (time.monotonic() - self._started) / max(1, done) * (trainer.max_steps - trainer.global_step)
+        hours, seconds = divmod(int(seconds), 3600)
+        return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d}" if hours else f"{seconds // 60}:{seconds % 60:02d}"
+
+    def _line(self, text: str, *, keep: bool = False) -> None:
+        if not self._enabled:
+            return
+        terminal = sys.stderr.isatty()
+        if text or terminal:
+            print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal and not keep else "\n", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _losses(metrics: Any, prefix: str) -> str:
+    each = [f"{name} {float(metrics[key]):.3f}" for name in CORPORA if (key := f"{prefix}loss/{name}") in metrics]
+    return f"loss {float(metrics[prefix + 'loss']):.3f} ({', '.join(each)})"

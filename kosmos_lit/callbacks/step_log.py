@@ -1,0 +1,88 @@
+"""The figures of a training step: losses, learning rate, gradient, throughput, mixture."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from kosmos_lit.batch import CORPORA, KosmosBatch
+from kosmos_lit.lit import KosmosLit
+
+
+class StepLog(Callback):
+    """Logs one row every `log_every_n_steps` optimizer steps.
+
+    Losses are those of that step's global batch. Rates are means since the row before, over all ranks, validation and
+    checkpoints not counted; tokens are real positions (image slots are, padding is not). `mix` is each corpus's share of
+    the positions since the process started.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._started = self._elapsed = 0.0
+        self._waited = 0.0
+        self._window = torch.zeros(4, dtype=torch.float64)  # real positions, all positions, pictures, bad pictures
+        self._mix = torch.zeros(len(CORPORA), dtype=torch.float64)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._reset(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._elapsed += time.monotonic() - self._started
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: KosmosBatch, batch_idx: int
+    ) -> None:
+        self._window += torch.tensor(
+            [batch.n_real, batch.tokens.numel(), len(batch.images), batch.n_bad_images], dtype=torch.float64
+        )
+        self._mix += torch.bincount(batch.corpus.cpu(), minlength=len(CORPORA))
+        if trainer.global_step == self._step:
+            return  # the step's other micro-batches are still to come
+        self._step = trainer.global_step
+        if self._step % trainer.log_every_n_steps == 0:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, KosmosLit)
+        seconds = self._elapsed + time.monotonic() - self._started
+        waited = _loader_wait(trainer) - self._waited
+        real, positions, images, bad = self._sum(trainer, self._window)
+        mix = self._sum(trainer, self._mix)
+        metrics = {f"train/{k}": v.float() for k, v in pl_module.step_loss.compute().items()} | {
+            "step": float(self._step),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "tokens_per_second": real / seconds,
+            "images_per_second": images / seconds,
+            "padding": 1 - real / positions,
+            "data_wait": waited / seconds,
+            "bad_images": bad,
+        }
+        if pl_module.grad_norm is not None:
+            metrics["grad_norm"] = pl_module.grad_norm
+        metrics |= {f"mix/{name}": mix[i] / sum(mix) for i, name in enumerate(CORPORA)}
+        pl_module.log_dict(metrics)
+        self._reset(trainer)
+
+    def _reset(self, trainer: L.Trainer) -> None:
+        self._window.zero_()
+        self._started, self._elapsed, self._waited = time.monotonic(), 0.0, _loader_wait(trainer)
+
+    @staticmethod
+    def _sum(trainer: L.Trainer, values: torch.Tensor) -> list[float]:
+        if trainer.world_size > 1:
+            values = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")  # type: ignore[assignment]
+        return values.tolist()  # type: ignore[no-any-return]
+
+
+def _loader_wait(trainer: L.Trainer) -> float:
+    """Seconds that the loop has waited for its loader so far."""
+    return float(getattr(trainer.train_dataloader, "waited_seconds", 0.0))

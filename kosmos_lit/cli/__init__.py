@@ -1,0 +1,65 @@
+"""The command line. The only part that imports both packages, and each verb imports only what it needs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from kosmos_lit._version import __version__
+from kosmos_lit.errors import UserError
+
+VERBS = {
+    "fit": "train, or resume with --ckpt_path last",
+    "validate": "loss on held-out rows",
+    "test": "loss on all held-out rows",
+    "predict": "captions for held-out pictures, as JSON lines",
+    "prepare": "make a tokenizer or an indexed corpus out of raw files",
+    "rows": "print what the model gets at given rows of the stream",
+    "generate": "continue a prompt with pictures",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}")
+        _runner(verb)(rest)
+    except UserError as error:
+        print(f"error: {_innermost(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _runner(verb: str) -> Callable[[list[str]], None]:
+    if verb in ("prepare", "rows", "generate"):
+        from kosmos_lit.cli import verbs
+
+        run: Callable[[list[str]], None] = getattr(verbs, verb)
+        return run
+    from kosmos_lit.cli.trainer import run_trainer
+
+    return lambda rest: run_trainer([verb, *rest])
+
+
+def _innermost(message: str) -> str:
+    """Return the mistake itself where a loader's process has wrapped it in its traceback."""
+    found = re.search(r"Caught UserError in DataLoader worker.*UserError: (.*)", message, re.DOTALL)
+    return found[1].strip() if found else message
+
+
+def _usage() -> str:
+    lines = [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
+    return "\n".join(["usage: main.py VERB ...", "", *lines, "", "main.py VERB --help says more."])

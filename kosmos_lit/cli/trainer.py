@@ -1,0 +1,199 @@
+"""KosmosCLI: LightningCLI with the surprises taken out.
+
+What differs from stock, and why:
+
+- `${...}` is resolved after all overlays and flags, so that an ablation reaches every value that refers to what it changes.
+- Option names must be written out: an abbreviation would pass as another option.
+- Values that model and data share are linked; setting a linked target is refused instead of ignored.
+- The run's configuration wins over a checkpoint's; a checkpoint of another architecture is refused by name of the fields.
+- `--ckpt_path last` means the newest whole checkpoint of the run's folder; a new run does not write into an old one's.
+- `configs/base.yaml` is read before the files that are named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace, set_docstring_parse_options, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_last, load_checkpoint
+from kosmos_lit.config import KosmosConfig
+from kosmos_lit.errors import UserError
+from kosmos_lit.lit import KosmosLit
+
+BASE = Path(__file__).parents[2] / "configs" / "base.yaml"
+LINKS = {
+    "model.kosmos.connector.n_latents": "data.init_args.n_latents",
+    "model.kosmos.vision.image_size": "data.init_args.image_size",
+}
+LAST = "last"
+
+set_docstring_parse_options(attribute_docstrings=True)
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+class KosmosParser(LightningArgumentParser):
+    """A parser whose mistakes read like the program's others."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(shorten(message)) from ex
+
+
+def shorten(message: str) -> str:
+    """Return the lines of a parser's message that say what is wrong, without the types that were tried in vain."""
+    noise = re.compile(
+        r"Does not validate against any|Subtypes: |Errors:$|Expected a <class 'NoneType'>|Given value( type)?: |^$"
+        r"|Problem with given class_path"
+    )
+    lines = [re.sub(r"^- ", "", line.strip()) for line in message.splitlines()]
+    kept = [line for line in lines if not noise.search(line)]
+    where = [m[1] for line in lines if (m := re.search(r"Problem with given class_path '(.*)':", line))]
+    return " ".join(dict.fromkeys([*kept, *(f"(in {w})" for w in where[-1:])])) or message
+
+
+class SaveConfigOnce(SaveConfigCallback):
+    """Keeps the configuration of every start of a run: config.yaml, then config.resume-1.yaml and so on."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        resumed = len(list(folder.glob("config*.yaml")))
+        path = folder / (f"config.resume-{resumed}.yaml" if resumed else "config.yaml")
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class KosmosCLI(LightningCLI):
+    """Fit, validate, test and predict by configuration."""
+
+    def __init__(self, arguments: Sequence[str], *, run: bool = True) -> None:
+        self.arguments = list(arguments)
+        _refuse_linked_targets(self.arguments)
+        kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
+        defaults = {"default_config_files": [str(BASE)]}
+        each = {verb: kwargs | defaults for verb in self.subcommands()}
+        super().__init__(
+            KosmosLit,
+            L.LightningDataModule,
+            save_config_callback=SaveConfigOnce,
+            parser_class=KosmosParser,
+            parser_kwargs=kwargs | (each if run else defaults),
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={"use_distributed_sampler": False},
+            args=self.arguments,
+            run=run,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def _parse_ckpt_path(self) -> None:
+        """Find the checkpoint, and make sure that it fits the configured model; the configuration stays as it is."""
+        if not (verb := self.config.get("subcommand")):
+            return
+        config: Namespace = self.config[verb]
+        path = config.get("ckpt_path")
+        if path == LAST:
+            folder = _checkpoint_folder(config)
+            path = find_last(folder)
+            print(f"resuming from {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
+            config["ckpt_path"] = str(path) if path else None
+        elif path is None and verb == "fit" and not config.trainer.fast_dev_run:
+            folder = _checkpoint_folder(config)
+            if any(folder.glob("*.ckpt")):
+                raise UserError(
+                    f"{folder} holds checkpoints of an earlier run: resume it with --ckpt_path last, choose another "
+                    "--trainer.default_root_dir, or delete it"
+                )
+        if path:
+            wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
+            check_architecture(load_checkpoint(path), wanted, path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add the checkpoint writer, unless the configuration names one."""
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(p, CheckpointIO) for p in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+
+class DataCLI(KosmosCLI):
+    """Reads a run's configuration and builds its data alone: no trainer, no model."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        super().__init__(arguments, run=False)
+
+    def instantiate_classes(self) -> None:
+        wanted = Namespace(data=self.config.data)
+        self.datamodule = self.parser.instantiate_classes(self.config.clone().update(wanted)).data
+
+
+def run_trainer(arguments: Sequence[str]) -> None:
+    """Run fit, validate, test or predict.
+
+    Raises: UserError for mistakes in configuration, data or checkpoint.
+    """
+    try:
+        KosmosCLI(arguments)
+    except (OmegaConfBaseException, MisconfigurationException) as error:
+        raise UserError(str(error)) from error
+
+
+def _checkpoint_folder(config: Namespace) -> Path:
+    for callback in config.trainer.callbacks or []:
+        if str(callback.get("class_path", "")).endswith(ModelCheckpoint.__name__) and callback.init_args.dirpath:
+            return Path(callback.init_args.dirpath)
+    return Path(config.trainer.default_root_dir or ".") / "checkpoints"
+
+
+def _refuse_linked_targets(arguments: Sequence[str]) -> None:
+    """Raises: UserError if a flag or a file sets a value that follows from another one."""
+    for source, target in LINKS.items():
+        short = target.replace(".init_args", "")
+        advice = f"it follows from {source}; set that instead"
+        for argument in arguments:
+            if argument.split("=")[0] in (f"--{target}", f"--{short}"):
+                raise UserError(f"{argument.split('=')[0]} cannot be set: {advice}")
+        for path in _config_files(arguments):
+            node: Any = _read_yaml(path)
+            for key in target.split("."):
+                node = node.get(key) if isinstance(node, dict) else None
+            if node is not None:
+                raise UserError(f"{path}: {target} cannot be set: {advice}")
+
+
+def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag in ("-c", "--config"):
+            yield Path(value)
+        elif flag.startswith("--config="):
+            yield Path(flag.partition("=")[2])
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None  # the parser will say what is wrong with it

@@ -1,0 +1,130 @@
+"""The verbs beside Lightning's: prepare, rows, generate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from kosmos_lit.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """No abbreviations; mistakes become UserErrors."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; --help shows what it takes")
+
+
+def prepare(arguments: list[str]) -> None:
+    """`prepare tokenizer` and `prepare corpus`."""
+    from datamodules.prepare.index import describe, prepare_corpus
+    from datamodules.prepare.tokenizer import train_tokenizer
+    from datamodules.sources import SOURCES, ReadOptions
+
+    parser = _Parser(prog="main.py prepare")
+    what = parser.add_subparsers(dest="what", required=True, parser_class=_Parser)
+    tokenizer = what.add_parser("tokenizer", help="train a SentencePiece Unigram tokenizer")
+    tokenizer.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="files of any format below")
+    tokenizer.add_argument("--vocab-size", type=int, required=True, help="pieces; the model's vocabulary is 7 larger")
+    tokenizer.add_argument("--output", type=Path, required=True, metavar="DIR")
+    corpus = what.add_parser("corpus", help="index raw files")
+    corpus.add_argument("--format", choices=list(SOURCES), required=True)
+    corpus.add_argument("--input", nargs="+", required=True, metavar="GLOB")
+    corpus.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
+    corpus.add_argument("--output", type=Path, required=True, metavar="DIR")
+    corpus.add_argument("--workers", type=int, default=1, help="processes")
+    corpus.add_argument("--max-bad-share", type=float, default=0.1, help="a shard with more broken records stops it")
+    o = ReadOptions()
+    corpus.add_argument("--text-field", default=o.text_field, help="jsonl, parquet: field of the text")
+    corpus.add_argument("--min-image-side", type=int, default=o.min_image_side, help="warc: smaller pictures are left out")
+    corpus.add_argument("--max-images", type=int, default=o.max_images, help="warc: most pictures of a document")
+    corpus.add_argument(
+        "--keep-single-image", type=float, default=o.keep_single_image, help="warc: share of one-picture pages kept"
+    )
+    corpus.add_argument("--seed", type=int, default=o.seed, help="warc: seed of the draw among one-picture pages")
+    a = parser.parse_args(arguments)
+    if a.what == "tokenizer":
+        made = train_tokenizer(a.input, a.vocab_size, a.output)
+        print(f"{a.output}: {made.n_pieces:,} pieces, {made.vocab_size:,} ids with control tokens ({made.fingerprint})")
+        return
+    options = ReadOptions(
+        text_field=a.text_field, min_image_side=a.min_image_side, max_images=a.max_images,
+        keep_single_image=a.keep_single_image, seed=a.seed,
+    )  # fmt: skip
+    done = prepare_corpus(
+        format=a.format, inputs=a.input, tokenizer=a.tokenizer, output=a.output, options=options, workers=a.workers,
+        max_bad_share=a.max_bad_share,
+    )  # fmt: skip
+    print(describe(done))
+
+
+def rows(arguments: list[str]) -> None:
+    """Print rows of a run's stream."""
+    parser = _Parser(prog="main.py rows", epilog="All other arguments are those of fit: -c CONFIG, overrides.")
+    parser.add_argument("--start", type=int, default=0, help="first row")
+    parser.add_argument("--count", type=int, default=1, help="number of rows")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    a, rest = parser.parse_known_args(arguments)
+    if a.start < 0 or a.count < 0:
+        raise UserError(f"rows: --start {a.start} and --count {a.count} must not be negative")
+    from datamodules.module import MixtureData
+    from datamodules.show import describe_row, readable_row
+    from kosmos_lit.cli.trainer import DataCLI
+
+    data = DataCLI(rest).datamodule
+    if not isinstance(data, MixtureData):
+        raise UserError(f"rows: {type(data).__name__} has no rows")
+    data.prepare_data()
+    data.open()
+    stream = data.stream(a.split)
+    stop = a.start + a.count if a.split == "train" else min(a.start + a.count, data.n_val_rows())
+    for number in range(a.start, stop):
+        row = stream.row(number)
+        if a.json:
+            print(json.dumps(describe_row(row, stream)))
+        else:
+            print(readable_row(row, stream, data.tokenizer))
+
+
+def generate(arguments: list[str]) -> None:
+    """Print a model's continuation of a prompt."""
+    parser = _Parser(prog="main.py generate")
+    parser.add_argument("--ckpt_path", type=Path, required=True)
+    parser.add_argument("--prompt", default="An image of", help="<image> marks where the next picture stands")
+    parser.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
+    parser.add_argument("--beams", type=int, default=1, help="1: greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    a = parser.parse_args(arguments)
+    import numpy as np
+    import torch
+
+    from kosmos_lit.checkpoint import load_model
+    from kosmos_lit.generate import encode_prompt
+    from kosmos_lit.generate import generate as write
+    from kosmos_lit.images import ImageError, decode
+
+    if a.beams < 1 or a.max_new_tokens < 1:
+        raise UserError(f"generate: --beams {a.beams} and --max-new-tokens {a.max_new_tokens} must be positive")
+    model, tokenizer = load_model(a.ckpt_path)
+    size = model.config.vision.image_size
+    pictures = []
+    for path in a.image:
+        try:
+            pictures.append(decode(path.read_bytes(), size, "square"))
+        except (OSError, ImageError) as error:
+            raise UserError(f"{path}: {error}") from error
+    prompt = encode_prompt(a.prompt, len(pictures), tokenizer, model.config.connector.n_latents)
+    images = torch.from_numpy(np.stack(pictures) if pictures else np.zeros((0, 3, size, size), np.uint8))
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    [ids] = write(
+        model.to(device), [prompt], images, tokenizer, max_new_tokens=a.max_new_tokens, n_beams=a.beams
+    )
+    print(tokenizer.decode(ids), file=sys.stdout)

@@ -1,0 +1,194 @@
+"""The model as a table: every size and switch, with its default from the paper. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+from kosmos_lit.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Trainable = Literal["none", "last_block", "all"]
+Norm = Literal["sub", "pre"]
+Positions = Literal["xpos", "sinusoidal", "learned", "none"]
+Init = Literal["torchscale", "magneto"]
+DocumentAttention = Literal["own", "row"]
+ConnectorKind = Literal["resampler", "linear"]
+Kernel = Literal["auto", "xformers", "sdpa", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Config:
+    """Shared by the tables below: reading from plain data, and checks that name the field.
+
+    A dataclass itself, as jsonargparse merges nested dataclasses only where every base class is one.
+    """
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | Self) -> Self:
+        """Build from nested plain data, as a checkpoint holds it.
+
+        Raises: UserError naming keys that the table does not have.
+        """
+        if isinstance(data, cls):
+            return data
+        assert isinstance(data, Mapping)
+        hints = get_type_hints(cls)
+        if unknown := sorted(set(data) - set(hints)):
+            raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
+        values = {}
+        for key, value in data.items():
+            table = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+            values[key] = table.from_dict(value) if table and isinstance(value, Mapping) else value  # type: ignore[union-attr]
+            if isinstance(value, list):
+                values[key] = tuple(value)
+        return cls(**values)
+
+    def _check(self, ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(f"{type(self).__name__}: {message}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            self._check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+
+    def _check_rates(self) -> None:
+        for name in (f.name for f in fields(self) if f.name.endswith("_rate")):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            self._check(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(_Config):
+    """The image tower: any open_clip vision tower. The default is the paper's, OpenAI's CLIP ViT-L/14."""
+
+    architecture: str = "ViT-L-14-quickgelu"
+    """Name of an open_clip architecture, or path of a JSON file in open_clip's model-config format."""
+    pretrained: str | None = "openai"
+    """Tag of released weights, path of a local weight file, or None to start from random weights."""
+    image_size: int = 224
+    """Side of the square input in pixels; must be the architecture's own."""
+    trainable: Trainable = "last_block"
+    """What of the tower trains; `last_block` is the paper's rule: the last transformer block and the final LayerNorm."""
+    l2_normalise: bool = True
+    """Normalise each feature vector to length 1 before the connector, as the released models do."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Per-channel mean of the input, pixels in [0, 1]."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Per-channel standard deviation of the input, pixels in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig(_Config):
+    """From tower features to decoder embeddings."""
+
+    kind: ConnectorKind = "resampler"
+    """`resampler`: learned queries with one cross-attention (KOSMOS-1); `linear`: mean pooling to n_latents, then one matrix."""
+    n_latents: int = 64
+    """Embeddings per image, and so slots per image in a row."""
+    n_heads: int = 32
+    """Heads of the resampler's cross-attention."""
+    attention_dropout_rate: float = 0.1
+    """Dropout on the resampler's attention weights."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("n_latents", "n_heads")
+        self._check_rates()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(_Config):
+    """The language model: the paper's 1.3B decoder by default (Table 17)."""
+
+    vocab_size: int = 64_007
+    """V: rows of the embedding, which is also the output matrix; at least the tokenizer's."""
+    dim: int = 2048
+    """D: width of the residual stream."""
+    n_layers: int = 24
+    n_heads: int = 32
+    ffn_dim: int = 8192
+    """F: hidden width of the feed-forward network."""
+    max_seq_len: int = 2048
+    """Longest row in positions; xPos decay is centred on its middle."""
+    norm: Norm = "sub"
+    """`sub`: sub-LayerNorm, a second LayerNorm inside each sub-layer (Magneto); `pre`: the first one only."""
+    positions: Positions = "xpos"
+    init: Init = "torchscale"
+    """`torchscale`: uniform Linear default times sqrt(ln 2L) on fc1, fc2, v and out, as the code KOSMOS-1 was built on;
+    `magneto`: Xavier normal with the same gain, as the Magneto paper writes it."""
+    document_attention: DocumentAttention = "own"
+    """`own`: a document sees itself only; `row`: every earlier position of the row, as in the paper's packing."""
+    dropout_rate: float = 0.1
+    """Dropout on the embeddings and on what each sub-layer adds to the residual stream."""
+    attention_dropout_rate: float = 0.1
+    """Dropout on attention weights."""
+    attention_kernel: Kernel = "auto"
+    """`auto`: xformers on CUDA, else PyTorch's scaled_dot_product_attention."""
+    loss_chunk: int | None = 8192
+    """Supervised positions whose logits exist at a time; None: all at once."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim", "max_seq_len")
+        self._check_rates()
+        self._check(self.dim % self.n_heads == 0, f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        self._check(self.head_dim % 2 == 0, f"dim / n_heads must be even for xPos, got {self.head_dim}")
+        self._check(self.loss_chunk is None or self.loss_chunk > 0, f"loss_chunk must be positive, got {self.loss_chunk}")
+
+    @property
+    def head_dim(self) -> int:
+        """K: width of one attention head."""
+        return self.dim // self.n_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class KosmosConfig(_Config):
+    """A whole model. Two models with equal `architecture()` can exchange weights."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self) -> None:
+        dim, heads = self.decoder.dim, self.connector.n_heads
+        self._check(dim % heads == 0, f"decoder.dim {dim} is not a multiple of connector.n_heads {heads}")
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the fields that decide which tensors there are and what they compute, flat, by dotted name.
+
+        Left out: where initial weights come from, what trains, dropout, initialisation, and how fast things run.
+        """
+        skip = {"pretrained", "trainable", "init", "attention_kernel", "loss_chunk", "max_seq_len"}
+        return {
+            f"{table.name}.{f.name}": getattr(getattr(self, table.name), f.name)
+            for table in fields(self)
+            for f in fields(getattr(self, table.name))
+            if f.name not in skip and not f.name.endswith("_rate")
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Config):
+    """AdamW as in the paper (section 3.2), eps from the released training script."""
+
+    lr: float = 2e-4
+    """Peak learning rate, per optimizer step."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    """Decoupled decay on every trained parameter, biases and LayerNorms included, as the released code does."""
+    warmup_steps: int = 375
+    """Optimizer steps of linear warm-up from 0."""
+    total_steps: int | None = None
+    """Step at which the linear decay reaches 0; None: the trainer's max_steps."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("lr", "eps")
+        self._check(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
+        self._check(all(0 <= b < 1 for b in self.betas), f"betas must lie in [0, 1), got {self.betas}")
+        self._check(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")

@@ -1,0 +1,1 @@
+"""Building blocks with parameters; each takes its config and leaves initialisation to `init`."""

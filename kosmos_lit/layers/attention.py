@@ -1,0 +1,59 @@
+"""Multi-head causal self-attention with sub-LayerNorm and xPos (Magneto, arXiv 2210.06423; KOSMOS-1 section 2.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kosmos_lit.config import DecoderConfig
+from kosmos_lit.ops.attention import attend
+from kosmos_lit.ops.masks import DocumentMask
+from kosmos_lit.ops.positions import Rotation, rotate
+
+
+class KeyValues:
+    """Keys and values of the positions one layer has seen, in buffers of fixed size."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Take two (B, S, H, K) buffers for S positions."""
+        self.keys, self.values, self.length = keys, values, 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add (B, T, H, K) keys and values; return all so far, (B, length, H, K) each."""
+        end = self.length + k.shape[1]
+        self.keys[:, self.length : end], self.values[:, self.length : end] = k, v
+        self.length = end
+        return self.keys[:, :end], self.values[:, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with copies of these rows, in this order; (B',) int64."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k') v over the heads, LayerNorm on their concatenation, output projection."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.n_heads, self.kernel = config.n_heads, config.attention_kernel
+        self.dropout_rate = config.attention_dropout_rate
+        self.q_proj = nn.Linear(config.dim, config.dim)
+        self.k_proj = nn.Linear(config.dim, config.dim)
+        self.v_proj = nn.Linear(config.dim, config.dim)
+        self.inner_attn_ln = nn.LayerNorm(config.dim) if config.norm == "sub" else nn.Identity()
+        self.out_proj = nn.Linear(config.dim, config.dim)
+
+    def forward(
+        self, x: Tensor, mask: DocumentMask | Tensor, rotation: Rotation | None, seen: KeyValues | None = None
+    ) -> Tensor:
+        """Map (B, T, D) to (B, T, D); with `seen`, T new positions attend to it and are added to it."""
+        B, T, D = x.shape
+        q = self.q_proj(x).view(B, T, self.n_heads, -1)  # (B, T, H, K)
+        k = self.k_proj(x).view(B, T, self.n_heads, -1)
+        v = self.v_proj(x).view(B, T, self.n_heads, -1)
+        if rotation is not None:
+            q, k = rotate(q, k, rotation)
+        if seen is not None:
+            k, v = seen.append(k, v)
+        out = attend(q, k, v, mask, dropout=self.dropout_rate if self.training else 0.0, kernel=self.kernel)
+        out = self.inner_attn_ln(out.reshape(B, T, D))
+        return self.out_proj(out)  # type: ignore[no-any-return]

@@ -1,0 +1,24 @@
+"""Feed-forward network with sub-LayerNorm."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kosmos_lit.config import DecoderConfig
+
+
+class FeedForward(nn.Module):
+    """fc2(LN(gelu(fc1 x))); GELU exact and in float32."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.ffn_layernorm = nn.LayerNorm(config.ffn_dim) if config.norm == "sub" else nn.Identity()
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        hidden = self.fc1(x)
+        hidden = F.gelu(hidden.float()).to(hidden.dtype)
+        return self.fc2(self.ffn_layernorm(hidden))  # type: ignore[no-any-return]

@@ -1,0 +1,44 @@
+"""Loss per corpus, summed over ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from kosmos_lit.batch import CORPORA, KosmosBatch
+
+
+class CorpusLoss(Metric):
+    """Token-mean loss of each corpus and of all of them, in nats a supervised token and in bits a byte of text.
+
+    Bits per byte compare runs with different tokenizers; nats per token do not.
+    """
+
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nll", "tokens", "bytes"):
+            self.add_state(name, torch.zeros(len(CORPORA), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, batch: KosmosBatch) -> None:
+        """Add a batch; `nll` is (S,) nats in the order of `batch.loss_at`."""
+        rows = batch.corpus[batch.loss_at // batch.tokens.shape[1]]  # (S,)
+        self.nll.index_add_(0, rows, nll.detach().double())
+        self.tokens.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
+        self.bytes.index_add_(0, batch.corpus.clamp(min=0), batch.n_bytes.double())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return `loss`, and `loss/CORPUS` and `bits_per_byte/CORPUS` for the corpora that occurred."""
+        found = {"loss": self.nll.sum() / self.tokens.sum()}
+        for i, name in enumerate(CORPORA):
+            if self.tokens[i] > 0:
+                found[f"loss/{name}"] = self.nll[i] / self.tokens[i]
+                found[f"bits_per_byte/{name}"] = self.nll[i] / math.log(2) / self.bytes[i]
+        return found

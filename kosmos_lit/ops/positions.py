@@ -1,0 +1,74 @@
+"""Where a token stands in its document: xPos rotation (A Length-Extrapolatable Transformer, arXiv 2212.10554) and
+sinusoidal embeddings as the released KOSMOS models use them.
+
+xPos, for head width K and pair i of K/2:
+
+    theta_i = 10000^(-2i/K)          angle of position n: n theta_i
+    zeta_i  = (2i/K + 0.4) / 1.4     decay of position n: s_i(n) = zeta_i^((n - c) / 512)
+    q'_n = s(n) (q cos + rot(q) sin),   k'_m = s(m)^-1 (k cos + rot(k) sin),   rot(x0, x1, ...) = (-x1, x0, ...)
+
+so that q'_n . k'_m depends on n - m alone. The centre c cancels; it keeps numbers in range. torchscale moves it with the
+length of the sequence and must rotate cached keys anew at every step; here it is fixed, so cached keys stay valid.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+THETA_BASE = 10_000.0
+SCALE_BASE = 512.0
+GAMMA = 0.4
+FIRST_SINUSOID = 2
+"""fairseq numbers positions from padding_idx + 1."""
+
+
+class Rotation(NamedTuple):
+    """What to multiply queries and keys with, each (B, T, 1, K): `q * cos_q + rotate_pairs(q) * sin_q`."""
+
+    cos_q: Tensor
+    sin_q: Tensor
+    cos_k: Tensor
+    sin_k: Tensor
+
+
+def xpos_tables(n_positions: int, head_dim: int) -> Tensor:
+    """Return (4, n_positions, K) float32: cos_q, sin_q, cos_k, sin_k of every position, decay included."""
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    n = torch.arange(n_positions, dtype=torch.float64)[:, None]
+    angle = n * THETA_BASE**-pair
+    decay = ((pair + GAMMA) / (1 + GAMMA)) ** ((n - n_positions // 2) / SCALE_BASE)
+    cos, sin = angle.cos(), angle.sin()
+    tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
+    return tables.repeat_interleave(2, dim=-1).float()
+
+
+def rotation(tables: Tensor, positions: Tensor) -> Rotation:
+    """Look the (B, T) positions up; the tables' values are shared by all layers of a step."""
+    return Rotation(*tables[:, positions].unsqueeze(-2))  # each (B, T, 1, K)
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    """Return (-x1, x0, -x3, x2, ...) along the last axis."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((-odd, even), dim=-1).flatten(-2)
+
+
+def rotate(q: Tensor, k: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
+    """Apply xPos to queries and keys (B, T, H, K), in float32, and give back their dtype."""
+    rotated_q = q.float() * by.cos_q + rotate_pairs(q).float() * by.sin_q
+    rotated_k = k.float() * by.cos_k + rotate_pairs(k).float() * by.sin_k
+    return rotated_q.to(q.dtype), rotated_k.to(k.dtype)
+
+
+def sinusoids(n_positions: int, dim: int) -> Tensor:
+    """Return (n_positions, D) float32 in fairseq's layout: sines in the first half, cosines in the second."""
+    step = math.log(THETA_BASE) / (dim // 2 - 1)
+    frequency = torch.exp(-step * torch.arange(dim // 2, dtype=torch.float64))
+    angle = (torch.arange(n_positions, dtype=torch.float64)[:, None] + FIRST_SINUSOID) * frequency
+    table = torch.zeros(n_positions, dim)
+    table[:, : dim // 2 * 2] = torch.cat([angle.sin(), angle.cos()], dim=1).float()
+    return table

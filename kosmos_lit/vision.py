@@ -1,0 +1,134 @@
+"""The image tower: pixels to one feature vector per patch, through open_clip. The only importer of open_clip.
+
+KOSMOS reads what the last block gives *after* the final LayerNorm, on the class token and all patches, without CLIP's
+projection, each vector scaled to length 1 (released Kosmos-2 `clip.py`; the paper only says "1,024 feature dimensions").
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kosmos_lit.config import VisionConfig
+from kosmos_lit.errors import UserError
+
+
+class VisionTower(nn.Module):
+    """An open_clip tower, its parameters named as open_clip names them below `visual`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        """Raises: UserError if open_clip does not know the architecture, or weights or image size do not fit it."""
+        super().__init__()
+        self.config = config
+        self.visual = _build(config)
+        self.width = _width(self.visual)
+        for parameter, trains in _who_trains(self.visual, config.trainable):
+            parameter.requires_grad_(trains and parameter.requires_grad)
+        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def init(self) -> None:
+        """Give a tower without pretrained weights positions of unit scale; the rest is as open_clip leaves it.
+
+        open_clip draws them from N(0, 1/C). A LayerNorm follows, so what counts is their size beside the patches'
+        (about 1): at 1 a small tower tells places apart many times sooner.
+        """
+        position = getattr(self.visual, "positional_embedding", None)
+        if self.config.pretrained is None and position is not None and position.requires_grad:
+            nn.init.normal_(position)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (N, 3, H, W) uint8 to features (N, 1 + P, C); towers without a class token give (N, P, C)."""
+        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        found: dict[str, Any] = self.visual.forward_intermediates(
+            pixels.to(next(self.visual.parameters()).dtype),
+            indices=1,
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        features: Tensor = found["image_intermediates"][-1]
+        if prefix := found.get("image_intermediates_prefix"):
+            features = torch.cat([prefix[-1], features], dim=1)
+        return F.normalize(features, dim=-1) if self.config.l2_normalise else features
+
+
+def _build(config: VisionConfig) -> nn.Module:
+    import open_clip
+
+    name, table = _architecture(config.architecture)
+    size = table.get("vision_cfg", {}).get("image_size", 224)
+    if size != config.image_size:
+        raise UserError(f"vision.image_size is {config.image_size}, but {config.architecture} reads {size} pixels")
+    try:
+        if config.pretrained is None:
+            # open_clip builds towers in pairs: the text tower here is as small as can be, and dropped.
+            text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+            pair = open_clip.CLIP(
+                table["embed_dim"], table["vision_cfg"], text, quick_gelu=table.get("quick_gelu", False)
+            )
+        else:
+            pair = open_clip.create_model(name, pretrained=config.pretrained, require_pretrained=True)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"vision: cannot build {config.architecture!r} with pretrained={config.pretrained!r}: {error}; "
+            "give a local weight file, a tag that `open_clip.list_pretrained()` knows, or null for random weights"
+        ) from error
+    visual: nn.Module = pair.visual
+    visual.proj = None  # KOSMOS reads features before CLIP's projection
+    return visual
+
+
+@cache
+def _architecture(name: str) -> tuple[str, dict[str, Any]]:
+    """Return open_clip's name of an architecture and its table, registering a config file first."""
+    import open_clip
+
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"vision.architecture: no file {name}")
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [key for key in ("embed_dim", "vision_cfg") if key not in table]:
+            raise UserError(f"{name} is no open_clip model config: {', '.join(missing)} missing")
+        open_clip.add_model_config(path)
+        return path.stem, table
+    found = open_clip.get_model_config(name)
+    if found is None:
+        raise UserError(
+            f"vision.architecture: open_clip has no {name!r}; `open_clip.list_models()` names what it has, and a "
+            "path ending in .json is read as a model config"
+        )
+    return name, found
+
+
+def _width(visual: nn.Module) -> int:
+    """C: the width of the features, which is that of the last LayerNorm."""
+    norms = [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
+    if not norms:
+        raise UserError(f"vision: {type(visual).__name__} ends in no LayerNorm; KOSMOS needs a transformer tower")
+    return norms[-1].normalized_shape[0]
+
+
+def _who_trains(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:
+    """Say for each parameter whether `rule` trains it.
+
+    `last_block` is the released flag `--no-freeze-layer resblocks.23,ln_post`, for any number of blocks.
+    """
+    named = list(visual.named_parameters())
+    if rule == "last_block":
+        block = re.compile(r"(?:^|\.)(?:resblocks|blocks)\.(\d+)\.")
+        numbers = [int(found[1]) for name, _ in named if (found := block.search(name))]
+        if not numbers:
+            raise UserError("vision.trainable: last_block, but the tower has no numbered blocks; use none or all")
+        last = re.compile(rf"(?:^|\.)(?:(?:resblocks|blocks)\.{max(numbers)}\.|ln_post\.|trunk\.norm\.)")
+        return [(parameter, bool(last.search(name))) for name, parameter in named]
+    return [(parameter, rule == "all") for _, parameter in named]
