@@ -159,12 +159,14 @@ class MixtureData(L.LightningDataModule):
             advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
             raise UserError(f"global_batch_rows {G} is not divisible by {W} ranks x {m} micro_batch_rows; {advice}")
         wanted = G // (m * W)
-        if self.trainer.accumulate_grad_batches not in (1, wanted):
+        if self.trainer.accumulate_grad_batches != 1:
             raise UserError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but {G} rows a step on {W} ranks "
-                f"with micro-batches of {m} make {wanted}; leave it out, it follows from the data's numbers"
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but it follows from the data's "
+                f"numbers: {G} rows a step on {W} ranks with micro-batches of {m} make {wanted}; leave it out"
             )
         self.trainer.accumulate_grad_batches = wanted
+        if isinstance(self.trainer.val_check_interval, int):
+            self.trainer.val_check_interval *= wanted  # Lightning counts micro-batches there
 
     # ---- streams
 

@@ -73,8 +73,8 @@ class VisionConfig(_Config):
     """Side of the square input in pixels; must be the architecture's own."""
     trainable: Trainable = "last_block"
     """What of the tower trains; `last_block` is the paper's rule: the last transformer block and the final LayerNorm."""
-    l2_normalise: bool = True
-    """Normalise each feature vector to length 1 before the connector, as the released models do."""
+    feature_length: float | None = 1.0
+    """Length to which each feature vector is scaled before the connector: 1, as in the released models; None: as it comes."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Per-channel mean of the input, pixels in [0, 1]."""
     std: tuple[float, float, float] = CLIP_STD
@@ -82,6 +82,8 @@ class VisionConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_positive("image_size")
+        length = self.feature_length
+        self._check(length is None or length > 0, f"feature_length must be positive or null, got {length}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,8 @@ class KosmosLit(L.LightningModule):
         self.step_loss, self.val_loss = CorpusLoss(), CorpusLoss()
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping."""
+        self.lr = 0.0
+        """Learning rate of the last step."""
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
@@ -100,7 +102,8 @@ class KosmosLit(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and keep the norm for the log."""
+        """Clip by norm, and keep norm and learning rate for the log: the schedule moves on before a step is logged."""
+        self.lr = optimizer.param_groups[0]["lr"]
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 

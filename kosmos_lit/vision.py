@@ -58,7 +58,8 @@ class VisionTower(nn.Module):
         features: Tensor = found["image_intermediates"][-1]
         if prefix := found.get("image_intermediates_prefix"):
             features = torch.cat([prefix[-1], features], dim=1)
-        return F.normalize(features, dim=-1) if self.config.l2_normalise else features
+        length = self.config.feature_length
+        return features if length is None else length * F.normalize(features, dim=-1)
 
 
 def _build(config: VisionConfig) -> nn.Module:

@@ -1,8 +1,9 @@
 """What watches a run: throughput, progress, samples."""
 
 from kosmos_lit.callbacks.caption_report import CaptionReport
+from kosmos_lit.callbacks.checkpoints import Checkpoints
 from kosmos_lit.callbacks.predictions import Predictions
 from kosmos_lit.callbacks.progress import Progress
 from kosmos_lit.callbacks.step_log import StepLog
 
-__all__ = ["CaptionReport", "Predictions", "Progress", "StepLog"]
+__all__ = ["CaptionReport", "Checkpoints", "Predictions", "Progress", "StepLog"]

@@ -51,7 +51,7 @@ class CaptionReport(Callback):
         """
         self.tasks, self.max_new_tokens, self.sheet = tuple(tasks), max_new_tokens, sheet
         self.loss_before: dict[str, float] = {}
-        self._train_seconds = self._started = self._validated = 0.0
+        self._train_seconds = self._started = 0.0
         self._positions = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,9 +62,11 @@ class CaptionReport(Callback):
         self.loss_before = state_dict["loss_before"]
         self._train_seconds, self._positions = state_dict["train_seconds"], state_dict["positions"]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:  # Lightning forgets its figures before training starts
             self.loss_before = validation_losses(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -59,7 +59,7 @@ class StepLog(Callback):
         mix = self._sum(trainer, self._mix)
         metrics = {f"train/{k}": v.float() for k, v in pl_module.step_loss.compute().items()} | {
             "step": float(self._step),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": pl_module.lr,
             "tokens_per_second": real / seconds,
             "images_per_second": images / seconds,
             "padding": 1 - real / positions,

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_docstring_parse_options, set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -163,8 +162,8 @@ def run_trainer(arguments: Sequence[str]) -> None:
 
 def _checkpoint_folder(config: Namespace) -> Path:
     for callback in config.trainer.callbacks or []:
-        if str(callback.get("class_path", "")).endswith(ModelCheckpoint.__name__) and callback.init_args.dirpath:
-            return Path(callback.init_args.dirpath)
+        if folder := callback.get("init_args", {}).get("dirpath"):
+            return Path(folder)
     return Path(config.trainer.default_root_dir or ".") / "checkpoints"
 
 

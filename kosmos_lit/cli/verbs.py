@@ -21,10 +21,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; --help shows what it takes")
 
 
-def prepare(arguments: list[str]) -> None:
-    """`prepare tokenizer` and `prepare corpus`."""
-    from datamodules.prepare.index import describe, prepare_corpus
-    from datamodules.prepare.tokenizer import train_tokenizer
+def prepare_parser() -> argparse.ArgumentParser:
+    """Return the options of `prepare tokenizer` and `prepare corpus`."""
     from datamodules.sources import SOURCES, ReadOptions
 
     parser = _Parser(prog="main.py prepare")
@@ -48,7 +46,16 @@ def prepare(arguments: list[str]) -> None:
         "--keep-single-image", type=float, default=o.keep_single_image, help="warc: share of one-picture pages kept"
     )
     corpus.add_argument("--seed", type=int, default=o.seed, help="warc: seed of the draw among one-picture pages")
-    a = parser.parse_args(arguments)
+    return parser
+
+
+def prepare(arguments: list[str]) -> None:
+    """Make a tokenizer or an indexed corpus."""
+    a = prepare_parser().parse_args(arguments)
+    from datamodules.prepare.index import describe, prepare_corpus
+    from datamodules.prepare.tokenizer import train_tokenizer
+    from datamodules.sources import ReadOptions
+
     if a.what == "tokenizer":
         made = train_tokenizer(a.input, a.vocab_size, a.output)
         print(f"{a.output}: {made.n_pieces:,} pieces, {made.vocab_size:,} ids with control tokens ({made.fingerprint})")
@@ -64,14 +71,19 @@ def prepare(arguments: list[str]) -> None:
     print(describe(done))
 
 
-def rows(arguments: list[str]) -> None:
-    """Print rows of a run's stream."""
+def rows_parser() -> argparse.ArgumentParser:
+    """Return the options of `rows`; those of `fit` come beside them."""
     parser = _Parser(prog="main.py rows", epilog="All other arguments are those of fit: -c CONFIG, overrides.")
     parser.add_argument("--start", type=int, default=0, help="first row")
     parser.add_argument("--count", type=int, default=1, help="number of rows")
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    a, rest = parser.parse_known_args(arguments)
+    return parser
+
+
+def rows(arguments: list[str]) -> None:
+    """Print rows of a run's stream."""
+    a, rest = rows_parser().parse_known_args(arguments)
     if a.start < 0 or a.count < 0:
         raise UserError(f"rows: --start {a.start} and --count {a.count} must not be negative")
     from datamodules.module import MixtureData
@@ -93,8 +105,8 @@ def rows(arguments: list[str]) -> None:
             print(readable_row(row, stream, data.tokenizer))
 
 
-def generate(arguments: list[str]) -> None:
-    """Print a model's continuation of a prompt."""
+def generate_parser() -> argparse.ArgumentParser:
+    """Return the options of `generate`."""
     parser = _Parser(prog="main.py generate")
     parser.add_argument("--ckpt_path", type=Path, required=True)
     parser.add_argument("--prompt", default="An image of", help="<image> marks where the next picture stands")
@@ -102,7 +114,12 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("--beams", type=int, default=1, help="1: greedy")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
-    a = parser.parse_args(arguments)
+    return parser
+
+
+def generate(arguments: list[str]) -> None:
+    """Print a model's continuation of a prompt."""
+    a = generate_parser().parse_args(arguments)
     import numpy as np
     import torch
 

@@ -1,0 +1,56 @@
+# Each verb sets up first, once; `make quickstart SEED=1` and `make test ARGS="-k plan"` pass something on.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SEED ?= 0
+ARGS ?=
+# Test workers use one thread each; more than eight gain nothing.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+.PHONY: setup quickstart test test-all lint type format golden bench check clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (PyTorch with its CUDA libraries is some 5 GB: minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...")'
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $(READY)
+
+quickstart: $(READY)
+	rm -rf runs/quickstart
+	$(BIN)/python main.py fit -c configs/quickstart.yaml --seed_everything $(SEED)
+
+test: $(READY)
+	$(PYTEST) $(ARGS)
+
+test-all: $(READY)
+	$(PYTEST) -m "" $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+type: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+
+golden: $(READY)
+	$(BIN)/python -m pytest -q -m "" --regenerate-golden tests/test_golden.py
+
+bench: $(READY)
+	$(BIN)/python benchmarks/full_size_step.py $(ARGS)
+
+check: lint type test-all
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
