@@ -127,7 +127,8 @@ class IndexedCorpus:
 
 def place(shard: int, at: int) -> int:
     """Pack a shard number and a place in it into one number."""
-    assert 0 <= at < 1 << PLACE_BITS and 0 <= shard < 1 << (64 - PLACE_BITS), f"shard {shard}, place {at}"
+    assert 0 <= at < 1 << PLACE_BITS, at
+    assert 0 <= shard < 1 << (64 - PLACE_BITS), shard
     return shard << PLACE_BITS | at
 
 

@@ -84,10 +84,11 @@ class MixtureData(L.LightningDataModule):
         for name, weight in zip(CORPORA, self.ratio.weights(), strict=True):
             config = given[name]
             if weight and config is None:
-                raise UserError(f"data.ratio.{name} is {weight:g}, but data.{name} is not given; set the ratio to 0 or give it")
+                raise UserError(f"data.ratio.{name} is {weight:g}, but data.{name} is not given; give it, or set 0")
             if weight and config is not None:
                 self.configs[name] = config
-        for name, value in (("seq_len", seq_len), ("global_batch_rows", global_batch_rows), ("micro_batch_rows", micro_batch_rows)):
+        sizes = {"seq_len": seq_len, "global_batch_rows": global_batch_rows, "micro_batch_rows": micro_batch_rows}
+        for name, value in sizes.items():
             if value <= 0:
                 raise UserError(f"data.{name} must be positive, got {value}")
         self.seq_len, self.global_batch_rows, self.micro_batch_rows = seq_len, global_batch_rows, micro_batch_rows

@@ -129,7 +129,8 @@ def _pack_whole(
     row = best_fit(columns[2] - columns[1] + (n_latents + 1) * columns[3], seq_len)
     by_row = np.argsort(row, kind="stable")
     row_starts = np.searchsorted(row[by_row], np.arange(row.max() + 2))
-    return Plan(row_starts, *columns[:, by_row], n_latents)  # type: ignore[arg-type, misc]
+    document_of, start_of, end_of, images_of = columns[:, by_row]
+    return Plan(row_starts, document_of, start_of, end_of, images_of, n_latents)
 
 
 def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:

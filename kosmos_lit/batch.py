@@ -41,7 +41,7 @@ class KosmosBatch(_Movable):
     positions: Tensor
     """(B, T) int64: position within the document, from 0; restarts at each document."""
     lengths: tuple[int, ...]
-    """Positions of each document in the flattened (B * T) stream, a row's padding as a document of its own; sums to B * T."""
+    """Positions of each document in the flattened (B * T) stream, a row's padding as one more; sums to B * T."""
     loss_at: Tensor
     """(S,) int64: the flat positions whose target is not IGNORE, known on the host so that no device sync is needed."""
     images: Tensor

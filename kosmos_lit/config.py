@@ -56,7 +56,7 @@ class _Config:
             self._check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
 
     def _check_rates(self) -> None:
-        for name in (f.name for f in fields(self) if f.name.endswith("_rate")):  # type: ignore[arg-type]
+        for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
             value = getattr(self, name)
             self._check(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
 
@@ -74,7 +74,7 @@ class VisionConfig(_Config):
     trainable: Trainable = "last_block"
     """What of the tower trains; `last_block` is the paper's rule: the last transformer block and the final LayerNorm."""
     feature_length: float | None = 1.0
-    """Length to which each feature vector is scaled before the connector: 1, as in the released models; None: as it comes."""
+    """Length to which each feature vector is scaled before the connector: 1 in the released models; None: as it comes."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Per-channel mean of the input, pixels in [0, 1]."""
     std: tuple[float, float, float] = CLIP_STD
@@ -91,7 +91,7 @@ class ConnectorConfig(_Config):
     """From tower features to decoder embeddings."""
 
     kind: ConnectorKind = "resampler"
-    """`resampler`: learned queries with one cross-attention (KOSMOS-1); `linear`: mean pooling to n_latents, then one matrix."""
+    """`resampler`: learned queries with one cross-attention (KOSMOS-1); `linear`: mean pooling, then one matrix."""
     n_latents: int = 64
     """Embeddings per image, and so slots per image in a row."""
     n_heads: int = 32

@@ -92,5 +92,5 @@ class LinearConnector(nn.Module):
 
 def build_connector(config: KosmosConfig, width: int) -> Resampler | LinearConnector:
     """Return the connector that the config asks for, between features of `width` C and the decoder."""
-    kinds = {"resampler": Resampler, "linear": LinearConnector}
+    kinds: dict[str, type[Resampler | LinearConnector]] = {"resampler": Resampler, "linear": LinearConnector}
     return kinds[config.connector.kind](config.connector, width, config.decoder.dim)

@@ -124,8 +124,8 @@ class _State:
         itself = torch.eye(T, dtype=torch.bool, device=device)
         mask = (causal(T, T, device) & (real[:, None, :] | itself)).unsqueeze(1)  # (B, 1, T, T)
         forbidden = torch.tensor(
-            [BOS, PAD, UNK, special.mask, special.doc_end, special.image, special.image_end, special.chunk_end]
-            + list(range(tokenizer.vocab_size, model.config.decoder.vocab_size)),
+            [BOS, PAD, UNK, special.mask, special.doc_end, special.image, special.image_end, special.chunk_end,
+             *range(tokenizer.vocab_size, model.config.decoder.vocab_size)],
             device=device,
         )
         state = cls(model, model.decoder.new_cache(B, n_positions), real, positions[:, -1] + 1, forbidden)

@@ -23,6 +23,9 @@ from kosmos_lit.errors import UserError
 class VisionTower(nn.Module):
     """An open_clip tower, its parameters named as open_clip names them below `visual`."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VisionConfig) -> None:
         """Raises: UserError if open_clip does not know the architecture, or weights or image size do not fit it."""
         super().__init__()
@@ -47,7 +50,7 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) uint8 to features (N, 1 + P, C); towers without a class token give (N, P, C)."""
         pixels = (images.to(self.mean.dtype) - self.mean) / self.std
-        found: dict[str, Any] = self.visual.forward_intermediates(
+        found: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
             pixels.to(next(self.visual.parameters()).dtype),
             indices=1,
             normalize_intermediates=True,
@@ -84,7 +87,7 @@ def _build(config: VisionConfig) -> nn.Module:
             "give a local weight file, a tag that `open_clip.list_pretrained()` knows, or null for random weights"
         ) from error
     visual: nn.Module = pair.visual
-    visual.proj = None  # KOSMOS reads features before CLIP's projection
+    visual.proj = None  # type: ignore[assignment]  # KOSMOS reads features before CLIP's projection
     return visual
 
 

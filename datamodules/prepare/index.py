@@ -62,7 +62,7 @@ class Task:
 
 def prepare_corpus(
     *,
-    format: str,  # noqa: A002
+    format: str,
     inputs: Sequence[str],
     tokenizer: Path,
     output: Path,

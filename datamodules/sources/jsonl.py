@@ -18,7 +18,7 @@ from datamodules.sources.base import ReadOptions, Source
 CHUNK = 1 << 20
 
 
-class Truncated(OSError):
+class TruncatedError(OSError):
     """A compressed file that ends in the middle."""
 
 
@@ -36,7 +36,7 @@ class Jsonl(Source):
             for number, line in enumerate(lines(path), start=1):
                 if line.strip():
                     yield from self._document(line, number, path, options, tally)
-        except (Truncated, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             tally.miss("shard cut off or corrupt", f"{path.name}, after line {number}: {error}")
 
     def _document(
@@ -66,7 +66,7 @@ class Jsonl(Source):
 def lines(path: Path) -> Iterator[bytes]:
     """Yield a file's lines, decompressed by the ending of its name.
 
-    Raises: Truncated or the decompressor's error where the file breaks off, after all lines before it.
+    Raises: TruncatedError or the decompressor's error where the file breaks off, after all lines before it.
     """
     rest = b""
     for chunk in _chunks(path):
@@ -99,4 +99,4 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
                 yield frame.decompress(data)
                 data = frame.unused_data or file.read(CHUNK)
                 if not data and not frame.eof:
-                    raise Truncated("the last zstd frame is incomplete")
+                    raise TruncatedError("the last zstd frame is incomplete")

@@ -85,7 +85,10 @@ def caption(scene: Scene, random: Random) -> str:
         ]
     elif scene.kind == "count":
         t, n = scene.things[0], len(scene.things)
-        ways += [f"{PLURALS[t.shape]}, {NUMBERS[n]} of them, all {t.colour}", f"One can count {NUMBERS[n]} {t.colour} {PLURALS[t.shape]}."]
+        ways += [
+            f"{PLURALS[t.shape]}, {NUMBERS[n]} of them, all {t.colour}",
+            f"One can count {NUMBERS[n]} {t.colour} {PLURALS[t.shape]}.",
+        ]
     elif scene.kind == "pair":
         first, second = scene.things
         ways += [f"{article(look(second)).capitalize()} {INVERSE[relation(first, second)]} {article(look(first))}."]

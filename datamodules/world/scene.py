@@ -109,7 +109,8 @@ def draw_scene(random: Random, kind: str) -> Scene:
     n = {"object": 1, "pair": 2}.get(kind) or random.randint(3, 4)
     looks = random.sample([(s, c) for s in SHAPES for c in COLOURS], n)
     places = sorted(random.sample(range(9), n) if kind != "pair" else _side_by_side(random))
-    return Scene(kind, tuple(Thing(*look, random.choice(list(SIZES)), p) for look, p in zip(looks, places, strict=True)), background)
+    things = (Thing(*look, random.choice(list(SIZES)), p) for look, p in zip(looks, places, strict=True))
+    return Scene(kind, tuple(things), background)
 
 
 def _side_by_side(random: Random) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -36,4 +37,4 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
         if step == trainer.max_steps and step % self.every_n_train_steps:
-            trainer.save_checkpoint(self.format_checkpoint_name({"step": step}))
+            trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(step)}))

@@ -22,7 +22,7 @@ class Predictions(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._path(trainer).unlink(missing_ok=True)
 
-    def write_on_batch_end(  # type: ignore[override]
+    def write_on_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,

@@ -38,7 +38,7 @@ class StepLog(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: KosmosBatch, batch_idx: int
     ) -> None:
         self._window += torch.tensor(
@@ -48,7 +48,7 @@ class StepLog(Callback):
         if trainer.global_step == self._step:
             return  # the step's other micro-batches are still to come
         self._step = trainer.global_step
-        if self._step % trainer.log_every_n_steps == 0:
+        if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -79,8 +79,8 @@ class StepLog(Callback):
     @staticmethod
     def _sum(trainer: L.Trainer, values: torch.Tensor) -> list[float]:
         if trainer.world_size > 1:
-            values = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")  # type: ignore[assignment]
-        return values.tolist()  # type: ignore[no-any-return]
+            values = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")
+        return values.tolist()
 
 
 def _loader_wait(trainer: L.Trainer) -> float:

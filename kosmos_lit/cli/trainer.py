@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_docstring_parse_options, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_last, load_checkpoint
@@ -84,7 +84,7 @@ class KosmosCLI(LightningCLI):
         _refuse_linked_targets(self.arguments)
         kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         defaults = {"default_config_files": [str(BASE)]}
-        each = {verb: kwargs | defaults for verb in self.subcommands()}
+        each = dict.fromkeys(self.subcommands(), kwargs | defaults)
         super().__init__(
             KosmosLit,
             L.LightningDataModule,
@@ -145,7 +145,7 @@ class DataCLI(KosmosCLI):
         super().__init__(arguments, run=False)
 
     def instantiate_classes(self) -> None:
-        wanted = Namespace(data=self.config.data)
+        wanted = Namespace(data=self.config.data)  # type: ignore[no-untyped-call]
         self.datamodule = self.parser.instantiate_classes(self.config.clone().update(wanted)).data
 
 

@@ -22,7 +22,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None =
     """
     if chunk is None or len(hidden) <= chunk:
         return _nll(hidden, head, targets)
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    pieces = zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
     return torch.cat([checkpoint(_nll, h, head, t, use_reentrant=False) for h, t in pieces])
 
 

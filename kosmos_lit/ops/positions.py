@@ -53,7 +53,7 @@ def rotation(tables: Tensor, positions: Tensor) -> Rotation:
 
 def rotate_pairs(x: Tensor) -> Tensor:
     """Return (-x1, x0, -x3, x2, ...) along the last axis."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     return torch.stack((-odd, even), dim=-1).flatten(-2)
 
 
