@@ -38,4 +38,4 @@ def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
 
 def share_of(key: int) -> float:
     """Map a 64-bit hash to [0, 1), for a draw with a probability."""
-    return key / 2.0**64
+    return (key >> 11) / 2.0**53

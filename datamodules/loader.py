@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.collate import Pictures, collate, empty_row
 from datamodules.stream import Row, Stream
-from kosmos_lit.batch import CORPORA, KosmosBatch
+from kosmos_lit.batch import CORPORA, KosmosBatch, PromptBatch
 from kosmos_lit.images import Fit
 from kosmos_lit.tokens import Ids
 
@@ -129,3 +129,16 @@ class FiniteLoader(Loader):
 
     def __len__(self) -> int:
         return self.batches.n_batches
+
+
+class Questions:
+    """Batches of questions that are at hand; a bare list would be many loaders to Lightning."""
+
+    def __init__(self, batches: Sequence[PromptBatch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
 from datamodules.corpus import IndexedCorpus, read_manifest
-from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
+from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
 from datamodules.mixture import Mixture
 from datamodules.plan import make_plan, split_documents
 from datamodules.prepare.index import describe, prepare_corpus
@@ -96,6 +96,7 @@ class MixtureData(L.LightningDataModule):
         self.val_rows, self.num_workers, self.prepare_workers = val_rows, num_workers, prepare_workers
         self.seed, self.prompt = seed, prompt
         self._first_row = self._first_step = 0
+        self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
 
     # ---- preparation
 
@@ -147,6 +148,22 @@ class MixtureData(L.LightningDataModule):
         self.open()
         if self.trainer is not None and stage == "fit":
             self._set_accumulation()
+            rank_zero_info(self.describe(self.trainer.max_steps))
+
+    def describe(self, n_steps: int) -> str:
+        """Return a table of what the corpora give, and how much of it `n_steps` optimizer steps read."""
+        heads = ("corpus", "documents", "pictures", "rows", "padding", "share", "epochs")
+        lines = [f"{heads[0]:<14}" + "".join(f"{h:>12}" for h in heads[1:])]
+        for name, read in zip(CORPORA, self.mixture.counts(max(0, n_steps) * self.global_batch_rows), strict=True):
+            if plan := self.train_plans.get(name):
+                padding = 1 - plan.n_positions.sum() / (plan.n_rows * self.seq_len)
+                share = self.ratio.weights()[CORPORA.index(name)] / sum(self.ratio.weights())
+                n_documents, n_images = len(np.unique(plan.document)), int(plan.n_images.sum())
+                lines.append(
+                    f"{name:<14}{n_documents:>12,}{n_images:>12,}{plan.n_rows:>12,}{padding:>12.2%}{share:>12.1%}"
+                    f"{read / plan.n_rows:>12.2f}"
+                )
+        return "\n".join(lines)
 
     def _set_accumulation(self) -> None:
         """Let the trainer accumulate as many micro-batches as a global batch needs.
@@ -160,12 +177,15 @@ class MixtureData(L.LightningDataModule):
             advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
             raise UserError(f"global_batch_rows {G} is not divisible by {W} ranks x {m} micro_batch_rows; {advice}")
         wanted = G // (m * W)
+        if self.trainer is self._accumulates:
+            return  # a second fit of the same trainer
         if self.trainer.accumulate_grad_batches != 1:
             raise UserError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but it follows from the data's "
                 f"numbers: {G} rows a step on {W} ranks with micro-batches of {m} make {wanted}; leave it out"
             )
         self.trainer.accumulate_grad_batches = wanted
+        self._accumulates = self.trainer
         if isinstance(self.trainer.val_check_interval, int):
             self.trainer.val_check_interval *= wanted  # Lightning counts micro-batches there
 
@@ -207,9 +227,10 @@ class MixtureData(L.LightningDataModule):
         corpus, documents = self.corpora.get("caption"), self.val_documents.get("caption", np.empty(0))
         if corpus is None or not len(documents):
             raise UserError("predict asks about held-out caption pairs, but there are none")
-        return [self._questions(corpus, documents[i : i + 16].tolist()) for i in range(0, min(len(documents), 256), 16)]
+        batches = (self._questions(corpus, documents[i : i + 16].tolist()) for i in range(0, min(len(documents), 256), 16))
+        return Questions([batch for batch in batches if batch])
 
-    def _questions(self, corpus: IndexedCorpus, documents: list[int]) -> PromptBatch:
+    def _questions(self, corpus: IndexedCorpus, documents: list[int]) -> PromptBatch | None:
         images, answers = [], []
         for document in documents:
             try:
@@ -218,6 +239,8 @@ class MixtureData(L.LightningDataModule):
             except ImageError:
                 continue
             answers.append(self.tokenizer.decode(corpus.document_tokens(document).tolist()))
+        if not answers:
+            return None
         n = len(answers)
         return PromptBatch(
             prompts=[self.prompt] * n, images=torch.stack(images), n_images=[1] * n, answers=answers, tasks=["caption"] * n

@@ -147,7 +147,11 @@ def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> 
         end = int(np.searchsorted(ends, base + seq_len, side="right"))
         while end < n_targets and is_image[end - 1]:
             end -= 1
-        assert end > start, f"document {document}: no progress at target {start}"
+        if end == start:
+            raise UserError(
+                f"{corpus.folder}: document {document} has more pictures in a row than fit {seq_len} positions; "
+                f"raise seq_len, or prepare the corpus with fewer max_images"
+            )
         pieces.append((start, end, int(is_image[start:end].sum())))
         start = end
     return pieces

@@ -30,7 +30,7 @@ class _Movable:
         return replace(self, **{k: move(v) for k, v in moved.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)  # not frozen: Lightning refuses to walk through frozen ones
 class KosmosBatch(_Movable):
     """One micro-batch of the training stream on one rank."""
 
@@ -62,7 +62,7 @@ class KosmosBatch(_Movable):
     """Pictures that could not be decoded: their documents are in the batch without targets."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)  # not frozen: Lightning refuses to walk through frozen ones
 class PromptBatch(_Movable):
     """Questions to a model: a prompt with pictures, and the answer that would be right."""
 

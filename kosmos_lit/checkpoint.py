@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def find_last(folder: Path) -> Path | None:
     """Return the newest readable checkpoint of a folder by its step, or None if there is none at all.
 
+    What cannot be read is named on stderr.
+
     Raises: UserError if there are checkpoints but none can be read: a run must not start over without being told to.
     """
     steps: list[tuple[int, Path]] = []
@@ -83,6 +86,8 @@ def find_last(folder: Path) -> Path | None:
             damaged.append(str(error))
     if damaged and not steps:
         raise UserError(f"no checkpoint in {folder} can be read: {'; '.join(damaged)}; delete them to start over")
+    for message in damaged:
+        print(f"passed over: {message}", file=sys.stderr)
     return max(steps)[1] if steps else None
 
 

@@ -30,9 +30,10 @@ class CorpusLoss(Metric):
     def update(self, nll: Tensor, batch: KosmosBatch) -> None:
         """Add a batch; `nll` is (S,) nats in the order of `batch.loss_at`."""
         rows = batch.corpus[batch.loss_at // batch.tokens.shape[1]]  # (S,)
-        self.nll.index_add_(0, rows, nll.detach().double())
-        self.tokens.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))
-        self.bytes.index_add_(0, batch.corpus.clamp(min=0), batch.n_bytes.double())
+        # Empty sums follow the module's dtype; what is added up must not.
+        self.nll = self.nll.double().index_add(0, rows, nll.detach().double())
+        self.tokens = self.tokens.double().index_add(0, rows, torch.ones_like(rows, dtype=torch.float64))
+        self.bytes = self.bytes.double().index_add(0, batch.corpus.clamp(min=0), batch.n_bytes.double())
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss`, and `loss/CORPUS` and `bits_per_byte/CORPUS` for the corpora that occurred."""

@@ -23,9 +23,6 @@ from kosmos_lit.errors import UserError
 class VisionTower(nn.Module):
     """An open_clip tower, its parameters named as open_clip names them below `visual`."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: VisionConfig) -> None:
         """Raises: UserError if open_clip does not know the architecture, or weights or image size do not fit it."""
         super().__init__()
@@ -34,8 +31,7 @@ class VisionTower(nn.Module):
         self.width = _width(self.visual)
         for parameter, trains in _who_trains(self.visual, config.trainable):
             parameter.requires_grad_(trains and parameter.requires_grad)
-        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def init(self) -> None:
         """Give a tower without pretrained weights positions of unit scale; the rest is as open_clip leaves it.
@@ -49,7 +45,8 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) uint8 to features (N, 1 + P, C); towers without a class token give (N, P, C)."""
-        pixels = (images.to(self.mean.dtype) - self.mean) / self.std
+        mean, std = self._mean_std(images.device)
+        pixels = (images.float() - mean) / std
         found: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
             pixels.to(next(self.visual.parameters()).dtype),
             indices=1,
@@ -63,6 +60,14 @@ class VisionTower(nn.Module):
             features = torch.cat([prefix[-1], features], dim=1)
         length = self.config.feature_length
         return features if length is None else length * F.normalize(features, dim=-1)
+
+    def _mean_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of pixels in [0, 255], (1, 3, 1, 1) float32 each; no buffers, as those follow the weights' dtype."""
+        if device not in self._statistics:
+            both = torch.tensor([self.config.mean, self.config.std], dtype=torch.float32) * 255  # (2, 3)
+            mean, std = both.to(device).view(2, 1, 3, 1, 1)
+            self._statistics[device] = mean, std
+        return self._statistics[device]
 
 
 def _build(config: VisionConfig) -> nn.Module:

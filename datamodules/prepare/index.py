@@ -100,6 +100,9 @@ def prepare_corpus(
         check_same(output, identity)
         return IndexedCorpus(output)
     with _locked(output):
+        if read_manifest(output) is not None:  # made by the process that was waited for
+            check_same(output, identity)
+            return IndexedCorpus(output)
         _check_parts(output, identity)
         tasks = [
             Task(
@@ -276,7 +279,7 @@ def _run(
                         future.result()
                         bar.update()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # what runs may finish: the lock is held until then
                 raise
 
 

@@ -16,7 +16,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from datamodules.document import Tally
-from datamodules.prepare.files import expand, whole_folder
+from datamodules.prepare.files import expand, write_whole
 from datamodules.sources import SOURCES, ReadOptions, Source
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import LEADING, MODEL_FILE, Tokenizer, clean
@@ -61,9 +61,8 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tok
         why = f"the text is enough for at most {most[1]}" if most else str(error)
         raise UserError(f"prepare tokenizer: {vocab_size} pieces out of {len(files)} files: {why}") from error
     tokenizer = Tokenizer(model.getvalue())
-    with whole_folder(output) as folder:
-        (folder / MODEL_FILE).write_bytes(tokenizer.model)
-        (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+    write_whole(output / ORIGIN_FILE, json.dumps(origin, indent=1).encode())
+    write_whole(output / MODEL_FILE, tokenizer.model)
     return tokenizer
 
 

@@ -51,7 +51,7 @@ class Img2Dataset(Source):
             return
         try:
             caption = _caption(tar, sample)
-        except (UnicodeDecodeError, ValueError) as error:
+        except (ValueError, RecursionError) as error:
             tally.miss("caption cannot be read", f"{place}: {error}")
             return
         if caption is None:
@@ -121,7 +121,8 @@ def _caption(tar: tarfile.TarFile, sample: Sample) -> str | None:
     if "txt" in sample:
         return " ".join(_read(tar, sample["txt"]).decode("utf-8").split())
     if "json" in sample:
-        caption = json.loads(_read(tar, sample["json"])).get("caption")
+        fields = json.loads(_read(tar, sample["json"]))
+        caption = fields.get("caption") if isinstance(fields, dict) else None
         return " ".join(caption.split()) if isinstance(caption, str) else None
     return None
 

@@ -44,7 +44,7 @@ class Jsonl(Source):
     ) -> Iterator[Document]:
         place = f"{path.name}, line {number}"
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError:
             tally.miss("line is not UTF-8", place)
             return

@@ -57,10 +57,10 @@ def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
     if len(page) > MAX_PAGE_BYTES:
         raise PageError("page too large")
     try:
-        root = html.document_fromstring(page, parser=html.HTMLParser(encoding=charset, recover=True))
-    except (etree.LxmlError, ValueError, LookupError, AssertionError) as error:
+        root = html.document_fromstring(page, parser=_parser(charset))
+    except (etree.LxmlError, ValueError, AssertionError) as error:
         raise PageError("page cannot be parsed") from error
-    base = next((urljoin(url, h) for h in root.xpath("//base/@href")), url)
+    base = next((b for h in root.xpath("//base/@href") if (b := _absolute(url, h))), url)
     parts: list[str | Link] = []
     text: list[str] = []
     for piece in _pieces(root, base):
@@ -70,6 +70,21 @@ def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
             parts += [*_lines(text), piece]
             text = []
     return [*parts, *_lines(text)]
+
+
+def _parser(charset: str | None) -> html.HTMLParser:
+    try:
+        return html.HTMLParser(encoding=charset, recover=True)
+    except LookupError:  # a charset that nobody knows: the page may say better
+        return html.HTMLParser(recover=True)
+
+
+def _absolute(base: str, link: str) -> str | None:
+    """Return the URL that a link means, None if it means none."""
+    try:
+        return urljoin(base, link)
+    except ValueError:
+        return None
 
 
 def _pieces(root: etree._Element, base: str) -> Iterator[str | Link]:
@@ -127,8 +142,8 @@ def _is_skipped(element: etree._Element) -> bool:
 def _link(image: etree._Element, base: str) -> Link | None:
     for attribute in ("src", "data-src", "data-original"):
         source = (image.get(attribute) or "").strip()
-        if source and not source.startswith("data:"):
-            return Link(urljoin(base, source))
+        if source and not source.startswith("data:") and (url := _absolute(base, source)):
+            return Link(url)
     return None
 
 

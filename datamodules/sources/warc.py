@@ -23,7 +23,8 @@ from datamodules.sources.pages import Link, PageError, compose, extract, url_has
 from kosmos_lit.images import ImageError, open_rgb
 
 BROKEN = "shard cut off or corrupt"
-READ_ERRORS = (ArchiveLoadFailed, OSError, EOFError, zlib.error, ValueError)
+READ_ERRORS = (ArchiveLoadFailed, OSError, EOFError, zlib.error, ValueError, AttributeError)
+"""AttributeError: what warcio stumbles over where a record's header breaks off."""
 
 
 class Response(NamedTuple):
@@ -101,16 +102,22 @@ def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]
         archive = ArchiveIterator(file)
         try:
             for record in archive:
+                if record.length is None:
+                    raise EOFError("a record without a complete header")
                 if record.rec_type != "response" or record.http_headers is None:
+                    _skip(archive, record)
                     continue
                 mime, _, parameters = (record.http_headers.get_header("Content-Type") or "").lower().partition(";")
                 mime = "text/html" if mime.strip() == "application/xhtml+xml" else mime.strip()
                 if not mime.startswith(mime_prefix) or record.http_headers.get_statuscode() != "200":
+                    _skip(archive, record)
                     continue
                 body = _body(record)
                 url = str(record.rec_headers.get_header("WARC-Target-URI"))
                 offset, length = archive.get_record_offset(), archive.get_record_length()
                 yield Response(url, mime, _charset(parameters), body, offset, length)
+            if archive.offset != path.stat().st_size:
+                raise EOFError("the file ends in the middle of a record")
         except READ_ERRORS as error:
             tally.miss(BROKEN, f"{path.name}, after byte {archive.offset}: {error}")
 
@@ -125,6 +132,16 @@ def _body(record: Any) -> bytes:
     if missing > 0:
         raise EOFError(f"the record lacks its last {missing} bytes")
     return body
+
+
+def _skip(archive: Any, record: Any) -> None:
+    """Read past a record.
+
+    Raises: EOFError if it is shorter than it says.
+    """
+    archive.read_to_end()
+    if (missing := getattr(record.raw_stream, "limit", 0)) > 0:
+        raise EOFError(f"the record lacks its last {missing} bytes")
 
 
 def _charset(parameters: str) -> str | None:

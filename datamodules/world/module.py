@@ -10,6 +10,7 @@ import torch
 
 from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.hashing import hash_key
+from datamodules.loader import Questions
 from datamodules.module import Batches, MixtureData
 from datamodules.world.language import PROMPT, canonical
 from datamodules.world.scene import Rules, Scene, held_out_scenes, paint
@@ -67,7 +68,7 @@ class WorldData(MixtureData):
         for kind, most in QUESTIONS.items():
             scenes = held_out_scenes(random, rules, kind, most)
             batches += [self._ask(scenes[i : i + BATCH], random) for i in range(0, len(scenes), BATCH)]
-        return batches
+        return Questions(batches)
 
     def _ask(self, scenes: list[Scene], random: Random) -> PromptBatch:
         pictures = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]

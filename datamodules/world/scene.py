@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
@@ -103,14 +104,18 @@ def draw_scene(random: Random, kind: str) -> Scene:
     if kind == "word":
         return Scene(kind, (), background, random.choice(WORDS))
     if kind == "count":
-        look = (random.choice(SHAPES), random.choice(list(COLOURS)), random.choice(list(SIZES)))
-        places = random.sample(range(9), random.randint(2, 4))
-        return Scene(kind, tuple(Thing(*look, p) for p in sorted(places)), background)
+        return _alike(random, random.randint(2, 4), random.choice(SHAPES), random.choice(list(COLOURS)))
     n = {"object": 1, "pair": 2}.get(kind) or random.randint(3, 4)
     looks = random.sample([(s, c) for s in SHAPES for c in COLOURS], n)
     places = sorted(random.sample(range(9), n) if kind != "pair" else _side_by_side(random))
     things = (Thing(*look, random.choice(list(SIZES)), p) for look, p in zip(looks, places, strict=True))
     return Scene(kind, tuple(things), background)
+
+
+def _alike(random: Random, n: int, shape: str, colour: str) -> Scene:
+    """Return a `count` scene: n things of one look, anywhere."""
+    size, places = random.choice(list(SIZES)), sorted(random.sample(range(9), n))
+    return Scene("count", tuple(Thing(shape, colour, size, p) for p in places), random.choice(list(BACKGROUNDS)))
 
 
 def _side_by_side(random: Random) -> list[int]:
@@ -138,11 +143,18 @@ def held_out_scenes(random: Random, rules: Rules, kind: str, most: int) -> list[
             scene = Scene(kind, (thing,), random.choice(list(BACKGROUNDS)))
             if rules.is_held_out(scene.own_combination()):
                 found[scene.own_combination()] = scene
+    elif kind == "count":
+        for n, shape, colour in product((2, 3, 4), SHAPES, COLOURS):
+            scene = _alike(random, n, shape, colour)
+            if rules.is_held_out(scene.own_combination()):
+                found[scene.own_combination()] = scene
     else:
         for _ in range(200 * most):
             scene = draw_scene(random, kind)
             if rules.is_held_out(scene.own_combination()):
                 found.setdefault(scene.own_combination(), scene)
+            if len(found) == most:
+                break
     scenes = [found[key] for key in sorted(found, key=repr)]
     random.shuffle(scenes)
     return scenes[:most]

@@ -27,7 +27,7 @@ from datamodules.world.language import caption, page_texts, text
 from datamodules.world.scene import SIDE, Rules, paint, training_scene
 from kosmos_lit.errors import UserError
 
-KINDS = {"object": 5, "count": 2, "pair": 2, "group": 1, "word": 0.4}
+KINDS = {"object": 5, "count": 3, "pair": 2, "group": 1, "word": 0.4}
 """Relative frequency of the kinds of scenes in captions and pages."""
 SITE = "https://world.example"
 DATE = "2024-01-01T00:00:00Z"
@@ -68,6 +68,8 @@ def write_world(config: WorldConfig) -> None:
             wrong = ", ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in identity.items() if there.get(k) != v)
             raise UserError(f"{folder} holds another world: {wrong}; choose another data.world.path, or delete it")
         return
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other things than a world; choose another data.world.path, or delete it")
     with whole_folder(folder) as temporary:
         jobs = [(kind, shard) for kind in ("caption", "pages", "text") for shard in range(config.shards)]
         with (
@@ -141,7 +143,7 @@ def _respond(warc: WARCWriter, url: str, mime: str, body: bytes, random: Random)
     headers = StatusAndHeaders("200 OK", [("Content-Type", mime), ("Content-Length", str(len(body)))], protocol="HTTP/1.1")
     number = f"{random.getrandbits(128):032x}"
     record = warc.create_warc_record(
-        url, "response", payload=io.BytesIO(body), http_headers=headers,
+        url, "response", payload=io.BytesIO(body), length=len(body), http_headers=headers,
         warc_headers_dict={"WARC-Date": DATE, "WARC-Record-ID": f"<urn:uuid:{number}>"},
     )  # fmt: skip
     warc.write_record(record)

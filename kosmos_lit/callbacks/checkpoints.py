@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -10,7 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class Checkpoints(ModelCheckpoint):
-    """Writes a checkpoint every N optimizer steps and at the last one, and keeps the newest."""
+    """Writes a checkpoint every N optimizer steps, at the last one, and on Ctrl-C, and keeps the newest.
+
+    Ctrl-C lets the step end first, as only whole steps can be resumed exactly; a second one stops at once. With several
+    ranks it stops at once too: they would end at different steps.
+    """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 1000, keep: int = 2) -> None:
         """Choose where and how often.
@@ -28,13 +35,35 @@ class Checkpoints(ModelCheckpoint):
             mode="max",
             save_top_k=keep,
             every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,  # a step that is done again replaces its checkpoint
         )
         self.every_n_train_steps = every_n_train_steps
+        self._interrupted = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step = trainer.global_step
+        if trainer.world_size == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._interrupted = True
+        print("\nending this step and writing a checkpoint; press Ctrl-C again to stop without", file=sys.stderr)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        step = trainer.global_step
-        if step == trainer.max_steps and step % self.every_n_train_steps:
+        before = self._step
+        step, self._step = trainer.global_step, trainer.global_step
+        if step == before:
+            return  # the step's other micro-batches are still to come
+        if step % self.every_n_train_steps and (step == trainer.max_steps or self._interrupted):
             trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(step)}))
+        if self._interrupted:
+            raise KeyboardInterrupt

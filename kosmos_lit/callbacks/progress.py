@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor
 
 from kosmos_lit.batch import CORPORA
+from kosmos_lit.lit import KosmosLit
 
 
 class Progress(ProgressBar):
@@ -37,20 +40,22 @@ class Progress(ProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        assert isinstance(pl_module, KosmosLit)
         metrics = trainer.callback_metrics
         if float(metrics.get("step", -1)) != trainer.global_step or trainer.global_step == getattr(self, "_shown", -1):
             return
         self._shown = trainer.global_step
         self._line(
-            f"step {trainer.global_step:,}/{trainer.max_steps:,}  {_losses(metrics, 'train/')}  "
+            f"step {trainer.global_step:,}/{trainer.max_steps:,}  {_losses(pl_module.step_loss.compute())}  "
             f"lr {float(metrics['lr']):.1e}  {float(metrics['tokens_per_second']):,.0f} tokens/s  "
             f"data wait {float(metrics['data_wait']):.0%}  {self._left(trainer)} left"
         )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if "val/loss" in trainer.callback_metrics:
-            self._line(f"step {trainer.global_step:,} validation  {_losses(trainer.callback_metrics, 'val/')}", keep=True)
+        found = {k.removeprefix("val/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if found:
+            self._line(f"step {trainer.global_step:,} validation  {_losses(found)}", keep=True)
 
     def on_train_end(self, *_: Any) -> None:
         self._line("", keep=True)
@@ -70,6 +75,6 @@ class Progress(ProgressBar):
         sys.stderr.flush()
 
 
-def _losses(metrics: Any, prefix: str) -> str:
-    each = [f"{name} {float(metrics[key]):.3f}" for name in CORPORA if (key := f"{prefix}loss/{name}") in metrics]
-    return f"loss {float(metrics[prefix + 'loss']):.3f} ({', '.join(each)})"
+def _losses(figures: Mapping[str, Tensor]) -> str:
+    each = [f"{name} {float(figures[key]):.3f}" for name in CORPORA if (key := f"loss/{name}") in figures]
+    return f"loss {float(figures['loss']):.3f} ({', '.join(each)})"

@@ -13,13 +13,14 @@ What differs from stock, and why:
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace, set_docstring_parse_options, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -37,8 +38,7 @@ LINKS = {
 }
 LAST = "last"
 
-set_docstring_parse_options(attribute_docstrings=True)
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
 
 
 class KosmosParser(LightningArgumentParser):
@@ -57,6 +57,7 @@ def shorten(message: str) -> str:
     lines = [re.sub(r"^- ", "", line.strip()) for line in message.splitlines()]
     kept = [line for line in lines if not noise.search(line)]
     where = [m[1] for line in lines if (m := re.search(r"Problem with given class_path '(.*)':", line))]
+    kept = [re.sub(r"Expected a <class '(\w+)'>. Got value: ", r"expected \1, got ", line) for line in kept]
     return " ".join(dict.fromkeys([*kept, *(f"(in {w})" for w in where[-1:])])) or message
 
 
@@ -73,7 +74,7 @@ class SaveConfigOnce(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         resumed = len(list(folder.glob("config*.yaml")))
         path = folder / (f"config.resume-{resumed}.yaml" if resumed else "config.yaml")
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
 
 
 class KosmosCLI(LightningCLI):
@@ -125,6 +126,8 @@ class KosmosCLI(LightningCLI):
                     f"{folder} holds checkpoints of an earlier run: resume it with --ckpt_path last, choose another "
                     "--trainer.default_root_dir, or delete it"
                 )
+        elif path is None and verb != "fit":
+            print(f"{verb}: no --ckpt_path is given, so the model is an untrained one")
         if path:
             wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
             check_architecture(load_checkpoint(path), wanted, path)
@@ -146,7 +149,7 @@ class DataCLI(KosmosCLI):
 
     def instantiate_classes(self) -> None:
         wanted = Namespace(data=self.config.data)  # type: ignore[no-untyped-call]
-        self.datamodule = self.parser.instantiate_classes(self.config.clone().update(wanted)).data
+        self.datamodule = self.parser.instantiate(self.config.clone().update(wanted)).data
 
 
 def run_trainer(arguments: Sequence[str]) -> None:
@@ -154,10 +157,28 @@ def run_trainer(arguments: Sequence[str]) -> None:
 
     Raises: UserError for mistakes in configuration, data or checkpoint.
     """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*instantiate_classes.*")  # Lightning's own use of jsonargparse
+    warnings.filterwarnings("ignore", message=".*exists and is not empty")  # of course, on resume
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint of another run is no mistake
     try:
         KosmosCLI(arguments)
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise UserError(str(error)) from error
+    except (ValueError, TypeError) as error:
+        if mistake := _user_error_behind(error):  # the parser wraps what constructors raise
+            raise mistake from error
+        raise
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit code 1
+            raise KeyboardInterrupt from end
+        raise
+
+
+def _user_error_behind(error: BaseException | None) -> UserError | None:
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _checkpoint_folder(config: Namespace) -> Path:

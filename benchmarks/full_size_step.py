@@ -1,0 +1,66 @@
+"""One real optimizer step of the paper's full-size model in bfloat16: does it run, how long, how much memory.
+
+Runs `fit` as a user does, in a process of its own, on a machine with 24 GB. Prints a table, or JSON with --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kosmos_lit.callbacks.caption_report import machine
+
+ROOT = Path(__file__).parents[1]
+ROWS, POSITIONS = 2, 128
+"""Of the step, as benchmarks/full_size_step.yaml has them."""
+
+
+def measure(folder: Path) -> dict[str, object]:
+    """Run the step in `folder` and return its figures.
+
+    Raises: RuntimeError with the program's output if it fails.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    configs = ["-c", str(ROOT / "configs/kosmos1.yaml"), "-c", str(ROOT / "benchmarks/full_size_step.yaml")]
+    paths = ["--trainer.default_root_dir", str(folder), "--data.world.path", str(folder / "world")]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "fit", *configs, *paths],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise RuntimeError(done.stdout)
+    with (folder / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        [row] = [r for r in csv.DictReader(file) if r.get("train/loss")]
+    return {
+        "loss": float(row["train/loss"]),
+        "grad_norm": float(row["grad_norm"]),
+        "step_seconds": round(ROWS * POSITIONS * (1 - float(row["padding"])) / float(row["tokens_per_second"]), 1),
+        "all_seconds": round(seconds, 1),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "machine": machine(torch.device("cpu")),
+    }
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "full_size_step")
+    arguments = parser.parse_args()
+    found = measure(arguments.folder)
+    print(json.dumps(found) if arguments.json else "\n".join(f"{key:<20}{value}" for key, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()

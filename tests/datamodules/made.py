@@ -1,0 +1,219 @@
+"""What the tests read: sentences, pictures, and small files in every format, made from numbers alone."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+from PIL import Image
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
+
+from datamodules.corpus import IndexedCorpus
+from datamodules.mixture import Mixture
+from datamodules.plan import make_plan
+from datamodules.stream import Row, Stream
+from kosmos_lit.tokens import SpecialTokens
+
+INPUTS = {
+    "text": ("jsonl", "text/*.jsonl*"),
+    "caption": ("img2dataset", "pairs/*.tar"),
+    "interleaved": ("warc", "pages/*.warc*"),
+}
+"""Format and pattern of each corpus in the folder that `write_raw` fills."""
+N_TEXTS, N_PAIRS, N_PAGES = 17 + 13 + 11, 23 + 19, 11 + 7
+SITE = "https://pages.example"
+SUBJECTS = ("the cat", "a dog", "my uncle", "the moon", "one horse", "our ship", "a small bird", "the old king")
+VERBS = ("sees", "likes", "draws", "follows", "forgets", "finds", "carries")
+OBJECTS = ("a red ball", "the green hill", "two boats", "his hat", "the blue sea", "a letter", "some bread", "Jazz & quiz")
+SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+"""Of names; there are enough of them for a vocabulary of a few hundred pieces."""
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    random = Random(seed)
+
+    def sentence() -> str:
+        name = "".join(random.choices(SYLLABLES, k=random.choice((2, 3))))
+        return f"{random.choice(SUBJECTS)} {random.choice(VERBS)} {random.choice(OBJECTS)} in {name}.".capitalize()
+
+    return [sentence() for _ in range(n)]
+
+
+def texts(n: int, seed: int) -> list[str]:
+    """Texts of one to five sentences, some of two lines."""
+    random = Random(seed)
+    return [(" " if i % 3 else "\n").join(sentences(1 + i % 5, random.randrange(1 << 30))) for i in range(n)]
+
+
+# ---- pictures
+
+
+def picture(number: int, width: int = 72, height: int = 67) -> Image.Image:
+    """A picture that no other number has, and that is not of one colour."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([3 * x + 5 * number, 3 * y + 7 * number, np.full_like(x, number)], axis=2) % 256
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encoded(image: Image.Image, format_: str) -> bytes:
+    data = io.BytesIO()
+    image.save(data, format_)
+    return data.getvalue()
+
+
+def jpeg(number: int) -> bytes:
+    return encoded(picture(number), "JPEG")
+
+
+def png(number: int, width: int = 72, height: int = 67) -> bytes:
+    return encoded(picture(number, width, height), "PNG")
+
+
+def plain_png(colour: str = "teal") -> bytes:
+    return encoded(Image.new("RGB", (72, 67), colour), "PNG")
+
+
+def hollow_png() -> bytes:
+    """A picture whose header and end are sound, and whose pixels are not there: only decoding finds that out."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 71, 67, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"no deflate stream") + chunk(b"IEND", b"")
+
+
+# ---- files
+
+
+def write_jsonl(path: Path, values: Iterable[str]) -> None:
+    """One {"text": ...} a line, compressed by the ending of the name."""
+    write_lines(path, [json.dumps({"text": value}).encode() for value in values])
+
+
+def write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    data = b"".join(line + b"\n" for line in lines)
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
+    elif path.suffix == ".zst":
+        data = zstandard.ZstdCompressor().compress(data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def write_parquet(path: Path, columns: Mapping[str, Sequence[str | int | None]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(dict(columns)), path)
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def pairs(n: int, first: int) -> list[tuple[str, bytes]]:
+    """Members of an img2dataset shard: JPEGs and PNGs with their captions."""
+    members = []
+    for i, caption in enumerate(sentences(n, first), start=first):
+        extension, data = ("jpg", jpeg(i)) if i % 2 else ("png", png(i))
+        members += [(f"{i:09d}.{extension}", data), (f"{i:09d}.txt", caption.encode()), (f"{i:09d}.json", b"{}")]
+    return members
+
+
+Record = tuple[str, str, bytes]
+"""URL, Content-Type and body of a response."""
+
+
+def warc_record(
+    url: str, mime: str, body: bytes, *, compressed: bool = True, headers: Sequence[tuple[str, str]] = ()
+) -> bytes:
+    data = io.BytesIO()
+    writer = WARCWriter(data, gzip=compressed)
+    fields = [("Content-Type", mime), ("Content-Length", str(len(body))), *headers]
+    identity = {"WARC-Date": "2024-01-01T00:00:00Z", "WARC-Record-ID": f"<urn:uuid:{zlib.crc32(url.encode()):032x}>"}
+    record = writer.create_warc_record(
+        url, "response", payload=io.BytesIO(body), length=len(body),
+        http_headers=StatusAndHeaders("200 OK", fields, protocol="HTTP/1.1"), warc_headers_dict=identity,
+    )  # fmt: skip
+    writer.write_record(record)
+    return data.getvalue()
+
+
+def write_warc(path: Path, records: Iterable[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"".join(warc_record(*record, compressed=path.suffix == ".gz") for record in records))
+
+
+def page(*blocks: str, head: str = "") -> bytes:
+    """An HTML page; a block that ends on an image's extension becomes that image, another one a paragraph."""
+    images = (".jpg", ".png", ".svg")
+    body = "\n".join(f'<p><img src="{b}"></p>' if b.endswith(images) else f"<p>{b}</p>" for b in blocks)
+    return f"<!DOCTYPE html><html><head>{head}<title>T</title></head><body>{body}</body></html>".encode()
+
+
+def crawl(n: int, first: int) -> list[Record]:
+    """Pages of two, three, five, two ... pictures, each with its pictures in front of it."""
+    records: list[Record] = []
+    for number in range(first, first + n):
+        n_images = (2, 3, 5)[number % 3]
+        blocks = ["A page."]
+        for j, said in enumerate(sentences(n_images, number)):
+            name = f"{number}-{j}.{'jpg' if j % 2 else 'png'}"
+            shown = 100 + 7 * number + j
+            mime, data = ("image/jpeg", jpeg(shown)) if j % 2 else ("image/png", png(shown))
+            records.append((f"{SITE}/{name}", mime, data))
+            blocks += [name, said]
+        records.append((f"{SITE}/{number}.html", "text/html; charset=utf-8", page(*blocks)))
+    return records
+
+
+def write_raw(folder: Path) -> None:
+    write_jsonl(folder / "text/a.jsonl", texts(17, 1))
+    write_jsonl(folder / "text/b.jsonl.gz", texts(13, 2))
+    write_jsonl(folder / "text/c.jsonl.zst", texts(11, 3))
+    write_parquet(folder / "table/d.parquet", {"text": texts(7, 4), "n": list(range(7))})
+    write_tar(folder / "pairs/00000.tar", pairs(23, 0))
+    write_tar(folder / "pairs/00001.tar", pairs(19, 23))
+    write_warc(folder / "pages/a.warc.gz", crawl(11, 0))
+    write_warc(folder / "pages/b.warc", crawl(7, 11))
+
+
+# ---- streams
+
+
+def stream(
+    corpora: Mapping[str, IndexedCorpus],
+    special: SpecialTokens,
+    *,
+    ratio: Sequence[float] = (5, 5, 2),
+    seq_len: int = 101,
+    n_latents: int = 3,
+    seed: int = 7,
+) -> Stream:
+    """A stream over all documents of the corpora."""
+    plans = {n: make_plan(c, np.arange(c.n_documents), seq_len, n_latents, seed) for n, c in corpora.items()}
+    return Stream(corpora, plans, Mixture(ratio), special, seq_len, seed)
+
+
+def plain(row: Row) -> tuple[object, ...]:
+    """A row as values that `==` compares."""
+    return (
+        row.number, row.corpus, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.documents, row.images,
+        row.image_owner, row.slots.tolist(),
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+import hashlib
+import tarfile
+
+import pytest
+
+from datamodules.document import ImageRef, Tally
+from datamodules.sources import SOURCES, ReadOptions
+from tests.datamodules import made
+
+SOURCE = SOURCES["img2dataset"]
+BEFORE, AFTER = made.pairs(1, 3), made.pairs(1, 5)
+
+
+def read(path):
+    tally = Tally()
+    return list(SOURCE.documents(path, 7, ReadOptions(), tally, None)), tally
+
+
+def between(path, *members):
+    """Read a tar with the given members between two sound samples."""
+    made.write_tar(path, [*BEFORE, *members, *AFTER])
+    documents, tally = read(path)
+    names = [SOURCE.record_name(path, d.record) for d in documents]
+    return names, tally
+
+
+def test_a_pair_is_its_picture_and_then_its_caption(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
+    documents, tally = read(tmp_path / "a.tar")
+    assert [d.parts[1] for d in documents] == made.sentences(5, 0)
+    assert all(isinstance(d.parts[0], ImageRef) and d.parts[0].shard == 7 for d in documents)
+    assert tally == Tally()
+
+
+def test_a_pictures_place_is_that_of_its_original_bytes(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
+    refs = [d.parts[0] for d in read(tmp_path / "a.tar")[0]]
+    found = [hashlib.sha256(SOURCE.image_bytes(tmp_path / "a.tar", r.offset, r.length)).digest() for r in refs]
+    originals = [d for n, d in made.pairs(5, 0) if n.endswith(("jpg", "png"))]
+    assert found == [hashlib.sha256(d).digest() for d in originals]
+
+
+def test_a_record_is_named_by_its_key(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(3, 7))
+    records = [d.record for d in read(tmp_path / "a.tar")[0]]
+    assert [SOURCE.record_name(tmp_path / "a.tar", r) for r in records] == ["000000007", "000000008", "000000009"]
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("x.jpg", made.jpeg(0))], "no caption"),
+        ([("x.jpg", made.jpeg(0)), ("x.json", b'{"caption": null}')], "no caption"),
+        ([("x.jpg", made.jpeg(0)), ("x.json", b'["caption"]')], "no caption"),
+        ([("x.jpg", made.jpeg(0)), ("x.json", b'{"caption')], "caption cannot be read"),
+        ([("x.jpg", made.jpeg(0)), ("x.txt", b"\xff\xfe")], "caption cannot be read"),
+        ([("x.txt", b"alone")], "no picture"),
+        ([("x.heic", b"??"), ("x.txt", b"a picture of another kind")], "no picture"),
+        ([("x.jpg", b"<html>not a picture</html>"), ("x.txt", b"words")], "not a picture"),
+        ([("x.jpg", b""), ("x.txt", b"words")], "empty picture"),
+        ([("x.jpg", made.jpeg(0)[:-100]), ("x.txt", b"words")], "picture cannot be decoded"),
+        ([("x.png", made.png(0)[:-100]), ("x.txt", b"words")], "picture cannot be decoded"),
+        ([("x.png", made.png(0, 211, 3)), ("x.txt", b"words")], "picture too elongated"),
+    ],
+)
+def test_a_broken_sample_is_counted_by_its_reason_and_the_next_one_read(tmp_path, members, reason):
+    names, tally = between(tmp_path / "a.tar", *members)
+    assert names == ["000000003", "000000005"]
+    assert tally.broken == {reason: 1}
+    assert tally.examples[reason].startswith("a.tar, x")
+
+
+def test_an_empty_caption_is_left_out_and_not_broken(tmp_path):
+    names, tally = between(tmp_path / "a.tar", ("x.jpg", made.jpeg(0)), ("x.txt", b" \n"))
+    assert names == ["000000003", "000000005"]
+    assert (tally.left_out, tally.broken) == ({"empty caption": 1}, {})
+
+
+def test_a_caption_may_stand_in_the_json_alone(tmp_path):
+    made.write_tar(tmp_path / "a.tar", [("x.jpg", made.jpeg(0)), ("x.json", b'{"caption": "from\\n the JSON"}')])
+    assert [d.parts[1] for d in read(tmp_path / "a.tar")[0]] == ["from the JSON"]
+
+
+def test_a_members_name_is_a_label_and_never_a_path(tmp_path):
+    folder = tmp_path / "a" / "b"
+    names, tally = between(folder / "a.tar", ("../../evil.jpg", made.jpeg(0)), ("../../evil.txt", b"evil"))
+    assert names == ["000000003", "../../evil", "000000005"]
+    assert tally == Tally()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["a.tar"]
+
+
+def test_folders_in_a_tar_keep_equal_keys_apart(tmp_path):
+    members = [(f"{f}/x.{e}", d) for f in ("a", "b") for e, d in (("jpg", made.jpeg(0)), ("txt", b"words"))]
+    made.write_tar(tmp_path / "a.tar", members)
+    documents, tally = read(tmp_path / "a.tar")
+    assert [SOURCE.record_name(tmp_path / "a.tar", d.record) for d in documents] == ["a/x", "b/x"]
+    assert tally == Tally()
+
+
+def test_a_tar_that_is_cut_off_in_a_picture_gives_the_samples_before(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
+    last = read(tmp_path / "a.tar")[0][-1]
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: last.record + 512 + 101])
+    documents, tally = read(tmp_path / "b.tar")
+    assert [d.parts[1] for d in documents] == made.sentences(5, 0)[:4]
+    assert tally.broken["shard cut off or corrupt"] == 1
+
+
+def test_a_tar_that_merely_stops_is_noticed(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
+    last = read(tmp_path / "a.tar")[0][-1]
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: last.record])
+    documents, tally = read(tmp_path / "b.tar")
+    assert len(documents) == 4
+    assert tally.broken == {"shard cut off or corrupt": 1}
+
+
+def test_a_tar_with_a_damaged_header_gives_the_samples_before(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
+    middle = read(tmp_path / "a.tar")[0][2]
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[middle.record : middle.record + 512] = b"\xff" * 512
+    (tmp_path / "b.tar").write_bytes(data)
+    documents, tally = read(tmp_path / "b.tar")
+    assert [d.parts[1] for d in documents] == made.sentences(5, 0)[:2]
+    assert tally.broken == {"shard cut off or corrupt": 1}
+
+
+@pytest.mark.parametrize("data", [b"", b"no tar", b"\x1f\x8b" + b"gzip? " * 997])
+def test_a_file_that_is_no_tar_is_counted(tmp_path, data):
+    (tmp_path / "a.tar").write_bytes(data)
+    documents, tally = read(tmp_path / "a.tar")
+    assert documents == []
+    assert tally.broken == {"shard cut off or corrupt": 1}
+
+
+def test_what_is_no_file_in_a_tar_is_passed_over(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+            member = tarfile.TarInfo("x.jpg")
+            member.type, member.linkname = kind, "/etc/hostname"
+            tar.addfile(member)
+    assert read(tmp_path / "a.tar") == ([], Tally())
+
+
+def test_pairs_are_not_split_between_rows():
+    assert SOURCE.packing == "whole"

@@ -1,0 +1,177 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from datamodules import collate as collate_module
+from datamodules.collate import Pictures, collate, empty_row
+from datamodules.prepare.index import prepare_corpus
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokens import IGNORE, PAD
+from tests.datamodules import made
+
+SIDE = 11
+N_HOLLOW = 7
+
+
+@pytest.fixture(scope="module")
+def stream(corpora, tokenizer):
+    return made.stream(corpora, tokenizer.special)
+
+
+@pytest.fixture(scope="module")
+def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
+    """A stream of caption pairs of which seven pictures look whole and cannot be decoded."""
+    folder = tmp_path_factory.mktemp("hollow")
+    keys = [f"{i:09d}.png" for i in range(0, 2 * N_HOLLOW, 2)]
+    members = [(n, made.hollow_png() if n in keys else d) for n, d in made.pairs(31, 0)]
+    made.write_tar(folder / "00000.tar", members)
+    corpus = prepare_corpus(
+        format="img2dataset", inputs=[str(folder / "*.tar")], tokenizer=tokenizer_folder, output=folder / "index"
+    )
+    return made.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0))
+
+
+def joined(rows, pixels, stream, tokenizer):
+    return collate(
+        rows, pixels, special=stream.special, token_bytes=tokenizer.token_bytes, image_size=SIDE, n_latents=3,
+        n_step_targets=7,
+    )  # fmt: skip
+
+
+def read(rows, stream):
+    pictures = Pictures(SIDE, "crop", 0.5)
+    return [pictures.read(row, stream.corpora[CORPORA[row.corpus]]) for row in rows]
+
+
+def read_all(pictures, stream):
+    """The pictures of an epoch of caption pairs."""
+    rows = (stream.row(i) for i in range(stream.plans["caption"].n_rows))
+    return [p for row in rows for p in pictures.read(row, stream.corpora["caption"])]
+
+
+def first_with_pictures(stream):
+    return next(row for row in map(stream.row, range(31)) if len(row.images) >= 3)
+
+
+def test_a_batch_holds_its_rows_as_they_are(stream, tokenizer):
+    rows = [stream.row(i) for i in range(5)]
+    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    assert batch.tokens.tolist() == [row.tokens.tolist() for row in rows]
+    assert batch.targets.tolist() == [row.targets.tolist() for row in rows]
+    assert batch.rows == (0, 1, 2, 3, 4)
+    assert batch.corpus.tolist() == [row.corpus for row in rows]
+    assert batch.lengths == tuple(length for row in rows for length in row.lengths)
+    assert batch.n_real == sum(row.n_real for row in rows)
+    assert batch.n_step_targets == 7
+
+
+def test_slots_say_row_and_place_of_each_picture(stream, tokenizer):
+    rows = [stream.row(i) for i in range(11)]
+    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    assert len(batch.images) == len(batch.slots) == sum(len(row.images) for row in rows) > 0
+    for b, first in batch.slots.tolist():
+        assert batch.tokens[b, first - 1 : first + 4].tolist() == [stream.special.image] * 4 + [stream.special.image_end]
+
+
+def test_pictures_lie_in_the_order_of_their_slots(stream, tokenizer):
+    rows = [stream.row(i) for i in range(7)]
+    pixels = read(rows, stream)
+    batch = joined(rows, pixels, stream, tokenizer)
+    assert batch.images.tolist() == [p.tolist() for row in pixels for p in row]
+
+
+def test_positions_begin_anew_at_each_document(stream, tokenizer):
+    rows = [stream.row(i) for i in range(5)]
+    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    assert batch.positions.flatten().tolist() == [p for length in batch.lengths for p in range(length)]
+
+
+def test_loss_positions_are_those_with_a_target(stream, tokenizer):
+    rows = [stream.row(i) for i in range(5)]
+    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    assert batch.loss_at.tolist() == np.flatnonzero(batch.targets.numpy() != IGNORE).tolist()
+
+
+def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
+    rows = [stream.row(i) for i in range(5)]
+    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    wanted = [sum(int(tokenizer.token_bytes[t]) for t in row.targets if t != IGNORE) for row in rows]
+    assert batch.n_bytes.tolist() == wanted
+    assert all(n > 0 for n in wanted)
+
+
+def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
+    row = first_with_pictures(stream)
+    [pixels] = read([row], stream)
+    pixels[1] = None
+    batch = joined([row], [pixels], stream, tokenizer)
+    placed = row.documents[row.image_owner[1]]
+    inside = np.zeros(101, dtype=bool)
+    inside[placed.at : placed.at + placed.length] = True
+    assert batch.tokens[0].tolist() == row.tokens.tolist()
+    assert batch.targets[0].tolist() == np.where(inside, IGNORE, row.targets).tolist()
+    assert not batch.images[1].any()
+    assert batch.n_bad_images == 1
+
+
+def test_pictures_that_cannot_be_decoded_are_counted(hollow, tokenizer):
+    rows = [hollow.row(i) for i in range(hollow.plans["caption"].n_rows)]
+    batch = joined(rows, read(rows, hollow), hollow, tokenizer)
+    assert len(batch.images) == 31
+    black = [not picture.any() for picture in batch.images]
+    assert batch.n_bad_images == sum(black) == N_HOLLOW
+
+
+def test_too_many_bad_pictures_stop_the_run_and_name_shard_and_share(hollow, monkeypatch):
+    monkeypatch.setattr(collate_module, "MIN_PICTURES", 5)
+    pictures = Pictures(SIDE, "crop", 0.05)
+    with pytest.raises(UserError, match=r"\d+ of \d+ pictures .* max_bad_share 5\.0%.*00000\.tar, byte \d+"):
+        read_all(pictures, hollow)
+
+
+def test_a_few_bad_pictures_do_not_stop_the_run(hollow):
+    pictures = Pictures(SIDE, "crop", 0.0)
+    found = read_all(pictures, hollow)
+    assert (pictures.n_read, pictures.n_bad, sum(p is None for p in found)) == (31, N_HOLLOW, N_HOLLOW)
+
+
+def test_a_shard_that_is_gone_is_named(stream, tmp_path):
+    row = first_with_pictures(stream)
+    corpus = stream.corpora[CORPORA[row.corpus]]
+    gone = replace(row, images=tuple(replace(i, shard=0) for i in row.images))
+
+    class Moved:
+        shards = (tmp_path / "gone.tar",)
+
+        def image_bytes(self, image):
+            return corpus.source.image_bytes(self.shards[image.shard], image.offset, image.length)
+
+    with pytest.raises(UserError, match=rf"row {row.number}: a picture cannot be read: .*gone\.tar"):
+        Pictures(SIDE, "crop", 0.5).read(gone, Moved())
+
+
+def test_slots_that_do_not_fit_the_latents_are_refused(stream, tokenizer):
+    row = first_with_pictures(stream)
+    with pytest.raises(ValueError, match="latents"):
+        collate(
+            [row], read([row], stream), special=stream.special, token_bytes=tokenizer.token_bytes, image_size=SIDE,
+            n_latents=5, n_step_targets=7,
+        )  # fmt: skip
+
+
+def test_a_batch_without_pictures_has_tensors_for_none(stream, tokenizer):
+    row = next(row for row in map(stream.row, range(31)) if not row.images)
+    batch = joined([row], [[]], stream, tokenizer)
+    assert tuple(batch.images.shape) == (0, 3, SIDE, SIDE)
+    assert tuple(batch.slots.shape) == (0, 2)
+
+
+def test_an_empty_row_is_padding_and_of_no_corpus(stream, tokenizer):
+    batch = joined([empty_row(101)], [[]], stream, tokenizer)
+    assert set(batch.tokens.flatten().tolist()) == {PAD}
+    assert batch.loss_at.tolist() == []
+    assert batch.corpus.tolist() == [-1]
+    assert batch.lengths == (101,)
+    assert batch.n_real == 0

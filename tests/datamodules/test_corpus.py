@@ -1,0 +1,105 @@
+import json
+import shutil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from datamodules.corpus import MANIFEST, IndexedCorpus, place, read_manifest, split_place
+from datamodules.prepare.index import prepare_corpus
+from datamodules.prepare.tokenizer import train_tokenizer
+from kosmos_lit.errors import UserError
+from tests.datamodules import made
+
+
+@pytest.fixture
+def copy(corpora, tmp_path):
+    """A copy of an index, to be damaged."""
+    return shutil.copytree(corpora["text"].folder, tmp_path / "text")
+
+
+def other_tokenizer(tmp_path):
+    made.write_jsonl(tmp_path / "other.jsonl", made.sentences(101, 3))
+    return train_tokenizer([str(tmp_path / "other.jsonl")], 101, tmp_path / "other")
+
+
+@given(st.integers(0, 2**24 - 1), st.integers(0, 2**40 - 1))
+def test_a_place_is_a_shard_and_an_offset(shard, at):
+    assert split_place(place(shard, at)) == (shard, at)
+    assert place(shard, at) < 2**64
+
+
+def test_a_tokenizer_that_made_the_index_opens_it(corpora, tokenizer):
+    assert IndexedCorpus(corpora["text"].folder, tokenizer).n_documents == corpora["text"].n_documents
+
+
+def test_another_tokenizer_is_refused_and_both_are_named(corpora, tokenizer, tmp_path):
+    other = other_tokenizer(tmp_path)
+    with pytest.raises(UserError) as refused:
+        IndexedCorpus(corpora["text"].folder, other)
+    assert tokenizer.fingerprint in str(refused.value)
+    assert other.fingerprint in str(refused.value)
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no index in"):
+        IndexedCorpus(tmp_path / "nothing")
+
+
+def test_an_index_of_another_version_is_refused(copy):
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"version": 97}))
+    with pytest.raises(UserError, match="has version 97, this program reads version 1"):
+        IndexedCorpus(copy)
+
+
+def test_a_manifest_that_is_no_json_is_refused(copy):
+    (copy / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_manifest(copy)
+
+
+def test_a_missing_column_is_named(copy):
+    (copy / "records.npy").unlink()
+    with pytest.raises(UserError, match=r"damaged: records\.npy"):
+        IndexedCorpus(copy)
+
+
+def test_a_column_that_is_cut_off_is_named(copy):
+    data = (copy / "tokens.npy").read_bytes()
+    (copy / "tokens.npy").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"damaged: tokens\.npy"):
+        IndexedCorpus(copy)
+
+
+def test_a_document_is_named_after_its_place_in_its_shard(corpora):
+    names = {name: corpora[name].shard_and_name(0) for name in corpora}
+    assert [(shard.rpartition("/")[2], name) for shard, name in names.values()] == [
+        ("a.jsonl", "line 1"), ("00000.tar", "000000000"), ("a.warc.gz", "https://pages.example/0.html"),
+    ]  # fmt: skip
+
+
+def test_a_shard_that_has_moved_leaves_its_documents_numbers(corpora, tmp_path):
+    moved = IndexedCorpus(shutil.copytree(corpora["caption"].folder, tmp_path / "far" / "caption"))
+    assert moved.shard_and_name(0)[1].startswith("record ")
+
+
+def test_shards_that_move_along_with_their_index_are_found(tokenizer_folder, tmp_path):
+    made.write_tar(tmp_path / "here/raw/0.tar", made.pairs(3, 0))
+    prepare_corpus(
+        format="img2dataset", inputs=[str(tmp_path / "here/raw/*.tar")], tokenizer=tokenizer_folder,
+        output=tmp_path / "here/index",
+    )  # fmt: skip
+    (tmp_path / "here").rename(tmp_path / "there")
+    corpus = IndexedCorpus(tmp_path / "there/index")
+    assert corpus.image_bytes(corpus.document_images(0)[0]) == made.png(0)
+
+
+def test_a_shard_that_has_become_shorter_is_noticed(tokenizer_folder, tmp_path):
+    made.write_tar(tmp_path / "0.tar", made.pairs(3, 0))
+    corpus = prepare_corpus(
+        format="img2dataset", inputs=[str(tmp_path / "*.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
+    )
+    (tmp_path / "0.tar").write_bytes(b"short")
+    with pytest.raises(OSError, match="has changed since it was prepared"):
+        corpus.image_bytes(corpus.document_images(2)[0])

@@ -1,0 +1,129 @@
+from itertools import islice
+
+import pytest
+
+from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
+from datamodules.stream import InOrder, Stream
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.tokens import IGNORE
+from tests.datamodules import made
+
+G = 12
+
+
+@pytest.fixture(scope="module")
+def stream(corpora, tokenizer):
+    return made.stream(corpora, tokenizer.special)
+
+
+@pytest.fixture(scope="module")
+def held_out(stream):
+    """A finite stream: every row of each plan once."""
+    schedule = InOrder([stream.plans[n].n_rows for n in CORPORA])
+    return Stream(stream.corpora, stream.plans, schedule, stream.special, 101, 7, shuffle=False), schedule.n_rows
+
+
+@pytest.fixture(scope="module")
+def rendering(tokenizer):
+    return Rendering(token_bytes=tokenizer.token_bytes, image_size=5, fit="crop", n_latents=3, max_bad_share=0.1)
+
+
+def share(rank, world, m, first_row=0):
+    return Share(first_row=first_row, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=world)
+
+
+def rows_by_number(batches):
+    """Everything that the model sees of each row, by the row's number."""
+    found = {}
+    for batch in batches:
+        for b, number in enumerate(batch.rows):
+            mine = batch.slots[:, 0] == b
+            assert number not in found
+            found[number] = (
+                batch.tokens[b].tolist(), batch.targets[b].tolist(), batch.positions[b].tolist(),
+                batch.slots[mine, 1].tolist(), batch.images[mine].tolist(), batch.n_step_targets,
+            )  # fmt: skip
+    return found
+
+
+def two_steps(stream, rendering, world, m, first_row=0, workers=0):
+    batches = []
+    for rank in range(world):
+        loader = Loader(MicroBatches(stream, share(rank, world, m, first_row), rendering), workers)
+        batches += list(islice(loader, 2 * G // (world * m)))
+    return rows_by_number(batches)
+
+
+@pytest.fixture(scope="module")
+def plain(stream, rendering):
+    """The first two steps on one rank, row by row."""
+    return two_steps(stream, rendering, 1, 1)
+
+
+@pytest.mark.parametrize(("world", "m"), [(1, 3), (1, 12), (2, 1), (2, 3), (4, 1), (4, 3)])
+def test_two_steps_are_the_same_rows_on_any_number_of_ranks(stream, rendering, plain, world, m):
+    assert two_steps(stream, rendering, world, m) == plain
+
+
+@pytest.mark.parametrize(("world", "m"), [(2, 3), (4, 1)])
+def test_each_step_is_the_same_rows_on_any_number_of_ranks(world, m):
+    for step in (0, 1, 2):
+        micro = range(step * G // (world * m), (step + 1) * G // (world * m))
+        rows = [row for k in micro for rank in range(world) for row in share(rank, world, m, 7).rows(k)]
+        assert rows == list(range(7 + step * G, 7 + (step + 1) * G))
+        assert {share(0, world, m, 7).step_rows(k) for k in micro} == {range(rows[0], rows[-1] + 1)}
+
+
+def test_workers_change_neither_rows_nor_their_order(stream, rendering):
+    def made_by(workers):
+        batches = islice(Loader(MicroBatches(stream, share(0, 1, 3), rendering), workers), 7)
+        return [(b.rows, b.tokens.tolist(), b.targets.tolist(), b.images.tolist(), b.n_step_targets) for b in batches]
+
+    assert made_by(2) == made_by(0)
+
+
+@pytest.mark.parametrize("first_row", [12, 5])
+def test_a_loader_that_begins_later_continues_as_the_one_from_the_start(stream, rendering, first_row, plain):
+    continued = {n: row[:-1] for n, row in two_steps(stream, rendering, 1, 1, first_row).items()}
+    assert min(continued) == first_row
+    assert all(continued[n] == plain[n][:-1] for n in range(first_row, 2 * G))
+
+
+def test_the_losss_denominator_is_the_supervised_tokens_of_the_whole_step(stream, plain):
+    for step in (0, 1):
+        rows = range(step * G, (step + 1) * G)
+        supervised = sum(int((stream.row(n).targets != IGNORE).sum()) for n in rows)
+        assert {plain[n][-1] for n in rows} == {supervised}
+
+
+@pytest.mark.parametrize(("world", "m"), [(1, 1), (1, 5), (2, 3), (4, 1), (4, 2)])
+def test_validation_reads_each_row_once_and_equally_many_batches_on_each_rank(held_out, rendering, world, m):
+    stream, n_rows = held_out
+    loaders = [FiniteLoader(MicroBatches(stream, share(rank, world, m), rendering, n_rows), 0) for rank in range(world)]
+    batches = [list(loader) for loader in loaders]
+    assert {len(b) for b in batches} == {len(loaders[0])}
+    rows = [row for rank in batches for batch in rank for row in batch.rows if row >= 0]
+    assert sorted(rows) == list(range(n_rows))
+
+
+def test_validation_is_in_the_same_order_with_workers(held_out, rendering):
+    stream, n_rows = held_out
+    orders = [
+        [batch.rows for batch in FiniteLoader(MicroBatches(stream, share(0, 1, 3), rendering, n_rows), workers)]
+        for workers in (0, 2)
+    ]
+    assert orders[0] == orders[1]
+
+
+def test_a_rank_without_rows_gets_rows_that_no_corpus_counts(held_out, rendering):
+    stream, _ = held_out
+    [batch] = FiniteLoader(MicroBatches(stream, share(1, 2, 3), rendering, 3), 0)
+    assert batch.rows == (-1, -1, -1)
+    assert batch.corpus.tolist() == [-1, -1, -1]
+    assert batch.loss_at.tolist() == []
+
+
+def test_a_loader_counts_the_time_it_was_waited_for(stream, rendering):
+    loader = Loader(MicroBatches(stream, share(0, 1, 1), rendering), 0)
+    next(iter(loader))
+    assert loader.waited_seconds > 0

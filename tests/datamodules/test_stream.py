@@ -1,0 +1,154 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datamodules.stream import InOrder, render
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, SpecialTokens
+from tests.datamodules import made
+
+SPECIAL = SpecialTokens.after(101)
+IMAGE, END = SPECIAL.image, SPECIAL.image_end
+
+
+@pytest.fixture(scope="module")
+def stream(corpora, tokenizer):
+    return made.stream(corpora, tokenizer.special)
+
+
+def rows_of(stream, name, epoch):
+    """The rows that a stream of one corpus only has in an epoch."""
+    n = stream.plans[name].n_rows
+    return [stream.row(i) for i in range(epoch * n, (epoch + 1) * n)]
+
+
+def only(corpora, tokenizer, name, **options):
+    ratio = [int(name == n) for n in CORPORA]
+    return made.stream(corpora, tokenizer.special, ratio=ratio, **options)
+
+
+def test_a_picture_is_read_as_marker_slots_and_end_and_is_never_a_target():
+    tokens, targets, slots = render(np.array([10, IMAGE, 11, 12]), 0, 5, SPECIAL, 3)
+    assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, IMAGE, IMAGE, END, 11, 12]
+    assert targets.tolist() == [10, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, 11, 12, EOS]
+    assert slots.tolist() == [3]
+
+
+def test_a_piece_from_the_middle_begins_with_bos_and_ends_on_its_last_target():
+    tokens, targets, slots = render(np.array([10, IMAGE, 11, 12, 13]), 2, 4, SPECIAL, 3)
+    assert tokens.tolist() == [BOS, 11]
+    assert targets.tolist() == [11, 12]
+    assert slots.tolist() == []
+
+
+@given(st.lists(st.sampled_from([10, 11, 12, IMAGE]), min_size=1, max_size=23), st.sampled_from([1, 2, 3, 7]))
+def test_targets_are_the_documents_text_and_eos_in_order(stored, n_latents):
+    _, targets, _ = render(np.array(stored), 0, len(stored) + 1, SPECIAL, n_latents)
+    assert targets[targets != IGNORE].tolist() == [*(t for t in stored if t != IMAGE), EOS]
+
+
+@given(st.lists(st.sampled_from([10, 11, 12, IMAGE]), min_size=1, max_size=23), st.sampled_from([1, 2, 3, 7]))
+def test_a_target_is_the_input_that_follows(stored, n_latents):
+    tokens, targets, _ = render(np.array(stored), 0, len(stored) + 1, SPECIAL, n_latents)
+    follows = np.append(tokens[1:], EOS)
+    assert (targets == follows)[targets != IGNORE].all()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 97), min_size=1, max_size=7))
+def test_a_row_is_the_same_however_it_is_reached(corpora, tokenizer, stream, numbers):
+    fresh = made.stream(corpora, tokenizer.special)
+    assert [made.plain(fresh.row(n)) for n in numbers] == [made.plain(stream.row(n)) for n in numbers]
+
+
+@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, epoch):
+    rows = rows_of(only(corpora, tokenizer, name), name, epoch)
+    read = Counter()
+    for row in rows:
+        for placed in row.documents:
+            read.update((placed.document, target) for target in range(placed.start, placed.end))
+    n_tokens = np.diff(corpora[name].token_offsets).tolist()
+    assert read == Counter((d, target) for d, n in enumerate(n_tokens) for target in range(n + 1))
+    assert {row.epoch for row in rows} == {epoch}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_an_epoch_is_a_permutation_of_the_one_before(corpora, tokenizer, name):
+    stream = only(corpora, tokenizer, name)
+    first, second = ([made.plain(row)[3:] for row in rows_of(stream, name, epoch)] for epoch in (0, 1))
+    assert sorted(map(repr, first)) == sorted(map(repr, second))
+    assert first != second
+
+
+@pytest.mark.parametrize("name", ["caption", "interleaved"])
+def test_an_epoch_shows_every_picture_exactly_once(corpora, tokenizer, name):
+    shown = Counter(i for row in rows_of(only(corpora, tokenizer, name), name, 0) for i in row.images)
+    stored = (i for d in range(corpora[name].n_documents) for i in corpora[name].document_images(d))
+    assert shown == Counter(stored)
+
+
+def test_supervised_tokens_are_known_without_reading(stream):
+    supervised = [int((stream.row(i).targets != IGNORE).sum()) for i in range(37)]
+    assert [stream.n_targets(i, i + 1) for i in range(37)] == supervised
+    assert stream.n_targets(5, 31) == sum(supervised[5:31])
+
+
+def test_rows_of_the_corpora_follow_the_ratio(stream):
+    assert Counter(stream.row(i).corpus for i in range(24)) == {0: 10, 1: 10, 2: 4}
+
+
+def test_no_row_has_a_picture_for_a_target(stream):
+    targets = {int(t) for i in range(61) for t in stream.row(i).targets}
+    assert not targets & {stream.special.image, stream.special.image_end, PAD, BOS}
+
+
+def test_every_picture_of_a_row_has_its_slots_between_marker_and_end(stream):
+    for row in map(stream.row, range(61)):
+        for slot in row.slots.tolist():
+            assert row.tokens[slot - 1 : slot + 3].tolist() == [stream.special.image] * 4
+            assert row.tokens[slot + 3] == stream.special.image_end
+        assert int((row.tokens == stream.special.image).sum()) == 4 * len(row.images)
+        assert len(row.slots) == len(row.images) == len(row.image_owner)
+
+
+def test_a_picture_lies_in_the_document_that_owns_it(stream):
+    for row in map(stream.row, range(61)):
+        for image, owner, slot in zip(row.images, row.image_owner, row.slots.tolist(), strict=True):
+            placed = row.documents[owner]
+            assert placed.at < slot < placed.at + placed.length
+            assert image in stream.corpora[CORPORA[row.corpus]].document_images(placed.document)
+
+
+def test_segments_number_the_documents_and_leave_padding_zero(stream):
+    for row in map(stream.row, range(61)):
+        segments = row.segments()
+        assert [int((segments == n).sum()) for n in range(1, 1 + len(row.documents))] == [d.length for d in row.documents]
+        assert ((segments == 0) == (row.tokens == PAD)).all()
+        assert (np.diff(segments[: row.n_real]) >= 0).all()
+
+
+def test_lengths_of_a_row_sum_to_its_positions(stream):
+    for row in map(stream.row, range(61)):
+        assert sum(row.lengths) == 101
+        assert all(length > 0 for length in row.lengths)
+
+
+def test_every_document_of_a_row_begins_with_bos(stream):
+    for row in map(stream.row, range(61)):
+        assert np.flatnonzero(row.tokens == BOS).tolist() == [d.at for d in row.documents]
+
+
+def test_another_seed_gives_another_stream(corpora, tokenizer, stream):
+    other = made.stream(corpora, tokenizer.special, seed=11)
+    assert [other.row(i).tokens.tolist() for i in range(13)] != [stream.row(i).tokens.tolist() for i in range(13)]
+
+
+def test_in_order_gives_one_corpus_after_another():
+    schedule = InOrder([3, 0, 2])
+    assert [schedule.locate(row) for row in range(5)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
+    assert schedule.n_rows == 5

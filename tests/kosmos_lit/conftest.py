@@ -1,0 +1,60 @@
+"""What is made once for all tests of `kosmos_lit`."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import sentencepiece
+import torch
+from tiny_kosmos import N_PIECES, TOWER
+
+from kosmos_lit.tokens import Tokenizer
+
+LINES = (
+    "the cat sat on the mat",
+    "a red square and a blue circle",
+    "naïve café über größe äöüß",
+    "<image> and </line> tags / and < or > are text",
+    "jackdaws love my big sphinx of quartz, fix! why? how: so; 0123456789",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tensors here are too small for threads to help, and results then depend on nothing around them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kosmos_tower(tmp_path_factory) -> str:
+    """Path of a tower's architecture in open_clip's format."""
+    path = tmp_path_factory.mktemp("tower") / "tiny_kosmos_tower.json"
+    path.write_text(json.dumps(TOWER), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def kosmos_vocabulary() -> bytes:
+    """A SentencePiece model as `prepare tokenizer` makes one, of 61 pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 7),
+        model_writer=model,
+        vocab_size=N_PIECES,
+        model_type="unigram",
+        character_coverage=1.0,
+        max_sentencepiece_length=16,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def kosmos_tokenizer(kosmos_vocabulary) -> Tokenizer:
+    return Tokenizer(kosmos_vocabulary)

@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+from tiny_kosmos import normal, shaken
+from torch import Tensor
+
+from kosmos_lit.config import DecoderConfig
+from kosmos_lit.layers.attention import KeyValues
+from kosmos_lit.layers.block import Block
+from kosmos_lit.ops.masks import DocumentMask, causal
+
+B, T, D, H, F = 2, 7, 12, 3, 17
+MASK = DocumentMask((3, 4, 7), B, T, torch.device("cpu"))
+
+
+def block(**fields) -> Block:
+    torch.manual_seed(0)
+    return shaken(Block(DecoderConfig(dim=D, n_heads=H, ffn_dim=F, vocab_size=11, **fields))).eval()
+
+
+def layer_norm(x: Tensor, m: torch.nn.LayerNorm) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
+
+
+def linear(x: Tensor, m: torch.nn.Linear) -> Tensor:
+    return x @ m.weight.T + m.bias
+
+
+def written_out(x: Tensor, made: Block, use_sub: bool) -> Tensor:
+    """A Magneto decoder layer, head by head (section 1.2 of the facts)."""
+    attention, ffn = made.self_attn, made.ffn
+    h = layer_norm(x, made.self_attn_layer_norm)
+    q, k, v = (linear(h, m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
+    heads = []
+    for at in range(0, D, D // H):
+        part = slice(at, at + D // H)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(D // H)
+        weights = scores.masked_fill(~MASK.dense[:, 0], float("-inf")).softmax(-1)
+        heads.append(weights @ v[..., part])
+    joined = torch.cat(heads, dim=-1)
+    x = x + linear(layer_norm(joined, attention.inner_attn_ln) if use_sub else joined, attention.out_proj)
+    h = linear(layer_norm(x, made.final_layer_norm), ffn.fc1)
+    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    return x + linear(layer_norm(h, ffn.ffn_layernorm) if use_sub else h, ffn.fc2)
+
+
+@pytest.mark.parametrize("norm", ["sub", "pre"])
+def test_a_block_computes_what_magneto_writes(norm):
+    made, x = block(norm=norm), normal(B, T, D, seed=3)
+    expected = written_out(x, made, norm == "sub")
+    torch.testing.assert_close(made(x, MASK, None), expected, rtol=1e-5, atol=2e-6)  # fp32, one layer
+
+
+@pytest.mark.parametrize(("norm", "inner"), [("sub", {"self_attn.inner_attn_ln", "ffn.ffn_layernorm"}), ("pre", set())])
+def test_parameters_are_named_as_in_the_released_checkpoints(norm, inner):
+    modules = {"self_attn_layer_norm", "final_layer_norm", "ffn.fc1", "ffn.fc2"} | inner
+    modules |= {f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")}
+    assert block(norm=norm).state_dict().keys() == {f"{m}.{part}" for m in modules for part in ("weight", "bias")}
+
+
+def test_dropout_acts_in_training_only():
+    made, x = block(dropout_rate=0.5, attention_dropout_rate=0.5), normal(B, T, D)
+    assert torch.equal(made(x, MASK, None), made(x, MASK, None))
+    made.train()
+    assert not torch.equal(made(x, MASK, None), made(x, MASK, None))
+
+
+@pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate"])
+def test_each_kind_of_dropout_acts_by_itself(rate):
+    rates = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0} | {rate: 0.5}
+    made, x = block(**rates).train(), normal(B, T, D)
+    torch.manual_seed(0)
+    assert not torch.equal(made(x, MASK, None), made(x, MASK, None))
+
+
+@pytest.mark.parametrize("other", ["self_attn.out_proj", "ffn.fc2"])
+def test_dropout_acts_on_each_branch(other):
+    made, x = block(dropout_rate=0.5, attention_dropout_rate=0.0).train(), normal(B, T, D)
+    for parameter in made.get_submodule(other).parameters():
+        torch.nn.init.zeros_(parameter)  # leaves one branch
+    torch.manual_seed(0)
+    dropped = (made(x, MASK, None) == x).float().mean()
+    assert 0.3 < dropped < 0.7  # 168 draws of one half: five standard errors
+
+
+def test_a_block_goes_on_where_its_cache_ends():
+    made, x = block(), normal(B, T, D, seed=3)
+    whole = made(x, causal(T, T, x.device), None)
+    seen = KeyValues(torch.empty(B, T, H, D // H), torch.empty(B, T, H, D // H))
+    pieces = [made(x[:, a:b], causal(b - a, b, x.device), None, seen) for a, b in ((0, 4), (4, 5), (5, 7))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=2e-6)  # fp32, one layer
+
+
+def test_a_cache_returns_all_it_has_seen():
+    seen = KeyValues(torch.empty(B, 5, H, 4), torch.empty(B, 5, H, 4))
+    k, v = normal(B, 5, H, 4, seed=1), normal(B, 5, H, 4, seed=2)
+    seen.append(k[:, :2], v[:, :2])
+    keys, values = seen.append(k[:, 2:], v[:, 2:])
+    assert torch.equal(keys, k)
+    assert torch.equal(values, v)
+
+
+def test_a_cache_goes_on_with_copies_of_the_rows_asked_for():
+    seen = KeyValues(torch.empty(3, 5, H, 4), torch.empty(3, 5, H, 4))
+    k, v, more = normal(3, 4, H, 4, seed=1), normal(3, 4, H, 4, seed=2), normal(4, 1, H, 4, seed=3)
+    seen.append(k, v)
+    rows = torch.tensor([2, 0, 0, 1])
+    seen.select(rows)
+    keys, values = seen.append(more, -more)
+    assert torch.equal(keys, torch.cat([k[rows], more], dim=1))
+    assert torch.equal(values, torch.cat([v[rows], -more], dim=1))

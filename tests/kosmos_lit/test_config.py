@@ -1,0 +1,136 @@
+from dataclasses import asdict
+
+import pytest
+import torch
+from tiny_kosmos import tiny_config
+
+from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, OptimizerConfig, VisionConfig
+from kosmos_lit.errors import UserError
+from kosmos_lit.model import Kosmos
+
+
+@pytest.fixture(scope="module")
+def papers_model() -> Kosmos:
+    with torch.device("meta"):  # shapes without memory
+        return Kosmos(KosmosConfig(vision=VisionConfig(pretrained=None)))
+
+
+def n_parameters(module: torch.nn.Module, trained_only: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+
+
+def test_the_papers_decoder_has_1340180480_parameters(papers_model):
+    assert n_parameters(papers_model.decoder) == 1_340_180_480
+
+
+def test_the_papers_model_has_1662375936_parameters(papers_model):
+    assert n_parameters(papers_model) == 1_662_375_936
+
+
+def test_the_papers_freeze_rule_trains_1371794432_parameters(papers_model):
+    assert n_parameters(papers_model, trained_only=True) == 1_371_794_432
+
+
+def test_tower_and_connector_of_the_paper_have_the_released_sizes(papers_model):
+    assert (n_parameters(papers_model.vision), n_parameters(papers_model.connector)) == (303_179_776, 19_015_680)
+
+
+def test_heads_of_the_paper_are_64_wide():
+    assert DecoderConfig().head_dim == 64
+
+
+def test_a_config_survives_being_written_as_plain_data():
+    config = tiny_config("some.json", positions="learned", norm="pre")
+    assert KosmosConfig.from_dict(asdict(config)) == config
+
+
+def test_lists_are_read_as_tuples():
+    read = KosmosConfig.from_dict({"vision": {"mean": [0.5, 0.25, 0.125]}})
+    assert read.vision.mean == (0.5, 0.25, 0.125)
+
+
+def test_what_plain_data_leaves_out_has_its_default():
+    read = KosmosConfig.from_dict({"decoder": {"n_layers": 5}})
+    assert read == KosmosConfig(decoder=DecoderConfig(n_layers=5))
+
+
+def test_a_config_is_read_as_itself():
+    config = tiny_config("some.json")
+    assert KosmosConfig.from_dict(config) is config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"decoder": {"n_layer": 3, "dims": 4}}, "DecoderConfig has no field dims, n_layer; it has vocab_size, dim"),
+        ({"encoder": {}}, "KosmosConfig has no field encoder; it has vision, connector, decoder"),
+        ({"vision": {"l2_normalise": True}}, "VisionConfig has no field l2_normalise"),
+    ],
+)
+def test_an_unknown_key_is_named(data, message):
+    with pytest.raises(UserError, match=message):
+        KosmosConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("table", "fields", "message"),
+    [
+        (VisionConfig, {"image_size": 0}, "VisionConfig: image_size must be positive, got 0"),
+        (VisionConfig, {"feature_length": 0.0}, "feature_length must be positive or null, got 0.0"),
+        (ConnectorConfig, {"n_latents": -3}, "ConnectorConfig: n_latents must be positive, got -3"),
+        (ConnectorConfig, {"n_heads": 0}, "n_heads must be positive, got 0"),
+        (ConnectorConfig, {"attention_dropout_rate": 1.0}, r"attention_dropout_rate must lie in \[0, 1\), got 1.0"),
+        (DecoderConfig, {"vocab_size": 0}, "DecoderConfig: vocab_size must be positive, got 0"),
+        (DecoderConfig, {"dim": 0}, "dim must be positive"),
+        (DecoderConfig, {"n_layers": 0}, "n_layers must be positive"),
+        (DecoderConfig, {"ffn_dim": -1}, "ffn_dim must be positive"),
+        (DecoderConfig, {"max_seq_len": 0}, "max_seq_len must be positive"),
+        (DecoderConfig, {"dropout_rate": -0.1}, r"dropout_rate must lie in \[0, 1\), got -0.1"),
+        (DecoderConfig, {"dim": 20, "n_heads": 3}, "dim 20 is not a multiple of n_heads 3"),
+        (DecoderConfig, {"dim": 15, "n_heads": 5}, "dim / n_heads must be even for xPos, got 3"),
+        (DecoderConfig, {"loss_chunk": 0}, "loss_chunk must be positive, got 0"),
+        (KosmosConfig, {"connector": ConnectorConfig(n_heads=7)}, "dim 2048 is not a multiple of connector.n_heads 7"),
+        (OptimizerConfig, {"lr": 0.0}, "OptimizerConfig: lr must be positive"),
+        (OptimizerConfig, {"eps": 0.0}, "eps must be positive"),
+        (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+        (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+    ],
+)
+def test_a_value_that_cannot_be_is_the_users_error(table, fields, message):
+    with pytest.raises(UserError, match=message):
+        table(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"feature_length": None}, {"feature_length": 90.0}])
+def test_features_may_keep_their_length_or_get_another(fields):
+    assert VisionConfig(**fields).feature_length == fields["feature_length"]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "magneto"}, {"loss_chunk": None}]
+)
+def test_what_only_training_and_speed_depend_on_is_no_architecture(fields):
+    assert tiny_config("a.json", **fields).architecture() == tiny_config("a.json").architecture()
+
+
+def test_where_weights_come_from_is_no_architecture():
+    other = tiny_config("a.json", vision={"pretrained": "w.pt", "trainable": "none"})
+    assert other.architecture() == tiny_config("a.json").architecture()
+
+
+@pytest.mark.parametrize("field", [{"dim": 40}, {"norm": "pre"}, {"positions": "none"}, {"document_attention": "row"}])
+def test_what_the_model_computes_is_its_architecture(field):
+    here, there = tiny_config("a.json").architecture(), tiny_config("a.json", **field).architecture()
+    assert {name for name in here if here[name] != there[name]} == {f"decoder.{name}" for name in field}
+
+
+def test_the_length_of_learned_positions_is_architecture():
+    # Their table has one row a position: weights of another length do not fit.
+    here, there = (tiny_config("a.json", positions="learned", max_seq_len=n).architecture() for n in (61, 67))
+    assert here != there
+
+
+def test_the_longest_row_of_computed_positions_is_no_architecture():
+    here, there = (tiny_config("a.json", positions="xpos", max_seq_len=n).architecture() for n in (61, 67))
+    assert here == there

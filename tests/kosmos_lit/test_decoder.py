@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from tiny_kosmos import VOCAB, normal, shaken, tiny_config, words
+
+from kosmos_lit.decoder import Decoder
+from kosmos_lit.ops.masks import DocumentMask, causal
+from kosmos_lit.ops.positions import sinusoids
+
+B, T, D = 2, 13, 20
+CPU = torch.device("cpu")
+POSITIONS = ("xpos", "sinusoidal", "learned", "none")
+WHOLE = torch.arange(T).expand(B, T)
+TOKENS = torch.tensor(words(B * T)).view(B, T)
+
+
+def decoder(**fields) -> Decoder:
+    torch.manual_seed(0)
+    made = Decoder(tiny_config("unused.json", **fields).decoder)
+    made.init()
+    return shaken(made).eval()
+
+
+def first_input(made: Decoder, *args) -> torch.Tensor:
+    """What the first block is given."""
+    taken = []
+    hook = made.layers[0].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    made(*args)
+    hook.remove()
+    return taken[0]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+def test_no_position_sees_what_comes_after_it(positions, kernel):
+    made, mask, t = decoder(positions=positions, attention_kernel=kernel), DocumentMask((T,) * B, B, T, CPU), 6
+    changed = TOKENS.clone()
+    changed[:, t + 1 :] = torch.tensor(words(B * (T - t - 1), seed=1)).view(B, -1)
+    before, after = made(TOKENS, WHOLE, mask), made(changed, WHOLE, mask)
+    assert torch.equal(after[:, : t + 1], before[:, : t + 1])
+    assert not torch.equal(after[:, t + 1], before[:, t + 1])
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_reading_in_pieces_gives_what_reading_at_once_gives(positions):
+    made = decoder(positions=positions)
+    latents, slots = normal(2, 3, D, seed=4), torch.tensor([[0, 1], [1, 0]])
+    whole = made(TOKENS, WHOLE, causal(T, T, CPU), latents, slots)
+    cache, pieces = made.new_cache(B, T), []
+    for a, b in ((0, 5), (5, 6), (6, 7), (7, 11), (11, 13)):
+        seen = (latents, slots) if a == 0 else (None, None)
+        pieces.append(made(TOKENS[:, a:b], WHOLE[:, a:b], causal(b - a, b, CPU), *seen, cache))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 1e-6
+
+
+def test_tokens_and_latents_are_scaled_by_the_root_of_the_width():
+    made, latents, slots = decoder(), normal(1, 3, D, seed=4), torch.tensor([[1, 2]])
+    expected = made.embed_tokens.weight[TOKENS].clone()
+    expected[1, 2:5] = latents[0]
+    found = first_input(made, TOKENS, WHOLE, causal(T, T, CPU), latents, slots)
+    assert torch.equal(found, expected * math.sqrt(D))
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+def test_absolute_positions_are_added_after_scaling(positions):
+    made = decoder(positions=positions)
+    table = sinusoids(61, D) if positions == "sinusoidal" else made.embed_positions.weight
+    at = torch.tensor([[*range(5), *range(8)], [*range(13)]])  # the first row holds two documents
+    found = first_input(made, TOKENS, at, causal(T, T, CPU))
+    assert torch.equal(found, made.embed_tokens.weight[TOKENS] * math.sqrt(D) + table[at])
+
+
+@pytest.mark.parametrize(("positions", "matters"), [("xpos", False), ("none", False), ("sinusoidal", True)])
+def test_where_a_document_starts_matters_to_absolute_positions_only(positions, matters):
+    made, mask = decoder(positions=positions), DocumentMask((T,) * B, B, T, CPU)
+    here, there = made(TOKENS, WHOLE, mask), made(TOKENS, WHOLE + 31, mask)
+    assert torch.allclose(here, there, rtol=1e-4, atol=1e-5) != matters  # fp32, 2 layers, measured 2e-6
+
+
+def test_order_matters_to_xpos():
+    made, mask = decoder(positions="xpos"), DocumentMask((T,) * B, B, T, CPU)
+    swapped = TOKENS[:, [1, 0, *range(2, T)]]
+    assert not torch.allclose(made(TOKENS, WHOLE, mask)[:, -1], made(swapped, WHOLE, mask)[:, -1], atol=1e-3)
+
+
+def test_logits_are_products_with_the_embeddings():
+    made, hidden = decoder(), normal(B, T, D, seed=2)
+    expected = torch.einsum("btd,vd->btv", hidden, made.embed_tokens.weight)
+    torch.testing.assert_close(made.logits(hidden), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 20
+    assert made.logits(hidden).shape == (B, T, VOCAB)
+
+
+def test_the_last_thing_is_a_layer_norm():
+    made = decoder()
+    with torch.no_grad():
+        made.layer_norm.weight.fill_(1.0)
+        made.layer_norm.bias.zero_()
+    hidden = made(TOKENS, WHOLE, causal(T, T, CPU))
+    torch.testing.assert_close(hidden.mean(-1), torch.zeros(B, T), rtol=0, atol=1e-6)  # fp32
+    torch.testing.assert_close(hidden.var(-1, correction=0), torch.ones(B, T), rtol=1e-4, atol=0)  # eps 1e-5
+
+
+def test_dropout_acts_on_the_embeddings_in_training_only():
+    made = decoder(dropout_rate=0.5)
+    args = (TOKENS, WHOLE, causal(T, T, CPU))
+    assert first_input(made, *args).ne(0).all()
+    torch.manual_seed(0)
+    assert 0.3 < first_input(made.train(), *args).eq(0).float().mean() < 0.7  # 520 draws of one half
+
+
+@pytest.mark.parametrize(("positions", "more"), [("xpos", set()), ("learned", {"embed_positions.weight"})])
+def test_nothing_but_embeddings_blocks_and_the_last_norm_is_stored(positions, more):
+    names = {n for n in decoder(positions=positions).state_dict() if not n.startswith("layers.")}
+    assert names == {"embed_tokens.weight", "layer_norm.weight", "layer_norm.bias"} | more

@@ -1,0 +1,195 @@
+import io
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_kosmos import N_PIECES
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokens import LEADING, MODEL_FILE, TRAILING, UNK, SpecialTokens, Tokenizer, clean, expand_images
+
+LITERALS = [*LEADING, *TRAILING]
+ANYTHING = st.lists(st.one_of(st.text(), st.sampled_from([*LITERALS, "\n", "\r\n", " ", "\ud800"]))).map("".join)
+KNOWN = st.lists(st.text("abcdefghijklmnopqrstuvwxyzäéïöüß<>/?!:;,0123456789", min_size=1), min_size=1).map(" ".join)
+quickly = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+
+
+def trained(**changes) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc cba", "bca"]), model_writer=model, vocab_size=8, minloglevel=2, **changes
+    )
+    return model.getvalue()
+
+
+# ---- ids
+
+
+def test_the_papers_vocabulary_has_64007_ids():
+    special = SpecialTokens.after(64_000)
+    assert (special.bos, special.pad, special.eos, special.unk) == (0, 1, 2, 3)
+    assert (special.mask, special.doc_end, special.image) == (64_001, 64_002, 64_003)
+    assert (special.image_end, special.chunk_end, special.line_end) == (64_004, 64_005, 64_006)
+
+
+def test_a_vocabulary_has_seven_ids_more_than_pieces(kosmos_tokenizer):
+    assert (kosmos_tokenizer.n_pieces, kosmos_tokenizer.vocab_size) == (N_PIECES, N_PIECES + 7)
+
+
+def test_leading_tokens_come_first_and_trailing_ones_last(kosmos_tokenizer):
+    names = [kosmos_tokenizer.name(i) for i in range(kosmos_tokenizer.vocab_size)]
+    assert (names[:4], names[-6:]) == (list(LEADING), list(TRAILING))
+
+
+def test_a_piece_has_the_id_after_its_number(kosmos_vocabulary, kosmos_tokenizer):
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=kosmos_vocabulary)
+    names = [pieces.id_to_piece(i).replace("▁", " ") for i in range(3, N_PIECES)]
+    assert [kosmos_tokenizer.name(i + 1) for i in range(3, N_PIECES)] == names
+    text = "the cat sat on a blue mat"
+    assert kosmos_tokenizer.encode(text).tolist() == [i + 1 for i in pieces.encode(text)]
+
+
+def test_special_ids_name_themselves(kosmos_tokenizer):
+    special = kosmos_tokenizer.special
+    assert kosmos_tokenizer.name(special.image) == "<image>"
+    assert kosmos_tokenizer.name(special.line_end) == "</line>"
+    assert kosmos_tokenizer.name(special.mask) == "<mask>"
+
+
+# ---- text
+
+
+@quickly
+@given(text=ANYTHING)
+def test_text_never_becomes_a_control_token_other_than_line_ends(kosmos_tokenizer, text):
+    ids = kosmos_tokenizer.encode(text)
+    special = kosmos_tokenizer.special
+    line_ends = ids == special.line_end
+    assert line_ends.sum() == clean(text).count("\n")
+    assert ((ids[~line_ends] >= UNK) & (ids[~line_ends] < special.mask)).all()
+
+
+@pytest.mark.parametrize("literal", ["<image>", "</s>", "</line>"])
+def test_a_literal_control_token_stays_text(kosmos_tokenizer, literal):
+    ids = kosmos_tokenizer.encode(literal)
+    assert "".join(kosmos_tokenizer.name(i) for i in ids).strip() == literal
+    assert ((ids > UNK) & (ids < kosmos_tokenizer.special.mask)).all()
+
+
+def test_a_newline_is_a_line_end_between_lines(kosmos_tokenizer):
+    the, cat = kosmos_tokenizer.encode("the").tolist(), kosmos_tokenizer.encode("cat").tolist()
+    line_end = kosmos_tokenizer.special.line_end
+    assert kosmos_tokenizer.encode("the\ncat").tolist() == [*the, line_end, *cat]
+    assert kosmos_tokenizer.encode("the\n\ncat\n").tolist() == [*the, line_end, line_end, *cat, line_end]
+
+
+@pytest.mark.parametrize("newline", ["\r\n", "\r"])
+def test_every_kind_of_newline_counts_once(kosmos_tokenizer, newline):
+    assert np.array_equal(kosmos_tokenizer.encode(f"the{newline}cat"), kosmos_tokenizer.encode("the\ncat"))
+
+
+def test_an_empty_text_has_no_ids(kosmos_tokenizer):
+    ids = kosmos_tokenizer.encode("")
+    assert (ids.tolist(), ids.dtype) == ([], np.int64)
+
+
+def test_what_utf8_cannot_write_becomes_a_question_mark(kosmos_tokenizer):
+    assert clean("a\ud800b") == "a?b"
+    assert np.array_equal(kosmos_tokenizer.encode("a\ud800b"), kosmos_tokenizer.encode("a?b"))
+
+
+@quickly
+@given(texts=st.lists(ANYTHING, max_size=5))
+def test_many_texts_are_encoded_as_each_alone(kosmos_tokenizer, texts):
+    together = kosmos_tokenizer.encode_all(texts)
+    assert [ids.tolist() for ids in together] == [kosmos_tokenizer.encode(text).tolist() for text in texts]
+
+
+@quickly
+@given(lines=st.lists(KNOWN, min_size=1, max_size=3))
+def test_decoding_gives_the_text_back(kosmos_tokenizer, lines):
+    text = "\n".join(lines)
+    assert kosmos_tokenizer.decode(kosmos_tokenizer.encode(text)) == text
+
+
+def test_decoding_leaves_control_tokens_out(kosmos_tokenizer):
+    special = kosmos_tokenizer.special
+    words = kosmos_tokenizer.encode("the cat")
+    ids = [0, special.image, special.image, special.image_end, *words, special.chunk_end, 2, 1]
+    assert kosmos_tokenizer.decode(ids) == "the cat"
+
+
+def test_an_unknown_character_is_decoded_as_unknown(kosmos_tokenizer):
+    ids = kosmos_tokenizer.encode("the 漢 cat")
+    assert UNK in ids
+    assert kosmos_tokenizer.decode(ids) == "the  ⁇  cat"
+
+
+# ---- bytes
+
+
+@quickly
+@given(lines=st.lists(KNOWN, min_size=1, max_size=3))
+def test_token_bytes_add_up_to_the_texts_utf8(kosmos_tokenizer, lines):
+    text = "\n".join(lines)
+    n_bytes = kosmos_tokenizer.token_bytes[kosmos_tokenizer.encode(text)].sum()
+    # SentencePiece reads every line as if a space stood before it, and that space is counted.
+    assert n_bytes == len(text.encode()) + len(lines)
+
+
+def test_control_tokens_stand_for_no_bytes_but_line_ends_and_unknowns_for_one(kosmos_tokenizer):
+    sizes, special = kosmos_tokenizer.token_bytes, kosmos_tokenizer.special
+    assert sizes.shape == (N_PIECES + 7,)
+    assert sizes[:4].tolist() == [0, 0, 0, 1]
+    assert sizes[special.mask :].tolist() == [0, 0, 0, 0, 0, 1]
+    assert (sizes[4 : special.mask] > 0).all()
+
+
+# ---- files
+
+
+def test_a_folder_gives_the_tokenizer_that_it_holds(tmp_path, kosmos_vocabulary, kosmos_tokenizer):
+    (tmp_path / MODEL_FILE).write_bytes(kosmos_vocabulary)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint == kosmos_tokenizer.fingerprint
+    assert np.array_equal(loaded.encode("the cat"), kosmos_tokenizer.encode("the cat"))
+
+
+def test_other_vocabularies_have_other_fingerprints(kosmos_tokenizer):
+    assert Tokenizer(trained()).fingerprint != kosmos_tokenizer.fingerprint
+
+
+def test_a_folder_without_a_tokenizer_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match=f"no tokenizer in .*{MODEL_FILE} is missing; make one with"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("model", [b"", b"no model", b"\x00" * 50, "half"])
+def test_bytes_that_are_no_model_are_the_users_error(kosmos_vocabulary, model):
+    broken = kosmos_vocabulary[: len(kosmos_vocabulary) // 2] if model == "half" else model
+    with pytest.raises(UserError, match="SentencePiece model"):
+        Tokenizer(broken)
+
+
+def test_control_pieces_elsewhere_are_the_users_error():
+    with pytest.raises(UserError, match=r"at \(3, 0, 1\), not at \(0, 1, 2\)"):
+        Tokenizer(trained(unk_id=3, bos_id=0, eos_id=1))
+
+
+# ---- pictures
+
+
+def test_a_picture_is_written_out_as_mark_slots_and_end():
+    special = SpecialTokens.after(10)
+    i, e = special.image, special.image_end
+    expanded, last, slots = expand_images(np.array([0, i, 5, 6, i, i, 2]), special, 3)
+    assert expanded.tolist() == [0, i, i, i, i, e, 5, 6, i, i, i, i, e, i, i, i, i, e, 2]
+    assert last.tolist() == [0, 5, 6, 7, 12, 17, 18]
+    assert slots.tolist() == [2, 9, 14]
+
+
+def test_tokens_without_a_picture_stay_as_they_are():
+    expanded, last, slots = expand_images(np.array([0, 5, 2]), SpecialTokens.after(10), 3)
+    assert (expanded.tolist(), last.tolist(), slots.tolist()) == ([0, 5, 2], [0, 1, 2], [])

@@ -1,0 +1,44 @@
+"""Running the command line as a user does, on a world of a few hundred pictures."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
+
+
+def tiny_run(verb: str, folder: Path, world: Path, *more: str) -> list[str]:
+    """Return the arguments of a small run in `folder` on the drawn world."""
+    return [verb, "-c", TINY, "--trainer.default_root_dir", str(folder), "--data.world.path", str(world), *more]
+
+
+def start(arguments: list[str], **kwargs: object) -> subprocess.Popen[str]:
+    """Start `python main.py ...` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    command = [sys.executable, str(ROOT / "main.py"), *arguments]
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+    )
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run `python main.py ...` to its end."""
+    process = start(arguments)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """Return the training loss of each step over all starts of a run, as it was written."""
+    found = {}
+    for path in sorted((folder / "csv").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get("train/loss"):
+                    found[int(float(row["step"]))] = row["train/loss"]
+    return found
