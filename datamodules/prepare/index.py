@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -22,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus, place, read_manifest
 from datamodules.document import Document, ImageRef, Tally
 from datamodules.prepare.files import expand, sync, whole_folder, write_whole
+from datamodules.prepare.pool import Progress, run_all
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.base import SURVEY
 from kosmos_lit.errors import UserError
@@ -113,9 +111,9 @@ def prepare_corpus(
         ]  # fmt: skip
         pictures = Tally()
         if SOURCES[format].needs_survey:
-            _run(survey_shard, [t for t in tasks if not t.survey.exists()], workers, "listing pictures", "pictures")
+            run_all(survey_shard, [t for t in tasks if not t.survey.exists()], workers, "listing pictures", "pictures")
             pictures = _join_surveys(output, tasks)
-        _run(index_shard, [t for t in tasks if not t.part.exists()], workers, f"indexing {format}", "documents")
+        run_all(index_shard, [t for t in tasks if not t.part.exists()], workers, f"indexing {format}", "documents")
         _join(output, tasks, identity, pictures)
     return IndexedCorpus(output)
 
@@ -147,7 +145,7 @@ def _shards_key(shards: Iterable[dict[str, Any]]) -> list[list[Any]]:
     return [[Path(s["path"]).name, s["bytes"]] for s in shards]
 
 
-def survey_shard(task: Task, progress: Callable[[int], None]) -> None:
+def survey_shard(task: Task, progress: Progress) -> None:
     """List one shard's pictures."""
     tally = Tally()
     rows = SOURCES[task.format].survey(task.path, task.shard, task.options, tally)
@@ -158,7 +156,7 @@ def survey_shard(task: Task, progress: Callable[[int], None]) -> None:
     progress(len(rows))
 
 
-def index_shard(task: Task, progress: Callable[[int], None]) -> None:
+def index_shard(task: Task, progress: Progress) -> None:
     """Tokenize one shard and write its part.
 
     Raises: UserError if more than the allowed share of its records is broken; nothing is written then.
@@ -232,55 +230,6 @@ def _check_share(task: Task, tally: Tally) -> None:
             f"max_bad_share {task.max_bad_share:.1%}): {reasons}. Finished shards are kept: mend or leave out this one, "
             "or allow more, and run the same command again"
         )
-
-
-_report_progress: Callable[[int], None] = lambda n: None  # noqa: E731  # set in each worker process
-
-
-def _start_worker(queue: Any) -> None:
-    global _report_progress
-    _report_progress = queue.put
-
-
-def _work(job: Callable[[Task, Callable[[int], None]], None], task: Task) -> None:
-    job(task, _report_progress)
-
-
-def _run(
-    job: Callable[[Task, Callable[[int], None]], None], tasks: list[Task], workers: int, title: str, unit: str
-) -> None:
-    """Do `job` for each task, in processes if there is more than one to do, with a bar over shards."""
-    if not tasks:
-        return
-    seen = 0
-    with tqdm(total=len(tasks), desc=title, unit="shard", disable=None) as bar:
-
-        def progress(n: int) -> None:
-            nonlocal seen
-            seen += n
-            bar.set_postfix_str(f"{seen:,} {unit}", refresh=False)
-            bar.update(0)
-
-        if min(workers, len(tasks)) <= 1:
-            for task in tasks:
-                job(task, progress)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        queue = context.SimpleQueue()
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (queue,)) as pool:
-            running: set[Future[None]] = {pool.submit(_work, job, task) for task in tasks}
-            try:
-                while running:
-                    done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                    while not queue.empty():
-                        progress(queue.get())
-                    for future in done:
-                        future.result()
-                        bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # what runs may finish: the lock is held until then
-                raise
 
 
 def _pictures_file(folder: Path) -> Path:

@@ -181,7 +181,7 @@ def table(figures: dict[str, Any]) -> str:
 
 def draw_sheet(answered: Sequence[Answered], columns: int = 4, side: int = 144) -> Image.Image:
     """Return a sheet of pictures, each with the right answer in grey and the model's in green or red."""
-    width, height = side + 116, side + 64
+    width, height = side + 116, side + 76
     rows = -(-len(answered) // columns)
     sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -192,7 +192,7 @@ def draw_sheet(answered: Sequence[Answered], columns: int = 4, side: int = 144) 
         draw.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgrey")
         draw.multiline_text((x, y + side + 4), _wrapped(a.right), fill="dimgrey")
         colour = "darkgreen" if a.said == a.right else "crimson"
-        draw.multiline_text((x, y + side + 28), _wrapped(a.said), fill=colour)
+        draw.multiline_text((x, y + side + 36), _wrapped(a.said), fill=colour)
     return sheet
 
 

@@ -22,7 +22,7 @@ class Predictions(Callback):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(  # type: ignore[override]
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,

@@ -8,9 +8,9 @@ import json
 import pytest
 import sentencepiece
 import torch
-from tiny_kosmos import N_PIECES, TOWER
 
 from kosmos_lit.tokens import Tokenizer
+from tests.kosmos_lit.tiny_kosmos import N_PIECES, TOWER
 
 LINES = (
     "the cat sat on the mat",

@@ -1,10 +1,10 @@
 from dataclasses import fields
 
 import torch
-from tiny_kosmos import batch_of, picture_doc, pictures, text_doc
 from torch import Tensor
 
 from kosmos_lit.batch import CORPORA, PromptBatch
+from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, pictures, text_doc
 
 
 def test_moving_a_batch_moves_every_tensor():

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_kosmos import batch_of, picture_doc, tiny_config, tiny_model
 
 from kosmos_lit import checkpoint as checkpoints
 from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_last, load_checkpoint, load_model
 from kosmos_lit.errors import UserError
+from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, tiny_config, tiny_model
 
 CONFIG = tiny_config("tower.json")
 

@@ -2,11 +2,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from tiny_kosmos import tiny_config
 
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, OptimizerConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
+from tests.kosmos_lit.tiny_kosmos import tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from tiny_kosmos import normal, shaken, tiny_config
 from torch import Tensor
 
 from kosmos_lit.config import ConnectorConfig
 from kosmos_lit.connector import LinearConnector, Resampler, build_connector
+from tests.kosmos_lit.tiny_kosmos import normal, shaken, tiny_config
 
 N, P, C, L, D, H = 2, 7, 5, 3, 12, 4
 

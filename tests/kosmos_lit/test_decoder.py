@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from tiny_kosmos import VOCAB, normal, shaken, tiny_config, words
 
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.ops.masks import DocumentMask, causal
 from kosmos_lit.ops.positions import sinusoids
+from tests.kosmos_lit.tiny_kosmos import VOCAB, normal, shaken, tiny_config, words
 
 B, T, D = 2, 13, 20
 CPU = torch.device("cpu")

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_kosmos import LATENTS, SPECIAL, VOCAB, pictures, tiny_model, words
 from torch import Tensor
 
 from kosmos_lit.errors import UserError
@@ -14,6 +13,7 @@ from kosmos_lit.generate import Prompt, _beams, encode_prompt, generate
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokens import BOS, EOS, PAD, UNK, SpecialTokens, expand_images
+from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, VOCAB, pictures, tiny_model, words
 
 POSITIONS = ("xpos", "sinusoidal", "learned", "none")
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_kosmos import batch_of, text_doc
 
 from kosmos_lit.metrics import CorpusLoss
+from tests.kosmos_lit.tiny_kosmos import batch_of, text_doc
 
 BATCH = replace(
     batch_of([[text_doc(1)], [text_doc(3)], [text_doc(2)]], 7, corpus=[0, 2, 0]),  # 2, 4 and 3 targets

@@ -3,11 +3,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_kosmos import LATENTS, SPECIAL, Doc, batch_of, picture_doc, pictures, text_doc, tiny_config, tiny_model, words
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokens import BOS, EOS
+from tests.kosmos_lit.tiny_kosmos import (
+    LATENTS,
+    SPECIAL,
+    Doc,
+    batch_of,
+    picture_doc,
+    pictures,
+    text_doc,
+    tiny_config,
+    tiny_model,
+    words,
+)
 
 FIRST, SECOND, THIRD = picture_doc(4, seed=1, n_pictures=2), picture_doc(3, seed=2), text_doc(5, seed=3)
 T = 37

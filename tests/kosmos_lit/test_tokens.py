@@ -5,10 +5,10 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_kosmos import N_PIECES
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import LEADING, MODEL_FILE, TRAILING, UNK, SpecialTokens, Tokenizer, clean, expand_images
+from tests.kosmos_lit.tiny_kosmos import N_PIECES
 
 LITERALS = [*LEADING, *TRAILING]
 ANYTHING = st.lists(st.one_of(st.text(), st.sampled_from([*LITERALS, "\n", "\r\n", " ", "\ud800"]))).map("".join)

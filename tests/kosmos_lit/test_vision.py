@@ -4,12 +4,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_kosmos import SIDE, TOWER, normal, pictures, shaken, tiny_config
 from torch import Tensor
 
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD
 from kosmos_lit.errors import UserError
 from kosmos_lit.vision import VisionTower
+from tests.kosmos_lit.tiny_kosmos import SIDE, TOWER, normal, pictures, shaken, tiny_config
 
 N, P, C = 2, 4, 12
 

@@ -2,13 +2,13 @@ import math
 
 import pytest
 import torch
-from tiny_kosmos import normal, shaken
 from torch import Tensor
 
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.layers.attention import KeyValues
 from kosmos_lit.layers.block import Block
 from kosmos_lit.ops.masks import DocumentMask, causal
+from tests.kosmos_lit.tiny_kosmos import normal, shaken
 
 B, T, D, H, F = 2, 7, 12, 3, 17
 MASK = DocumentMask((3, 4, 7), B, T, torch.device("cpu"))

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from tiny_kosmos import tiny_config
 from torch import Tensor
 
 from kosmos_lit.config import ConnectorConfig, DecoderConfig
@@ -11,6 +10,7 @@ from kosmos_lit.decoder import Decoder
 from kosmos_lit.layers.init import uniform_linear
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokens import PAD
+from tests.kosmos_lit.tiny_kosmos import tiny_config
 
 D, F, V, N_LAYERS, C = 96, 160, 101, 3, 56
 GAIN = math.sqrt(math.log(2 * N_LAYERS))

@@ -3,11 +3,11 @@ import math
 
 import pytest
 import torch
-from tiny_kosmos import normal
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.ops.attention import attend
 from kosmos_lit.ops.masks import DocumentMask
+from tests.kosmos_lit.tiny_kosmos import normal
 
 B, T, S, H, K = 2, 13, 17, 3, 4
 LENGTHS = (5, 8, 2, 11)

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_kosmos import normal
 
 from kosmos_lit.ops.losses import token_nll
+from tests.kosmos_lit.tiny_kosmos import normal
 
 S, D, V = 11, 5, 17
 TARGETS = torch.arange(S) * 7 % V

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from tiny_kosmos import normal
 
 from kosmos_lit.ops.positions import rotate, rotate_pairs, rotation, sinusoids, xpos_tables
+from tests.kosmos_lit.tiny_kosmos import normal
 
 N, K = 101, 6
 

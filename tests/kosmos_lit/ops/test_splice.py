@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tiny_kosmos import normal
 
 from kosmos_lit.ops.splice import check_slots, splice
+from tests.kosmos_lit.tiny_kosmos import normal
 
 B, T, D, L = 2, 11, 5, 3
 SLOTS = torch.tensor([[0, 2], [1, 1], [1, 7]])

@@ -1,0 +1,72 @@
+"""The same work for many shards, in processes, under one progress bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+Progress = Callable[[int], None]
+"""Takes how many more documents or pictures are done."""
+
+_report_progress: Progress = lambda n: None  # noqa: E731  # set in each worker process
+
+
+def _start_worker(queue: Any) -> None:
+    global _report_progress
+    _report_progress = queue.put
+
+
+def _work(job: Callable[[T, Progress], None], task: T) -> None:
+    job(task, _report_progress)
+
+
+def run_all(
+    job: Callable[[T, Progress], None], tasks: Sequence[T], workers: int, title: str, unit: str
+) -> None:
+    """Do `job` for each task, in processes if there is more than one to do, with a bar over shards.
+
+    The first error ends it: tasks that run then may finish, the others are not begun.
+
+    Args:
+        job: a module's function of a task and of where to report how many more units are done.
+        tasks: one per shard.
+        workers: most processes.
+        title: what the bar says.
+        unit: what is counted beside shards.
+    """
+    if not tasks:
+        return
+    seen = 0
+    with tqdm(total=len(tasks), desc=title, unit="shard", disable=None) as bar:
+
+        def progress(n: int) -> None:
+            nonlocal seen
+            seen += n
+            bar.set_postfix_str(f"{seen:,} {unit}", refresh=False)
+            bar.update(0)
+
+        if min(workers, len(tasks)) <= 1:
+            for task in tasks:
+                job(task, progress)
+                bar.update()
+            return
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        queue = context.SimpleQueue()
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (queue,)) as pool:
+            running: set[Future[None]] = {pool.submit(_work, job, task) for task in tasks}
+            try:
+                while running:
+                    done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                    while not queue.empty():
+                        progress(queue.get())
+                    for future in done:
+                        future.result()
+                        bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # what runs may finish: the lock is held until then
+                raise

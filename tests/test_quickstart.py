@@ -1,0 +1,48 @@
+"""The quickstart learns to see: what README promises of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.running import ROOT, run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole quickstart run."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    end = run(["fit", "-c", config, "--trainer.default_root_dir", str(folder), "--trainer.log_every_n_steps=500"])
+    assert end.returncode == 0, end.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(quickstart: Path) -> dict[str, object]:
+    return json.loads((quickstart / "report.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def test_it_captions_combinations_that_it_never_saw(report: dict[str, float]) -> None:
+    assert report["n_distinct"] >= 200
+    assert report["exact_match"] >= 0.8
+
+
+def test_it_does_so_by_sight(report: dict[str, float]) -> None:
+    assert report["exact_match_shuffled"] <= 0.1
+
+
+def test_the_loss_of_each_corpus_falls(report: dict[str, dict[str, float]]) -> None:
+    before, after = report["loss_before"], report["loss_after"]
+
+    assert set(before) == set(after) == {"text", "caption", "interleaved"}
+    assert all(after[name] < before[name] / 3 for name in before)
+
+
+def test_it_leaves_a_sheet_of_pictures(quickstart: Path) -> None:
+    assert min(Image.open(quickstart / "sheet.png").size) > 400

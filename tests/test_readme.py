@@ -1,0 +1,70 @@
+"""Every command that README and docs print can be run: verbs, flags, files and make targets exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kosmos_lit.cli import VERBS, verbs
+from kosmos_lit.cli.trainer import KosmosCLI
+from tests.running import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+VARIABLES = {"$STEP": "00002000", "$PICTURE": "picture.jpg"}
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[:60])
+def test_a_printed_command_can_be_run(page: str, command: str) -> None:
+    words = [VARIABLES.get(word, word) for word in shlex.split(command)]
+    while "=" in words[0]:
+        words.pop(0)
+
+    match words:
+        case ["make", *targets]:
+            known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+            assert {t for t in targets if "=" not in t} <= set(known)
+        case [".venv/bin/python" | "python", "main.py", verb, *rest]:
+            assert_parses(verb, rest)
+        case [".venv/bin/python" | "python", script, *_] if script.startswith("benchmarks/"):
+            assert (ROOT / script).is_file()
+        case ["source", ".venv/bin/activate"] | ["git" | "cd" | "ln" | "cat" | "tensorboard" | "srun", *_]:
+            assert len(words) > 1
+        case _:
+            pytest.fail(f"{page}: {command!r} is of no kind that this test knows")
+
+
+def assert_parses(verb: str, rest: list[str]) -> None:
+    assert verb in VERBS
+    if verb == "prepare":
+        assert verbs.prepare_parser().parse_args(rest)
+    elif verb == "generate":
+        assert verbs.generate_parser().parse_args(rest)
+    else:
+        if verb == "rows":
+            _, rest = verbs.rows_parser().parse_known_args(rest)
+        if "--ckpt_path" in rest:
+            at = rest.index("--ckpt_path")
+            rest = rest[:at] + rest[at + 2 :]
+        assert KosmosCLI([*rest, "--trainer.logger=false"], run=False).model.config
+
+
+def test_readme_starts_with_its_two_commands() -> None:
+    assert [command for _, command in COMMANDS[:2]] == ["make quickstart", "make test"]
+
+
+def test_readme_names_every_verb() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    assert [verb for verb in VERBS if verb not in text] == []
