@@ -9,11 +9,10 @@ import torch
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.stream import Row
-from kosmos_lit.batch import KosmosBatch
+from kosmos_lit.batch import KosmosBatch, check_slots
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit, ImageError, Pixels, decode
-from kosmos_lit.ops.splice import check_slots
-from kosmos_lit.tokens import IGNORE, Ids, SpecialTokens
+from kosmos_lit.tokens import IGNORE, PAD, Ids, Tokenizer
 
 MIN_PICTURES = 200
 """Pictures that a process looks at before it judges the share of bad ones."""
@@ -53,8 +52,7 @@ def collate(
     rows: Sequence[Row],
     pixels: Sequence[Sequence[Pixels | None]],
     *,
-    special: SpecialTokens,
-    token_bytes: Ids,
+    tokenizer: Tokenizer,
     image_size: int,
     n_latents: int,
     n_step_targets: int,
@@ -74,22 +72,22 @@ def collate(
                 targets[b, placed.at : placed.at + placed.length] = IGNORE
                 picture = np.zeros((3, image_size, image_size), dtype=np.uint8)
             images.append(picture)
-    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]))
+    tokens = np.stack([row.tokens for row in rows])
     slots = torch.tensor(
         [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
     ).view(-1, 2)
-    check_slots(tokens, slots, len(images), n_latents, special.image, special.image_end)
-    supervised = targets != IGNORE
+    special = tokenizer.special
+    check_slots(torch.from_numpy(tokens), slots, len(images), n_latents, special.image, special.image_end)
     return KosmosBatch(
-        tokens=tokens,
+        tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(np.stack([_positions(row) for row in rows])),
         lengths=tuple(length for row in rows for length in row.lengths),
-        loss_at=torch.from_numpy(np.flatnonzero(supervised)),
+        loss_at=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
         images=torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, image_size, image_size), np.uint8)),
         slots=slots,
         corpus=torch.tensor([row.corpus for row in rows]),
-        n_bytes=torch.from_numpy(np.where(supervised, token_bytes[np.where(supervised, targets, 0)], 0).sum(1)),
+        n_bytes=torch.from_numpy(tokenizer.count_bytes(tokens, targets).sum(1)),
         rows=tuple(row.number for row in rows),
         n_step_targets=n_step_targets,
         n_real=sum(row.n_real for row in rows),
@@ -99,8 +97,6 @@ def collate(
 
 def empty_row(seq_len: int) -> Row:
     """Return a row of padding, which fills up a last validation batch."""
-    from kosmos_lit.tokens import PAD
-
     tokens, targets = np.full(seq_len, PAD, dtype=np.int64), np.full(seq_len, IGNORE, dtype=np.int64)
     return Row(-1, -1, 0, tokens, targets, (), (), (), np.zeros(0, dtype=np.int64))
 

@@ -14,7 +14,7 @@ from datamodules.collate import Pictures, collate, empty_row
 from datamodules.stream import Row, Stream
 from kosmos_lit.batch import CORPORA, KosmosBatch, PromptBatch
 from kosmos_lit.images import Fit
-from kosmos_lit.tokens import Ids
+from kosmos_lit.tokens import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Share:
 class Rendering:
     """What turns rows into tensors."""
 
-    token_bytes: Ids
+    tokenizer: Tokenizer
     image_size: int
     fit: Fit
     n_latents: int
@@ -79,8 +79,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
             yield collate(
                 rows,
                 [pictures.read(row, self.stream.corpora[CORPORA[row.corpus]]) if row.images else [] for row in rows],
-                special=self.stream.special,
-                token_bytes=r.token_bytes,
+                tokenizer=r.tokenizer,
                 image_size=r.image_size,
                 n_latents=r.n_latents,
                 n_step_targets=max(1, n_targets),

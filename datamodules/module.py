@@ -259,7 +259,7 @@ class MixtureData(L.LightningDataModule):
 
     def _rendering(self) -> Rendering:
         return Rendering(
-            token_bytes=self.tokenizer.token_bytes, image_size=self.image_size, fit=self.image_fit,
+            tokenizer=self.tokenizer, image_size=self.image_size, fit=self.image_fit,
             n_latents=self.n_latents, max_bad_share=max(c.max_bad_share for c in self.configs.values()),
         )  # fmt: skip
 

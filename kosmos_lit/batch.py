@@ -76,3 +76,34 @@ class PromptBatch(_Movable):
     """B continuations that count as right."""
     tasks: Sequence[str]
     """B names of the tasks that the questions belong to."""
+
+
+def check_slots(tokens: Tensor, slots: Tensor, n_images: int, n_latents: int, image: int, image_end: int) -> None:
+    """Make sure, on the host, that every picture has exactly its `n_latents` slots: each image by itself, not in sum.
+
+    Args:
+        tokens: (B, T) ids, on the CPU.
+        slots: (N, 2) row and first slot.
+        n_images: pictures at hand.
+        n_latents: L, latents per picture.
+        image: id of <image>, which slots repeat.
+        image_end: id of </image>.
+
+    Raises: ValueError naming the row, the picture and both counts.
+    """
+    if len(slots) != n_images:
+        raise ValueError(f"{len(slots)} places for {n_images} pictures; collate must give each picture one place")
+    for number, (row, first) in enumerate(slots.tolist()):
+        ids = tokens[row, first:]
+        ends = (ids != image).nonzero()
+        found = int(ends[0]) if len(ends) else len(ids)
+        closed = found < len(ids) and int(ids[found]) == image_end
+        opened = first > 0 and int(tokens[row, first - 1]) == image
+        if found != n_latents or not closed or not opened:
+            raise ValueError(
+                f"row {row}: {found} slots at position {first} but picture {number} has {n_latents} latents; "
+                "<image>, one slot per latent and </image> must follow one another"
+            )
+    n_slots = int((tokens == image).sum()) - n_images
+    if n_slots != n_images * n_latents:
+        raise ValueError(f"{n_slots} slots in the batch but {n_images} pictures of {n_latents} latents")

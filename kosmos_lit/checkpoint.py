@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -62,10 +62,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except READ_ERRORS as error:
         raise UserError(f"{path} is no checkpoint that can be read safely: {error}") from error
-    if not isinstance(checkpoint, dict) or "kosmos" not in checkpoint.get("hyper_parameters", {}):
+    about = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not about or "kosmos" not in about or "global_step" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of kosmos-lit: it does not say which model it holds")
     return checkpoint
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, Self, get_args, get_type_hints
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from kosmos_lit.errors import UserError
 
@@ -55,6 +57,12 @@ class _Config:
         for name in names:
             self._check(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
 
+    def _check_choices(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                value, choices = getattr(self, name), get_args(hint)
+                self._check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
     def _check_rates(self) -> None:
         for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
             value = getattr(self, name)
@@ -65,8 +73,8 @@ class _Config:
 class VisionConfig(_Config):
     """The image tower: any open_clip vision tower. The default is the paper's, OpenAI's CLIP ViT-L/14."""
 
-    architecture: str = "ViT-L-14-quickgelu"
-    """Name of an open_clip architecture, or path of a JSON file in open_clip's model-config format."""
+    architecture: str | dict[str, Any] = "ViT-L-14-quickgelu"
+    """Name of an open_clip architecture, path of a JSON file in open_clip's model-config format, or such a table itself."""
     pretrained: str | None = "openai"
     """Tag of released weights, path of a local weight file, or None to start from random weights."""
     image_size: int = 224
@@ -81,9 +89,26 @@ class VisionConfig(_Config):
     """Per-channel standard deviation of the input, pixels in [0, 1]."""
 
     def __post_init__(self) -> None:
+        self._check_choices()
         self._check_positive("image_size")
         length = self.feature_length
         self._check(length is None or length > 0, f"feature_length must be positive or null, got {length}")
+
+    def resolved(self) -> Self:
+        """Return the same with a JSON file's table in place of its path, as a checkpoint keeps it.
+
+        Raises: UserError if the file is missing or no model config.
+        """
+        path = self.architecture
+        if not isinstance(path, str) or not path.endswith(".json"):
+            return self
+        try:
+            table = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"vision.architecture: no file {path}") from error
+        except ValueError as error:
+            raise UserError(f"vision.architecture: {path} is no open_clip model config: {error}") from error
+        return replace(self, architecture=table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +125,7 @@ class ConnectorConfig(_Config):
     """Dropout on the resampler's attention weights."""
 
     def __post_init__(self) -> None:
+        self._check_choices()
         self._check_positive("n_latents", "n_heads")
         self._check_rates()
 
@@ -136,6 +162,7 @@ class DecoderConfig(_Config):
     """Supervised positions whose logits exist at a time; None: all at once."""
 
     def __post_init__(self) -> None:
+        self._check_choices()
         self._check_positive("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim", "max_seq_len")
         self._check_rates()
         self._check(self.dim % self.n_heads == 0, f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
@@ -165,11 +192,14 @@ class KosmosConfig(_Config):
 
         Left out: where initial weights come from, what trains, dropout, initialisation, and how fast things run.
         """
-        skip = {"pretrained", "trainable", "init", "attention_kernel", "loss_chunk", "max_seq_len"}
+        tables = {"vision": self.vision.resolved(), "connector": self.connector, "decoder": self.decoder}
+        skip = {"pretrained", "trainable", "init", "attention_kernel", "loss_chunk"}
+        if self.decoder.positions != "learned":
+            skip.add("max_seq_len")
         return {
-            f"{table.name}.{f.name}": getattr(getattr(self, table.name), f.name)
-            for table in fields(self)
-            for f in fields(getattr(self, table.name))
+            f"{name}.{f.name}": getattr(table, f.name)
+            for name, table in tables.items()
+            for f in fields(table)
             if f.name not in skip and not f.name.endswith("_rate")
         }
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kosmos_lit.batch import check_slots
 from kosmos_lit.errors import UserError
 from kosmos_lit.layers.attention import KeyValues
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.masks import causal
-from kosmos_lit.ops.splice import check_slots
 from kosmos_lit.tokens import BOS, EOS, PAD, UNK, Ids, Tokenizer, expand_images
 
 IMAGE_MARK = "<image>"
@@ -182,7 +182,10 @@ class _Finished:
         self.found = sorted(self.found, key=lambda scored: -scored[0])[: self.n_beams]
 
     def is_final(self, best_running: float, length: int) -> bool:
-        """Tell whether no running beam can get better than the worst one found."""
+        """Tell whether no running beam would be better than the worst one found if it ended now.
+
+        With a positive length penalty a longer one still could; like the usual implementations, the search does not wait.
+        """
         return len(self.found) == self.n_beams and self.found[-1][0] >= best_running / length**self.length_penalty
 
 

@@ -20,6 +20,9 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 50
 """Longer side over shorter side; a 1 x 200,000 strip would leave nothing after resizing."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+"""What is decoded; other formats that Pillow knows (EPS runs a program) have no place in a corpus from strangers."""
+
 Fit = Literal["crop", "square"]
 """How a picture becomes square: `crop` scales the shorter side and cuts the middle (released training loaders);
 `square` scales both sides (released evaluation)."""
@@ -73,7 +76,14 @@ def open_rgb(data: bytes) -> Image.Image:
     """
     image = _open(data)
     _load(image)
-    return _to_rgb(ImageOps.exif_transpose(image))
+    return _to_rgb(_upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError):  # a broken EXIF block says nothing about the pixels
+        return image
 
 
 def _open(data: bytes) -> Image.Image:
@@ -82,8 +92,10 @@ def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own size warning: the limit below is ours
-            image = Image.open(io.BytesIO(data))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("picture too large", str(error)) from error
+    except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         raise ImageError("not a picture", str(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -96,7 +108,7 @@ def _open(data: bytes) -> Image.Image:
 def _load(image: Image.Image) -> None:
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError) as error:
         raise ImageError("picture cannot be decoded", str(error)) from error
 
 
@@ -117,7 +129,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
         high = 65535.0 if image.mode != "F" else (1.0 if values.max(initial=0) <= 1 else 255.0)
         return Image.fromarray(np.clip(np.rint(values * (255.0 / high)), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import lightning as L
@@ -55,9 +55,8 @@ class KosmosLit(L.LightningModule):
         self.optimizer_config = OptimizerConfig.from_dict(optimizer)
         self.seed = seed
         # Plain data: a checkpoint must load without executing anything.
-        self.save_hyperparameters(
-            {"kosmos": asdict(self.config), "optimizer": asdict(self.optimizer_config), "seed": seed}
-        )
+        whole = replace(self.config, vision=self.config.vision.resolved())
+        self.save_hyperparameters({"kosmos": asdict(whole), "optimizer": asdict(self.optimizer_config), "seed": seed})
         self.step_loss, self.val_loss = CorpusLoss(), CorpusLoss()
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping."""

@@ -110,17 +110,26 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> Ids:
-        """Return the UTF-8 bytes of text that each id stands for, shape (V,).
+        """Return the UTF-8 bytes of text that each id stands for, (2, V): inside a line, and at the start of one.
 
-        Control tokens stand for none, `</line>` for its newline, an unknown character counts as one byte.
+        SentencePiece reads every line as if a space stood before it; at a line's start that space is no text. Control
+        tokens stand for no bytes, `</line>` for its newline, an unknown character counts as one byte.
         """
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        sizes = np.zeros((2, self.vocab_size), dtype=np.int64)
         for piece in range(N_CONTROL_PIECES, self.n_pieces):
             text: str = self._pieces.id_to_piece(piece).replace("▁", " ")
-            sizes[self._id_of_piece[piece]] = len(text.encode())
-        sizes[UNK] = 1
-        sizes[self.special.line_end] = 1
+            sizes[:, self._id_of_piece[piece]] = len(text.encode()), len(text.removeprefix(" ").encode())
+        sizes[:, [UNK, self.special.line_end]] = 1
         return sizes
+
+    def count_bytes(self, tokens: Ids, targets: Ids) -> Ids:
+        """Return how many UTF-8 bytes of text each target stands for, read after its token; 0 for IGNORE.
+
+        A piece in the middle of a document begins with <s> like a whole one, and may be counted one byte short.
+        """
+        starts = np.isin(tokens, (BOS, self.special.image_end, self.special.line_end))
+        supervised = targets != IGNORE
+        return np.where(supervised, self.token_bytes[starts.astype(np.int64), np.where(supervised, targets, 0)], 0)
 
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`, without <s> and </s>."""

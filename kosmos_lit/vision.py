@@ -6,9 +6,7 @@ projection, each vector scaled to length 1 (released Kosmos-2 `clip.py`; the pap
 
 from __future__ import annotations
 
-import json
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,7 @@ class VisionTower(nn.Module):
 def _build(config: VisionConfig) -> nn.Module:
     import open_clip
 
-    name, table = _architecture(config.architecture)
+    table = _table(config)
     size = table.get("vision_cfg", {}).get("image_size", 224)
     if size != config.image_size:
         raise UserError(f"vision.image_size is {config.image_size}, but {config.architecture} reads {size} pixels")
@@ -85,8 +83,9 @@ def _build(config: VisionConfig) -> nn.Module:
                 table["embed_dim"], table["vision_cfg"], text, quick_gelu=table.get("quick_gelu", False)
             )
         else:
+            name = _registered(config.architecture)
             pair = open_clip.create_model(name, pretrained=config.pretrained, require_pretrained=True)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError) as error:
         raise UserError(
             f"vision: cannot build {config.architecture!r} with pretrained={config.pretrained!r}: {error}; "
             "give a local weight file, a tag that `open_clip.list_pretrained()` knows, or null for random weights"
@@ -96,27 +95,34 @@ def _build(config: VisionConfig) -> nn.Module:
     return visual
 
 
-@cache
-def _architecture(name: str) -> tuple[str, dict[str, Any]]:
-    """Return open_clip's name of an architecture and its table, registering a config file first."""
+def _table(config: VisionConfig) -> dict[str, Any]:
+    """Return an architecture as open_clip's model configs describe it."""
     import open_clip
 
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"vision.architecture: no file {name}")
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if missing := [key for key in ("embed_dim", "vision_cfg") if key not in table]:
-            raise UserError(f"{name} is no open_clip model config: {', '.join(missing)} missing")
-        open_clip.add_model_config(path)
-        return path.stem, table
-    found = open_clip.get_model_config(name)
-    if found is None:
-        raise UserError(
-            f"vision.architecture: open_clip has no {name!r}; `open_clip.list_models()` names what it has, and a "
-            "path ending in .json is read as a model config"
-        )
-    return name, found
+    table = config.resolved().architecture
+    if isinstance(table, str):
+        table = open_clip.get_model_config(table)
+        if table is None:
+            raise UserError(
+                f"vision.architecture: open_clip has no {config.architecture!r}; `open_clip.list_models()` names what it "
+                "has, and a path ending in .json is read as a model config"
+            )
+    if missing := [key for key in ("embed_dim", "vision_cfg") if not isinstance(table, dict) or key not in table]:
+        lack = ", ".join(missing)
+        raise UserError(f"vision.architecture: {config.architecture} is no open_clip model config: {lack} missing")
+    return table
+
+
+def _registered(architecture: str | dict[str, Any]) -> str:
+    """Return the name under which open_clip can load an architecture with weights."""
+    import open_clip
+
+    if isinstance(architecture, dict):
+        raise UserError("vision.pretrained needs an architecture by name or by the path of a JSON file, not by a table")
+    if architecture.endswith(".json"):
+        open_clip.add_model_config(Path(architecture))
+        return Path(architecture).stem
+    return architecture
 
 
 def _width(visual: nn.Module) -> int:

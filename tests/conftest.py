@@ -5,12 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
+from kosmos_lit.cli import main
 from kosmos_lit.tokens import Tokenizer
 from tests.datamodules import made
+from tests.running import tiny_run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="record tests/golden anew; see `make golden`")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors here are too small for threads to help, and test processes run side by side."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +56,19 @@ def corpora(raw: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPath
         name: prepare_corpus(format=format_, inputs=[str(raw / p)], tokenizer=tokenizer_folder, output=folder / name)
         for name, (format_, p) in made.INPUTS.items()
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn world of configs/tiny.yaml, with its tokenizer and indexes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    assert main(tiny_run("rows", folder / "unused", folder / "world", "--count", "0")) == 0
+    return folder / "world"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Path:
+    """The folder of a run of six steps; a test must not change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(tiny_run("fit", folder, tiny_world)) == 0
+    return folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def count(module: torch.nn.Module, *, trained: bool = False) -> int:
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
 def test_a_run_can_be_built(path: Path) -> None:
     cli = parsed(path)
-    config = KosmosConfig.from_dict(asdict(cli.model.config) | {"vision": asdict(cli.model.config.vision) | {"pretrained": None}})
+    config = replace(cli.model.config, vision=replace(cli.model.config.vision, pretrained=None))
 
     with torch.device("meta"):
         model = Kosmos(config)
@@ -71,11 +71,10 @@ def test_an_overlay_can_be_laid_over_the_papers_run(path: Path) -> None:
 
 def test_the_papers_model_has_the_papers_parameters() -> None:
     cli = parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "model" / "kosmos1.yaml")
-    config = asdict(cli.model.config)
-    config["vision"]["pretrained"] = None
+    config = replace(cli.model.config, vision=replace(cli.model.config.vision, pretrained=None))
 
     with torch.device("meta"):
-        model = Kosmos(KosmosConfig.from_dict(config))
+        model = Kosmos(config)
 
     assert count(model.decoder) == 1_340_180_480
     assert count(model) == 1_662_375_936

@@ -10,7 +10,6 @@ import pytest
 from benchmarks.full_size_step import measure
 
 
-
 def _available() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

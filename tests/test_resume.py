@@ -60,7 +60,8 @@ def test_a_damaged_last_checkpoint_is_passed_over(trained: Path, tmp_path: Path,
 
 
 def test_ctrl_c_ends_the_step_and_writes_a_checkpoint(tmp_path: Path, tiny_world: Path) -> None:
-    process = start(tiny_run("fit", tmp_path, tiny_world, "--trainer.max_steps=100000", "--trainer.val_check_interval=100000"))
+    endless = ["--trainer.max_steps=100000", "--trainer.val_check_interval=100000"]
+    process = start(tiny_run("fit", tmp_path, tiny_world, *endless))
     _wait_for_checkpoint(tmp_path)
 
     process.send_signal(signal.SIGINT)

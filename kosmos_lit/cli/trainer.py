@@ -158,7 +158,7 @@ def run_trainer(arguments: Sequence[str]) -> None:
     Raises: UserError for mistakes in configuration, data or checkpoint.
     """
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    warnings.filterwarnings("ignore", message=".*instantiate_classes.*")  # Lightning's own use of jsonargparse
+    warnings.filterwarnings("ignore", message="(?s).*(instantiate_classes|JsonargparseDeprecationWarning)")  # Lightning's own use of jsonargparse
     warnings.filterwarnings("ignore", message=".*exists and is not empty")  # of course, on resume
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint of another run is no mistake
     try:

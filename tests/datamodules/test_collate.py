@@ -35,7 +35,7 @@ def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
 
 def joined(rows, pixels, stream, tokenizer):
     return collate(
-        rows, pixels, special=stream.special, token_bytes=tokenizer.token_bytes, image_size=SIDE, n_latents=3,
+        rows, pixels, tokenizer=tokenizer, image_size=SIDE, n_latents=3,
         n_step_targets=7,
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_loss_positions_are_those_with_a_target(stream, tokenizer):
 def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
     rows = [stream.row(i) for i in range(5)]
     batch = joined(rows, read(rows, stream), stream, tokenizer)
-    wanted = [sum(int(tokenizer.token_bytes[t]) for t in row.targets if t != IGNORE) for row in rows]
+    wanted = [tokenizer.count_bytes(row.tokens, row.targets).sum() for row in rows]
     assert batch.n_bytes.tolist() == wanted
     assert all(n > 0 for n in wanted)
 
@@ -156,7 +156,7 @@ def test_slots_that_do_not_fit_the_latents_are_refused(stream, tokenizer):
     row = first_with_pictures(stream)
     with pytest.raises(ValueError, match="latents"):
         collate(
-            [row], read([row], stream), special=stream.special, token_bytes=tokenizer.token_bytes, image_size=SIDE,
+            [row], read([row], stream), tokenizer=tokenizer, image_size=SIDE,
             n_latents=5, n_step_targets=7,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ def held_out(stream):
 
 @pytest.fixture(scope="module")
 def rendering(tokenizer):
-    return Rendering(token_bytes=tokenizer.token_bytes, image_size=5, fit="crop", n_latents=3, max_bad_share=0.1)
+    return Rendering(tokenizer=tokenizer, image_size=5, fit="crop", n_latents=3, max_bad_share=0.1)
 
 
 def share(rank, world, m, first_row=0):

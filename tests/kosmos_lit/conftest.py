@@ -7,7 +7,6 @@ import json
 
 import pytest
 import sentencepiece
-import torch
 
 from kosmos_lit.tokens import Tokenizer
 from tests.kosmos_lit.tiny_kosmos import N_PIECES, TOWER
@@ -19,15 +18,6 @@ LINES = (
     "<image> and </line> tags / and < or > are text",
     "jackdaws love my big sphinx of quartz, fix! why? how: so; 0123456789",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors here are too small for threads to help, and results then depend on nothing around them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_la
 from kosmos_lit.errors import UserError
 from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, tiny_config, tiny_model
 
-CONFIG = tiny_config("tower.json")
+CONFIG = tiny_config("ViT-B-16")
 
 
 def checkpoint(step: int = 3, config=CONFIG, **more) -> dict:
@@ -196,14 +196,14 @@ def test_a_folder_without_checkpoints_has_no_last_one(tmp_path, files):
 
 def test_a_checkpoint_of_the_same_architecture_passes(tmp_path):
     path = save(tmp_path / "a.ckpt")
-    other = tiny_config("tower.json", vision={"pretrained": "x.pt"}, dropout_rate=0.5, init="magneto", loss_chunk=5)
+    other = tiny_config("ViT-B-16", vision={"pretrained": "x.pt"}, dropout_rate=0.5, init="magneto", loss_chunk=5)
     check_architecture(load_checkpoint(path), other, path)
     assert other != CONFIG
 
 
 def test_every_field_that_differs_is_named(tmp_path):
     path = save(tmp_path / "a.ckpt")
-    other = tiny_config("tower.json", vision={"feature_length": 90.0}, connector="linear", n_layers=3, norm="pre")
+    other = tiny_config("ViT-B-16", vision={"feature_length": 90.0}, connector="linear", n_layers=3, norm="pre")
     with pytest.raises(UserError) as caught:
         check_architecture(load_checkpoint(path), other, path)
     start, *fields = str(caught.value).replace("architecture: ", "architecture; ").split("; ")

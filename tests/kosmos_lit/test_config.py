@@ -40,7 +40,7 @@ def test_heads_of_the_paper_are_64_wide():
 
 
 def test_a_config_survives_being_written_as_plain_data():
-    config = tiny_config("some.json", positions="learned", norm="pre")
+    config = tiny_config("ViT-B-32", positions="learned", norm="pre")
     assert KosmosConfig.from_dict(asdict(config)) == config
 
 
@@ -55,7 +55,7 @@ def test_what_plain_data_leaves_out_has_its_default():
 
 
 def test_a_config_is_read_as_itself():
-    config = tiny_config("some.json")
+    config = tiny_config("ViT-B-32")
     assert KosmosConfig.from_dict(config) is config
 
 
@@ -111,26 +111,26 @@ def test_features_may_keep_their_length_or_get_another(fields):
     "fields", [{"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "magneto"}, {"loss_chunk": None}]
 )
 def test_what_only_training_and_speed_depend_on_is_no_architecture(fields):
-    assert tiny_config("a.json", **fields).architecture() == tiny_config("a.json").architecture()
+    assert tiny_config("ViT-B-32", **fields).architecture() == tiny_config("ViT-B-32").architecture()
 
 
 def test_where_weights_come_from_is_no_architecture():
-    other = tiny_config("a.json", vision={"pretrained": "w.pt", "trainable": "none"})
-    assert other.architecture() == tiny_config("a.json").architecture()
+    other = tiny_config("ViT-B-32", vision={"pretrained": "w.pt", "trainable": "none"})
+    assert other.architecture() == tiny_config("ViT-B-32").architecture()
 
 
 @pytest.mark.parametrize("field", [{"dim": 40}, {"norm": "pre"}, {"positions": "none"}, {"document_attention": "row"}])
 def test_what_the_model_computes_is_its_architecture(field):
-    here, there = tiny_config("a.json").architecture(), tiny_config("a.json", **field).architecture()
+    here, there = tiny_config("ViT-B-32").architecture(), tiny_config("ViT-B-32", **field).architecture()
     assert {name for name in here if here[name] != there[name]} == {f"decoder.{name}" for name in field}
 
 
 def test_the_length_of_learned_positions_is_architecture():
     # Their table has one row a position: weights of another length do not fit.
-    here, there = (tiny_config("a.json", positions="learned", max_seq_len=n).architecture() for n in (61, 67))
+    here, there = (tiny_config("ViT-B-32", positions="learned", max_seq_len=n).architecture() for n in (61, 67))
     assert here != there
 
 
 def test_the_longest_row_of_computed_positions_is_no_architecture():
-    here, there = (tiny_config("a.json", positions="xpos", max_seq_len=n).architecture() for n in (61, 67))
+    here, there = (tiny_config("ViT-B-32", positions="xpos", max_seq_len=n).architecture() for n in (61, 67))
     assert here == there

@@ -265,12 +265,6 @@ class Scripted:
         self.log_probs = self._row().expand(len(tokens), -1)
 
 
-def test_a_search_goes_on_while_a_running_beam_can_still_win():
-    # [] has ln 0.5 / 1, [4] ln 0.25 / 2, both -0.69; [4] * 6 has ln 0.25 / 6 = -0.23 as the rest is certain.
-    state = Scripted([{4: 0.5, EOS: 0.5}, {4: 0.5, EOS: 0.5}, {4: 1.0}, {4: 1.0}, {4: 1.0}, {4: 1.0}])
-    assert _beams(state, 1, 2, 6, 1.0) == [[4, 4, 4, 4, 4, 4]]
-
-
 def test_an_end_counts_only_if_it_is_among_the_first_beams():
     # With two beams [] comes third, 0.25 after 0.4 and 0.35: as in fairseq it is not kept, though 0.4 * 0.6 is less.
     state = Scripted([{4: 0.4, 5: 0.35, EOS: 0.25}, {4: 0.6, 5: 0.4}])

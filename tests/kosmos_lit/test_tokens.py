@@ -7,7 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import LEADING, MODEL_FILE, TRAILING, UNK, SpecialTokens, Tokenizer, clean, expand_images
+from kosmos_lit.tokens import (
+    BOS,
+    EOS,
+    IGNORE,
+    LEADING,
+    MODEL_FILE,
+    TRAILING,
+    UNK,
+    SpecialTokens,
+    Tokenizer,
+    clean,
+    expand_images,
+)
 from tests.kosmos_lit.tiny_kosmos import N_PIECES
 
 LITERALS = [*LEADING, *TRAILING]
@@ -134,17 +146,28 @@ def test_an_unknown_character_is_decoded_as_unknown(kosmos_tokenizer):
 @given(lines=st.lists(KNOWN, min_size=1, max_size=3))
 def test_token_bytes_add_up_to_the_texts_utf8(kosmos_tokenizer, lines):
     text = "\n".join(lines)
-    n_bytes = kosmos_tokenizer.token_bytes[kosmos_tokenizer.encode(text)].sum()
-    # SentencePiece reads every line as if a space stood before it, and that space is counted.
-    assert n_bytes == len(text.encode()) + len(lines)
+    ids = kosmos_tokenizer.encode(text)
+    n_bytes = kosmos_tokenizer.count_bytes(np.concatenate([[BOS], ids]), np.append(ids, EOS))
+    assert n_bytes.sum() == len(text.encode())
+
+
+def test_text_behind_a_picture_begins_a_line(kosmos_tokenizer):
+    ids = kosmos_tokenizer.encode("the cat")
+    before = np.concatenate([[kosmos_tokenizer.special.image_end], ids[:-1]])
+    assert kosmos_tokenizer.count_bytes(before, ids).sum() == len("the cat")
+
+
+def test_what_is_no_target_has_no_bytes(kosmos_tokenizer):
+    ids = kosmos_tokenizer.encode("the cat")
+    assert kosmos_tokenizer.count_bytes(ids, np.full_like(ids, IGNORE)).sum() == 0
 
 
 def test_control_tokens_stand_for_no_bytes_but_line_ends_and_unknowns_for_one(kosmos_tokenizer):
     sizes, special = kosmos_tokenizer.token_bytes, kosmos_tokenizer.special
-    assert sizes.shape == (N_PIECES + 7,)
-    assert sizes[:4].tolist() == [0, 0, 0, 1]
-    assert sizes[special.mask :].tolist() == [0, 0, 0, 0, 0, 1]
-    assert (sizes[4 : special.mask] > 0).all()
+    assert sizes.shape == (2, N_PIECES + 7)
+    assert sizes[:, :4].tolist() == [[0, 0, 0, 1]] * 2
+    assert sizes[:, special.mask :].tolist() == [[0, 0, 0, 0, 0, 1]] * 2
+    assert (sizes[0, 4 : special.mask] > 0).all()
 
 
 # ---- files

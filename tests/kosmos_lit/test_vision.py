@@ -152,6 +152,7 @@ def open_clip_pair(kosmos_tower, build, tmp_path):
     """A random open_clip model and the file that holds its weights."""
     build()  # makes the architecture known to open_clip
     torch.manual_seed(5)
+    open_clip.add_model_config(kosmos_tower)
     pair = shaken(open_clip.create_model("tiny_kosmos_tower")).eval()
     path = tmp_path / "weights.pt"
     torch.save(pair.state_dict(), path)

@@ -145,7 +145,9 @@ def test_accumulation_that_is_set_by_hand(mistake: Mistake, fit: list[str]) -> N
 # ---- tokenizer, index, checkpoint
 
 
-def test_a_tokenizer_that_does_not_match_the_index(mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path) -> None:
+def test_a_tokenizer_that_does_not_match_the_index(
+    mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path
+) -> None:
     shutil.copytree(tiny_world, tmp_path / "world")
     shutil.rmtree(tmp_path / "world" / "tokenizer")
     assert main([*fit, "--data.world.path", str(tmp_path / "nothing"), "--data.vocab_size", "100000"]) == 2
@@ -167,7 +169,8 @@ def test_a_world_that_is_another_one(mistake: Mistake, fit: list[str]) -> None:
 
 
 def test_a_checkpoint_of_another_architecture(mistake: Mistake, trained: Path, tmp_path: Path, tiny_world: Path) -> None:
-    arguments = tiny_run("validate", tmp_path, tiny_world, "--ckpt_path", str(trained / "checkpoints" / "step=00000006.ckpt"))
+    checkpoint = str(trained / "checkpoints" / "step=00000006.ckpt")
+    arguments = tiny_run("validate", tmp_path, tiny_world, "--ckpt_path", checkpoint)
 
     message = mistake(*arguments, "--model.kosmos.decoder.ffn_dim=96", "--model.kosmos.decoder.norm=pre")
 

@@ -138,3 +138,13 @@ def test_the_program_alone_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -
 
     said = capsys.readouterr().out
     assert all(verb in said for verb in VERBS)
+
+
+def test_a_checkpoint_is_enough_to_generate_anywhere(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no config and no tower's description can be found
+
+    assert main(["generate", "--ckpt_path", str(trained / LAST), "--max-new-tokens", "3"]) == 0
+
+    assert capsys.readouterr().out.endswith("\n")

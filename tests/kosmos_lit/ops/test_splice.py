@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from kosmos_lit.ops.splice import check_slots, splice
+from kosmos_lit.batch import check_slots
+from kosmos_lit.ops.splice import splice
 from tests.kosmos_lit.tiny_kosmos import normal
 
 B, T, D, L = 2, 11, 5, 3
