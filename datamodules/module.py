@@ -156,7 +156,7 @@ class MixtureData(L.LightningDataModule):
         lines = [f"{heads[0]:<14}" + "".join(f"{h:>12}" for h in heads[1:])]
         for name, read in zip(CORPORA, self.mixture.counts(max(0, n_steps) * self.global_batch_rows), strict=True):
             if plan := self.train_plans.get(name):
-                padding = 1 - plan.n_positions.sum() / (plan.n_rows * self.seq_len)
+                padding = 1 - plan.row_positions.mean() / self.seq_len
                 share = self.ratio.weights()[CORPORA.index(name)] / sum(self.ratio.weights())
                 n_documents, n_images = len(np.unique(plan.document)), int(plan.n_images.sum())
                 lines.append(

@@ -9,8 +9,6 @@ The resampler of the released models is one cross-attention, without residual, L
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,13 +16,6 @@ from torch import Tensor, nn
 from kosmos_lit.config import ConnectorConfig, KosmosConfig
 from kosmos_lit.layers.init import uniform_linear
 from kosmos_lit.ops.attention import attend
-
-
-class Connector(Protocol):
-    """What the model asks of a connector."""
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Map (N, P, C) to (N, L, D)."""
 
 
 class CrossAttention(nn.Module):

@@ -37,6 +37,14 @@ LINKS = {
     "model.kosmos.vision.image_size": "data.init_args.image_size",
 }
 LAST = "last"
+NOISE = (
+    ".*LeafSpec",  # Lightning's own use of torch
+    "(?s).*(instantiate_classes|JsonargparseDeprecationWarning)",  # Lightning's own use of jsonargparse
+    ".*exists and is not empty",  # the checkpoint folder of a resumed run
+    "The dirpath has changed",  # a checkpoint of another run
+    ".*does not have many workers",  # `num_workers` is the config's to choose
+)
+"""Warnings that a user can do nothing about."""
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
 
@@ -117,7 +125,9 @@ class KosmosCLI(LightningCLI):
         if path == LAST:
             folder = _checkpoint_folder(config)
             path = find_last(folder)
-            print(f"resuming from {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
+            if path is None and verb != "fit":
+                raise UserError(f"no checkpoint in {folder}")
+            print(f"taking {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
             config["ckpt_path"] = str(path) if path else None
         elif path is None and verb == "fit" and not config.trainer.fast_dev_run:
             folder = _checkpoint_folder(config)
@@ -157,10 +167,8 @@ def run_trainer(arguments: Sequence[str]) -> None:
 
     Raises: UserError for mistakes in configuration, data or checkpoint.
     """
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    warnings.filterwarnings("ignore", message="(?s).*(instantiate_classes|JsonargparseDeprecationWarning)")  # Lightning's own use of jsonargparse
-    warnings.filterwarnings("ignore", message=".*exists and is not empty")  # of course, on resume
-    warnings.filterwarnings("ignore", message="The dirpath has changed")  # a checkpoint of another run is no mistake
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
     try:
         KosmosCLI(arguments)
     except (OmegaConfBaseException, MisconfigurationException) as error:

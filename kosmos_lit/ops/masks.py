@@ -42,8 +42,3 @@ class DocumentMask:
 def causal(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
     """Return (n_queries, n_keys) bool: the last query sees every key, the one before it all but the last, and so on."""
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
-
-
-def row_lengths(n_rows: int, row_len: int) -> tuple[int, ...]:
-    """Return the lengths under which a whole row counts as one document."""
-    return (row_len,) * n_rows

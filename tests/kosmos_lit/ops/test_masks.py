@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kosmos_lit.ops.masks import DocumentMask, causal, row_lengths
+from kosmos_lit.ops.masks import DocumentMask, causal
 
 CPU = torch.device("cpu")
 
@@ -30,5 +30,5 @@ def test_the_last_query_sees_every_key():
 
 
 def test_whole_rows_are_documents_of_a_rows_length():
-    mask = DocumentMask(row_lengths(2, 3), 2, 3, CPU)
+    mask = DocumentMask((3, 3), 2, 3, CPU)
     assert torch.equal(mask.dense, causal(3, 3, CPU).expand(2, 1, 3, 3))
