@@ -45,4 +45,5 @@ def test_the_loss_of_each_corpus_falls(report: dict[str, dict[str, float]]) -> N
 
 
 def test_it_leaves_a_sheet_of_pictures(quickstart: Path) -> None:
-    assert min(Image.open(quickstart / "sheet.png").size) > 400
+    with Image.open(quickstart / "sheet.png") as sheet:
+        assert min(sheet.size) > 400

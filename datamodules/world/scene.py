@@ -22,7 +22,7 @@ COLOURS = {
     "orange": (240, 128, 20),
     "black": (24, 24, 24),
 }
-SIZES = {"small": 7.0, "large": 11.0}
+SIZES = {"small": 8.0, "large": 11.0}
 """Radius in units of a drawing that is 72 units wide."""
 PLACES = (
     "at the top left", "at the top", "at the top right",
@@ -166,10 +166,10 @@ def paint(scene: Scene, random: Random, side: int = SIDE, smoothness: int = 3) -
     picture = Image.new("RGB", (side * smoothness,) * 2, _vary(BACKGROUNDS[scene.background], random, 6))
     canvas = ImageDraw.Draw(picture)
     for thing in scene.things:
-        x, y = (MARGIN + CELL * (i + 0.5) + random.uniform(-2.5, 2.5) for i in (thing.place % 3, thing.place // 3))
-        radius = SIZES[thing.size] * random.uniform(0.92, 1.08)
+        x, y = (MARGIN + CELL * (i + 0.5) + random.uniform(-1.5, 1.5) for i in (thing.place % 3, thing.place // 3))
+        radius = SIZES[thing.size] * random.uniform(0.94, 1.06)
         fill = _vary(COLOURS[thing.colour], random, 14)
-        _paint_shape(canvas, thing.shape, x * scale, y * scale, radius * scale, fill, random.uniform(-0.15, 0.15))
+        _paint_shape(canvas, thing.shape, x * scale, y * scale, radius * scale, fill, random.uniform(-0.12, 0.12))
     if scene.kind == "word":
         font = ImageFont.load_default(size=round(22 * scale))
         at = (SIDE / 2 + random.uniform(-4, 4)) * scale, (SIDE / 2 + random.uniform(-14, 14)) * scale
