@@ -55,7 +55,8 @@ class Progress(ProgressBar):
         super().on_validation_end(trainer, pl_module)
         found = {k.removeprefix("val/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if found:
-            self._line(f"step {trainer.global_step:,} validation  {_losses(found)}", keep=True)
+            when = f"step {trainer.global_step:,} " if trainer.state.fn == "fit" else ""
+            self._line(f"{when}validation  {_losses(found)}", keep=True)
 
     def on_train_end(self, *_: Any) -> None:
         self._line("", keep=True)
