@@ -58,8 +58,9 @@ def assert_parses(verb: str, rest: list[str]) -> None:
             at = rest.index("--ckpt_path")
             rest = rest[:at] + rest[at + 2 :]
         rest = [word for word in rest if word != "--print_config"]
-        on_cpu = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32-true", "--trainer.logger=false"]
-        assert KosmosCLI([*rest, *on_cpu], run=False).model.config
+        on_cpu = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "logger": "false"}
+        flags = [f"--trainer.{key}={value}" for key, value in on_cpu.items()]
+        assert KosmosCLI([*rest, *flags], run=False).model.config
 
 
 def test_readme_starts_with_its_two_commands() -> None:

@@ -64,6 +64,6 @@ class Checkpoints(ModelCheckpoint):
         if step == before:
             return  # the step's other micro-batches are still to come
         if step % self.every_n_train_steps and (step == trainer.max_steps or self._interrupted):
-            trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(step)}))
+            trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(step)}), weights_only=False)
         if self._interrupted:
             raise KeyboardInterrupt

@@ -121,6 +121,7 @@ class KosmosCLI(LightningCLI):
         if not (verb := self.config.get("subcommand")):
             return
         config: Namespace = self.config[verb]
+        config["weights_only"] = True  # checkpoints hold plain data: nothing in them may run
         path = config.get("ckpt_path")
         if path == LAST:
             folder = _checkpoint_folder(config)
