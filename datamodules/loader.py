@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ class Loader:
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_leave_interrupts_to_main,
         )
 
     def __iter__(self) -> Iterator[KosmosBatch]:
@@ -121,6 +123,11 @@ class Loader:
             if batch is None:
                 return
             yield batch
+
+
+def _leave_interrupts_to_main(worker: int) -> None:
+    """Let Ctrl-C, which a terminal sends to all processes, reach the training process alone: it needs its last batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class FiniteLoader(Loader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -60,11 +61,11 @@ def test_a_damaged_last_checkpoint_is_passed_over(trained: Path, tmp_path: Path,
 
 
 def test_ctrl_c_ends_the_step_and_writes_a_checkpoint(tmp_path: Path, tiny_world: Path) -> None:
-    endless = ["--trainer.max_steps=100000", "--trainer.val_check_interval=100000"]
-    process = start(tiny_run("fit", tmp_path, tiny_world, *endless))
+    endless = ["--trainer.max_steps=100000", "--trainer.val_check_interval=100000", "--data.num_workers=1"]
+    process = start(tiny_run("fit", tmp_path, tiny_world, *endless), start_new_session=True)
     _wait_for_checkpoint(tmp_path)
 
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader's processes too
     _, err = process.communicate(timeout=60)
 
     assert process.returncode == 130
