@@ -12,6 +12,7 @@ What differs from stock, and why:
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,7 @@ class KosmosCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], *, run: bool = True) -> None:
         self.arguments = list(arguments)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
         _refuse_linked_targets(self.arguments)
         kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         defaults = {"default_config_files": [str(BASE)]}
@@ -182,6 +184,11 @@ def run_trainer(arguments: Sequence[str]) -> None:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit code 1
             raise KeyboardInterrupt from end
         raise
+
+
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    """Tell news from Lightning's advertisements for other products."""
+    return "litlogger" not in record.getMessage()
 
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
