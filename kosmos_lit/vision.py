@@ -26,7 +26,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.visual = _build(config)
-        self.width = _width(self.visual)
+        trunk = getattr(self.visual, "trunk", self.visual)
+        self._has_tokens = hasattr(trunk, "class_embedding") or hasattr(trunk, "num_prefix_tokens")
+        self.width = self._find_width()
         for parameter, trains in _who_trains(self.visual, config.trainable):
             parameter.requires_grad_(trains and parameter.requires_grad)
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -45,19 +47,33 @@ class VisionTower(nn.Module):
         """Map (N, 3, H, W) uint8 to features (N, 1 + P, C); towers without a class token give (N, P, C)."""
         mean, std = self._mean_std(images.device)
         pixels = (images.float() - mean) / std
-        found: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
-            pixels.to(next(self.visual.parameters()).dtype),
-            indices=1,
-            normalize_intermediates=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-        )
-        features: Tensor = found["image_intermediates"][-1]
-        if prefix := found.get("image_intermediates_prefix"):
-            features = torch.cat([prefix[-1], features], dim=1)
+        features = self._last_layer(pixels.to(next(self.visual.parameters()).dtype))
         length = self.config.feature_length
         return features if length is None else length * F.normalize(features, dim=-1)
+
+    def _last_layer(self, pixels: Tensor) -> Tensor:
+        """Map (N, 3, H, W) to what the last layer gives, after its norm if it has one, as (N, tokens, C)."""
+        layout: dict[str, Any] = {"output_fmt": "NCHW"}
+        if self._has_tokens:
+            layout = {"output_fmt": "NLC", "output_extra_tokens": True}
+        found: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
+            pixels, indices=1, normalize_intermediates=True, intermediates_only=True, **layout
+        )
+        features: Tensor = found["image_intermediates"][-1]
+        if not self._has_tokens:  # a convolutional tower: its map's places are the patches
+            return features.flatten(2).transpose(1, 2)
+        if prefix := found.get("image_intermediates_prefix"):
+            features = torch.cat([prefix[-1], features], dim=1)
+        return features
+
+    def _find_width(self) -> int:
+        """Return C: the width of the last LayerNorm, or for a tower without any, what comes out of it."""
+        norms = [m for m in self.visual.modules() if isinstance(m, nn.LayerNorm)]
+        if norms:
+            return norms[-1].normalized_shape[0]
+        weight, size = next(self.visual.parameters()), self.config.image_size
+        with torch.no_grad():
+            return self._last_layer(weight.new_zeros(1, 3, size, size)).shape[-1]
 
     def _mean_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of pixels in [0, 255], (1, 3, 1, 1) float32 each; no buffers, as those follow the weights' dtype."""
@@ -125,14 +141,6 @@ def _registered(architecture: str | dict[str, Any]) -> str:
     return architecture
 
 
-def _width(visual: nn.Module) -> int:
-    """C: the width of the features, which is that of the last LayerNorm."""
-    norms = [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
-    if not norms:
-        raise UserError(f"vision: {type(visual).__name__} ends in no LayerNorm; KOSMOS needs a transformer tower")
-    return norms[-1].normalized_shape[0]
-
-
 def _who_trains(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:
     """Say for each parameter whether `rule` trains it.
 
@@ -140,10 +148,10 @@ def _who_trains(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]
     """
     named = list(visual.named_parameters())
     if rule == "last_block":
-        block = re.compile(r"(?:^|\.)(?:resblocks|blocks)\.(\d+)\.")
-        numbers = [int(found[1]) for name, _ in named if (found := block.search(name))]
-        if not numbers:
+        block = re.compile(r"(?:^|.*\.)(?:resblocks|blocks)\.\d+\.")
+        blocks = [found[0] for name, _ in named if (found := block.match(name))]
+        if not blocks:
             raise UserError("vision.trainable: last_block, but the tower has no numbered blocks; use none or all")
-        last = re.compile(rf"(?:^|\.)(?:(?:resblocks|blocks)\.{max(numbers)}\.|ln_post\.|trunk\.norm\.)")
-        return [(parameter, bool(last.search(name))) for name, parameter in named]
+        last = (blocks[-1], "ln_post.", "trunk.norm.", "trunk.head.norm.")
+        return [(parameter, name.startswith(last)) for name, parameter in named]
     return [(parameter, rule == "all") for _, parameter in named]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kosmos_lit.config import CLIP_MEAN, CLIP_STD
+from kosmos_lit.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.vision import VisionTower
 from tests.kosmos_lit.tiny_kosmos import SIDE, TOWER, normal, pictures, shaken, tiny_config
@@ -236,3 +236,30 @@ def test_quick_gelu_of_an_architecture_is_kept(tmp_path):
     path.write_text(json.dumps(TOWER | {"quick_gelu": True}))
     tower = VisionTower(tiny_config(str(path)).vision)
     assert {type(block.mlp.gelu).__name__ for block in tower.visual.transformer.resblocks} == {"QuickGELU"}
+
+
+# ---- open_clip's own towers
+
+
+@pytest.mark.parametrize(
+    ("name", "n_features", "width", "last"),
+    [
+        ("ViT-S-32-alt", 50, 384, "transformer.resblocks.11."),
+        ("convnext_tiny", 49, 768, "trunk.stages.3.blocks.2."),
+        ("vit_medium_patch16_gap_256", 256, 512, "trunk.blocks.11."),
+    ],
+)
+def test_other_towers_give_their_last_layers_features_and_train_their_last_block(name, n_features, width, last):
+    size = 256 if name.endswith("256") else 224
+    tower = VisionTower(VisionConfig(architecture=name, pretrained=None, image_size=size))
+    with torch.no_grad():
+        features = tower(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    trained = {n for n, p in tower.visual.named_parameters() if p.requires_grad}
+    assert features.shape == (1, n_features, width)
+    assert tower.width == width
+    assert {n for n in trained if "blocks." in n} == {n for n, _ in tower.visual.named_parameters() if n.startswith(last)}
+
+
+def test_a_tower_without_layer_norms_is_measured():
+    tower = VisionTower(VisionConfig(architecture="RN50", pretrained=None, trainable="all"))
+    assert tower.width == 2048
