@@ -27,7 +27,7 @@ TOWER = {
 }
 N_PIECES = 61
 SPECIAL = SpecialTokens.after(N_PIECES)
-"""Of the session's tokenizer: 61 pieces, 68 ids; the model has five rows more."""
+"""Of the tests' tokenizer: 61 pieces, 68 ids; the model has five rows more."""
 
 
 def tiny_config(
