@@ -95,6 +95,19 @@ class IndexedCorpus:
         assert self.manifest is not None
         return [Path(os.path.normpath(self.folder / shard["path"])) for shard in self.manifest["shards"]]
 
+    def check_pictures(self) -> None:
+        """Raises: UserError if a shard that holds pictures is gone or of another size than when it was prepared."""
+        assert self.manifest is not None
+        if not self.manifest["images"]:
+            return
+        sizes = [shard["bytes"] for shard in self.manifest["shards"]]
+        wrong = [p for p, n in zip(self.shards, sizes, strict=True) if not p.is_file() or p.stat().st_size != n]
+        if wrong:
+            raise UserError(
+                f"the index in {self.folder} reads pictures from {len(wrong)} shards that are gone or have changed, "
+                f"{wrong[0]} for one; put them back, or prepare the corpus again without them"
+            )
+
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
         """Return a document's ids, one marker per picture, without <s> and </s>."""
         start, end = self.token_offsets[document : document + 2]

@@ -63,7 +63,7 @@ class Tally:
 
     def _count(self, counter: Counter[str], reason: str, place: object) -> None:
         counter[reason] += 1
-        self.examples.setdefault(reason, str(place))
+        self.examples.setdefault(reason, str(place)[:300])
 
     def add(self, other: Tally) -> None:
         self.documents += other.documents

@@ -126,8 +126,9 @@ class Loader:
 
 
 def _leave_interrupts_to_main(worker: int) -> None:
-    """Let Ctrl-C, which a terminal sends to all processes, reach the training process alone: it needs its last batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let signals that reach all processes of a run count for the training process alone: it needs its last batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class FiniteLoader(Loader):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
 from datamodules.corpus import IndexedCorpus, read_manifest
+from datamodules.hashing import hash_key
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
 from datamodules.mixture import Mixture
 from datamodules.plan import make_plan, split_documents
-from datamodules.prepare.index import describe, prepare_corpus
+from datamodules.prepare.files import matches
+from datamodules.prepare.index import check_same, describe, identify, prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
@@ -119,6 +121,7 @@ class MixtureData(L.LightningDataModule):
                     max_bad_share=config.max_bad_share,
                 )
                 rank_zero_info(describe(corpus))
+            IndexedCorpus(config.index).check_pictures()
 
     def open(self) -> None:
         """Open tokenizer and indexes, and pack the rows of both splits.
@@ -126,16 +129,16 @@ class MixtureData(L.LightningDataModule):
         Raises: UserError if one is missing or was made for something else.
         """
         self.tokenizer = Tokenizer.load(self.tokenizer_config.path)
+        wanted = self.tokenizer_config.vocab_size
+        if wanted not in (None, self.tokenizer.n_pieces):
+            raise UserError(
+                f"the tokenizer in {self.tokenizer_config.path} has {self.tokenizer.n_pieces} pieces, but the config's "
+                f"vocab_size for it is {wanted}; set that to {self.tokenizer.n_pieces}, or choose another folder"
+            )
         self.corpora = {name: IndexedCorpus(c.index, self.tokenizer) for name, c in self.configs.items()}
-        for name, config in self.configs.items():
-            manifest = self.corpora[name].manifest
-            assert manifest is not None
-            for key, wanted in (("format", config.format), ("options", asdict(config.read))):
-                if manifest[key] != wanted:
-                    raise UserError(
-                        f"data.{name}: the index in {config.index} was made with {key} {manifest[key]}, the config says "
-                        f"{wanted}; choose another index folder, or delete this one to prepare it again"
-                    )
+        for config in self.configs.values():
+            folder, files = Path(config.index), matches(config.input)  # an index may be used where its raw text is not
+            check_same(folder, identify(config.format, self.tokenizer, config.read, files, folder), shards=bool(files))
         splits = {n: split_documents(c.n_documents, self.configs[n].val_share) for n, c in self.corpora.items()}
         self.train_plans, self.val_plans = {}, {}
         for name, (train, val) in splits.items():
@@ -271,6 +274,7 @@ class MixtureData(L.LightningDataModule):
         return {
             "next_row": self._first_row + steps * self.global_batch_rows,
             "step": self.trainer.global_step,
+            "global_batch_rows": self.global_batch_rows,
             "stream": self._identity(),
         }
 
@@ -280,14 +284,18 @@ class MixtureData(L.LightningDataModule):
         if wrong := [f"{k} was {there.get(k)!r}, is {here[k]!r}" for k in here if there.get(k) != here[k]]:
             raise UserError(f"the checkpoint's data stream was another one: {'; '.join(wrong)}; resume with that run's data")
         self._first_row, self._first_step = state_dict["next_row"], state_dict["step"]
+        if (before := state_dict["global_batch_rows"]) != self.global_batch_rows:
+            rank_zero_info(f"global_batch_rows was {before}, is {self.global_batch_rows} from row {self._first_row} on")
 
     def _identity(self) -> dict[str, Any]:
         """Return what the stream is a function of, as plain data."""
-        found: dict[str, Any] = {"seed": self.seed, "seq_len": self.seq_len, "n_latents": self.n_latents}
+        names = ("seed", "seq_len", "n_latents", "image_size", "image_fit")
+        found: dict[str, Any] = {name: getattr(self, name) for name in names}
         found["ratio"] = list(self.ratio.weights())
         found["tokenizer"] = self.tokenizer.fingerprint
         for name, corpus in self.corpora.items():
             assert corpus.manifest is not None
             found[name] = [corpus.manifest[k] for k in ("documents", "tokens", "images")]
+            found[f"{name}.shards"] = f"{hash_key(json.dumps(corpus.manifest['shards_key'])):016x}"
             found[f"{name}.val_share"] = self.configs[name].val_share
         return found

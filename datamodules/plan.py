@@ -117,14 +117,9 @@ def _pack_whole(
 ) -> Plan:
     """Keep documents in one piece where they fit a row; fill rows by best fit."""
     long = n_targets + (n_latents + 1) * n_images > seq_len
-    document, start, end, images = (list(x) for x in (order[~long], n_targets[~long] * 0, n_targets[~long], n_images[~long]))
-    for number in order[long].tolist():
-        for piece_start, piece_end, piece_images in _cut(corpus, number, seq_len, n_latents):
-            document.append(number)
-            start.append(piece_start)
-            end.append(piece_end)
-            images.append(piece_images)
-    columns = np.array([document, start, end, images], dtype=np.int64)
+    whole = np.stack([order[~long], np.zeros_like(order[~long]), n_targets[~long], n_images[~long]])
+    cut = [(number, *piece) for number in order[long].tolist() for piece in _cut(corpus, number, seq_len, n_latents)]
+    columns = np.concatenate([whole, np.array(cut, dtype=np.int64).reshape(-1, 4).T], axis=1)
     columns = columns[:, permutation(columns.shape[1], hash_key("pieces"))] if long.any() else columns
     row = best_fit(columns[2] - columns[1] + (n_latents + 1) * columns[3], seq_len)
     by_row = np.argsort(row, kind="stable")

@@ -19,8 +19,10 @@ CORPORA = ("text", "caption", "interleaved")
 class _Movable:
     """Moves every tensor field; Lightning and the DataLoader call these."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """Move to a device; copies to CUDA do not wait unless told so, as the loader pins memory."""
+        waits_not = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
+        return self._map(lambda t: t.to(device, non_blocking=waits_not))
 
     def pin_memory(self) -> Self:
         return self._map(Tensor.pin_memory)

@@ -105,7 +105,7 @@ class VisionConfig(_Config):
         try:
             table = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"vision.architecture: no file {path}") from error
+            raise UserError(f"vision.architecture: no file {path} (looked from {Path.cwd()})") from error
         except ValueError as error:
             raise UserError(f"vision.architecture: {path} is no open_clip model config: {error}") from error
         return replace(self, architecture=table)
@@ -151,7 +151,7 @@ class DecoderConfig(_Config):
     """`torchscale`: uniform Linear default times sqrt(ln 2L) on fc1, fc2, v and out, as the code KOSMOS-1 was built on;
     `magneto`: Xavier normal with the same gain, as the Magneto paper writes it."""
     document_attention: DocumentAttention = "own"
-    """`own`: a document sees itself only; `row`: every earlier position of the row, as in the paper's packing."""
+    """`own`: a document sees itself only; `row`: every earlier position of the row, as the paper packs text."""
     dropout_rate: float = 0.1
     """Dropout on the embeddings and on what each sub-layer adds to the residual stream."""
     attention_dropout_rate: float = 0.1

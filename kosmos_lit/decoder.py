@@ -5,7 +5,7 @@
     hidden = LN(x);  logits = hidden embed'
 
 Deviation from the paper: a document's positions start at 0 and it attends to itself only, unless
-`document_attention: row` asks for the paper's packing.
+`document_attention: row` lets the documents of a row see the ones before them.
 """
 
 from __future__ import annotations

@@ -176,17 +176,22 @@ class _Finished:
     n_beams: int
     length_penalty: float
     found: list[tuple[float, list[int]]]
+    is_final: bool = False
+    """What other prompts of the batch still write must not change this one's answer."""
 
     def add(self, total: float, tokens: list[int], length: int) -> None:
+        if self.is_final:
+            return
         self.found.append((total / length**self.length_penalty, tokens))
         self.found = sorted(self.found, key=lambda scored: -scored[0])[: self.n_beams]
 
-    def is_final(self, best_running: float, length: int) -> bool:
-        """Tell whether no running beam would be better than the worst one found if it ended now.
+    def settle(self, best_running: float, length: int) -> None:
+        """Be final if no running beam would be better than the worst one found if it ended now.
 
         With a positive length penalty a longer one still could; like the usual implementations, the search does not wait.
         """
-        return len(self.found) == self.n_beams and self.found[-1][0] >= best_running / length**self.length_penalty
+        full = len(self.found) == self.n_beams
+        self.is_final |= full and self.found[-1][0] >= best_running / length**self.length_penalty
 
 
 def _beams(state: _State, B: int, n: int, max_new_tokens: int, length_penalty: float) -> list[list[int]]:
@@ -213,7 +218,9 @@ def _beams(state: _State, B: int, n: int, max_new_tokens: int, length_penalty: f
             keep[b] = torch.tensor(going_on[:n], device=device)
         totals, beams, tokens = best.gather(1, keep), beams.gather(1, keep), tokens.gather(1, keep)
         written = torch.cat([written.gather(1, beams[:, :, None].expand(-1, -1, step - 1)), tokens[:, :, None]], dim=2)
-        if step == max_new_tokens or all(f.is_final(float(t[0]), step) for f, t in zip(finished, totals, strict=True)):
+        for result, total in zip(finished, totals, strict=True):
+            result.settle(float(total[0]), step)
+        if step == max_new_tokens or all(result.is_final for result in finished):
             break
         state.select((torch.arange(B, device=device)[:, None] * n + beams).flatten())
         state.write(tokens.flatten())

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before decoding (192 MB of RGB); Pillow alone only warns up to twice 89 million."""
@@ -95,6 +95,8 @@ def _open(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ImageError("picture too large", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not a picture", f"none of {', '.join(FORMATS)}") from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         raise ImageError("not a picture", str(error)) from error
     width, height = image.size

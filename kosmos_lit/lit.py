@@ -22,17 +22,20 @@ from kosmos_lit.tokens import Tokenizer
 _MASK = (1 << 63) - 1
 
 
-class HasTokenizer(Protocol):
+class TokenData(Protocol):
     """What a data module owes the model."""
 
     tokenizer: Tokenizer
+    seq_len: int
+    """Positions in a row."""
 
 
 class KosmosLit(L.LightningModule):
     """Trains a Kosmos by the paper's recipe.
 
     The loss of a step is the mean over all supervised tokens of its global batch: every micro-batch of every rank
-    divides by that one count, which is known before the step. Dropout's random numbers depend on seed and rows alone.
+    divides by that one count, which is known before the step (targets of documents whose picture could not be decoded
+    count, and give no loss). Dropout's random numbers follow from the seed and the rows of the micro-batch.
     """
 
     net: Kosmos
@@ -70,11 +73,20 @@ class KosmosLit(L.LightningModule):
     @property
     def tokenizer(self) -> Tokenizer:
         """The data module's tokenizer."""
-        data: HasTokenizer = self.trainer.datamodule  # type: ignore[attr-defined]
-        return data.tokenizer
+        return self._data.tokenizer
+
+    @property
+    def _data(self) -> TokenData:
+        data: TokenData = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data
 
     def setup(self, stage: str) -> None:
-        """Raises: UserError if the vocabulary is too small for the tokenizer."""
+        """Raises: UserError if the model is too small for the data's tokens or rows, or the precision is not supported."""
+        longest, wanted = self.config.decoder.max_seq_len, self._data.seq_len
+        if wanted > longest:
+            raise UserError(f"data.seq_len is {wanted}, but model.kosmos.decoder.max_seq_len is {longest}; raise the latter")
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            raise UserError("trainer.precision: float16 with loss scaling is not supported; use bf16-mixed")
         rows, ids = self.config.decoder.vocab_size, self.tokenizer.vocab_size
         if rows < ids:
             raise UserError(
@@ -82,6 +94,33 @@ class KosmosLit(L.LightningModule):
             )
 
     # ---- training
+
+    def on_train_start(self) -> None:
+        """After a resume: go on at a whole step whatever the micro-batches are now, and with this run's settings."""
+        step, c = self.trainer.global_step, self.optimizer_config
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        for counts in (progress.current, progress.total):
+            shift = step * self.trainer.accumulate_grad_batches - counts.ready
+            for name, count in vars(counts).items():  # ready, started, processed, completed
+                setattr(counts, name, count + shift)
+        settings = {"initial_lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
+        for group in self.trainer.optimizers[0].param_groups:
+            group |= settings | {"lr": c.lr * self._rate(step)}
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [c.lr] * len(config.scheduler.base_lrs)
+
+    def _rate(self, step: int) -> float:
+        """Return the fraction of the peak learning rate at a step."""
+        c = self.optimizer_config
+        return warmup_linear(step, c.warmup_steps, c.total_steps or self.trainer.max_steps)
+
+    def check_finite(self) -> None:
+        """Raises: UserError if the last step's gradient had no finite norm."""
+        if self.grad_norm is not None and not torch.isfinite(self.grad_norm):
+            raise UserError(
+                f"step {self.trainer.global_step}: the gradient's norm is {float(self.grad_norm)}; no checkpoint is written "
+                "any more. Resume from the last one with a smaller learning rate, a longer warm-up or stronger clipping"
+            )
 
     def on_train_batch_start(self, batch: KosmosBatch, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -101,21 +140,29 @@ class KosmosLit(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and keep norm and learning rate for the log: the schedule moves on before a step is logged."""
+        """Clip by norm, and keep norm and learning rate for the log: the schedule moves on before a step is logged.
+
+        Raises: UserError if another way of clipping is asked for.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise UserError(f"trainer.gradient_clip_algorithm: only norm is supported, got {gradient_clip_algorithm}")
+        for parameter in self.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # A step without pictures: the connector decays all the same, as it does where other ranks have some.
+                parameter.grad = torch.zeros_like(parameter)
         self.lr = optimizer.param_groups[0]["lr"]
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        limit = gradient_clip_val or float("inf")  # Lightning's 0 means none
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         c = self.optimizer_config
-        total = c.total_steps or self.trainer.max_steps
-        if total <= 0:
+        if (c.total_steps or self.trainer.max_steps) <= 0:
             raise UserError("set trainer.max_steps (or model.optimizer.total_steps): the learning rate decays over them")
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_linear(step, c.warmup_steps, total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # ---- evaluation

@@ -21,13 +21,19 @@ def expand(patterns: Sequence[str], what: str) -> list[Path]:
         raise UserError(f"{what}: no input is given")
     found: set[Path] = set()
     for pattern in patterns:
-        files = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+        files = matches([pattern])
         if not files:
             raise UserError(f"{what}: no file matches {pattern!r} (looked from {Path.cwd()})")
         if not any(f.stat().st_size for f in files):
             raise UserError(f"{what}: {pattern!r} matches empty files only, {files[0]} for one")
         found.update(files)
     return sorted(found)
+
+
+def matches(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that the patterns match, sorted, each once; there may be none."""
+    found = (p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern), recursive=True))
+    return sorted({Path(p) for p in found if os.path.isfile(p)})
 
 
 @contextmanager

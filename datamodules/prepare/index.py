@@ -87,13 +87,7 @@ def prepare_corpus(
         raise UserError(f"max_bad_share must lie in [0, 1], got {max_bad_share}")
     options = options or ReadOptions()
     files = expand(inputs, f"prepare corpus ({format})")
-    identity = {
-        "version": VERSION,
-        "format": format,
-        "tokenizer": Tokenizer.load(tokenizer).fingerprint,
-        "options": asdict(options),
-        "shards": [{"path": os.path.relpath(f, output), "bytes": f.stat().st_size} for f in files],
-    }
+    identity = identify(format, Tokenizer.load(tokenizer), options, files, output)
     if read_manifest(output) is not None:
         check_same(output, identity)
         return IndexedCorpus(output)
@@ -116,6 +110,19 @@ def prepare_corpus(
         run_all(index_shard, [t for t in tasks if not t.part.exists()], workers, f"indexing {format}", "documents")
         _join(output, tasks, identity, pictures)
     return IndexedCorpus(output)
+
+
+def identify(
+    format: str, tokenizer: Tokenizer, options: ReadOptions, files: Sequence[Path], output: Path
+) -> dict[str, Any]:
+    """Return what an index in `output` is made of, as its manifest keeps it."""
+    return {
+        "version": VERSION,
+        "format": format,
+        "tokenizer": tokenizer.fingerprint,
+        "options": asdict(options),
+        "shards": [{"path": os.path.relpath(f, output), "bytes": f.stat().st_size} for f in files],
+    }
 
 
 def check_same(folder: Path, identity: dict[str, Any], *, shards: bool = True) -> None:

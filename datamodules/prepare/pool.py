@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -12,6 +15,19 @@ from tqdm import tqdm
 T = TypeVar("T")
 Progress = Callable[[int], None]
 """Takes how many more documents or pictures are done."""
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Let processes that are started meanwhile ignore Ctrl-C: this one hears it, and ends them in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
 
 _report_progress: Progress = lambda n: None  # noqa: E731  # set in each worker process
 
@@ -58,7 +74,8 @@ def run_all(
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         queue = context.SimpleQueue()
         with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (queue,)) as pool:
-            running: set[Future[None]] = {pool.submit(_work, job, task) for task in tasks}
+            with starting_workers():
+                running: set[Future[None]] = {pool.submit(_work, job, task) for task in tasks}
             try:
                 while running:
                     done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)

@@ -23,6 +23,7 @@ from warcio.warcwriter import WARCWriter
 
 from datamodules.hashing import hash_key
 from datamodules.prepare.files import whole_folder
+from datamodules.prepare.pool import starting_workers
 from datamodules.world.language import caption, page_texts, text
 from datamodules.world.scene import SIDE, Rules, paint, training_scene
 from kosmos_lit.errors import UserError
@@ -76,7 +77,9 @@ def write_world(config: WorldConfig) -> None:
             ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool,
             tqdm(total=len(jobs), desc="drawing the world", unit="shard", disable=None) as bar,
         ):
-            for future in [pool.submit(_write_shard, config, kind, shard, temporary) for kind, shard in jobs]:
+            with starting_workers():
+                drawn = [pool.submit(_write_shard, config, kind, shard, temporary) for kind, shard in jobs]
+            for future in drawn:
                 future.result()
                 bar.update()
         (temporary / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")

@@ -11,13 +11,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from kosmos_lit.lit import KosmosLit
 
 
 class Checkpoints(ModelCheckpoint):
-    """Writes a checkpoint every N optimizer steps, at the last one, and on Ctrl-C, and keeps the newest.
+    """Writes a checkpoint every N optimizer steps, at the last one, and on Ctrl-C or SIGTERM, and keeps the newest.
 
-    Ctrl-C lets the step end first, as only whole steps can be resumed exactly; a second one stops at once. With several
-    ranks it stops at once too: they would end at different steps.
+    A signal lets the step end first, as only whole steps can be resumed exactly; a second one stops at once. With several
+    ranks the first one does too: they would end at different steps. Nothing is written once the gradient is not finite.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 1000, keep: int = 2) -> None:
@@ -39,34 +42,52 @@ class Checkpoints(ModelCheckpoint):
             enable_version_counter=False,  # a step that is done again replaces its checkpoint
         )
         self.every_n_train_steps = every_n_train_steps
-        self._interrupted = False
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        # The last `step` that was logged may be an older one.
+        return super()._monitor_candidates(trainer) | {"step": torch.tensor(trainer.global_step)}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if trainer.world_size == 1 and in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if signal.getsignal(signal.SIGINT) == self._interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._give_signals_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._give_signals_back()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._interrupted = True
-        print("\nending this step and writing a checkpoint; press Ctrl-C again to stop without", file=sys.stderr)
+        self._give_signals_back()
+        self._signal = number
+        print("\nending this step and writing a checkpoint; a second signal stops without", file=sys.stderr)
+
+    def _give_signals_back(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        before = self._step
-        step, self._step = trainer.global_step, trainer.global_step
+        assert isinstance(pl_module, KosmosLit)
+        before, step = self._step, trainer.global_step
+        self._step = step
         if step == before:
             return  # the step's other micro-batches are still to come
-        if step % self.every_n_train_steps and (step == trainer.max_steps or self._interrupted):
-            trainer.save_checkpoint(self.format_checkpoint_name({"step": torch.tensor(step)}), weights_only=False)
-        if self._interrupted:
+        regular = step % self.every_n_train_steps == 0
+        last = (step == trainer.max_steps or self._signal is not None) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if regular or last:
+            pl_module.check_finite()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if last and not regular:
+            trainer.save_checkpoint(self.format_checkpoint_name(self._monitor_candidates(trainer)), weights_only=False)
+        if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._signal is not None:
+            sys.exit(128 + self._signal)

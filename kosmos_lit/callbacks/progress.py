@@ -21,7 +21,7 @@ class Progress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
-        self._started, self._first_step = 0.0, 0
+        self._started, self._first_step, self._shown = 0.0, 0, 0
 
     def disable(self) -> None:
         self._enabled = False
@@ -35,16 +35,17 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._shown = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         assert isinstance(pl_module, KosmosLit)
-        metrics = trainer.callback_metrics
-        if float(metrics.get("step", -1)) != trainer.global_step or trainer.global_step == getattr(self, "_shown", -1):
+        step = trainer.global_step
+        if step == self._shown or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        self._shown = trainer.global_step
+        self._shown, metrics = step, trainer.callback_metrics
         self._line(
             f"step {trainer.global_step:,}/{trainer.max_steps:,}  {_losses(pl_module.step_loss.compute())}  "
             f"lr {float(metrics['lr']):.1e}  {float(metrics['tokens_per_second']):,.0f} tokens/s  "

@@ -44,7 +44,8 @@ class StepLog(Callback):
         self._window += torch.tensor(
             [batch.n_real, batch.tokens.numel(), len(batch.images), batch.n_bad_images], dtype=torch.float64
         )
-        self._mix += torch.bincount(batch.corpus.cpu(), minlength=len(CORPORA))
+        kinds = torch.arange(len(CORPORA), device=batch.corpus.device)
+        self._mix = self._mix.to(kinds.device) + (batch.corpus[:, None] == kinds).sum(0)  # stays there until it is logged
         if trainer.global_step == self._step:
             return  # the step's other micro-batches are still to come
         self._step = trainer.global_step
@@ -53,6 +54,7 @@ class StepLog(Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, KosmosLit)
+        pl_module.check_finite()
         seconds = self._elapsed + time.monotonic() - self._started
         waited = _loader_wait(trainer) - self._waited
         real, positions, images, bad = self._sum(trainer, self._window)

@@ -174,6 +174,12 @@ def run_trainer(arguments: Sequence[str]) -> None:
         warnings.filterwarnings("ignore", message=message)
     try:
         KosmosCLI(arguments)
+    except UserError as error:
+        unknown = re.search(r"[Oo]ption '(?:[\w.]*\.)?(\w+)'", str(error))
+        files = [str(p) for p in _config_files(arguments) if unknown and _mentions(_read_yaml(p), unknown[1])]
+        if files:
+            raise UserError(f"{error} (in {', '.join(files)})") from error
+        raise
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise UserError(str(error)) from error
     except (ValueError, TypeError) as error:
@@ -229,7 +235,16 @@ def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        return None  # the parser will say so
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None  # the parser will say what is wrong with it
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _mentions(node: Any, key: str) -> bool:
+    """Tell whether a key occurs anywhere in a config file."""
+    if isinstance(node, list):
+        return any(_mentions(value, key) for value in node)
+    return isinstance(node, dict) and (key in node or any(_mentions(value, key) for value in node.values()))

@@ -110,7 +110,7 @@ def generate_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="main.py generate")
     parser.add_argument("--ckpt_path", type=Path, required=True)
     parser.add_argument("--prompt", default="An image of", help="<image> marks where the next picture stands")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
+    parser.add_argument("--image", type=Path, nargs="+", action="extend", default=[], help="one or several")
     parser.add_argument("--beams", type=int, default=1, help="1: greedy")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")

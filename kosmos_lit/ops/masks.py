@@ -28,7 +28,9 @@ class DocumentMask:
     def dense(self) -> Tensor:
         """(B, 1, T, T) bool: True where a query (second last axis) may see a key (last axis)."""
         lengths = torch.tensor(self.lengths, device=self.device)
-        document = torch.arange(len(self.lengths), device=self.device).repeat_interleave(lengths)
+        document = torch.arange(len(self.lengths), device=self.device).repeat_interleave(
+            lengths, output_size=self.n_rows * self.row_len
+        )
         document = document.view(self.n_rows, self.row_len)
         same = document[:, :, None] == document[:, None, :]
         return (same & causal(self.row_len, self.row_len, self.device)).unsqueeze(1)

@@ -53,7 +53,10 @@ def overlay(folder: Path, text: str) -> list[str]:
     ],
 )
 def test_a_misspelt_key_in_a_file(mistake: Mistake, fit: list[str], tmp_path: Path, text: str, named: str) -> None:
-    assert named in mistake(*fit, *overlay(tmp_path, text))
+    message = mistake(*fit, *overlay(tmp_path, text))
+
+    assert named in message
+    assert "overlay.yaml" in message
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,8 @@ def test_a_misspelt_or_abbreviated_flag(mistake: Mistake, fit: list[str], flag: 
         ("--model.kosmos.vision.architecture=ViT-nothing", "ViT-nothing"),
         ("--model.kosmos.vision.pretrained=nothing.pt", "nothing.pt"),
         ("--model.optimizer.lr=-1", "lr must be positive, got -1"),
+        ("--data.seq_len=512", "data.seq_len is 512, but model.kosmos.decoder.max_seq_len is 128"),
+        ("--trainer.gradient_clip_algorithm=value", "only norm is supported"),
         ("--data.seq_len=6", "seq_len 6 has no room for a picture of 3 latents"),
     ],
 )
@@ -88,7 +93,7 @@ def test_a_config_file_that_is_not_there(mistake: Mistake, fit: list[str], tmp_p
 
 
 def test_a_config_file_that_is_no_yaml(mistake: Mistake, fit: list[str], tmp_path: Path) -> None:
-    assert "line" in mistake(*fit, *overlay(tmp_path, "data: {init_args: [\n"))
+    assert "overlay.yaml is no YAML" in mistake(*fit, *overlay(tmp_path, "data: {init_args: [\n"))
 
 
 @pytest.mark.parametrize("form", ["flag", "short flag", "file"])
@@ -154,10 +159,30 @@ def test_a_tokenizer_that_does_not_match_the_index(
     made = ["prepare", "tokenizer", "--input", str(tiny_world / "text-*"), "--vocab-size", "250"]
     assert main([*made, "--output", str(tmp_path / "world" / "tokenizer")]) == 0
 
-    message = mistake(*fit, "--data.world.path", str(tmp_path / "world"))
+    message = mistake(*fit, "--data.world.path", str(tmp_path / "world"), "--data.vocab_size=250")
 
     assert str(tmp_path / "world" / "index") in message
     assert "was made with tokenizer" in message
+
+
+def test_a_tokenizer_of_another_size(mistake: Mistake, fit: list[str]) -> None:
+    assert "has 290 pieces, but the config's vocab_size for it is 280" in mistake(*fit, "--data.vocab_size=280")
+
+
+def test_raw_files_that_the_index_does_not_have(
+    mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path
+) -> None:
+    shutil.copytree(tiny_world, tmp_path / "world")
+    shutil.copy(tmp_path / "world" / "text-00000.jsonl.zst", tmp_path / "world" / "text-00009.jsonl.zst")
+
+    assert "text-00009.jsonl.zst" in mistake(*fit, "--data.world.path", str(tmp_path / "world"))
+
+
+def test_a_shard_with_pictures_that_is_gone(mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path) -> None:
+    shutil.copytree(tiny_world, tmp_path / "world")
+    (tmp_path / "world" / "caption-00001.tar").unlink()
+
+    assert "caption-00001.tar" in mistake(*fit, "--data.world.path", str(tmp_path / "world"))
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers(mistake: Mistake, fit: list[str]) -> None:
