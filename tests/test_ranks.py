@@ -62,3 +62,15 @@ def test_ranks_do_not_change_a_step(plain: Path, tmp_path: Path, tiny_world: Pat
 
     assert end.returncode == 0, end.stderr
     assert_close(plain, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks(plain: Path, tmp_path: Path, tiny_world: Path) -> None:
+    one_rank = [*NO_DROPOUT, "--trainer.max_steps=3", "--data.micro_batch_rows=4"]
+    two_ranks = [*NO_DROPOUT, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"]
+    assert main(tiny_run("fit", tmp_path, tiny_world, *one_rank)) == 0
+
+    end = run(tiny_run("fit", tmp_path, tiny_world, *two_ranks, "--ckpt_path=last"))
+
+    assert end.returncode == 0, end.stderr
+    assert_close(plain, tmp_path)
