@@ -239,6 +239,12 @@ def test_a_pattern_without_files(mistake: Mistake, tmp_path: Path, tiny_world: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_misspelt_option_of_prepare(mistake: Mistake) -> None:
+    arguments = ["--format", "jsonl", "--input", "x", "--tokeniser", "t", "--output", "o"]
+
+    assert "unknown option --tokeniser; did you mean --tokenizer?" in mistake("prepare", "corpus", *arguments)
+
+
 def test_a_pattern_with_empty_files_only(mistake: Mistake, tmp_path: Path, tiny_world: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     arguments = ["--format", "jsonl", "--tokenizer", str(tiny_world / "tokenizer"), "--output", str(tmp_path / "out")]
