@@ -13,7 +13,6 @@ from kosmos_lit.cli.trainer import KosmosCLI
 from tests.running import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-VARIABLES = {"$STEP": "00002000", "$PICTURE": "picture.jpg"}
 
 
 def commands(page: Path) -> list[str]:
@@ -27,7 +26,7 @@ COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=lambda value: value[:60])
 def test_a_printed_command_can_be_run(page: str, command: str) -> None:
-    words = [VARIABLES.get(word, word) for word in shlex.split(command)]
+    words = shlex.split(command)
     while "=" in words[0]:
         words.pop(0)
 
@@ -39,7 +38,7 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
             assert_parses(verb, rest)
         case [".venv/bin/python" | "python", script, *_] if script.startswith("benchmarks/"):
             assert (ROOT / script).is_file()
-        case ["source", ".venv/bin/activate"] | ["git" | "cd" | "ln" | "cat" | "tensorboard" | "srun", *_]:
+        case ["source", ".venv/bin/activate"] | ["tensorboard" | "tar", *_]:
             assert len(words) > 1
         case _:
             pytest.fail(f"{page}: {command!r} is of no kind that this test knows")
