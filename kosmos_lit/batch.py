@@ -80,6 +80,14 @@ class PromptBatch(_Movable):
     """B names of the tasks that the questions belong to."""
 
 
+def find_slots(tokens: Tensor, image: int) -> Tensor:
+    """Return (N, 2) row and first slot of each picture in (B, T) tokens; slots repeat `image`, the id of <image>."""
+    is_image = tokens == image
+    opens = is_image.clone()
+    opens[:, 1:] &= ~is_image[:, :-1]
+    return opens.nonzero() + torch.tensor([0, 1], device=tokens.device)
+
+
 def check_slots(tokens: Tensor, slots: Tensor, n_images: int, n_latents: int, image: int, image_end: int) -> None:
     """Make sure, on the host, that every picture has exactly its `n_latents` slots: each image by itself, not in sum.
 

@@ -18,8 +18,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
 
 SUFFIX = ".ckpt"
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
@@ -102,20 +100,3 @@ def check_architecture(checkpoint: Mapping[str, Any], config: KosmosConfig, path
     wrong = [f"{k} is {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
     if wrong:
         raise UserError(f"{path} holds a model of another architecture: {'; '.join(wrong)}")
-
-
-def load_model(path: str | Path) -> tuple[Kosmos, Tokenizer]:
-    """Return the model and the tokenizer of a checkpoint.
-
-    Raises: UserError as `load_checkpoint` does, or if weights are missing.
-    """
-    checkpoint = load_checkpoint(path)
-    table = checkpoint["hyper_parameters"]["kosmos"]
-    config = KosmosConfig.from_dict(table | {"vision": table["vision"] | {"pretrained": None}})
-    model = Kosmos(config)
-    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from error
-    return model.eval(), Tokenizer(checkpoint["tokenizer"].numpy().tobytes())

@@ -17,7 +17,7 @@ from kosmos_lit.batch import check_slots
 from kosmos_lit.errors import UserError
 from kosmos_lit.layers.attention import KeyValues
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.masks import causal
+from kosmos_lit.ops.masks import padded
 from kosmos_lit.tokens import BOS, EOS, PAD, UNK, Ids, Tokenizer, expand_images
 
 IMAGE_MARK = "<image>"
@@ -119,10 +119,7 @@ class _State:
         check_slots(tokens, at, len(images), model.config.connector.n_latents, special.image, special.image_end)
         tokens, at = tokens.to(device), at.to(device)
         real = tokens != PAD  # (B, T)
-        positions = (real.cumsum(1) - 1).clamp(min=0)
-        # A padded position sees itself, so that its softmax is defined; nothing else sees it.
-        itself = torch.eye(T, dtype=torch.bool, device=device)
-        mask = (causal(T, T, device) & (real[:, None, :] | itself)).unsqueeze(1)  # (B, 1, T, T)
+        positions, mask = padded(real)
         forbidden = torch.tensor(
             [BOS, PAD, UNK, special.mask, special.doc_end, special.image, special.image_end, special.chunk_end,
              *range(tokenizer.vocab_size, model.config.decoder.vocab_size)],

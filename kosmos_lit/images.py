@@ -7,8 +7,10 @@ clipped), an animation gives its first frame. What a hostile or broken file coul
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,6 +30,9 @@ Fit = Literal["crop", "square"]
 `square` scales both sides (released evaluation)."""
 
 Pixels = npt.NDArray[np.uint8]
+
+Picture = str | os.PathLike[str] | bytes | Image.Image | npt.ArrayLike
+"""A picture as a caller has it; an array or CPU tensor is (3, H, W) uint8."""
 
 
 class ImageError(ValueError):
@@ -67,6 +72,37 @@ def decode(data: bytes, size: int, fit: Fit) -> Pixels:
     Raises: ImageError as `probe` does, or if its pixels cannot be decoded.
     """
     return np.ascontiguousarray(np.asarray(_fitted(open_rgb(data), size, fit)).transpose(2, 0, 1))
+
+
+def load(picture: Picture, size: int, fit: Fit) -> Pixels:
+    """Return a picture as `decode` does, from whatever form it is at hand in.
+
+    Args:
+        picture: a path, the bytes of a file, a Pillow image, or a (3, H, W) uint8 array or CPU tensor.
+        size: side of the result in pixels.
+        fit: how it becomes square.
+
+    Raises: ImageError naming the file or what is wrong with the value.
+    """
+    match picture:
+        case bytes():
+            return decode(picture, size, fit)
+        case str() | os.PathLike():
+            try:
+                return decode(Path(picture).read_bytes(), size, fit)
+            except OSError as error:
+                raise ImageError("no such picture", f"{picture} ({error.strerror})") from error
+            except ImageError as error:
+                raise ImageError(str(picture), str(error)) from error
+        case Image.Image():
+            upright = _to_rgb(_upright(picture))
+        case _:
+            pixels = np.asarray(picture)
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+                found = f"{pixels.shape} {pixels.dtype} of {type(picture).__name__}"
+                raise ImageError("not a picture", f"(3, H, W) uint8 was expected, got {found}")
+            upright = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return np.ascontiguousarray(np.asarray(_fitted(upright, size, fit)).transpose(2, 0, 1))
 
 
 def open_rgb(data: bytes) -> Image.Image:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from kosmos_lit.batch import KosmosBatch
+from kosmos_lit.batch import KosmosBatch, check_slots, find_slots
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
+from kosmos_lit.errors import UserError
+from kosmos_lit.images import ImageError, Picture
+from kosmos_lit.images import load as load_picture
 from kosmos_lit.ops.losses import token_nll
-from kosmos_lit.ops.masks import DocumentMask
+from kosmos_lit.ops.masks import DocumentMask, padded
+from kosmos_lit.tokens import PAD, Tokenizer
 from kosmos_lit.vision import VisionTower
 
 
 class Kosmos(nn.Module):
     """A multimodal language model that sees pictures as L embeddings among its tokens."""
 
+    tokenizer: Tokenizer | None
+    """What its ids stand for; None for a model that has been given none."""
+
     def __init__(self, config: KosmosConfig) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer = None
         self.vision = VisionTower(config.vision)
         self.connector = build_connector(config, self.vision.width)
         self.decoder = Decoder(config.decoder)
@@ -32,6 +44,19 @@ class Kosmos(nn.Module):
             model = cls(config)
             model.init()
         return model
+
+    @classmethod
+    def load(cls, path: str | Path) -> Kosmos:
+        """Return a trained model with its tokenizer, in evaluation mode.
+
+        Args:
+            path: a checkpoint of a run, a folder that `export` or `import` wrote, or a folder of transformers' Kosmos-2.
+
+        Raises: UserError if it is none of these, or its tensors do not fit.
+        """
+        from kosmos_lit.weights import load_model
+
+        return load_model(path)
 
     def init(self) -> None:
         """Draw the initial weights, but for those of a pretrained tower."""
@@ -64,3 +89,68 @@ class Kosmos(nn.Module):
         hidden = self(batch).flatten(0, 1)[batch.loss_at]  # (S, D)
         targets = batch.targets.flatten()[batch.loss_at]
         return token_nll(hidden, self.decoder.embed_tokens.weight, targets, self.config.decoder.loss_chunk)
+
+    # ---- in a notebook
+
+    def generate(self, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> str:
+        """Return the model's continuation of a prompt, as `main.py generate` prints it.
+
+        Args:
+            prompt: `<image>` stands for the next picture; pictures beyond these marks come before the text.
+            images: paths, bytes of files, Pillow images, or (3, H, W) uint8 arrays or tensors.
+            settings: fields of `GenerationConfig`.
+
+        Raises: UserError for a picture that cannot be read, for unknown settings, or if there are too many tokens.
+        """
+        from kosmos_lit.generate import encode_prompt, generate
+
+        pixels = self.pixels(images)
+        tokens = encode_prompt(prompt, len(pixels), self._own_tokenizer, self.config.connector.n_latents)
+        [written] = generate(self, [tokens], pixels, self._own_tokenizer, **settings)
+        return self._own_tokenizer.decode(written)
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor | Sequence[int], images: Sequence[Picture] = ()) -> Tensor:
+        """Return the logits of every next token, (T, V), or (B, T, V) for a batch.
+
+        Args:
+            tokens: (T,) or (B, T) ids, one document a row, padded with <pad> on either side; a picture is <image>, as many
+                <image> again as it has latents, and </image>.
+            images: the pictures in the order of their places, in any form that `generate` takes.
+
+        Raises: UserError if tokens and pictures do not fit.
+        """
+        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        rows = ids if ids.ndim == 2 else ids[None]  # (B, T)
+        special, pixels = self._own_tokenizer.special, self.pixels(images)
+        slots = find_slots(rows, special.image)
+        try:
+            check_slots(rows, slots, len(pixels), self.config.connector.n_latents, special.image, special.image_end)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        positions, mask = padded(rows != PAD)
+        device = self.decoder.embed_tokens.weight.device
+        rows, slots, positions, mask = (t.to(device) for t in (rows, slots, positions, mask))
+        latents = self.see(pixels) if len(pixels) else None
+        found = self.decoder.logits(self.decoder(rows, positions, mask, latents, slots))
+        return found if ids.ndim == 2 else found[0]
+
+    def pixels(self, images: Sequence[Picture]) -> Tensor:
+        """Return pictures as the tower takes them, (N, 3, H, W) uint8, on the model's device; both sides are scaled.
+
+        Raises: UserError naming the picture that cannot be read.
+        """
+        size = self.config.vision.image_size
+        pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
+        for number, image in enumerate(images):
+            try:
+                pixels[number] = torch.from_numpy(load_picture(image, size, "square"))
+            except ImageError as error:
+                raise UserError(f"picture {number}: {error}") from error
+        return pixels.to(self.decoder.embed_tokens.weight.device)
+
+    @property
+    def _own_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer; set its `tokenizer`, or load it from a folder that has one")
+        return self.tokenizer

@@ -87,32 +87,39 @@ class VisionTower(nn.Module):
 def _build(config: VisionConfig) -> nn.Module:
     import open_clip
 
-    table = _table(config)
-    size = table.get("vision_cfg", {}).get("image_size", 224)
+    table = describe(config)
+    size = table["vision_cfg"].get("image_size", 224)
     if size != config.image_size:
         raise UserError(f"vision.image_size is {config.image_size}, but {config.architecture} reads {size} pixels")
+    local = Path(config.pretrained) if config.pretrained is not None and Path(config.pretrained).exists() else None
     try:
-        if config.pretrained is None:
+        if config.pretrained is None or local:
             # open_clip builds towers in pairs: the text tower here is as small as can be, and dropped.
             text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-            pair = open_clip.CLIP(
-                table["embed_dim"], table["vision_cfg"], text, quick_gelu=table.get("quick_gelu", False)
-            )
+            pair = open_clip.CLIP(table["embed_dim"], table["vision_cfg"], text, quick_gelu=table.get("quick_gelu", False))
+        elif isinstance(config.architecture, str) and not config.architecture.endswith(".json"):
+            pair = open_clip.create_model(config.architecture, pretrained=config.pretrained, require_pretrained=True)
         else:
-            name = _registered(config.architecture)
-            pair = open_clip.create_model(name, pretrained=config.pretrained, require_pretrained=True)
+            raise UserError("only names of open_clip have released weights, and there is no such file")
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError) as error:
         raise UserError(
             f"vision: cannot build {config.architecture!r} with pretrained={config.pretrained!r}: {error}; "
-            "give a local weight file, a tag that `open_clip.list_pretrained()` knows, or null for random weights"
+            "give a local weight file or folder, a tag that `open_clip.list_pretrained()` knows, or null for random weights"
         ) from error
     visual: nn.Module = pair.visual
     visual.proj = None  # type: ignore[assignment]  # KOSMOS reads features before CLIP's projection
+    if local:
+        from kosmos_lit.weights.clip import load_tower
+
+        load_tower(visual, local)
     return visual
 
 
-def _table(config: VisionConfig) -> dict[str, Any]:
-    """Return an architecture as open_clip's model configs describe it."""
+def describe(config: VisionConfig) -> dict[str, Any]:
+    """Return an architecture as open_clip's model configs describe it.
+
+    Raises: UserError if open_clip does not know its name, or its table lacks something.
+    """
     import open_clip
 
     table = config.resolved().architecture
@@ -127,18 +134,6 @@ def _table(config: VisionConfig) -> dict[str, Any]:
         lack = ", ".join(missing)
         raise UserError(f"vision.architecture: {config.architecture} is no open_clip model config: {lack} missing")
     return table
-
-
-def _registered(architecture: str | dict[str, Any]) -> str:
-    """Return the name under which open_clip can load an architecture with weights."""
-    import open_clip
-
-    if isinstance(architecture, dict):
-        raise UserError("vision.pretrained needs an architecture by name or by the path of a JSON file, not by a table")
-    if architecture.endswith(".json"):
-        open_clip.add_model_config(Path(architecture))
-        return Path(architecture).stem
-    return architecture
 
 
 def _who_trains(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:

@@ -17,6 +17,8 @@ VERBS = {
     "prepare": "make a tokenizer or an indexed corpus out of raw files",
     "rows": "print what the model gets at given rows of the stream",
     "generate": "continue a prompt with pictures",
+    "import": "turn weights of transformers, fairseq or open_clip into a model folder",
+    "export": "write a trained model for transformers, or as safetensors",
 }
 
 
@@ -44,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _runner(verb: str) -> Callable[[list[str]], None]:
-    if verb in ("prepare", "rows", "generate"):
+    if verb in ("prepare", "rows", "generate", "import", "export"):
         from kosmos_lit.cli import verbs
 
-        run: Callable[[list[str]], None] = getattr(verbs, verb)
+        run: Callable[[list[str]], None] = getattr(verbs, "import_" if verb == "import" else verb)
         return run
     from kosmos_lit.cli.trainer import run_trainer
 

@@ -1,15 +1,17 @@
-"""The verbs beside Lightning's: prepare, rows, generate."""
+"""The verbs beside Lightning's: prepare, rows, generate, import, export."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from kosmos_lit.errors import UserError
+
+if TYPE_CHECKING:
+    from kosmos_lit.model import Kosmos
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,28 +134,65 @@ def generate_parser() -> argparse.ArgumentParser:
 def generate(arguments: list[str]) -> None:
     """Print a model's continuation of a prompt."""
     a = generate_parser().parse_args(arguments)
-    import numpy as np
-    import torch
-
-    from kosmos_lit.checkpoint import load_model
-    from kosmos_lit.generate import encode_prompt
-    from kosmos_lit.generate import generate as write
-    from kosmos_lit.images import ImageError, decode
+    from kosmos_lit.model import Kosmos
 
     if a.beams < 1 or a.max_new_tokens < 1:
         raise UserError(f"generate: --beams {a.beams} and --max-new-tokens {a.max_new_tokens} must be positive")
-    model, tokenizer = load_model(a.ckpt_path)
-    size = model.config.vision.image_size
-    pictures = []
-    for path in a.image:
-        try:
-            pictures.append(decode(path.read_bytes(), size, "square"))
-        except (OSError, ImageError) as error:
-            raise UserError(f"{path}: {error}") from error
-    prompt = encode_prompt(a.prompt, len(pictures), tokenizer, model.config.connector.n_latents)
-    images = torch.from_numpy(np.stack(pictures) if pictures else np.zeros((0, 3, size, size), np.uint8))
-    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    [ids] = write(
-        model.to(device), [prompt], images, tokenizer, max_new_tokens=a.max_new_tokens, n_beams=a.beams
-    )
-    print(tokenizer.decode(ids), file=sys.stdout)
+    model = Kosmos.load(a.ckpt_path).to(_device(a.device))
+    print(model.generate(a.prompt, a.image, max_new_tokens=a.max_new_tokens, n_beams=a.beams))
+
+
+def import_parser() -> argparse.ArgumentParser:
+    """Return the options of `import`."""
+    parser = _Parser(prog="main.py import")
+    parser.add_argument("--format", choices=("transformers", "fairseq", "open_clip"), required=True, help="their origin")
+    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="file or folder of the weights")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--tokenizer", type=Path, default=None, metavar="DIR", help="fairseq: the released tokenizer's")
+    return parser
+
+
+def import_(arguments: list[str]) -> None:
+    """Turn weights from elsewhere into a model folder, or those of an image tower into a tower folder."""
+    a = import_parser().parse_args(arguments)
+    from kosmos_lit.weights import CLIP_TYPES, from_fairseq, from_transformers, import_tower, model_type, save_folder
+
+    if not a.input.exists():
+        raise UserError(f"import: no file or folder {a.input}")
+    if a.tokenizer is not None and a.format != "fairseq":
+        raise UserError("import: --tokenizer is for --format fairseq; other folders bring theirs")
+    if a.format == "open_clip" or (a.format == "transformers" and a.input.is_dir() and model_type(a.input) in CLIP_TYPES):
+        print(f"{a.output}: an image tower, used by\n  {import_tower(a.input, a.output)}")
+        return
+    kosmos = from_fairseq(a.input, a.tokenizer) if a.format == "fairseq" else from_transformers(a.input)
+    save_folder(kosmos, a.output)
+    print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Return the options of `export`."""
+    parser = _Parser(prog="main.py export")
+    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint or model folder")
+    parser.add_argument("--format", choices=("transformers", "safetensors"), required=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    return parser
+
+
+def export(arguments: list[str]) -> None:
+    """Write a trained model for use elsewhere."""
+    a = export_parser().parse_args(arguments)
+    from kosmos_lit.weights import export_transformers, load_model, save_folder
+
+    kosmos = load_model(a.ckpt_path)
+    (export_transformers if a.format == "transformers" else save_folder)(kosmos, a.output)
+    print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")
+
+
+def _tokenizer_of(kosmos: Kosmos) -> str:
+    return "no tokenizer" if kosmos.tokenizer is None else f"{kosmos.tokenizer.vocab_size:,} ids"
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")

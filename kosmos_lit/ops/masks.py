@@ -44,3 +44,19 @@ class DocumentMask:
 def causal(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
     """Return (n_queries, n_keys) bool: the last query sees every key, the one before it all but the last, and so on."""
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+
+
+def padded(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Place rows of one document each that are padded on the left or on the right.
+
+    A padded position sees itself, so that its softmax is defined; nothing else sees it.
+
+    Args:
+        real: (B, T) bool, False at padding.
+
+    Returns: (B, T) position of each token in its document; (B, 1, T, T) bool mask.
+    """
+    T = real.shape[1]
+    itself = torch.eye(T, dtype=torch.bool, device=real.device)
+    mask = causal(T, T, real.device) & (real[:, None, :] | itself)
+    return (real.cumsum(1) - 1).clamp(min=0), mask.unsqueeze(1)

@@ -1,0 +1,108 @@
+"""The checkpoints that KOSMOS's authors released (Kosmos-2, Kosmos-G's stages), as fairseq wrote them.
+
+Sizes are read off the tensors; what tensors do not tell (heads) comes from the training options in the file, and where
+those lack it, from the 64-wide heads of every released model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
+from kosmos_lit.errors import UserError
+from kosmos_lit.model import Kosmos
+from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.weights.files import read_pickle
+from kosmos_lit.weights.folder import assemble
+from kosmos_lit.weights.keys import FAIRSEQ, check_shapes, shapes_of
+from kosmos_lit.weights.kosmos2 import tower_architecture
+
+HEAD_DIM = 64
+_DECODER, _TOWER = "gpt_model.decoder", "img_model.visual"
+
+
+def from_fairseq(path: str | Path, tokenizer: str | Path | None = None) -> Kosmos:
+    """Return a Kosmos with the weights of a released checkpoint.
+
+    Args:
+        path: the file; its weights are under `model`.
+        tokenizer: folder with the released `sentencepiece.bpe.model`; None: the checkpoint's own folder.
+
+    Raises: UserError if the file holds anything but plain data, or other tensors than a Kosmos's.
+    """
+    file = Path(path)
+    found = read_pickle(file) if file.is_file() else None
+    if found is None:
+        raise UserError(f"no checkpoint {path}")
+    tensors = found.get("model") if isinstance(found, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path} is no released Kosmos checkpoint: it has no tensors under 'model'")
+    config = _config(tensors, _options(found), str(path))
+    with torch.device("meta"):
+        shapes = shapes_of(Kosmos(config).state_dict())
+    wanted = FAIRSEQ.wanted(shapes)
+    check_shapes(shapes_of(tensors), wanted, str(path), allowed=list(FAIRSEQ.dead))
+    embedding, head = FAIRSEQ.theirs("decoder.embed_tokens.weight")[0], str(FAIRSEQ.head)
+    if not torch.equal(tensors[head], tensors[embedding]):
+        raise UserError(f"{path}: {head} differs from {embedding}, and a Kosmos has one matrix for both")
+    kosmos = assemble(config, FAIRSEQ.to_ours(tensors, shapes), str(path))
+    kosmos.tokenizer = Tokenizer.of_size(tokenizer or file.parent, config.decoder.vocab_size)
+    return kosmos
+
+
+def _options(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training options of a checkpoint, flat; older files have them under `args`, newer under `cfg`."""
+    nested = found.get("cfg") or {}
+    tables = [found.get("args"), nested.get("model") if isinstance(nested, Mapping) else None]
+    flat: dict[str, Any] = {}
+    for table in tables:
+        flat |= dict(table) if isinstance(table, Mapping) else vars(table) if table is not None else {}
+    return flat
+
+
+def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str) -> KosmosConfig:
+    """Return the configuration that a checkpoint's tensors and options describe."""
+    needed = {
+        "embedding": f"{_DECODER}.embed_tokens.weight", "first layer": f"{_DECODER}.layers.0.ffn.fc1.weight",
+        "queries": "img_connector.latent_query", "patches": f"{_TOWER}.conv1.weight",
+        "places": f"{_TOWER}.positional_embedding", "first block": f"{_TOWER}.transformer.resblocks.0.mlp.c_fc.weight",
+    }  # fmt: skip
+    if lack := [name for name in needed.values() if name not in tensors]:
+        raise UserError(f"{where} is no released Kosmos checkpoint: {', '.join(lack)} not found under 'model'")
+    size = {what: tuple(tensors[name].shape) for what, name in needed.items()}
+    V, D = size["embedding"]
+    C, _, patch, _ = size["patches"]
+    n_heads = int(options.get("decoder_attention_heads") or D // HEAD_DIM)
+
+    tower = SimpleNamespace(
+        image_size=patch * math.isqrt(size["places"][0] - 1),
+        num_hidden_layers=_count(tensors, rf"{_TOWER}\.transformer\.resblocks\.(\d+)\."),
+        hidden_size=C,
+        num_attention_heads=max(1, C // HEAD_DIM),
+        intermediate_size=size["first block"][0],
+        patch_size=patch,
+        hidden_act="quick_gelu",  # forced by their code, whatever the tower is called
+    )
+    return KosmosConfig(
+        vision=VisionConfig(
+            architecture=tower_architecture(tower), pretrained=None, image_size=tower.image_size, trainable="all"
+        ),
+        connector=ConnectorConfig(kind="resampler", n_latents=size["queries"][0], n_heads=n_heads),
+        decoder=DecoderConfig(
+            vocab_size=V, dim=D, n_layers=_count(tensors, rf"{_DECODER}\.layers\.(\d+)\."), n_heads=n_heads,
+            ffn_dim=size["first layer"][0], norm="sub", positions="sinusoidal",
+        ),
+    )  # fmt: skip
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """Return one more than the largest number that `pattern` finds in the names."""
+    return 1 + max(int(found[1]) for name in tensors if (found := re.match(pattern, name)))

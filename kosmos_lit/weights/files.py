@@ -1,0 +1,89 @@
+"""Tensors from files of any origin, and nothing but tensors: no file gets to run code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kosmos_lit.errors import UserError
+
+SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a weight file, or of a folder as transformers writes it (whole or in shards).
+
+    Raises: UserError if there is no such file, or it is damaged or holds anything but tensors.
+    """
+    if path.is_dir():
+        for name in (SAFETENSORS, PICKLE):
+            if (path / name).is_file():
+                return read_tensors(path / name)
+        for name in (INDEX, PICKLE_INDEX):
+            if (path / name).is_file():
+                shards = sorted(set(read_json(path / name).get("weight_map", {}).values()))
+                tensors: dict[str, Tensor] = {}
+                for shard in shards:
+                    tensors |= read_tensors(path / shard)
+                return tensors
+        raise UserError(f"{path} holds no weights: one of {SAFETENSORS}, {INDEX}, {PICKLE}, {PICKLE_INDEX} was expected")
+    if not path.is_file():
+        raise UserError(f"no weight file {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path} is no whole safetensors file: {error}") from error
+    found = read_pickle(path)
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise UserError(f"{path} is no table of tensors by name")
+    return found
+
+
+def read_pickle(path: Path) -> Any:
+    """Return what a file of `torch.save` holds if that is tensors and plain data; its code is never run.
+
+    Raises: UserError naming what else it holds.
+    """
+    try:
+        # Training scripts leave their options as a Namespace: a bag of attributes, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(?:GLOBAL\s+)?(\S+)", str(error))
+        what = f"it refers to {culprit[1]}" if culprit else "it is no plain data"
+        raise UserError(
+            f"{path} is not read: {what}, and only tensors and plain data are taken, as anything else could run code; save "
+            "its state dict alone, best as safetensors, where you trust it"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise UserError(f"{path} is no whole file of torch.save: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises: UserError if the file is missing or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no file {path}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return found
