@@ -19,7 +19,7 @@ from torch import Tensor
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokens import GROUNDING, MODEL_FILE, Tokenizer
 from kosmos_lit.weights.files import read_pickle
 from kosmos_lit.weights.folder import assemble
 from kosmos_lit.weights.keys import FAIRSEQ, check_shapes, shapes_of
@@ -54,8 +54,22 @@ def from_fairseq(path: str | Path, tokenizer: str | Path | None = None) -> Kosmo
     if not torch.equal(tensors[head], tensors[embedding]):
         raise UserError(f"{path}: {head} differs from {embedding}, and a Kosmos has one matrix for both")
     kosmos = assemble(config, FAIRSEQ.to_ours(tensors, shapes), str(path))
-    kosmos.tokenizer = Tokenizer.of_size(tokenizer or file.parent, config.decoder.vocab_size)
+    kosmos.tokenizer = _tokenizer(Path(tokenizer) if tokenizer else file.parent, config.decoder.vocab_size)
     return kosmos
+
+
+def _tokenizer(folder: Path, n_rows: int) -> Tokenizer:
+    """Return the tokenizer of a folder with the control tokens that the embedding has rows for."""
+    plain = Tokenizer.load(folder)
+    if n_rows == plain.vocab_size:
+        return plain
+    grounding = Tokenizer((folder / MODEL_FILE).read_bytes(), GROUNDING)
+    if n_rows == grounding.vocab_size:
+        return grounding
+    raise UserError(
+        f"the embedding has {n_rows:,} rows, but the tokenizer in {folder} has {plain.vocab_size:,} ids, or "
+        f"{grounding.vocab_size:,} with Kosmos-2's grounding tokens; give the model's own with --tokenizer"
+    )
 
 
 def _options(found: Mapping[str, Any]) -> dict[str, Any]:
