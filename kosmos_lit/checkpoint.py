@@ -118,4 +118,4 @@ def load_model(path: str | Path) -> tuple[Kosmos, Tokenizer]:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: {error}") from error
-    return model.eval(), Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+    return model.eval(), Tokenizer.from_bytes(checkpoint["tokenizer"].numpy().tobytes())
