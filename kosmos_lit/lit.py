@@ -202,4 +202,4 @@ class KosmosLit(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the tokenizer into the checkpoint, so that it can be used on its own."""
-        checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.model), dtype=torch.uint8)
+        checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.to_bytes()), dtype=torch.uint8)

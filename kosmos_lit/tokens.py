@@ -1,11 +1,11 @@
-"""Special tokens, the tokenizer, and the token form of an image.
+"""The tokenizer, and the token form of an image.
 
-The vocabulary is laid out as in the released KOSMOS models (fairseq over SentencePiece Unigram): four leading control
-tokens, the pieces of the SentencePiece model at `piece + 1`, six trailing control tokens. 64,000 pieces give 64,007 ids,
-the figure of the paper's Table 17.
+The ids of text stand between leading and trailing control tokens (`vocabulary`): id 4 + k for number k of the `pieces`.
+For a SentencePiece model that is its piece number + 1, as in the released models.
 
-Control tokens never come from text: SentencePiece sees text only, and the ids above are added around its output. A
-literal "<image>" or "</s>" in a corpus is therefore spelled out in ordinary pieces.
+Control tokens never come from text: the pieces see text only, and the control ids are added around their output. A
+literal "<image>" or "</s>" in a corpus is therefore spelled out in ordinary pieces. A prompt may ask for them by name
+(`encode_marked`).
 
 An image is one `<image>` marker in stored tokens, whatever the model's number of latents L; `expand_images` turns it
 into `<image>`, L slots, `</image>`, the form in which the model reads it (L + 2 positions).
@@ -14,111 +14,159 @@ into `<image>`, L slots, `</image>`, the form in which the model reads it (L + 2
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 
+from kosmos_lit import tokenizer_files, transformers_tokenizer
 from kosmos_lit.errors import UserError
+from kosmos_lit.pieces import Pieces, SentencePieces
+from kosmos_lit.transformers_tokenizer import MODEL_FILE
+from kosmos_lit.vocabulary import (
+    BOS,
+    EOS,
+    GROUNDING,
+    GROUNDING_TAGS,
+    LEADING,
+    PAD,
+    TRAILING,
+    UNK,
+    Ids,
+    SpecialTokens,
+    check_extra,
+    grounding,
+)
 
-MODEL_FILE = "sentencepiece.bpe.model"
-"""The file's name in the released models; despite it, the model is a Unigram one."""
+if TYPE_CHECKING:
+    from transformers import XLMRobertaTokenizer
 
-BOS, PAD, EOS, UNK = 0, 1, 2, 3
-LEADING = ("<s>", "<pad>", "</s>", "<unk>")
-TRAILING = ("<mask>", "</doc>", "<image>", "</image>", "</chunk>", "</line>")
-N_CONTROL_PIECES = 3
-"""SentencePiece's own <unk>, <s> and </s>: its pieces 0, 1 and 2, which map to `LEADING`."""
+__all__ = [
+    "BOS", "EOS", "GROUNDING", "GROUNDING_TAGS", "IGNORE", "LEADING", "MODEL_FILE", "PAD", "TRAILING", "UNK", "Ids",
+    "SpecialTokens", "Tokenizer", "clean", "expand_images", "grounding",
+]  # fmt: skip
 
 IGNORE = -100
 """The target of a position that carries no loss."""
 
-Ids = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """The ids of the control tokens of one vocabulary."""
-
-    mask: int
-    doc_end: int
-    image: int
-    image_end: int
-    chunk_end: int
-    line_end: int
-    bos: int = BOS
-    pad: int = PAD
-    eos: int = EOS
-    unk: int = UNK
-
-    @classmethod
-    def after(cls, n_pieces: int) -> SpecialTokens:
-        """Return the ids for a SentencePiece model of `n_pieces` pieces, its three control pieces included."""
-        first = n_pieces - N_CONTROL_PIECES + len(LEADING)
-        names = ("mask", "doc_end", "image", "image_end", "chunk_end", "line_end")
-        return cls(**{name: first + i for i, name in enumerate(names)})
-
 
 class Tokenizer:
-    """SentencePiece pieces plus control tokens.
+    """Pieces plus control tokens.
 
-    A newline is not text: each line is encoded on its own, and `</line>` stands between two lines.
+    For pieces that cannot read a newline (SentencePiece), each line is encoded on its own, and `</line>` stands between
+    two lines. Byte-level pieces read it as they read all text, and `</line>` does not occur.
     """
 
-    def __init__(self, model: bytes) -> None:
-        """Raises: UserError if `model` is no SentencePiece model with <unk>, <s>, </s> as its pieces 0, 1, 2."""
-        self.model = model
-        try:
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"not a SentencePiece model ({len(model)} bytes): {error}") from error
-        controls = (self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
-        if controls != (0, 1, 2):
-            raise UserError(
-                f"the SentencePiece model has <unk>, <s>, </s> at {controls}, not at (0, 1, 2); "
-                "train it with `python main.py prepare tokenizer`"
-            )
-        self.n_pieces: int = self._pieces.get_piece_size()
-        self.vocab_size = self.n_pieces - N_CONTROL_PIECES + len(LEADING) + len(TRAILING)
-        self.special = SpecialTokens.after(self.n_pieces)
-        self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+    def __init__(self, pieces: bytes | Pieces, extra: Iterable[str] = ()) -> None:
+        """Take the pieces, or the bytes of a SentencePiece model, and the control tokens to append, such as `GROUNDING`.
+
+        Raises: UserError if the bytes are no such model, or the names of `extra` are not new.
+        """
+        self._pieces: Pieces = SentencePieces(pieces) if isinstance(pieces, bytes) else pieces
+        self.extra = tuple(extra)
+        check_extra(self.extra)
+        self.n_pieces = self._pieces.n_pieces
+        self.special = SpecialTokens.behind(self._pieces.n_text)
+        self.vocab_size = self.special.line_end + 1 + len(self.extra)
+        self.fingerprint = hashlib.sha256(self._identity()).hexdigest()[:16]
         """Identifies the vocabulary; an index remembers the one it was made with."""
+
+    def _identity(self) -> bytes:
+        if not self.extra and self._pieces.kind == "sentencepiece":
+            return self._pieces.identity()
+        return json.dumps([self._pieces.kind, self.extra]).encode() + self._pieces.identity()
+
+    def __reduce__(self) -> tuple[object, tuple[bytes]]:
+        return Tokenizer.from_bytes, (self.to_bytes(),)
+
+    # ---- files
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read a tokenizer folder.
+        """Read a tokenizer folder: one that `save` wrote, a released model's, or any Hugging Face tokenizer's.
 
-        Raises: UserError if there is none.
+        Raises: UserError if there is none, or its files contradict each other.
         """
-        path = Path(folder) / MODEL_FILE
-        if not path.is_file():
-            raise UserError(
-                f"no tokenizer in {folder}: {MODEL_FILE} is missing; make one with "
-                "`python main.py prepare tokenizer --input FILES --vocab-size N --output DIR`"
-            )
-        return cls(path.read_bytes())
+        return cls(*tokenizer_files.read_folder(Path(folder)))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load` reads; other files in it are kept."""
+        tokenizer_files.write_folder(Path(folder), self._pieces, self.extra)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Tokenizer:
+        """Read what `to_bytes` gave, or the bytes of a SentencePiece model.
+
+        Raises: UserError if it is neither.
+        """
+        return cls(*tokenizer_files.unpack(data))
+
+    def to_bytes(self) -> bytes:
+        """Return the whole tokenizer as plain data; the bytes of its model for SentencePiece without extra tokens."""
+        return tokenizer_files.pack(self._pieces, self.extra)
+
+    @classmethod
+    def from_transformers(cls, folder: str | Path) -> Tokenizer:
+        """Read the files that `transformers` keeps of a Kosmos-2 or XLM-RoBERTa tokenizer, with the same ids.
+
+        Raises: UserError if the folder holds something else.
+        """
+        return cls(*transformers_tokenizer.read(Path(folder)))
+
+    def to_transformers(self) -> XLMRobertaTokenizer:
+        """Return the tokenizer for `transformers` and its Kosmos2Processor; see docs/tokenizers.md for what differs.
+
+        Raises: UserError if the pieces have no counterpart there.
+        """
+        return transformers_tokenizer.convert(self._pieces, self.extra)
+
+    def save_transformers(self, folder: str | Path) -> None:
+        """Write the files that `AutoTokenizer.from_pretrained` reads, and the SentencePiece model beside them.
+
+        Raises: UserError as `to_transformers` does.
+        """
+        transformers_tokenizer.write(Path(folder), self._pieces, self.extra)
+
+    # ---- names
 
     @cached_property
-    def _id_of_piece(self) -> Ids:
-        ids = np.arange(self.n_pieces, dtype=np.int64) + (len(LEADING) - N_CONTROL_PIECES)
-        ids[:N_CONTROL_PIECES] = (UNK, BOS, EOS)
-        return ids
+    def _control_ids(self) -> dict[str, int]:
+        last = enumerate((*TRAILING, *self.extra), start=self.special.mask)
+        return {name: id_ for id_, name in (*enumerate(LEADING), *last)}
+
+    @cached_property
+    def _control_names(self) -> dict[int, str]:
+        return {id_: name for name, id_ in self._control_ids.items()}
+
+    def name(self, id_: int) -> str:
+        """Return how `id_` is written: a control token's name, else its piece with spaces as spaces."""
+        return self._control_names.get(id_) or self._pieces.name(id_ - len(LEADING))
+
+    def id_of(self, name: str) -> int:
+        """Return the id of the control token `name`.
+
+        Raises: UserError if there is none of that name.
+        """
+        if name not in self._control_ids:
+            known = (*LEADING, *TRAILING, *self.extra[:8], *(["..."] if len(self.extra) > 8 else []))
+            raise UserError(f"the tokenizer has no control token {name!r}; it has {', '.join(known)}")
+        return self._control_ids[name]
+
+    # ---- bytes
 
     @cached_property
     def token_bytes(self) -> Ids:
         """Return the UTF-8 bytes of text that each id stands for, (2, V): inside a line, and at the start of one.
 
-        SentencePiece reads every line as if a space stood before it; at a line's start that space is no text. Control
-        tokens stand for no bytes, `</line>` for its newline, an unknown character counts as one byte.
+        Control tokens stand for no bytes, `</line>` for its newline, an unknown character counts as one byte.
         """
         sizes = np.zeros((2, self.vocab_size), dtype=np.int64)
-        for piece in range(N_CONTROL_PIECES, self.n_pieces):
-            text: str = self._pieces.id_to_piece(piece).replace("▁", " ")
-            sizes[:, self._id_of_piece[piece]] = len(text.encode()), len(text.removeprefix(" ").encode())
+        sizes[:, len(LEADING) : self.special.mask] = self._pieces.sizes()
         sizes[:, [UNK, self.special.line_end]] = 1
         return sizes
 
@@ -131,49 +179,74 @@ class Tokenizer:
         supervised = targets != IGNORE
         return np.where(supervised, self.token_bytes[starts.astype(np.int64), np.where(supervised, targets, 0)], 0)
 
+    # ---- text
+
     def encode(self, text: str) -> Ids:
         """Return the ids of `text`, without <s> and </s>."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text; one call of SentencePiece for all of them."""
+        """Return the ids of each text; one call of the pieces for all of them."""
         # What cannot be written as UTF-8 (lone surrogates out of JSON escapes) becomes "?".
+        if self._pieces.reads_newlines:
+            return [numbers + len(LEADING) for numbers in self._pieces.encode([_writable(text) for text in texts])]
         lines = [clean(text).split("\n") for text in texts]
-        pieces: list[list[int]] = self._pieces.encode([line for text in lines for line in text])
+        numbers = self._pieces.encode([line for text in lines for line in text])
         encoded, at = [], 0
         for text in lines:
             parts: list[npt.ArrayLike] = []
-            for line in pieces[at : at + len(text)]:
-                parts += [self._id_of_piece[np.asarray(line, dtype=np.int64)], [self.special.line_end]]
+            for line in numbers[at : at + len(text)]:
+                parts += [line + len(LEADING), [self.special.line_end]]
             encoded.append(np.concatenate(parts[:-1]).astype(np.int64))
             at += len(text)
         return encoded
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`; control tokens other than `</line>` are left out."""
-        lines: list[list[int]] = [[]]
-        for id_ in ids:
-            if id_ == self.special.line_end:
-                lines.append([])
-            elif id_ == UNK:
-                lines[-1].append(0)
-            elif len(LEADING) <= id_ < self.special.mask:
-                lines[-1].append(int(id_) - len(LEADING) + N_CONTROL_PIECES)
-        return "\n".join(self._pieces.decode(line) for line in lines)
+    def encode_marked(self, text: str, names: Sequence[str] | None = None) -> Ids:
+        """Return the ids of a text in which the names of control tokens stand for these.
 
-    def name(self, id_: int) -> str:
-        """Return how `id_` is written: a control token's name, else its piece with spaces as spaces."""
-        if id_ < len(LEADING):
-            return LEADING[id_]
-        if id_ >= self.special.mask:
-            return TRAILING[id_ - self.special.mask]
-        piece: str = self._pieces.id_to_piece(id_ - len(LEADING) + N_CONTROL_PIECES)
-        return piece.replace("▁", " ")
+        As the processor of Kosmos-2 reads it: blanks to the left of a name are no text (newlines are), and each stretch
+        of text between names is encoded on its own.
+
+        Args:
+            text: such as "<grounding> the <phrase> red square</phrase>".
+            names: the names to look for; None: those of `extra`.
+
+        Raises: UserError if one of `names` is no control token.
+        """
+        wanted = {name: self.id_of(name) for name in (self.extra if names is None else names)}
+        if not wanted:
+            return self.encode(text)
+        longest_first = sorted(wanted, key=len, reverse=True)
+        parts = re.split(rf"[^\S\r\n]*({'|'.join(map(re.escape, longest_first))})", text)
+        stretches = self.encode_all(parts[::2])
+        ids = [stretches[0]]
+        for name, stretch in zip(parts[1::2], stretches[1:], strict=True):
+            ids += [np.array([wanted[name]], dtype=np.int64), stretch]
+        return np.concatenate(ids)
+
+    def decode(self, ids: Iterable[int], *, keep_control: bool = False) -> str:
+        """Return the text of `ids`; `</line>` is a newline, other control tokens are left out.
+
+        With `keep_control` these are written by name, with the space of the word behind them: "by<phrase> a fire".
+        """
+        text, run, begins = "", list[int](), True
+        for id_ in map(int, ids):
+            if id_ == UNK or len(LEADING) <= id_ < self.special.mask:
+                run.append(id_ - len(LEADING))
+            elif id_ == self.special.line_end or keep_control:
+                text += self._pieces.decode(run, begins=begins)
+                text += "\n" if id_ == self.special.line_end else self._control_names.get(id_, "")
+                run, begins = [], id_ == self.special.line_end
+        return text + self._pieces.decode(run, begins=begins)
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def clean(text: str) -> str:
     """Return `text` with Unix newlines and without what UTF-8 cannot express."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "replace").decode("utf-8")
+    return _writable(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def expand_images(tokens: Ids, special: SpecialTokens, n_latents: int) -> tuple[Ids, Ids, Ids]:

@@ -17,9 +17,9 @@ CONTRACT = {"tokens", "batch", "images", "errors"}
 
 
 def imports(path: Path, *, lazy: bool) -> set[str]:
-    """Return the modules that a file imports, inside functions too if `lazy`."""
+    """Return the modules that a file imports, inside functions and for types alone too if `lazy`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    inside = {id(n) for outer in ast.walk(tree) if _runs_later(outer) for n in ast.walk(outer)}
     found = set()
     for node in ast.walk(tree):
         if not lazy and id(node) in inside:
@@ -30,6 +30,10 @@ def imports(path: Path, *, lazy: bool) -> set[str]:
             assert node.level == 0, f"{path}: a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
     return found
+
+
+def _runs_later(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
 
 
 def importers(library: str, *, lazy: bool) -> set[str]:

@@ -62,7 +62,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tok
         raise UserError(f"prepare tokenizer: {vocab_size} pieces out of {len(files)} files: {why}") from error
     tokenizer = Tokenizer(model.getvalue())
     write_whole(output / ORIGIN_FILE, json.dumps(origin, indent=1).encode())
-    write_whole(output / MODEL_FILE, tokenizer.model)
+    write_whole(output / MODEL_FILE, model.getvalue())
     return tokenizer
 
 

@@ -45,7 +45,7 @@ def load_model(path: str | Path) -> Kosmos:
     checkpoint = load_checkpoint(path)
     weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     kosmos = assemble(KosmosConfig.from_dict(checkpoint["hyper_parameters"]["kosmos"]), weights, str(path))
-    kosmos.tokenizer = Tokenizer(checkpoint["tokenizer"].numpy().tobytes())
+    kosmos.tokenizer = Tokenizer.from_bytes(checkpoint["tokenizer"].numpy().tobytes())
     return kosmos
 
 

@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 
 from kosmos_lit.tokens import Tokenizer
+from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder, word_pieces
 from tests.kosmos_lit.tiny_kosmos import N_PIECES, TOWER
 
 LINES = (
@@ -48,3 +49,15 @@ def kosmos_vocabulary() -> bytes:
 @pytest.fixture(scope="session")
 def kosmos_tokenizer(kosmos_vocabulary) -> Tokenizer:
     return Tokenizer(kosmos_vocabulary)
+
+
+@pytest.fixture(scope="session")
+def byte_level_folder(tmp_path_factory):
+    """Folder of a byte-level BPE tokenizer, as GPT-2's."""
+    return made_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
+
+
+@pytest.fixture(scope="session")
+def word_folder(tmp_path_factory):
+    """Folder of a WordPiece tokenizer, as BERT's."""
+    return made_folder(tmp_path_factory.mktemp("words"), word_pieces())

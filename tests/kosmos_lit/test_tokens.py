@@ -10,6 +10,8 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import (
     BOS,
     EOS,
+    GROUNDING,
+    GROUNDING_TAGS,
     IGNORE,
     LEADING,
     MODEL_FILE,
@@ -19,6 +21,7 @@ from kosmos_lit.tokens import (
     Tokenizer,
     clean,
     expand_images,
+    grounding,
 )
 from tests.kosmos_lit.tiny_kosmos import N_PIECES
 
@@ -26,6 +29,11 @@ LITERALS = [*LEADING, *TRAILING]
 ANYTHING = st.lists(st.one_of(st.text(), st.sampled_from([*LITERALS, "\n", "\r\n", " ", "\ud800"]))).map("".join)
 KNOWN = st.lists(st.text("abcdefghijklmnopqrstuvwxyzäéïöüß<>/?!:;,0123456789", min_size=1), min_size=1).map(" ".join)
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+
+
+@pytest.fixture(scope="module")
+def grounded(kosmos_vocabulary):
+    return Tokenizer(kosmos_vocabulary, grounding(7))
 
 
 def trained(**changes) -> bytes:
@@ -68,6 +76,96 @@ def test_special_ids_name_themselves(kosmos_tokenizer):
     assert kosmos_tokenizer.name(special.image) == "<image>"
     assert kosmos_tokenizer.name(special.line_end) == "</line>"
     assert kosmos_tokenizer.name(special.mask) == "<mask>"
+
+
+# ---- appended control tokens
+
+
+def test_the_released_grounding_vocabulary_has_65037_ids():
+    first = SpecialTokens.after(64_000).line_end + 1
+    ids = dict(zip(GROUNDING, range(first, first + len(GROUNDING)), strict=True))
+    assert [ids[name] for name in GROUNDING_TAGS] == list(range(64_007, 64_013))
+    assert (ids["<patch_index_0000>"], ids["<patch_index_0044>"], ids["<patch_index_1023>"]) == (64_013, 64_057, 65_036)
+
+
+def test_appended_tokens_follow_the_last_one_under_their_names(kosmos_tokenizer, grounded):
+    names = ["</line>", *grounding(7)]
+    first = kosmos_tokenizer.special.line_end
+    assert [grounded.name(first + i) for i in range(14)] == names
+    assert [grounded.id_of(name) for name in names] == list(range(first, first + 14))
+    assert grounded.vocab_size == kosmos_tokenizer.vocab_size + 13
+
+
+def test_every_control_token_is_found_by_its_name(grounded):
+    names = [*LEADING, *TRAILING, *grounding(7)]
+    assert [grounded.name(grounded.id_of(name)) for name in names] == names
+
+
+def test_a_control_token_that_is_not_there_is_the_users_error(kosmos_tokenizer):
+    with pytest.raises(UserError, match="no control token '<phrase>'; it has <s>, <pad>"):
+        kosmos_tokenizer.id_of("<phrase>")
+
+
+@pytest.mark.parametrize("extra", [["<a>", "<a>"], ["<image>"], ["<s>"], [""], [" "]])
+def test_appended_tokens_need_names_of_their_own(kosmos_vocabulary, extra):
+    with pytest.raises(UserError, match="need names of their own"):
+        Tokenizer(kosmos_vocabulary, extra)
+
+
+@quickly
+@given(text=st.lists(st.one_of(st.text(), st.sampled_from(grounding(3)))).map("".join))
+def test_text_never_becomes_an_appended_token(kosmos_tokenizer, grounded, text):
+    assert np.array_equal(grounded.encode(text), kosmos_tokenizer.encode(text))
+
+
+def test_appended_tokens_stand_for_no_bytes(grounded):
+    assert (grounded.token_bytes[:, grounded.id_of("<phrase>") :] == 0).all()
+
+
+# ---- text with names of control tokens
+
+
+def test_names_in_a_marked_text_are_control_tokens(grounded):
+    red, the = grounded.encode("red square").tolist(), grounded.encode("the").tolist()
+    ids = grounded.encode_marked("<grounding> the <phrase> red square</phrase>").tolist()
+    start, opens, closes = map(grounded.id_of, ("<grounding>", "<phrase>", "</phrase>"))
+    assert ids == [start, *the, opens, *red, closes]
+
+
+def test_blanks_before_a_name_are_no_text_but_newlines_are(grounded):
+    assert np.array_equal(grounded.encode_marked("the \t <phrase>"), grounded.encode_marked("the<phrase>"))
+    line_end, opens = grounded.special.line_end, grounded.id_of("<phrase>")
+    assert grounded.encode_marked("the\n <phrase>").tolist() == [*grounded.encode("the").tolist(), line_end, opens]
+
+
+def test_a_name_that_another_begins_with_is_not_taken_for_it(kosmos_vocabulary):
+    tokenizer = Tokenizer(kosmos_vocabulary, ["<a", "<ab"])
+    assert tokenizer.encode_marked("<ab<a").tolist() == [tokenizer.id_of("<ab"), tokenizer.id_of("<a")]
+
+
+def test_only_the_names_asked_for_are_looked_for(grounded):
+    ids = grounded.encode_marked("<image> <phrase>", names=["<image>"]).tolist()
+    assert ids == [grounded.special.image, *grounded.encode("<phrase>").tolist()]
+
+
+@quickly
+@given(text=ANYTHING)
+def test_without_appended_tokens_a_marked_text_is_text(kosmos_tokenizer, text):
+    assert np.array_equal(kosmos_tokenizer.encode_marked(text), kosmos_tokenizer.encode(text))
+
+
+@quickly
+@given(parts=st.lists(st.one_of(KNOWN, st.sampled_from([*grounding(3), "\n", " "]))))
+def test_a_marked_text_is_written_out_as_it_is_read(grounded, parts):
+    ids = grounded.encode_marked("".join(parts))
+    assert grounded.encode_marked(grounded.decode(ids, keep_control=True)).tolist() == ids.tolist()
+
+
+def test_control_tokens_are_written_out_on_demand(grounded):
+    ids = [BOS, *grounded.encode_marked("<grounding>the<phrase>red cat</phrase>\n<object>it"), EOS, 10_007]
+    marked = "<s><grounding> the<phrase> red cat</phrase>\n<object> it</s>"
+    assert grounded.decode(ids, keep_control=True) == marked
+    assert grounded.decode(ids) == "the red cat\nit"
 
 
 # ---- text
@@ -185,7 +283,7 @@ def test_other_vocabularies_have_other_fingerprints(kosmos_tokenizer):
 
 
 def test_a_folder_without_a_tokenizer_is_the_users_error(tmp_path):
-    with pytest.raises(UserError, match=f"no tokenizer in .*{MODEL_FILE} is missing; make one with"):
+    with pytest.raises(UserError, match=f"no tokenizer in .*{MODEL_FILE} is missing.*make one with"):
         Tokenizer.load(tmp_path)
 
 

@@ -187,7 +187,8 @@ def test_weights_of_another_shape_are_the_users_error(kosmos_tower, open_clip_pa
     weights = open_clip_pair[0].state_dict()
     weights["visual.ln_post.weight"] = torch.ones(7)
     torch.save(weights, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"other.pt does not fit .*\n  misshapen: visual.ln_post.weight is \(7,\) in the file, \(12,\)"):
+    listed = r"other.pt does not fit .*\n  misshapen: visual.ln_post.weight is \(7,\) in the file, \(12,\)"
+    with pytest.raises(UserError, match=listed):
         VisionTower(tiny_config(kosmos_tower, vision={"pretrained": str(tmp_path / "other.pt")}).vision)
 
 

@@ -1,0 +1,115 @@
+"""The text half of a vocabulary: what turns text into numbers 0, 1, ... and back.
+
+`Tokenizer` puts control tokens around these numbers. There are two kinds: SentencePiece models (here), as the released
+KOSMOS models have, and Hugging Face tokenizers (`hugging_face`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal, Protocol
+
+import numpy as np
+import sentencepiece
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.vocabulary import N_CONTROL_PIECES, Ids
+
+Kind = Literal["sentencepiece", "huggingface"]
+
+UNKNOWN = -1
+"""The number of what the vocabulary has no piece for."""
+UNKNOWN_TEXT = " ⁇ "
+"""How such a piece is decoded, as SentencePiece does."""
+SPACE = "▁"
+"""How a piece writes a space."""
+
+
+class Pieces(Protocol):
+    """Text to numbers and back. Numbers lie in [0, n_text), or are UNKNOWN."""
+
+    kind: Kind
+    n_text: int
+    """Numbers there are."""
+    n_pieces: int
+    """The vocabulary's size as its own files count it."""
+    reads_newlines: bool
+    """Whether a newline is text that decoding gives back; if not, it must not be given."""
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the numbers of each text."""
+
+    def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
+        """Return the text of `numbers`; the space that encoding puts in front of a text is left out if it `begins` here."""
+
+    def name(self, number: int) -> str:
+        """Return how a number is written, spaces as spaces."""
+
+    def sizes(self) -> Ids:
+        """Return the UTF-8 bytes of text that each number stands for, (2, n_text): inside a text, and where it begins."""
+
+    def to_bytes(self) -> bytes:
+        """Return the file that this was made from."""
+
+    def identity(self) -> bytes:
+        """Return all that decides numbers, in one spelling."""
+
+
+class SentencePieces:
+    """A SentencePiece model; number k is its piece k + 3."""
+
+    kind: Kind = "sentencepiece"
+    reads_newlines = False
+
+    def __init__(self, model: bytes) -> None:
+        """Raises: UserError if `model` is no SentencePiece model with <unk>, <s>, </s> as its pieces 0, 1, 2."""
+        self._model = model
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"not a SentencePiece model ({len(model)} bytes): {error}") from error
+        controls = (self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id())
+        if controls != (0, 1, 2):
+            raise UserError(
+                f"the SentencePiece model has <unk>, <s>, </s> at {controls}, not at (0, 1, 2); "
+                "train it with `python main.py prepare tokenizer`"
+            )
+        self.n_pieces: int = self._pieces.get_piece_size()
+        self.n_text = self.n_pieces - N_CONTROL_PIECES
+
+    @cached_property
+    def _number_of_piece(self) -> Ids:
+        numbers = np.arange(self.n_pieces, dtype=np.int64) - N_CONTROL_PIECES
+        numbers[:N_CONTROL_PIECES] = UNKNOWN  # <unk>; the other two never come from text
+        return numbers
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        encoded: list[list[int]] = self._pieces.encode(list(texts))
+        return [self._number_of_piece[np.asarray(text, dtype=np.int64)] for text in encoded]
+
+    def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
+        pieces = [n + N_CONTROL_PIECES if n != UNKNOWN else 0 for n in numbers]
+        text: str = self._pieces.decode(pieces)
+        leads = not begins and pieces and self._pieces.id_to_piece(pieces[0]).startswith(SPACE)
+        return f" {text}" if leads else text
+
+    def raw_name(self, number: int) -> str:
+        """Return the piece as the model's file has it."""
+        piece: str = self._pieces.id_to_piece(number + N_CONTROL_PIECES)
+        return piece
+
+    def name(self, number: int) -> str:
+        return self.raw_name(number).replace(SPACE, " ")
+
+    def sizes(self) -> Ids:
+        """SentencePiece reads every line as if a space stood before it; where the line begins that space is no text."""
+        texts = [self.name(number) for number in range(self.n_text)]
+        inside, first = ([len(t.encode()) for t in x] for x in (texts, [t.removeprefix(" ") for t in texts]))
+        return np.array([inside, first], dtype=np.int64)
+
+    def to_bytes(self) -> bytes:
+        return self._model
+
+    def identity(self) -> bytes:
+        return self._model

@@ -1,0 +1,105 @@
+"""Tokenizers as folders, and as bytes inside a checkpoint.
+
+A folder that `Tokenizer.save` writes holds the pieces' own file, and what is ours beside it:
+
+    sentencepiece.bpe.model or tokenizer.json
+    kosmos_tokenizer.json        {"kind": ..., "extra": [control tokens]}; absent where nothing is to be said
+
+Folders from elsewhere are read too: the released layout (the model, perhaps with fairseq's dict.txt), what `transformers`
+keeps of a Kosmos-2 or XLM-RoBERTa tokenizer, and any other Hugging Face tokenizer.
+
+As bytes: a line MAGIC, the same JSON in one line, the pieces' own file. Plain data, nothing is executed. A SentencePiece
+model without extra tokens is its own bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kosmos_lit import transformers_tokenizer
+from kosmos_lit.errors import UserError
+from kosmos_lit.hugging_face import HuggingFacePieces
+from kosmos_lit.pieces import Kind, Pieces, SentencePieces
+from kosmos_lit.transformers_tokenizer import JSON_FILE, MODEL_FILE
+
+LAYOUT_FILE = "kosmos_tokenizer.json"
+MAGIC = b"kosmos tokenizer 1\n"
+PIECES_FILE: dict[Kind, str] = {"sentencepiece": MODEL_FILE, "huggingface": JSON_FILE}
+
+
+def read_folder(folder: Path) -> tuple[Pieces, tuple[str, ...]]:
+    """Return the pieces and the appended control tokens of a folder.
+
+    Raises: UserError if it holds no tokenizer, or its files contradict each other.
+    """
+    layout = folder / LAYOUT_FILE
+    if layout.is_file():
+        kind, extra = _parse_layout(layout.read_bytes(), layout)
+        path = folder / PIECES_FILE[kind]
+        if not path.is_file():
+            raise UserError(f"{folder}: {LAYOUT_FILE} speaks of {path.name}, which is missing")
+        return _build(kind, path.read_bytes()), extra
+    if (folder / MODEL_FILE).is_file() or transformers_tokenizer.is_released_layout(folder / JSON_FILE):
+        return transformers_tokenizer.read(folder)
+    pieces = HuggingFacePieces.read(folder)
+    if pieces is None:
+        raise UserError(
+            f"no tokenizer in {folder}: {MODEL_FILE} is missing, and there is no {JSON_FILE} or other file of a Hugging "
+            "Face tokenizer; make one with `python main.py prepare tokenizer --input FILES --vocab-size N --output DIR`"
+        )
+    return pieces, ()
+
+
+def write_folder(folder: Path, pieces: Pieces, extra: tuple[str, ...]) -> None:
+    """Write a folder that `read_folder` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PIECES_FILE[pieces.kind]).write_bytes(pieces.to_bytes())
+    layout = folder / LAYOUT_FILE
+    if extra or pieces.kind != "sentencepiece":
+        layout.write_bytes(_layout(pieces.kind, extra, indent=1))
+    else:
+        layout.unlink(missing_ok=True)
+
+
+def pack(pieces: Pieces, extra: tuple[str, ...]) -> bytes:
+    """Return pieces and appended control tokens as bytes."""
+    if pieces.kind == "sentencepiece" and not extra:
+        return pieces.to_bytes()
+    return MAGIC + _layout(pieces.kind, extra) + b"\n" + pieces.to_bytes()
+
+
+def unpack(data: bytes) -> tuple[Pieces, tuple[str, ...]]:
+    """Return what `pack` was given.
+
+    Raises: UserError if `data` is neither from there nor a SentencePiece model.
+    """
+    if not data.startswith(MAGIC):
+        return SentencePieces(data), ()
+    layout, _, pieces = data.removeprefix(MAGIC).partition(b"\n")
+    kind, extra = _parse_layout(layout, "the tokenizer's bytes")
+    return _build(kind, pieces), extra
+
+
+def _layout(kind: Kind, extra: tuple[str, ...], indent: int | None = None) -> bytes:
+    return json.dumps({"kind": kind, "extra": extra}, indent=indent).encode()
+
+
+def _parse_layout(data: bytes, where: object) -> tuple[Kind, tuple[str, ...]]:
+    try:
+        table: Any = json.loads(data)
+        kind, extra = table["kind"], tuple(table["extra"])
+        sound = kind in PIECES_FILE and all(isinstance(name, str) for name in extra)
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(
+            f'{where}: expected {{"kind": {" or ".join(PIECES_FILE)}, "extra": [names]}}, got {data[:80]!r}; '
+            "write the tokenizer again with Tokenizer.save"
+        )
+    return kind, extra
+
+
+def _build(kind: Kind, data: bytes) -> Pieces:
+    return SentencePieces(data) if kind == "sentencepiece" else HuggingFacePieces(data)

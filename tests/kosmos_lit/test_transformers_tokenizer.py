@@ -1,0 +1,284 @@
+"""Against `transformers`, whose XLMRobertaTokenizer and Kosmos2Processor read the released vocabulary."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokens import BOS, EOS, GROUNDING, LEADING, MODEL_FILE, TRAILING, Tokenizer, grounding
+
+quickly = settings(derandomize=True, database=None, deadline=None, max_examples=200)
+NAMES = (*LEADING, *TRAILING, *grounding(5))
+LETTERS = "abcdefghijklmnopqrstuvwxyzäéïöüß<>/?!:;,0123456789 　\t漢한가ﬁⅣ①Åｶ²"
+WORDS = st.text(LETTERS)
+ANY = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def ours(kosmos_vocabulary):
+    return Tokenizer(kosmos_vocabulary, grounding(5))
+
+
+@pytest.fixture(scope="module")
+def theirs(ours):
+    return ours.to_transformers()
+
+
+@pytest.fixture(scope="module")
+def folder(ours, tmp_path_factory):
+    made = tmp_path_factory.mktemp("saved")
+    ours.save_transformers(made)
+    return made
+
+
+def ids(theirs, text: str) -> list[int]:
+    return theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def model(kosmos_vocabulary):
+    return sentencepiece.SentencePieceProcessor(model_proto=kosmos_vocabulary)
+
+
+def left_alone(model: sentencepiece.SentencePieceProcessor, text: str) -> str:
+    """Return a text that the model's normaliser leaves alone, made of any text."""
+    while (again := model.normalize(text).removeprefix("▁").replace("▁", " ")) != text:
+        text = again
+    return text.replace("\x85", "")  # the one character that is a blank to transformers and a letter to SentencePiece
+
+
+def is_text(text: str) -> bool:
+    return not any(name in text for name in NAMES)
+
+
+# ---- the same ids
+
+
+@quickly
+@given(text=WORDS.filter(is_text))
+def test_words_and_blanks_have_the_same_ids(ours, theirs, text):
+    assert ours.encode(text).tolist() == ids(theirs, text)
+
+
+@quickly
+@given(text=ANY)
+def test_any_text_that_the_normaliser_leaves_alone_has_the_same_ids(model, ours, theirs, text):
+    plain = left_alone(model, text)
+    assert ours.encode_marked(plain, names=NAMES).tolist() == ids(theirs, plain)
+
+
+def test_every_character_has_the_same_ids(ours, theirs):
+    characters = [chr(c) for c in (*range(0x20, 0x3000, 3), *range(0xFB00, 0xFFFF, 7)) if chr(c) not in "\x85"]
+    texts = [f"a{c}b {c}" for c in characters]
+    assert [i.tolist() for i in ours.encode_all(texts)] == theirs(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_a_newline_is_a_line_end_here_and_a_blank_there(ours, theirs):
+    assert ids(theirs, "the\ncat") == ids(theirs, "the cat") == ours.encode("the cat").tolist()
+    assert ids(theirs, "the</line>cat") == ours.encode("the\ncat").tolist()
+
+
+def test_a_long_decomposed_character_is_composed_here_only():
+    composed, decomposed = "\ud55c", "\u1112\u1161\u11ab"  # one Korean syllable; transformers looks at five bytes at most
+    tokenizer = Tokenizer(trained([f"a {composed} b", f"b {composed}"]))
+    there = tokenizer.to_transformers()
+    assert tokenizer.encode(decomposed).tolist() == tokenizer.encode(composed).tolist() == ids(there, composed)
+    assert ids(there, decomposed) != ids(there, composed)
+
+
+@quickly
+@given(parts=st.lists(st.one_of(WORDS.filter(is_text), st.sampled_from(NAMES[4:]))))
+def test_a_marked_text_is_read_as_the_processor_reads_it(ours, theirs, parts):
+    text = "".join(parts)
+    assert ours.encode_marked(text, names=NAMES).tolist() == ids(theirs, text)
+
+
+@quickly
+@given(parts=st.lists(st.one_of(st.text("abcdefg ", min_size=1), st.sampled_from(grounding(5)))))
+def test_a_marked_text_is_written_as_transformers_writes_it(ours, theirs, parts):
+    marked = ours.encode_marked("".join(parts)).tolist()
+    assert ours.decode(marked, keep_control=True) == theirs.decode(marked, clean_up_tokenization_spaces=False)
+
+
+def test_names_and_ids_are_the_same(ours, theirs):
+    assert len(theirs) == ours.vocab_size
+    names = theirs.convert_ids_to_tokens(list(range(ours.vocab_size)))
+    assert [name.replace("▁", " ") for name in names] == [ours.name(i) for i in range(ours.vocab_size)]
+
+
+def test_the_released_vocabulary_comes_out_in_full(kosmos_vocabulary):
+    made = Tokenizer(kosmos_vocabulary, GROUNDING)
+    there = made.to_transformers()
+    assert len(there) == made.vocab_size
+    assert there.convert_tokens_to_ids(["</line>", "<grounding>", "<patch_index_1023>"]) == [
+        made.special.line_end, made.special.line_end + 6, made.vocab_size - 1,
+    ]  # fmt: skip
+
+
+# ---- files
+
+
+def test_the_saved_folder_is_read_by_transformers(ours, folder):
+    from transformers import AutoTokenizer, XLMRobertaTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(folder)
+    text = "the cat <phrase> sat</phrase> <unknown> 漢"
+    assert isinstance(loaded, XLMRobertaTokenizer)
+    assert loaded(text)["input_ids"] == [BOS, *ours.encode_marked(text).tolist(), EOS]
+    assert len(loaded) == ours.vocab_size
+
+
+def test_the_saved_folder_is_the_same_tokenizer(ours, folder):
+    loaded = Tokenizer.from_transformers(folder)
+    assert (loaded.fingerprint, loaded.extra) == (ours.fingerprint, ours.extra)
+    assert Tokenizer.load(folder).fingerprint == ours.fingerprint
+
+
+@pytest.fixture(scope="module")
+def rebuilt(theirs, tmp_path_factory):
+    """Ours again, by way of the files that transformers 5 writes: without the SentencePiece model."""
+    made = tmp_path_factory.mktemp("json")
+    theirs.save_pretrained(made)
+    assert not (made / MODEL_FILE).exists()
+    return Tokenizer.load(made)
+
+
+@quickly
+@given(text=st.one_of(ANY, WORDS, st.text(LETTERS + "\n\u0301\u1112\u1161\u11ab")))
+def test_a_model_rebuilt_from_json_gives_the_same_ids(ours, rebuilt, text):
+    assert np.array_equal(rebuilt.encode(text), ours.encode(text))
+
+
+@quickly
+@given(text=st.text("abcdefg <>\n漢"))
+def test_a_model_rebuilt_from_json_gives_the_same_text(ours, rebuilt, text):
+    numbers = ours.encode(text)
+    assert rebuilt.decode(numbers) == ours.decode(numbers)
+
+
+def test_a_model_rebuilt_from_json_has_the_same_names(ours, rebuilt):
+    assert rebuilt.extra == ours.extra
+    assert [rebuilt.name(i) for i in range(ours.vocab_size)] == [ours.name(i) for i in range(ours.vocab_size)]
+
+
+def test_files_go_both_ways_without_loss(ours, rebuilt, tmp_path):
+    rebuilt.save_transformers(tmp_path)
+    assert Tokenizer.from_transformers(tmp_path).fingerprint == rebuilt.fingerprint
+
+
+def test_a_folder_of_version_4_is_read_with_its_added_tokens(kosmos_vocabulary, ours, tmp_path):
+    (tmp_path / MODEL_FILE).write_bytes(kosmos_vocabulary)
+    added = {ours.name(i): i for i in range(ours.special.doc_end, ours.vocab_size)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    assert Tokenizer.load(tmp_path).fingerprint == ours.fingerprint
+
+
+def test_a_folder_without_added_tokens_gets_those_of_kosmos_1(kosmos_vocabulary, tmp_path):
+    from transformers import XLMRobertaTokenizer
+
+    plain = Tokenizer(kosmos_vocabulary)
+    (tmp_path / MODEL_FILE).write_bytes(kosmos_vocabulary)
+    XLMRobertaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "new")
+    loaded = Tokenizer.from_transformers(tmp_path / "new")
+    assert (loaded.vocab_size, loaded.extra) == (plain.vocab_size, ())
+    assert np.array_equal(loaded.encode("the cat"), plain.encode("the cat"))
+
+
+# ---- the processor
+
+
+@pytest.fixture(scope="module")
+def processor(theirs):
+    from transformers import CLIPImageProcessor, Kosmos2Processor
+
+    return Kosmos2Processor(CLIPImageProcessor(), theirs, num_patch_index_tokens=5)
+
+
+def test_the_processor_finds_all_its_tokens(ours, processor):
+    assert len(processor.tokenizer) == ours.vocab_size
+
+
+def test_the_processor_reads_a_prompt_as_we_do(ours, processor):
+    text = "<grounding> the cat <phrase> sat</phrase><object><patch_index_0001> <patch_index_0004></object> on"
+    read = processor(text=text)["input_ids"]
+    assert read == [BOS, *ours.encode_marked(text).tolist()]
+
+
+def test_the_processors_folder_is_read_back(ours, processor, tmp_path):
+    from transformers import AutoProcessor, Kosmos2Processor
+
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(loaded, Kosmos2Processor)
+    assert loaded(text="<grounding> the cat")["input_ids"] == [BOS, *ours.encode_marked("<grounding> the cat").tolist()]
+
+
+def test_the_processor_appends_its_tags_to_a_kosmos_1_vocabulary(kosmos_vocabulary):
+    from transformers import CLIPImageProcessor, Kosmos2Processor
+
+    plain = Tokenizer(kosmos_vocabulary)
+    processor = Kosmos2Processor(CLIPImageProcessor(), plain.to_transformers(), num_patch_index_tokens=0)
+    assert len(processor.tokenizer) == plain.vocab_size + 6
+    assert processor(text="the cat")["input_ids"] == [BOS, *plain.encode("the cat").tolist()]
+
+
+# ---- what does not fit
+
+
+def trained(lines=("abc cba", "bca"), **changes) -> bytes:
+    model = io.BytesIO()
+    options = {"vocab_size": 8, "minloglevel": 2} | changes
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
+    return model.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"model_type": "bpe"}, "not Unigram"),
+        ({"add_dummy_prefix": False}, "add_dummy_prefix is off"),
+        ({"remove_extra_whitespaces": False}, "remove_extra_whitespaces is off"),
+        ({"user_defined_symbols": ["<u>"], "vocab_size": 9}, r"pieces of types \[4\]"),
+        ({"byte_fallback": True, "vocab_size": 264}, "byte_fallback is on"),
+    ],
+)
+def test_a_model_that_transformers_would_read_otherwise_is_refused(changes, why):
+    with pytest.raises(UserError, match=why):
+        Tokenizer(trained(**changes)).to_transformers()
+
+
+def test_a_normaliser_that_does_nothing_is_kept(tmp_path):
+    tokenizer = Tokenizer(trained(normalization_rule_name="identity"))
+    tokenizer.to_transformers().save_pretrained(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("abc  ａ").tolist() == tokenizer.encode("abc  ａ").tolist()
+
+
+def test_hugging_face_pieces_have_no_counterpart(byte_level_folder):
+    with pytest.raises(UserError, match="only a SentencePiece vocabulary"):
+        Tokenizer.load(byte_level_folder).to_transformers()
+
+
+def test_a_folder_of_something_else_says_what_was_expected(byte_level_folder, tmp_path):
+    for folder in (byte_level_folder, tmp_path):
+        with pytest.raises(UserError, match=f"no Kosmos-2 or XLM-RoBERTa tokenizer: expected {MODEL_FILE}, or"):
+            Tokenizer.from_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("added", "why"),
+    [
+        ({62: "<mask>", 63: "</doc>", 65: "</image>"}, "leave out id 64"),
+        ({62: "<mask>", 63: "<image>"}, "id 63 is <image>, expected </doc>"),
+    ],
+)
+def test_added_tokens_in_another_place_are_the_users_error(kosmos_vocabulary, tmp_path, added, why):
+    (tmp_path / MODEL_FILE).write_bytes(kosmos_vocabulary)
+    config = {"added_tokens_decoder": {str(id_): {"content": name} for id_, name in added.items()}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=why):
+        Tokenizer.load(tmp_path)
