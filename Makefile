@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+GOLDEN_VENV := .golden-venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
@@ -9,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: setup quickstart test test-all lint type format golden bench check clean
+.PHONY: setup quickstart test test-all lint type format golden golden-torchscale bench check clean
 
 setup: $(READY)
 
@@ -46,6 +47,18 @@ format: $(READY)
 
 golden: $(READY)
 	$(BIN)/python -m pytest -q -m "" --regenerate-golden tests/test_golden.py
+	@echo "torchscale_*.json are recorded in an environment of their own: make golden-torchscale"
+
+# torchscale's pins clash with ours (tests/golden/README.md); the script's first lines are the list of them.
+golden-torchscale: $(GOLDEN_VENV)/.ready
+	OMP_NUM_THREADS=1 $(GOLDEN_VENV)/bin/python tests/golden/make_torchscale.py
+
+$(GOLDEN_VENV)/.ready: tests/golden/make_torchscale.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "torchscale needs Python 3.11: make golden-torchscale PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(GOLDEN_VENV)
+	sed -n '/^# \/\/\/ script/,/^# \/\/\/$$/s/^#   "\(.*\)",$$/\1/p' $< > $(GOLDEN_VENV)/requirements.txt
+	$(GOLDEN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(GOLDEN_VENV)/requirements.txt
+	@touch $@
 
 bench: $(READY)
 	$(BIN)/python benchmarks/full_size_step.py $(ARGS)
@@ -53,4 +66,4 @@ bench: $(READY)
 check: lint type test-all
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GOLDEN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

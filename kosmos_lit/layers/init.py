@@ -1,6 +1,7 @@
 """Initial weights of decoder and connector.
 
-With gain g = sqrt(ln 2L) for L layers (Magneto, decoder-only), `branch` = fc1, fc2, v_proj, out_proj:
+With `branch` = fc1, fc2, v_proj, out_proj, and gain g = sqrt(ln 2L) for L layers where `norm` is `sub` (Magneto,
+decoder-only), 1 where it is `pre`, as torchscale has it:
 
 | parameter            | torchscale (default)                | magneto                            |
 |----------------------|-------------------------------------|------------------------------------|
@@ -28,7 +29,7 @@ BRANCH = ("fc1", "fc2", "v_proj", "out_proj")
 
 def init_decoder(decoder: nn.Module, config: DecoderConfig) -> None:
     """Set every parameter of a decoder in place, following the table above."""
-    gain = math.sqrt(math.log(2 * config.n_layers))
+    gain = math.sqrt(math.log(2 * config.n_layers)) if config.norm == "sub" else 1.0
     for name, module in decoder.named_modules():
         if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
