@@ -16,7 +16,7 @@ class TokenizerConfig:
     """Where the tokenizer lies, and what to train it on if it is not there."""
 
     path: str
-    """The tokenizer's folder."""
+    """Folder of a tokenizer: made by `prepare tokenizer`, a released model's, or any Hugging Face tokenizer's."""
     vocab_size: int | None = None
     """SentencePiece pieces of a tokenizer to be trained; None: the folder must exist."""
     input: list[str] | None = None

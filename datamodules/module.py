@@ -25,7 +25,7 @@ from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit, ImageError, decode
-from kosmos_lit.tokens import MODEL_FILE, Tokenizer
+from kosmos_lit.tokens import Tokenizer, has_tokenizer
 
 
 class Batches(Protocol):
@@ -105,7 +105,7 @@ class MixtureData(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Make the tokenizer and the indexes that are missing."""
         c = self.tokenizer_config
-        if not (Path(c.path) / MODEL_FILE).exists() and c.vocab_size:
+        if not has_tokenizer(c.path) and c.vocab_size:
             inputs = c.input or [pattern for config in self.configs.values() for pattern in config.input]
             rank_zero_info(f"training a tokenizer of {c.vocab_size} pieces in {c.path}")
             train_tokenizer(inputs, c.vocab_size, Path(c.path))

@@ -49,7 +49,8 @@ class HuggingFacePieces:
             specials = {t["id"]: t["content"] for t in self._table["added_tokens"] if t["special"]}
             self._backend = _backend(self._table)
         except (ValueError, KeyError, TypeError, AttributeError, _RefusedError) as error:
-            raise UserError(f"not a tokenizer.json of the `tokenizers` library ({len(data)} bytes): {error!r}") from error
+            why = str(error) if isinstance(error, _RefusedError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"not a tokenizer.json of the `tokenizers` library ({len(data)} bytes): {why}") from error
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self._tokens = {id_: token for token, id_ in vocabulary.items()} | specials
         self.n_text = self.n_pieces = max(self._tokens) + 1
@@ -60,6 +61,7 @@ class HuggingFacePieces:
             self._numbers[unknown] = UNKNOWN
         self._anchor = next((ids for ids in map(self._ids, ANCHORS) if (self._numbers[ids] >= 0).all() and ids), [])
         self._dummy_space = self.decode(self._anchor, begins=False).startswith(" ")
+        self.absorbs_space = self._ids(" a") == self._ids("a")
         self.reads_newlines = all(self.decode(self.encode([text])[0].tolist()) == text for text in PROBES)
 
     @classmethod
@@ -159,9 +161,9 @@ def _backend(table: dict[str, Any]) -> Backend:
     except Exception as error:  # the library raises no narrower one
         raise _RefusedError(str(error)) from error
     backend.encode_special_tokens = True
-    for token in hidden["added_tokens"]:
-        if backend.token_to_id(token["content"]) != token["id"]:
-            raise _RefusedError(f"added token {token['content']!r} cannot have id {token['id']}; ids leave one out")
+    for token, spelt in zip(table["added_tokens"], hidden["added_tokens"], strict=True):
+        if backend.token_to_id(spelt["content"]) != token["id"]:
+            raise _RefusedError(f"added token {token['content']!r} cannot have id {token['id']}; ids must leave none out")
     return backend
 
 

@@ -36,6 +36,8 @@ class Pieces(Protocol):
     """The vocabulary's size as its own files count it."""
     reads_newlines: bool
     """Whether a newline is text that decoding gives back; if not, it must not be given."""
+    absorbs_space: bool
+    """Whether a space in front of a text changes nothing, because encoding would put one there."""
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the numbers of each text."""
@@ -77,6 +79,7 @@ class SentencePieces:
             )
         self.n_pieces: int = self._pieces.get_piece_size()
         self.n_text = self.n_pieces - N_CONTROL_PIECES
+        self.absorbs_space: bool = self._pieces.encode(" a") == self._pieces.encode("a")
 
     @cached_property
     def _number_of_piece(self) -> Ids:

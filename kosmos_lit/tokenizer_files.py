@@ -29,6 +29,11 @@ MAGIC = b"kosmos tokenizer 1\n"
 PIECES_FILE: dict[Kind, str] = {"sentencepiece": MODEL_FILE, "huggingface": JSON_FILE}
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether a folder holds a tokenizer's own file."""
+    return any((Path(folder) / name).is_file() for name in PIECES_FILE.values())
+
+
 def read_folder(folder: Path) -> tuple[Pieces, tuple[str, ...]]:
     """Return the pieces and the appended control tokens of a folder.
 

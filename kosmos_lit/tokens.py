@@ -27,6 +27,7 @@ import numpy.typing as npt
 from kosmos_lit import tokenizer_files, transformers_tokenizer
 from kosmos_lit.errors import UserError
 from kosmos_lit.pieces import Pieces, SentencePieces
+from kosmos_lit.tokenizer_files import has_tokenizer
 from kosmos_lit.transformers_tokenizer import MODEL_FILE
 from kosmos_lit.vocabulary import (
     BOS,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BOS", "EOS", "GROUNDING", "GROUNDING_TAGS", "IGNORE", "LEADING", "MODEL_FILE", "PAD", "TRAILING", "UNK", "Ids",
-    "SpecialTokens", "Tokenizer", "clean", "expand_images", "grounding",
+    "SpecialTokens", "Tokenizer", "clean", "expand_images", "grounding", "has_tokenizer",
 ]  # fmt: skip
 
 IGNORE = -100
@@ -173,7 +174,8 @@ class Tokenizer:
     def count_bytes(self, tokens: Ids, targets: Ids) -> Ids:
         """Return how many UTF-8 bytes of text each target stands for, read after its token; 0 for IGNORE.
 
-        A piece in the middle of a document begins with <s> like a whole one, and may be counted one byte short.
+        A piece in the middle of a document begins with <s> like a whole one, and may be counted one byte short. A word
+        behind an appended control token counts with the space that `decode` writes there.
         """
         starts = np.isin(tokens, (BOS, self.special.image_end, self.special.line_end))
         supervised = targets != IGNORE
@@ -227,7 +229,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, keep_control: bool = False) -> str:
         """Return the text of `ids`; `</line>` is a newline, other control tokens are left out.
 
-        With `keep_control` these are written by name, with the space of the word behind them: "by<phrase> a fire".
+        With `keep_control` these are written by name, with the space of the word behind them: "by<phrase> a fire", unless
+        `encode_marked` would read that space as another one.
         """
         text, run, begins = "", list[int](), True
         for id_ in map(int, ids):
@@ -236,7 +239,7 @@ class Tokenizer:
             elif id_ == self.special.line_end or keep_control:
                 text += self._pieces.decode(run, begins=begins)
                 text += "\n" if id_ == self.special.line_end else self._control_names.get(id_, "")
-                run, begins = [], id_ == self.special.line_end
+                run, begins = [], id_ == self.special.line_end or not self._pieces.absorbs_space
         return text + self._pieces.decode(run, begins=begins)
 
 

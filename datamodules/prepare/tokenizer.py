@@ -19,7 +19,7 @@ from datamodules.document import Tally
 from datamodules.prepare.files import expand, write_whole
 from datamodules.sources import SOURCES, ReadOptions, Source
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import LEADING, MODEL_FILE, Tokenizer, clean
+from kosmos_lit.tokens import LEADING, MODEL_FILE, Tokenizer, clean, has_tokenizer
 
 MAX_SENTENCE_BYTES = 4000
 """SentencePiece skips longer ones, so lines are cut there, at a space."""
@@ -39,7 +39,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tok
     """
     files = expand(inputs, "prepare tokenizer")
     origin = {"vocab_size": vocab_size, "files": [[f.name, f.stat().st_size] for f in files]}
-    if (output / MODEL_FILE).exists():
+    if has_tokenizer(output):
         return _reuse(output, origin)
     if vocab_size <= len(LEADING):
         raise UserError(f"--vocab-size {vocab_size} is too small; the released models have 64,000 pieces")

@@ -48,7 +48,7 @@ def unigram() -> Tokenizer:
     trainer = trainers.UnigramTrainer(
         vocab_size=101, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
     )
-    made.train_from_iterator(LINES, trainer)
+    made.train_from_iterator([line.strip() for line in LINES], trainer)
     return made
 
 
