@@ -36,6 +36,11 @@ def grounded(kosmos_vocabulary):
     return Tokenizer(kosmos_vocabulary, grounding(7))
 
 
+@pytest.fixture(scope="module")
+def pieces(kosmos_vocabulary):
+    return sentencepiece.SentencePieceProcessor(model_proto=kosmos_vocabulary)
+
+
 def trained(**changes) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -222,6 +227,14 @@ def test_many_texts_are_encoded_as_each_alone(kosmos_tokenizer, texts):
 def test_decoding_gives_the_text_back(kosmos_tokenizer, lines):
     text = "\n".join(lines)
     assert kosmos_tokenizer.decode(kosmos_tokenizer.encode(text)) == text
+
+
+@quickly
+@given(text=st.text("acehilmnoqrstuxyzéäïöüß0123<>/!?:;,\n \t\u00a0\u3000\uff41\u00b2\u2460", max_size=31))
+def test_decoding_gives_every_text_back_that_the_normaliser_leaves_alone(kosmos_tokenizer, pieces, text):
+    plain = "\n".join(pieces.normalize(line).removeprefix("▁").replace("▁", " ") for line in text.split("\n"))
+    assert kosmos_tokenizer.decode(kosmos_tokenizer.encode(plain)) == plain
+    assert np.array_equal(kosmos_tokenizer.encode(text), kosmos_tokenizer.encode(plain))
 
 
 def test_decoding_leaves_control_tokens_out(kosmos_tokenizer):

@@ -178,6 +178,17 @@ def test_a_folder_of_version_4_is_read_with_its_added_tokens(kosmos_vocabulary, 
     assert Tokenizer.load(tmp_path).fingerprint == ours.fingerprint
 
 
+def test_a_tokenizer_json_of_version_4_is_read(ours, theirs, rebuilt, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    blanks = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    table["normalizer"] = {"type": "Sequence", "normalizers": [table["normalizer"], strip, blanks]}
+    table["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table), encoding="utf-8")
+    assert Tokenizer.load(tmp_path).fingerprint == rebuilt.fingerprint
+
+
 def test_a_folder_without_added_tokens_gets_those_of_kosmos_1(kosmos_vocabulary, tmp_path):
     from transformers import XLMRobertaTokenizer
 
