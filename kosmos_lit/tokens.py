@@ -194,12 +194,13 @@ class Tokenizer:
             return [numbers + len(LEADING) for numbers in self._pieces.encode([_writable(text) for text in texts])]
         lines = [clean(text).split("\n") for text in texts]
         numbers = self._pieces.encode([line for text in lines for line in text])
+        line_end = [self.special.line_end - len(LEADING)]
         encoded, at = [], 0
         for text in lines:
             parts: list[npt.ArrayLike] = []
             for line in numbers[at : at + len(text)]:
-                parts += [line + len(LEADING), [self.special.line_end]]
-            encoded.append(np.concatenate(parts[:-1]).astype(np.int64))
+                parts += [line, line_end]
+            encoded.append(np.concatenate(parts[:-1]).astype(np.int64) + len(LEADING))
             at += len(text)
         return encoded
 
