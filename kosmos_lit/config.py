@@ -160,6 +160,9 @@ class DecoderConfig(_Config):
     """`torchscale`: PyTorch's uniform Linear default, times the norm's gain on fc1, fc2, v and out, as the code KOSMOS-1 was
     built on; `magneto`: Xavier normal with the same gain, as the Magneto and DeepNet papers write it; `gpt2`: N(0, 0.02),
     out and fc2 divided by sqrt(2L)."""
+    branch_gain: float | None = None
+    """Gain of fc1, fc2, v and out in `torchscale` and `magneto`; None: the norm's own, sqrt(ln 2L) for `sub`, (8L)^(-1/4) for
+    `deepnorm`, 1 for `pre` and `post`."""
     document_attention: DocumentAttention = "own"
     """`own`: a document sees itself only; `row`: every earlier position of the row, as the paper packs text."""
     dropout_rate: float = 0.1
@@ -178,6 +181,10 @@ class DecoderConfig(_Config):
         self._check(self.dim % self.n_heads == 0, f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         in_pairs = self.positions not in ("xpos", "rotary") or self.head_dim % 2 == 0
         self._check(in_pairs, f"dim / n_heads must be even for {self.positions} positions, got {self.head_dim}")
+        gain = self.branch_gain
+        self._check(gain is None or gain > 0, f"branch_gain must be positive or null, got {gain}")
+        clash = gain is not None and self.init == "gpt2"
+        self._check(not clash, f"branch_gain {gain} has no place in init gpt2, which has no gain; leave it null")
         self._check(self.loss_chunk is None or self.loss_chunk > 0, f"loss_chunk must be positive, got {self.loss_chunk}")
 
     @property
@@ -215,7 +222,8 @@ class KosmosConfig(_Config):
         Left out: where initial weights come from, what trains, dropout, initialisation, and how fast things run.
         """
         tables = {"vision": self.vision.resolved(), "connector": self.connector, "decoder": self.decoder}
-        skip = {"vision.pretrained", "vision.trainable", "decoder.init", "decoder.attention_kernel", "decoder.loss_chunk"}
+        skip = {"vision.pretrained", "vision.trainable", "decoder.init", "decoder.branch_gain"}
+        skip |= {"decoder.attention_kernel", "decoder.loss_chunk"}
         if self.decoder.positions != "learned":
             skip.add("decoder.max_seq_len")
         if self.connector.kind != "perceiver":

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from kosmos_lit.cli.trainer import LINKS, KosmosCLI
+from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.model import Kosmos
 
@@ -28,18 +28,25 @@ def parsed(*files: Path) -> KosmosCLI:
     return KosmosCLI([*(argument for f in files for argument in ("-c", str(f))), *ON_CPU], run=False)
 
 
-class ReadOnly(KosmosCLI):
-    """Parses and builds nothing, which takes most of the time."""
+class ParserOnly(KosmosCLI):
+    """Reads a configuration and builds nothing."""
 
     def instantiate_classes(self) -> None:
         pass
 
 
 @cache
+def parser() -> KosmosParser:
+    cli = ParserOnly(["-c", str(CONFIGS / "kosmos1.yaml"), *ON_CPU], run=False)
+    assert isinstance(cli.parser, KosmosParser)
+    return cli.parser
+
+
+@cache
 def values(*files: Path) -> dict[str, Any]:
     """Return every value of a run, by its dotted name."""
     arguments = [argument for f in files for argument in ("-c", str(f))]
-    return flat(ReadOnly([*arguments, *ON_CPU], run=False).config.as_dict())
+    return flat(parser().parse_args([*arguments, *ON_CPU]).as_dict())
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

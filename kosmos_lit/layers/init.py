@@ -1,6 +1,6 @@
 """Initial weights of the decoder.
 
-`branch` = fc1, fc2, v_proj, out_proj; g is the gain that the norm of L layers asks for on them (`branch_gain`):
+`branch` = fc1, fc2, v_proj, out_proj; g is their gain, `branch_gain` of the config or what the norm asks for with L layers:
 
 | norm      | g            | source                                                                    |
 |-----------|--------------|---------------------------------------------------------------------------|
@@ -67,7 +67,9 @@ def init_decoder(decoder: nn.Module, config: DecoderConfig) -> None:
 
 
 def branch_gain(config: DecoderConfig) -> float:
-    """Return what the norm multiplies the initial weights of the residual branches by."""
+    """Return g, what the initial weights of the residual branches are multiplied by."""
+    if config.branch_gain is not None:
+        return config.branch_gain
     match config.norm:
         case "sub":
             return math.sqrt(math.log(2 * config.n_layers))
