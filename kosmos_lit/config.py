@@ -161,8 +161,8 @@ class DecoderConfig(_Config):
     built on; `magneto`: Xavier normal with the same gain, as the Magneto and DeepNet papers write it; `gpt2`: N(0, 0.02),
     out and fc2 divided by sqrt(2L)."""
     branch_gain: float | None = None
-    """Gain of fc1, fc2, v and out in `torchscale` and `magneto`; None: the norm's own, sqrt(ln 2L) for `sub`, (8L)^(-1/4) for
-    `deepnorm`, 1 for `pre` and `post`."""
+    """Gain of fc1, fc2, v and out in `torchscale` and `magneto`; None: the norm's own, sqrt(ln 2L) for `sub`, (8L)^(-1/4)
+    for `deepnorm`, 1 for `pre` and `post`."""
     document_attention: DocumentAttention = "own"
     """`own`: a document sees itself only; `row`: every earlier position of the row, as the paper packs text."""
     dropout_rate: float = 0.1

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
 
 from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
-from kosmos_lit.config import KosmosConfig
+from kosmos_lit.config import ConnectorKind, DocumentAttention, Init, KosmosConfig, Norm, Positions, Trainable
 from kosmos_lit.model import Kosmos
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -118,7 +119,7 @@ def test_a_model_size_is_the_same_model_over_any_run(path: Path) -> None:
 
 
 # Worked out on paper for V = 64,007, F = 4D, K = D / heads:
-#   decoder    V D + L (12 D^2 + 23 D) + 2 D    4 D^2 + 4 D attention, 8 D^2 + 5 D feed-forward, LayerNorms 6 D + 8 D, final 2 D
+#   decoder    V D + L (12 D^2 + 23 D) + 2 D    attention 4 D^2 + 4 D, feed-forward 8 D^2 + 5 D, LayerNorms 14 D; last 2 D
 #   connector  C D + D + 64 D + 4 D^2 + 4 D     dense, latents, attention
 #   CLIP ViT-L/14 without projection 303,179,776; ViT-B/16 likewise 85,799,424:
 #     3 16^2 768 + 768 + 197 768 + 4 768 + 12 (12 768^2 + 13 768)
@@ -199,3 +200,40 @@ def test_one_seed_decides_model_and_data(path: Path, tmp_path: Path) -> None:
     cli = parsed(path, overlay)
 
     assert (cli.model.seed, cli.datamodule.seed) == (7, 7)
+
+
+ABLATION_PAGE = CONFIGS.parent / "docs" / "ablations.md"
+
+
+def test_the_page_on_ablations_names_every_overlay_and_no_other() -> None:
+    text = ABLATION_PAGE.read_text(encoding="utf-8")
+
+    assert set(re.findall(r"`(\w+\.yaml)`", text)) == {path.name for path in ABLATIONS}
+    assert set(re.findall(r"`model/(\w+\.yaml)`", text)) == {path.name for path in SIZES}
+
+
+def test_the_page_on_ablations_has_every_value_of_every_switch() -> None:
+    cells = re.findall(r"(?<=\| )`(\w+)`(?= \|)", ABLATION_PAGE.read_text(encoding="utf-8"))
+    choices = (get_args(t) for t in (Norm, Positions, Init, DocumentAttention, ConnectorKind, Trainable))
+
+    assert {value for values in choices for value in values} <= set(cells)
+
+
+@pytest.mark.parametrize("size", N_PARAMETERS)
+def test_the_page_on_ablations_has_the_sizes_that_are_tested(size: str) -> None:
+    (row,) = re.findall(rf"^\| `model/{size}\.yaml` .*$", ABLATION_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    decoder, connector, tower = N_PARAMETERS[size]
+
+    assert f"| {decoder:,} | {connector:,} |" in row
+    assert f"{tower:,}" in row or size not in ("tiny", "small")
+
+
+def test_every_switch_has_an_overlay_for_each_of_its_values_but_the_default() -> None:
+    named = [item for path in ABLATIONS for item in named_by(path).items()]
+    decoder, connector = "model.kosmos.decoder", "model.kosmos.connector"
+    switches = {f"{decoder}.norm": Norm, f"{decoder}.positions": Positions, f"{decoder}.init": Init}
+    switches |= {f"{decoder}.document_attention": DocumentAttention, f"{connector}.kind": ConnectorKind}
+
+    for field, values in switches.items():
+        assert {value for key, value in named if key == field} == set(get_args(values)) - {get_args(values)[0]}
+    assert {value for key, value in named if key == "model.kosmos.vision.trainable"} == set(get_args(Trainable))
