@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -14,11 +15,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Trainable = Literal["none", "last_block", "all"]
-Norm = Literal["sub", "pre"]
-Positions = Literal["xpos", "sinusoidal", "learned", "none"]
-Init = Literal["torchscale", "magneto"]
+Norm = Literal["sub", "pre", "post", "deepnorm"]
+Positions = Literal["xpos", "rotary", "sinusoidal", "learned", "none"]
+Init = Literal["torchscale", "magneto", "gpt2"]
 DocumentAttention = Literal["own", "row"]
-ConnectorKind = Literal["resampler", "linear"]
+ConnectorKind = Literal["resampler", "perceiver", "linear", "mlp", "pool"]
 Kernel = Literal["auto", "xformers", "sdpa", "reference"]
 
 
@@ -116,17 +117,22 @@ class ConnectorConfig(_Config):
     """From tower features to decoder embeddings."""
 
     kind: ConnectorKind = "resampler"
-    """`resampler`: learned queries with one cross-attention (KOSMOS-1); `linear`: mean pooling, then one matrix."""
+    """`resampler`: learned queries with one cross-attention (KOSMOS-1); `perceiver`: Flamingo's, `n_layers` of
+    cross-attention and feed-forward network at the tower's width; `linear`: the mean of neighbouring features, then one
+    matrix; `mlp`: the same mean, then two matrices with a GELU between (LLaVA-1.5); `pool`: each latent a mean of all
+    features with weights of its own, learned, then one matrix."""
     n_latents: int = 64
-    """Embeddings per image, and so slots per image in a row."""
+    """L: embeddings per image, and so slots per image in a row."""
     n_heads: int = 32
-    """Heads of the resampler's cross-attention."""
+    """Heads of the resampler's and the perceiver's cross-attention: divides the decoder's width, or the tower's."""
+    n_layers: int = 6
+    """Layers of the perceiver, 6 in Flamingo; the other kinds have none."""
     attention_dropout_rate: float = 0.1
-    """Dropout on the resampler's attention weights."""
+    """Dropout on the resampler's and the perceiver's attention weights."""
 
     def __post_init__(self) -> None:
         self._check_choices()
-        self._check_positive("n_latents", "n_heads")
+        self._check_positive("n_latents", "n_heads", "n_layers")
         self._check_rates()
 
 
@@ -145,11 +151,18 @@ class DecoderConfig(_Config):
     max_seq_len: int = 2048
     """Longest row in positions; xPos decay is centred on its middle."""
     norm: Norm = "sub"
-    """`sub`: sub-LayerNorm, a second LayerNorm inside each sub-layer (Magneto); `pre`: the first one only."""
+    """`sub`: a LayerNorm before each residual branch and a second one inside it (Magneto); `pre`: the first one only;
+    `post`: one after each residual sum, none at the end; `deepnorm`: as `post`, with a scaled residual (DeepNet)."""
     positions: Positions = "xpos"
+    """`xpos`: queries and keys turned by their position, with decay (the paper's Table 17); `rotary`: turned, without decay;
+    `sinusoidal`: added to the embeddings, as the released weights have it; `learned`: the same from a table that trains."""
     init: Init = "torchscale"
-    """`torchscale`: uniform Linear default times sqrt(ln 2L) on fc1, fc2, v and out, as the code KOSMOS-1 was built on;
-    `magneto`: Xavier normal with the same gain, as the Magneto paper writes it."""
+    """`torchscale`: PyTorch's uniform Linear default, times the norm's gain on fc1, fc2, v and out, as the code KOSMOS-1 was
+    built on; `magneto`: Xavier normal with the same gain, as the Magneto and DeepNet papers write it; `gpt2`: N(0, 0.02),
+    out and fc2 divided by sqrt(2L)."""
+    branch_gain: float | None = None
+    """Gain of fc1, fc2, v and out in `torchscale` and `magneto`; None: the norm's own, sqrt(ln 2L) for `sub`, (8L)^(-1/4)
+    for `deepnorm`, 1 for `pre` and `post`."""
     document_attention: DocumentAttention = "own"
     """`own`: a document sees itself only; `row`: every earlier position of the row, as the paper packs text."""
     dropout_rate: float = 0.1
@@ -166,13 +179,28 @@ class DecoderConfig(_Config):
         self._check_positive("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim", "max_seq_len")
         self._check_rates()
         self._check(self.dim % self.n_heads == 0, f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        self._check(self.head_dim % 2 == 0, f"dim / n_heads must be even for xPos, got {self.head_dim}")
+        in_pairs = self.positions not in ("xpos", "rotary") or self.head_dim % 2 == 0
+        self._check(in_pairs, f"dim / n_heads must be even for {self.positions} positions, got {self.head_dim}")
+        gain = self.branch_gain
+        self._check(gain is None or gain > 0, f"branch_gain must be positive or null, got {gain}")
+        clash = gain is not None and self.init == "gpt2"
+        self._check(not clash, f"branch_gain {gain} has no place in init gpt2, which has no gain; leave it null")
         self._check(self.loss_chunk is None or self.loss_chunk > 0, f"loss_chunk must be positive, got {self.loss_chunk}")
 
     @property
     def head_dim(self) -> int:
         """K: width of one attention head."""
         return self.dim // self.n_heads
+
+    @property
+    def normalises_sums(self) -> bool:
+        """Whether LayerNorm stands after each residual sum, and so none at the end, instead of before each branch."""
+        return self.norm in ("post", "deepnorm")
+
+    @property
+    def residual_scale(self) -> float:
+        """alpha: what the residual stream is multiplied by before a branch is added (DeepNet, decoder-only)."""
+        return math.pow(2 * self.n_layers, 0.25) if self.norm == "deepnorm" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +213,8 @@ class KosmosConfig(_Config):
 
     def __post_init__(self) -> None:
         dim, heads = self.decoder.dim, self.connector.n_heads
-        self._check(dim % heads == 0, f"decoder.dim {dim} is not a multiple of connector.n_heads {heads}")
+        divides = self.connector.kind != "resampler" or dim % heads == 0
+        self._check(divides, f"decoder.dim {dim} is not a multiple of connector.n_heads {heads}")
 
     def architecture(self) -> dict[str, Any]:
         """Return the fields that decide which tensors there are and what they compute, flat, by dotted name.
@@ -193,15 +222,35 @@ class KosmosConfig(_Config):
         Left out: where initial weights come from, what trains, dropout, initialisation, and how fast things run.
         """
         tables = {"vision": self.vision.resolved(), "connector": self.connector, "decoder": self.decoder}
-        skip = {"pretrained", "trainable", "init", "attention_kernel", "loss_chunk"}
+        skip = {"vision.pretrained", "vision.trainable", "decoder.init", "decoder.branch_gain"}
+        skip |= {"decoder.attention_kernel", "decoder.loss_chunk"}
         if self.decoder.positions != "learned":
-            skip.add("max_seq_len")
-        return {
-            f"{name}.{f.name}": getattr(table, f.name)
-            for name, table in tables.items()
-            for f in fields(table)
-            if f.name not in skip and not f.name.endswith("_rate")
-        }
+            skip.add("decoder.max_seq_len")
+        if self.connector.kind != "perceiver":
+            skip.add("connector.n_layers")
+        if self.connector.kind not in ("resampler", "perceiver"):
+            skip.add("connector.n_heads")
+        values = {f"{name}.{f.name}": getattr(table, f.name) for name, table in tables.items() for f in fields(table)}
+        return {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights(_Config):
+    """What a supervised token of each corpus counts in the loss that is minimised; logged losses are not weighted.
+
+    The step's loss is sum of weight times loss of a token / number of supervised tokens: the denominator counts every
+    token as one, so that a weight scales its own corpus and no other. AdamW makes nothing of a factor on all three.
+    """
+
+    text: float = 1.0
+    caption: float = 1.0
+    interleaved: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, weight in weights.items():
+            self._check(0 <= weight < float("inf"), f"{name} must be finite and not negative, got {weight}")
+        self._check(any(weights.values()), "one weight at least must be positive, or there is nothing to learn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,23 @@
-"""From features of an image to its latents in the decoder's embedding space.
+"""From features of an image to its latents in the decoder's embedding space: f (N, P, C) to (N, L, D).
 
-The resampler of the released models is one cross-attention, without residual, LayerNorm or feed-forward network:
+    resampler   x = W f;  q = latents;  k = v = [x; latents]            one cross-attention and nothing else: no residual,
+                out = W_o softmax(q k' / sqrt(K)) v                     LayerNorm or feed-forward network (released models)
+    perceiver   x = x + attention(q = LN x, k = v = [LN f; LN x])       n_layers of both at width C from learned latents x,
+                x = x + feed_forward(LN x);  out = W LN x               then a matrix (Flamingo, arXiv 2204.14198, figure 5)
+    linear      out = W mean(neighbouring f)                            L runs of features in reading order
+    mlp         out = W_2 gelu(W_1 mean(neighbouring f))                LLaVA-1.5's projector (arXiv 2310.03744, section 3.2)
+    pool        out = W softmax(latents f' / sqrt(C)) f                 `linear` with a learned mean for each latent
 
-    x = W f                               features (N, P, C) to the decoder's width D
-    q = latents,  k = v = [x; latents]    L learned queries, which also stand among the keys
-    out = W_o softmax(q k' / sqrt(K)) v   (N, L, D)
+`linear` with L = P is the released code's `simple` connector. Its `complex` one is `mlp` with a hidden width of C
+instead of D.
+
+Flamingo's figure does not say where LayerNorms stand, nor of biases; as in the open re-implementations, latents and features
+have LayerNorms of their own, one closes the stack, and no matrix of it has a bias. Its embedding of a video frame's time is
+left out: a picture has none. W has a bias, as in the other connectors.
+
+Initial weights: W, W_1 and W_2 PyTorch's default; latents N(0, 1), as released. The resampler's projections follow fairseq's
+MultiheadAttention: q, k, v Xavier uniform with gain 1/sqrt 2 and the default bias, out with gain 1 and bias 0. The
+perceiver's matrices have PyTorch's default. Neither the norm's gain nor `decoder.init` applies here.
 """
 
 from __future__ import annotations
@@ -14,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kosmos_lit.config import ConnectorConfig, KosmosConfig
+from kosmos_lit.errors import UserError
 from kosmos_lit.layers.init import uniform_linear
 from kosmos_lit.ops.attention import attend
 
@@ -21,13 +35,13 @@ from kosmos_lit.ops.attention import attend
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to keys that are also the values."""
 
-    def __init__(self, dim: int, n_heads: int, dropout_rate: float) -> None:
+    def __init__(self, dim: int, n_heads: int, dropout_rate: float, *, bias: bool = True) -> None:
         super().__init__()
         self.n_heads, self.dropout_rate = n_heads, dropout_rate
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=bias)
+        self.v_proj = nn.Linear(dim, dim, bias=bias)
+        self.q_proj = nn.Linear(dim, dim, bias=bias)
+        self.out_proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Map queries (N, L, D) and keys (N, M, D) to (N, L, D)."""
@@ -64,6 +78,59 @@ class Resampler(nn.Module):
         nn.init.zeros_(self.x_attn.out_proj.bias)
 
 
+class PerceiverLayer(nn.Module):
+    """Cross-attention of latents to features and latents, then a feed-forward network, each beside a residual."""
+
+    def __init__(self, width: int, n_heads: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.features_layer_norm = nn.LayerNorm(width)
+        self.latents_layer_norm = nn.LayerNorm(width)
+        self.x_attn = CrossAttention(width, n_heads, dropout_rate, bias=False)
+        self.final_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, 4 * width, bias=False)
+        self.fc2 = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        """Map latents (N, L, C), given features (N, P, C), to (N, L, C)."""
+        latents = self.latents_layer_norm(x)
+        x = x + self.x_attn(latents, torch.cat([self.features_layer_norm(features), latents], dim=1))
+        hidden = self.fc1(self.final_layer_norm(x)).relu().square()  # squared ReLU: Flamingo's table of sizes
+        return x + self.fc2(hidden)  # type: ignore[no-any-return]
+
+
+class Perceiver(nn.Module):
+    """Flamingo's Perceiver Resampler, then a matrix to the decoder's width."""
+
+    def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
+        """Raises: UserError if the heads do not divide the tower's width."""
+        super().__init__()
+        if width % config.n_heads:
+            raise UserError(
+                f"connector.n_heads {config.n_heads} does not divide the tower's width {width}, at which a perceiver works"
+            )
+        self.latent_query = nn.Parameter(torch.empty(config.n_latents, width))
+        self.layers = nn.ModuleList(
+            PerceiverLayer(width, config.n_heads, config.attention_dropout_rate) for _ in range(config.n_layers)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+        self.dense = nn.Linear(width, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (N, P, C) to (N, L, D)."""
+        x = self.latent_query.to(features.dtype).expand(len(features), -1, -1)  # (N, L, C)
+        for layer in self.layers:
+            x = layer(x, features)
+        return self.dense(self.layer_norm(x))  # type: ignore[no-any-return]
+
+    def init(self) -> None:
+        nn.init.normal_(self.latent_query)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                uniform_linear(module)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+
 class LinearConnector(nn.Module):
     """The plainest alternative: features averaged down to L neighbours in reading order, then one matrix."""
 
@@ -74,14 +141,66 @@ class LinearConnector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (N, P, C) to (N, L, D)."""
-        pooled = F.adaptive_avg_pool1d(features.transpose(1, 2), self.n_latents).transpose(1, 2)  # (N, L, C)
-        return self.dense(pooled)  # type: ignore[no-any-return]
+        return self.dense(average_neighbours(features, self.n_latents))  # type: ignore[no-any-return]
 
     def init(self) -> None:
         uniform_linear(self.dense)
 
 
-def build_connector(config: KosmosConfig, width: int) -> Resampler | LinearConnector:
+class MlpConnector(nn.Module):
+    """The same average, then two matrices with a GELU between them, the hidden layer as wide as the decoder."""
+
+    def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
+        super().__init__()
+        self.n_latents = config.n_latents
+        self.dense = nn.Linear(width, dim)
+        self.predict = nn.Linear(dim, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (N, P, C) to (N, L, D)."""
+        hidden = F.gelu(self.dense(average_neighbours(features, self.n_latents)))
+        return self.predict(hidden)  # type: ignore[no-any-return]
+
+    def init(self) -> None:
+        uniform_linear(self.dense)
+        uniform_linear(self.predict)
+
+
+class PoolConnector(nn.Module):
+    """Attentive pooling at its barest: one learned query a latent, features as keys and values, then one matrix."""
+
+    def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
+        super().__init__()
+        self.latent_query = nn.Parameter(torch.empty(config.n_latents, width))
+        self.dense = nn.Linear(width, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (N, P, C) to (N, L, D)."""
+        queries = self.latent_query.to(features.dtype).expand(len(features), -1, -1)  # (N, L, C)
+        seen = features.unsqueeze(2)  # (N, P, 1, C): a single head
+        pooled = attend(queries.unsqueeze(2), seen, seen, None).squeeze(2)  # (N, L, C)
+        return self.dense(pooled)  # type: ignore[no-any-return]
+
+    def init(self) -> None:
+        nn.init.normal_(self.latent_query)
+        uniform_linear(self.dense)
+
+
+def average_neighbours(features: Tensor, n_latents: int) -> Tensor:
+    """Map (N, P, C) to (N, L, C): means of L runs of features, which share one where L does not divide P."""
+    return F.adaptive_avg_pool1d(features.transpose(1, 2), n_latents).transpose(1, 2)
+
+
+Connector = Resampler | Perceiver | LinearConnector | MlpConnector | PoolConnector
+KINDS: dict[str, type[Connector]] = {
+    "resampler": Resampler,
+    "perceiver": Perceiver,
+    "linear": LinearConnector,
+    "mlp": MlpConnector,
+    "pool": PoolConnector,
+}
+
+
+def build_connector(config: KosmosConfig, width: int) -> Connector:
     """Return the connector that the config asks for, between features of `width` C and the decoder."""
-    kinds: dict[str, type[Resampler | LinearConnector]] = {"resampler": Resampler, "linear": LinearConnector}
-    return kinds[config.connector.kind](config.connector, width, config.decoder.dim)
+    return KINDS[config.connector.kind](config.connector, width, config.decoder.dim)

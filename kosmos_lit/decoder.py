@@ -1,8 +1,8 @@
-"""The language model: embeddings (some of them replaced by image latents), sub-LN blocks, tied output matrix.
+"""The language model: embeddings (some of them replaced by image latents), blocks, tied output matrix.
 
     x = sqrt(D) (embed(tokens) with latents in their slots)     scaled together, as the released models do
     x = blocks(dropout(x + positions))
-    hidden = LN(x);  logits = hidden embed'
+    hidden = LN(x);  logits = hidden embed'                     no LN where the blocks end in one (post, deepnorm)
 
 Deviation from the paper: a document's positions start at 0 and it attends to itself only, unless
 `document_attention: row` lets the documents of a row see the ones before them.
@@ -21,7 +21,7 @@ from kosmos_lit.layers.attention import KeyValues
 from kosmos_lit.layers.block import Block
 from kosmos_lit.layers.init import init_decoder
 from kosmos_lit.ops.masks import DocumentMask
-from kosmos_lit.ops.positions import rotation, sinusoids, xpos_tables
+from kosmos_lit.ops.positions import rotary_tables, rotation, sinusoids, xpos_tables
 from kosmos_lit.ops.splice import splice
 from kosmos_lit.tokens import PAD
 
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout_rate)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.layer_norm = nn.LayerNorm(config.dim)
+        self.layer_norm = nn.Identity() if config.normalises_sums else nn.LayerNorm(config.dim)
         self._tables: dict[torch.device, Tensor] = {}
 
     def init(self) -> None:
@@ -68,7 +68,8 @@ class Decoder(nn.Module):
             x = splice(x, latents, slots)
         x = self._place(x * math.sqrt(self.config.dim), positions)
         x = self.dropout(x)
-        turn = rotation(self._table(x.device), positions) if self.config.positions == "xpos" else None
+        turns = self.config.positions in ("xpos", "rotary")
+        turn = rotation(self._table(x.device), positions) if turns else None
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, turn, cache[i] if cache is not None else None)
         return self.layer_norm(x)  # type: ignore[no-any-return]
@@ -95,6 +96,12 @@ class Decoder(nn.Module):
         """Position tables in float32 whatever the weights' dtype; no buffer, as nothing of them is learned."""
         if device not in self._tables:
             c = self.config
-            make = xpos_tables(c.max_seq_len, c.head_dim) if c.positions == "xpos" else sinusoids(c.max_seq_len, c.dim)
-            self._tables[device] = make.to(device)
+            match c.positions:
+                case "xpos":
+                    table = xpos_tables(c.max_seq_len, c.head_dim)
+                case "rotary":
+                    table = rotary_tables(c.max_seq_len, c.head_dim)
+                case _:
+                    table = sinusoids(c.max_seq_len, c.dim)
+            self._tables[device] = table.to(device)
         return self._tables[device]

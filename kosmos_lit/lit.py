@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from typing import Any, Protocol
 
 import lightning as L
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from kosmos_lit.batch import KosmosBatch, PromptBatch
-from kosmos_lit.config import KosmosConfig, OptimizerConfig
+from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.generate import encode_prompt, generate
 from kosmos_lit.metrics import CorpusLoss
@@ -35,7 +35,8 @@ class KosmosLit(L.LightningModule):
 
     The loss of a step is the mean over all supervised tokens of its global batch: every micro-batch of every rank
     divides by that one count, which is known before the step (targets of documents whose picture could not be decoded
-    count, and give no loss). Dropout's random numbers follow from the seed and the rows of the micro-batch.
+    count, and give no loss). A corpus's weight scales its tokens' losses and leaves the count as it is. Dropout's
+    random numbers follow from the seed and the rows of the micro-batch.
     """
 
     net: Kosmos
@@ -44,6 +45,7 @@ class KosmosLit(L.LightningModule):
         self,
         kosmos: KosmosConfig = KosmosConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
+        loss_weights: LossWeights = LossWeights(),
         seed: int = 0,
     ) -> None:
         """Take the configuration; the model is built in `configure_model`.
@@ -51,15 +53,18 @@ class KosmosLit(L.LightningModule):
         Args:
             kosmos: The model.
             optimizer: AdamW and its schedule.
+            loss_weights: What a token of each corpus counts in training.
             seed: Seed of initial weights and dropout.
         """
         super().__init__()
         self.config = KosmosConfig.from_dict(kosmos)  # plain data when a checkpoint is loaded
         self.optimizer_config = OptimizerConfig.from_dict(optimizer)
+        self.loss_weights = LossWeights.from_dict(loss_weights)
         self.seed = seed
         # Plain data: a checkpoint must load without executing anything.
         whole = replace(self.config, vision=self.config.vision.resolved())
-        self.save_hyperparameters({"kosmos": asdict(whole), "optimizer": asdict(self.optimizer_config), "seed": seed})
+        tables = {"kosmos": whole, "optimizer": self.optimizer_config, "loss_weights": self.loss_weights}
+        self.save_hyperparameters({name: asdict(table) for name, table in tables.items()} | {"seed": seed})
         self.step_loss, self.val_loss = CorpusLoss(), CorpusLoss()
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping."""
@@ -132,7 +137,9 @@ class KosmosLit(L.LightningModule):
         self.step_loss.update(nll, batch)
         # Lightning divides by the micro-batches of a step, and the gradient's average over ranks by their number.
         share = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return nll.sum() * (share / batch.n_step_targets)
+        corpus = batch.corpus[batch.loss_at // batch.tokens.shape[1]]  # (S,)
+        weight = torch.tensor(astuple(self.loss_weights), device=nll.device)[corpus]
+        return (weight * nll).sum() * (share / batch.n_step_targets)
 
     def configure_gradient_clipping(
         self,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import yaml
 
-from kosmos_lit.cli.trainer import KosmosCLI
-from kosmos_lit.config import KosmosConfig
+from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
+from kosmos_lit.config import ConnectorKind, DocumentAttention, Init, KosmosConfig, Norm, Positions, Trainable
 from kosmos_lit.model import Kosmos
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "base.yaml")
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
+SIZES = sorted((CONFIGS / "model").glob("*.yaml"))
 OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in ABLATIONS)
 ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false", "--trainer.precision=32-true")
 
@@ -26,14 +29,35 @@ def parsed(*files: Path) -> KosmosCLI:
     return KosmosCLI([*(argument for f in files for argument in ("-c", str(f))), *ON_CPU], run=False)
 
 
+class ParserOnly(KosmosCLI):
+    """Reads a configuration and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+@cache
+def parser() -> KosmosParser:
+    cli = ParserOnly(["-c", str(CONFIGS / "kosmos1.yaml"), *ON_CPU], run=False)
+    assert isinstance(cli.parser, KosmosParser)
+    return cli.parser
+
+
+@cache
+def values(*files: Path) -> dict[str, Any]:
+    """Return every value of a run, by its dotted name."""
+    arguments = [argument for f in files for argument in ("-c", str(f))]
+    return flat(parser().parse_args([*arguments, *ON_CPU]).as_dict())
+
+
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict) or not node:
-        return {prefix: node}
+        return {prefix: tuple(node) if isinstance(node, list) else node}
     return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def resolved(cli: KosmosCLI) -> dict[str, Any]:
-    return flat(cli.config.as_dict())
+def named_by(path: Path) -> dict[str, Any]:
+    return flat(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def count(module: torch.nn.Module, *, trained: bool = False) -> int:
@@ -52,21 +76,76 @@ def test_a_run_can_be_built(path: Path) -> None:
     assert cli.datamodule.n_latents == config.connector.n_latents
 
 
+def changes(run: str, path: Path) -> dict[str, Any]:
+    """What an overlay changes of a run: every value that is another one, by its dotted name, as it is afterwards."""
+    before, after = values(CONFIGS / run), values(CONFIGS / run, path)
+    return {key: after.get(key) for key in (before | after).keys() - {"config"} if before.get(key) != after.get(key)}
+
+
+@pytest.mark.parametrize("run", ["quickstart.yaml", "kosmos1.yaml"])
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
-def test_an_ablation_changes_what_it_names_and_nothing_else(path: Path) -> None:
-    before, after = resolved(parsed(CONFIGS / "quickstart.yaml")), resolved(parsed(CONFIGS / "quickstart.yaml", path))
-    named = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+def test_an_ablation_changes_what_it_names_and_nothing_else(run: str, path: Path) -> None:
+    named = named_by(path)
+    following = {LINKS[key]: value for key, value in named.items() if key in LINKS}
 
-    changed = {key for key in before | after if before.get(key) != after.get(key)} - {"config"}
+    assert changes(run, path).items() <= (named | following).items()
 
-    assert changed
-    assert changed <= set(named)
-    assert all(after[key] == value for key, value in named.items())
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
+def test_an_ablation_changes_all_that_it_names(path: Path) -> None:
+    # What trains of the tower is `all` in the quickstart and `last_block` in the paper's run: one overlay changes neither.
+    run = "quickstart.yaml" if path.stem == "last_block_vision" else "kosmos1.yaml"
+
+    assert changes(run, path).keys() >= named_by(path).keys()
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
+def test_an_ablation_says_in_its_first_line_what_it_is(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_an_overlay_can_be_laid_over_the_papers_run(path: Path) -> None:
-    assert parsed(CONFIGS / "kosmos1.yaml", path).model.config.decoder.n_layers == 24
+    changed = changes("kosmos1.yaml", path)
+
+    assert changed.items() <= named_by(path).items()
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+def test_a_model_size_is_the_same_model_over_any_run(path: Path) -> None:
+    over_paper, over_quickstart = (parsed(CONFIGS / run, path).model.config for run in ("kosmos1.yaml", "quickstart.yaml"))
+
+    assert over_quickstart.architecture() == over_paper.architecture()
+
+
+# Worked out on paper for V = 64,007, F = 4D, K = D / heads:
+#   decoder    V D + L (12 D^2 + 23 D) + 2 D    attention 4 D^2 + 4 D, feed-forward 8 D^2 + 5 D, LayerNorms 14 D; last 2 D
+#   connector  C D + D + 64 D + 4 D^2 + 4 D     dense, latents, attention
+#   CLIP ViT-L/14 without projection 303,179,776; ViT-B/16 likewise 85,799,424:
+#     3 16^2 768 + 768 + 197 768 + 4 768 + 12 (12 768^2 + 13 768)
+N_PARAMETERS = {
+    "tiny": (51_717_632, 1_477_120, 85_799_424),
+    "small": (134_305_536, 3_198_720, 303_179_776),
+    "medium": (368_100_352, 5_313_536, 303_179_776),
+    "large": (778_642_944, 11_116_032, 303_179_776),
+    "kosmos1": (1_340_180_480, 19_015_680, 303_179_776),
+    "2b": (1_944_725_504, 19_015_680, 303_179_776),
+    "6b": (6_398_332_416, 55_297_536, 303_179_776),
+}
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
+def test_a_model_size_has_the_parameters_that_its_formula_gives(path: Path) -> None:
+    config = parsed(CONFIGS / "kosmos1.yaml", path).model.config
+
+    with torch.device("meta"):
+        model = Kosmos(replace(config, vision=replace(config.vision, pretrained=None)))
+
+    assert (count(model.decoder), count(model.connector), count(model.vision)) == N_PARAMETERS[path.stem]
+
+
+def test_every_model_size_is_there() -> None:
+    assert {path.stem for path in SIZES} == set(N_PARAMETERS)
 
 
 def test_the_papers_model_has_the_papers_parameters() -> None:
@@ -121,3 +200,40 @@ def test_one_seed_decides_model_and_data(path: Path, tmp_path: Path) -> None:
     cli = parsed(path, overlay)
 
     assert (cli.model.seed, cli.datamodule.seed) == (7, 7)
+
+
+ABLATION_PAGE = CONFIGS.parent / "docs" / "ablations.md"
+
+
+def test_the_page_on_ablations_names_every_overlay_and_no_other() -> None:
+    text = ABLATION_PAGE.read_text(encoding="utf-8")
+
+    assert set(re.findall(r"`(\w+\.yaml)`", text)) == {path.name for path in ABLATIONS}
+    assert set(re.findall(r"`model/(\w+\.yaml)`", text)) == {path.name for path in SIZES}
+
+
+def test_the_page_on_ablations_has_every_value_of_every_switch() -> None:
+    cells = re.findall(r"(?<=\| )`(\w+)`(?= \|)", ABLATION_PAGE.read_text(encoding="utf-8"))
+    choices = (get_args(t) for t in (Norm, Positions, Init, DocumentAttention, ConnectorKind, Trainable))
+
+    assert {value for values in choices for value in values} <= set(cells)
+
+
+@pytest.mark.parametrize("size", N_PARAMETERS)
+def test_the_page_on_ablations_has_the_sizes_that_are_tested(size: str) -> None:
+    (row,) = re.findall(rf"^\| `model/{size}\.yaml` .*$", ABLATION_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    decoder, connector, tower = N_PARAMETERS[size]
+
+    assert f"| {decoder:,} | {connector:,} |" in row
+    assert f"{tower:,}" in row or size not in ("tiny", "small")
+
+
+def test_every_switch_has_an_overlay_for_each_of_its_values_but_the_default() -> None:
+    named = [item for path in ABLATIONS for item in named_by(path).items()]
+    decoder, connector = "model.kosmos.decoder", "model.kosmos.connector"
+    switches = {f"{decoder}.norm": Norm, f"{decoder}.positions": Positions, f"{decoder}.init": Init}
+    switches |= {f"{decoder}.document_attention": DocumentAttention, f"{connector}.kind": ConnectorKind}
+
+    for field, values in switches.items():
+        assert {value for key, value in named if key == field} == set(get_args(values)) - {get_args(values)[0]}
+    assert {value for key, value in named if key == "model.kosmos.vision.trainable"} == set(get_args(Trainable))

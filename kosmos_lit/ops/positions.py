@@ -1,7 +1,7 @@
-"""Where a token stands in its document: xPos rotation (A Length-Extrapolatable Transformer, arXiv 2212.10554) and
-sinusoidal embeddings as the released KOSMOS models use them.
+"""Where a token stands in its document: xPos (A Length-Extrapolatable Transformer, arXiv 2212.10554), rotary embeddings
+(RoFormer, arXiv 2104.09864) and sinusoids as the released KOSMOS models use them.
 
-xPos, for head width K and pair i of K/2:
+xPos, for head width K and pair i of K/2; rotary embeddings are the same with s = 1:
 
     theta_i = 10000^(-2i/K)          angle of position n: n theta_i
     zeta_i  = (2i/K + 0.4) / 1.4     decay of position n: s_i(n) = zeta_i^((n - c) / 512)
@@ -37,13 +37,24 @@ class Rotation(NamedTuple):
 
 def xpos_tables(n_positions: int, head_dim: int) -> Tensor:
     """Return (4, n_positions, K) float32: cos_q, sin_q, cos_k, sin_k of every position, decay included."""
+    n, pair, cos, sin = _turns(n_positions, head_dim)
+    decay = ((pair + GAMMA) / (1 + GAMMA)) ** ((n - n_positions // 2) / SCALE_BASE)
+    tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
+    return tables.repeat_interleave(2, dim=-1).float()
+
+
+def rotary_tables(n_positions: int, head_dim: int) -> Tensor:
+    """Return (4, n_positions, K) float32 as `xpos_tables` does, without decay: queries and keys are turned alike."""
+    *_, cos, sin = _turns(n_positions, head_dim)
+    return torch.stack([cos, sin, cos, sin]).repeat_interleave(2, dim=-1).float()
+
+
+def _turns(n_positions: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return n (n_positions, 1), 2i/K (K/2,), and cosine and sine of n theta_i, float64."""
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     n = torch.arange(n_positions, dtype=torch.float64)[:, None]
     angle = n * THETA_BASE**-pair
-    decay = ((pair + GAMMA) / (1 + GAMMA)) ** ((n - n_positions // 2) / SCALE_BASE)
-    cos, sin = angle.cos(), angle.sin()
-    tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
-    return tables.repeat_interleave(2, dim=-1).float()
+    return n, pair, angle.cos(), angle.sin()
 
 
 def rotation(tables: Tensor, positions: Tensor) -> Rotation:
@@ -58,7 +69,7 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
-    """Apply xPos to queries and keys (B, T, H, K), in float32, and give back their dtype."""
+    """Turn queries and keys (B, T, H, K), in float32, and give back their dtype."""
     rotated_q = q.float() * by.cos_q + rotate_pairs(q).float() * by.sin_q
     rotated_k = k.float() * by.cos_k + rotate_pairs(k).float() * by.sin_k
     return rotated_q.to(q.dtype), rotated_k.to(k.dtype)

@@ -1,9 +1,10 @@
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 
-from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, OptimizerConfig, VisionConfig
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, LossWeights, OptimizerConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 from tests.kosmos_lit.tiny_kosmos import tiny_config
@@ -87,7 +88,16 @@ def test_an_unknown_key_is_named(data, message):
         (DecoderConfig, {"max_seq_len": 0}, "max_seq_len must be positive"),
         (DecoderConfig, {"dropout_rate": -0.1}, r"dropout_rate must lie in \[0, 1\), got -0.1"),
         (DecoderConfig, {"dim": 20, "n_heads": 3}, "dim 20 is not a multiple of n_heads 3"),
-        (DecoderConfig, {"dim": 15, "n_heads": 5}, "dim / n_heads must be even for xPos, got 3"),
+        (DecoderConfig, {"dim": 15, "n_heads": 5}, "dim / n_heads must be even for xpos positions, got 3"),
+        (DecoderConfig, {"dim": 15, "n_heads": 5, "positions": "rotary"}, "must be even for rotary positions, got 3"),
+        (DecoderConfig, {"norm": "rms"}, "norm must be one of sub, pre, post, deepnorm, got 'rms'"),
+        (DecoderConfig, {"branch_gain": 0.0}, "branch_gain must be positive or null, got 0.0"),
+        (DecoderConfig, {"branch_gain": 1.5, "init": "gpt2"}, "branch_gain 1.5 has no place in init gpt2"),
+        (ConnectorConfig, {"n_layers": 0}, "n_layers must be positive, got 0"),
+        (ConnectorConfig, {"kind": "qformer"}, "kind must be one of resampler, perceiver, linear, mlp, pool, got 'qformer'"),
+        (LossWeights, {"caption": -0.5}, "LossWeights: caption must be finite and not negative, got -0.5"),
+        (LossWeights, {"text": float("inf")}, "text must be finite and not negative, got inf"),
+        (LossWeights, {"text": 0, "caption": 0, "interleaved": 0}, "one weight at least must be positive"),
         (DecoderConfig, {"loss_chunk": 0}, "loss_chunk must be positive, got 0"),
         (KosmosConfig, {"connector": ConnectorConfig(n_heads=7)}, "dim 2048 is not a multiple of connector.n_heads 7"),
         (OptimizerConfig, {"lr": 0.0}, "OptimizerConfig: lr must be positive"),
@@ -108,7 +118,8 @@ def test_features_may_keep_their_length_or_get_another(fields):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "magneto"}, {"loss_chunk": None}]
+    "fields",
+    [{"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "gpt2"}, {"branch_gain": 2.0}, {"loss_chunk": None}],
 )
 def test_what_only_training_and_speed_depend_on_is_no_architecture(fields):
     assert tiny_config("ViT-B-32", **fields).architecture() == tiny_config("ViT-B-32").architecture()
@@ -119,10 +130,34 @@ def test_where_weights_come_from_is_no_architecture():
     assert other.architecture() == tiny_config("ViT-B-32").architecture()
 
 
-@pytest.mark.parametrize("field", [{"dim": 40}, {"norm": "pre"}, {"positions": "none"}, {"document_attention": "row"}])
+@pytest.mark.parametrize(
+    "field", [{"dim": 40}, {"norm": "deepnorm"}, {"positions": "rotary"}, {"document_attention": "row"}]
+)
 def test_what_the_model_computes_is_its_architecture(field):
     here, there = tiny_config("ViT-B-32").architecture(), tiny_config("ViT-B-32", **field).architecture()
     assert {name for name in here if here[name] != there[name]} == {f"decoder.{name}" for name in field}
+
+
+@pytest.mark.parametrize("kind", ["resampler", "perceiver", "linear", "mlp", "pool"])
+def test_of_the_connector_what_its_kind_uses_is_its_architecture(kind):
+    config = tiny_config("ViT-B-32", connector=kind)
+    other = replace(config, connector=replace(config.connector, n_layers=5, n_heads=4, n_latents=7))
+    here, there = config.architecture(), other.architecture()
+    used = {"resampler": {"n_heads"}, "perceiver": {"n_heads", "n_layers"}}.get(kind, set()) | {"n_latents"}
+    assert {name for name in here if here[name] != there[name]} == {f"connector.{name}" for name in used}
+
+
+def test_heads_that_a_connector_does_not_have_need_divide_nothing():
+    assert KosmosConfig(connector=ConnectorConfig(kind="mlp", n_heads=7)).connector.n_heads == 7
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "none"])
+def test_heads_of_odd_width_do_for_positions_that_turn_nothing(positions):
+    assert DecoderConfig(dim=15, n_heads=5, positions=positions).head_dim == 3
+
+
+def test_there_is_one_loss_weight_a_corpus_in_the_order_of_the_corpora():
+    assert tuple(f.name for f in fields(LossWeights)) == CORPORA
 
 
 def test_the_length_of_learned_positions_is_architecture():

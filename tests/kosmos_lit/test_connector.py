@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.config import ConnectorConfig
-from kosmos_lit.connector import LinearConnector, Resampler, build_connector
+from kosmos_lit.connector import KINDS, LinearConnector, Resampler, build_connector
+from kosmos_lit.errors import UserError
 from tests.kosmos_lit.tiny_kosmos import normal, shaken, tiny_config
 
 N, P, C, L, D, H = 2, 7, 5, 3, 12, 4
@@ -14,6 +15,13 @@ N, P, C, L, D, H = 2, 7, 5, 3, 12, 4
 def resampler(**fields) -> Resampler:
     torch.manual_seed(0)
     made = Resampler(ConnectorConfig(n_latents=L, n_heads=H, **fields), C, D)
+    made.init()
+    return shaken(made).eval()
+
+
+def connector(kind: str, *, C: int = C, **fields):
+    torch.manual_seed(0)
+    made = KINDS[kind](ConnectorConfig(kind=kind, **({"n_latents": L, "n_heads": H} | fields)), C, D)
     made.init()
     return shaken(made).eval()
 
@@ -82,8 +90,105 @@ def test_the_linear_connector_shares_a_feature_between_latents_where_they_do_not
     assert made(torch.tensor([1.0, 3.0, 8.0]).view(1, 3, 1)).flatten().tolist() == [2.0, 5.5]
 
 
-@pytest.mark.parametrize(("kind", "made"), [("resampler", Resampler), ("linear", LinearConnector)])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_as_many_latents_as_features_leave_nothing_to_average(kind):
+    # What the released code calls `simple` and, but for its hidden width, `complex`.
+    made = connector(kind, n_latents=P)
+    features = normal(N, P, C, seed=1)
+    hidden = linear(features, made.dense)
+    if kind == "mlp":
+        hidden = linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), made.predict)
+    torch.testing.assert_close(made(features), hidden, rtol=1e-5, atol=1e-6)  # fp32, sums of 12
+
+
+def test_the_mlp_reads_what_the_linear_connector_reads():
+    made, plain = connector("mlp"), connector("linear")
+    plain.dense = made.dense
+    features = normal(N, P, C, seed=1)
+    expected = linear(torch.nn.functional.gelu(plain(features)), made.predict)
+    torch.testing.assert_close(made(features), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 12
+
+
+def test_pooling_weighs_all_features_for_each_latent():
+    made, features = connector("pool"), normal(N, P, C, seed=1)
+    weights = torch.einsum("lc,npc->nlp", made.latent_query, features).div(math.sqrt(C)).softmax(-1)
+    expected = linear(torch.einsum("nlp,npc->nlc", weights, features), made.dense)
+    torch.testing.assert_close(made(features), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 7
+
+
+def layer_norm(x: Tensor, m: torch.nn.LayerNorm) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
+
+
+def test_the_perceiver_is_flamingos_figure_written_out():
+    made, features = connector("perceiver", C=12, n_heads=H, n_layers=2), normal(N, P, 12, seed=1)
+    expected = []
+    for picture in features:
+        x = made.latent_query
+        for layer in made.layers:
+            latents = layer_norm(x, layer.latents_layer_norm)
+            keys = torch.cat([layer_norm(picture, layer.features_layer_norm), latents])  # (P + L, C)
+            attention = layer.x_attn
+            q, k, v = latents @ attention.q_proj.weight.T, keys @ attention.k_proj.weight.T, keys @ attention.v_proj.weight.T
+            parts = [slice(at, at + 12 // H) for at in range(0, 12, 12 // H)]
+            heads = [(q[:, p] @ k[:, p].T / math.sqrt(12 // H)).softmax(-1) @ v[:, p] for p in parts]
+            x = x + torch.cat(heads, dim=-1) @ attention.out_proj.weight.T
+            hidden = (layer_norm(x, layer.final_layer_norm) @ layer.fc1.weight.T).clamp(min=0) ** 2
+            assert hidden.shape == (L, 4 * 12)
+            x = x + hidden @ layer.fc2.weight.T
+        expected.append(linear(layer_norm(x, made.layer_norm), made.dense))
+    torch.testing.assert_close(made(features), torch.stack(expected), rtol=1e-5, atol=1e-5)  # fp32, two layers
+
+
+def test_the_perceivers_layers_have_no_bias_and_are_as_many_as_asked_for():
+    made = connector("perceiver", C=12, n_layers=5)
+    linears = {name: m for name, m in made.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(linears) == 5 * 6 + 1
+    assert {name for name, m in linears.items() if m.bias is not None} == {"dense"}
+
+
+def test_the_perceiver_drops_attention_weights_in_training_only():
+    made, features = connector("perceiver", C=12, attention_dropout_rate=0.5), normal(N, P, 12)
+    assert torch.equal(made(features), made(features))
+    made.train()
+    torch.manual_seed(0)
+    assert not torch.equal(made(features), made(features))
+
+
+def test_the_perceivers_heads_must_divide_the_towers_width():
+    config = tiny_config("unused.json", connector="perceiver")
+    with pytest.raises(UserError, match=r"connector\.n_heads 2 does not divide the tower's width 7"):
+        build_connector(config, 7)
+
+
+@pytest.mark.parametrize("kind", ["perceiver", "pool"])
+def test_latents_that_are_learned_do_not_care_about_the_order_of_features(kind):
+    made, features = connector(kind, C=12), normal(N, P, 12, seed=1)
+    torch.testing.assert_close(made(features.flip(1)), made(features), rtol=1e-5, atol=1e-5)  # fp32, sums reordered
+
+
+@pytest.mark.parametrize("n_latents", [1, 3, 11])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_connector_gives_as_many_latents_as_asked_for(kind, n_latents):
+    made = connector(kind, C=12, n_latents=n_latents)
+    assert made(normal(N, P, 12)).shape == (N, n_latents, D)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pictures_latents_are_its_own(kind):
+    made, features = connector(kind, C=12), normal(N, P, 12)
+    torch.testing.assert_close(made(features)[1:], made(features[1:]), rtol=1e-5, atol=1e-6)  # fp32, other batch size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_have_the_dtype_of_the_weights(kind):
+    made = connector(kind, C=12).bfloat16()
+    assert made(normal(N, P, 12).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("kind", "made"), KINDS.items())
 def test_the_config_chooses_the_connector(kind, made):
-    connector = build_connector(tiny_config("unused.json", connector=kind), 7)
-    assert type(connector) is made
-    assert connector(normal(N, P, 7)).shape == (N, 3, 20)
+    built = build_connector(tiny_config("unused.json", connector=kind), 8)
+    assert type(built) is made
+    assert built(normal(N, P, 8)).shape == (N, 3, 20)

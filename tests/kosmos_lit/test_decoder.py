@@ -6,11 +6,13 @@ import torch
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.ops.masks import DocumentMask, causal
 from kosmos_lit.ops.positions import sinusoids
+from kosmos_lit.tokens import PAD
 from tests.kosmos_lit.tiny_kosmos import VOCAB, normal, shaken, tiny_config, words
 
 B, T, D = 2, 13, 20
 CPU = torch.device("cpu")
-POSITIONS = ("xpos", "sinusoidal", "learned", "none")
+POSITIONS = ("xpos", "rotary", "sinusoidal", "learned", "none")
+NORMS = ("sub", "pre", "post", "deepnorm")
 WHOLE = torch.arange(T).expand(B, T)
 TOKENS = torch.tensor(words(B * T)).view(B, T)
 
@@ -42,9 +44,10 @@ def test_no_position_sees_what_comes_after_it(positions, kernel):
     assert not torch.equal(after[:, t + 1], before[:, t + 1])
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_reading_in_pieces_gives_what_reading_at_once_gives(positions):
-    made = decoder(positions=positions)
+def test_reading_in_pieces_gives_what_reading_at_once_gives(positions, norm):
+    made = decoder(positions=positions, norm=norm)
     latents, slots = normal(2, 3, D, seed=4), torch.tensor([[0, 1], [1, 0]])
     whole = made(TOKENS, WHOLE, causal(T, T, CPU), latents, slots)
     cache, pieces = made.new_cache(B, T), []
@@ -52,6 +55,27 @@ def test_reading_in_pieces_gives_what_reading_at_once_gives(positions):
         seen = (latents, slots) if a == 0 else (None, None)
         pieces.append(made(TOKENS[:, a:b], WHOLE[:, a:b], causal(b - a, b, CPU), *seen, cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 1e-6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_padding_on_the_left_changes_nothing_with_or_without_a_cache(positions, norm):
+    """As prompts of different length are read: the rows' places in the cache are not their positions."""
+    made, starts = decoder(positions=positions, norm=norm), (0, 5)
+    real = torch.arange(T) >= torch.tensor(starts)[:, None]
+    tokens = TOKENS.masked_fill(~real, PAD)
+    at = (real.cumsum(1) - 1).clamp(min=0)
+    visible = causal(T, T, CPU) & (real[:, None, :] | torch.eye(T, dtype=torch.bool))  # padding sees itself
+    at_once = made(tokens, at, visible[:, None])
+    cache = made.new_cache(B, T)
+    in_steps = [made(tokens[:, :9], at[:, :9], visible[:, None, :9, :9], cache=cache)]
+    for t in range(9, T):
+        in_steps.append(made(tokens[:, t : t + 1], at[:, t : t + 1], real[:, None, None, : t + 1], cache=cache))
+    for b, start in enumerate(starts):
+        n = T - start
+        alone = made(TOKENS[b : b + 1, start:], WHOLE[:1, :n], DocumentMask((n,), 1, n, CPU))[0]
+        for found in (at_once, torch.cat(in_steps, dim=1)):
+            torch.testing.assert_close(found[b, start:], alone, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 2e-6
 
 
 def test_tokens_and_latents_are_scaled_by_the_root_of_the_width():
@@ -71,17 +95,35 @@ def test_absolute_positions_are_added_after_scaling(positions):
     assert torch.equal(found, made.embed_tokens.weight[TOKENS] * math.sqrt(D) + table[at])
 
 
-@pytest.mark.parametrize(("positions", "matters"), [("xpos", False), ("none", False), ("sinusoidal", True)])
+@pytest.mark.parametrize(
+    ("positions", "matters"),
+    [("xpos", False), ("rotary", False), ("none", False), ("sinusoidal", True), ("learned", True)],
+)
 def test_where_a_document_starts_matters_to_absolute_positions_only(positions, matters):
     made, mask = decoder(positions=positions), DocumentMask((T,) * B, B, T, CPU)
     here, there = made(TOKENS, WHOLE, mask), made(TOKENS, WHOLE + 31, mask)
     assert torch.allclose(here, there, rtol=1e-4, atol=1e-5) != matters  # fp32, 2 layers, measured 2e-6
 
 
-def test_order_matters_to_xpos():
-    made, mask = decoder(positions="xpos"), DocumentMask((T,) * B, B, T, CPU)
+@pytest.mark.parametrize("positions", ["xpos", "rotary", "sinusoidal", "learned"])
+def test_order_matters_to_positions_of_every_kind(positions):
+    made, mask = decoder(positions=positions, n_layers=1), DocumentMask((T,) * B, B, T, CPU)
     swapped = TOKENS[:, [1, 0, *range(2, T)]]
     assert not torch.allclose(made(TOKENS, WHOLE, mask)[:, -1], made(swapped, WHOLE, mask)[:, -1], atol=1e-3)
+
+
+def test_order_does_not_matter_to_one_layer_without_positions():
+    made, mask = decoder(positions="none", n_layers=1), DocumentMask((T,) * B, B, T, CPU)
+    swapped = TOKENS[:, [1, 0, *range(2, T)]]
+    torch.testing.assert_close(made(TOKENS, WHOLE, mask)[:, -1], made(swapped, WHOLE, mask)[:, -1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "none"])
+def test_xpos_is_a_scheme_of_its_own(positions):
+    mask = DocumentMask((T,) * B, B, T, CPU)
+    one, other = (decoder(positions=p)(TOKENS, WHOLE, mask) for p in ("xpos", positions))  # the same weights
+    assert torch.equal(one[:, 0], other[:, 0])  # a document's first token sees itself only
+    assert (one[:, -1] - other[:, -1]).abs().max() > 1e-3
 
 
 def test_logits_are_products_with_the_embeddings():
@@ -91,11 +133,13 @@ def test_logits_are_products_with_the_embeddings():
     assert made.logits(hidden).shape == (B, T, VOCAB)
 
 
-def test_the_last_thing_is_a_layer_norm():
-    made = decoder()
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_last_thing_is_a_layer_norm(norm):
+    made = decoder(norm=norm)
+    last = made.layers[-1].final_layer_norm if norm in ("post", "deepnorm") else made.layer_norm
     with torch.no_grad():
-        made.layer_norm.weight.fill_(1.0)
-        made.layer_norm.bias.zero_()
+        last.weight.fill_(1.0)
+        last.bias.zero_()
     hidden = made(TOKENS, WHOLE, causal(T, T, CPU))
     torch.testing.assert_close(hidden.mean(-1), torch.zeros(B, T), rtol=0, atol=1e-6)  # fp32
     torch.testing.assert_close(hidden.var(-1, correction=0), torch.ones(B, T), rtol=1e-4, atol=0)  # eps 1e-5
@@ -109,7 +153,10 @@ def test_dropout_acts_on_the_embeddings_in_training_only():
     assert 0.3 < first_input(made.train(), *args).eq(0).float().mean() < 0.7  # 520 draws of one half
 
 
-@pytest.mark.parametrize(("positions", "more"), [("xpos", set()), ("learned", {"embed_positions.weight"})])
-def test_nothing_but_embeddings_blocks_and_the_last_norm_is_stored(positions, more):
-    names = {n for n in decoder(positions=positions).state_dict() if not n.startswith("layers.")}
-    assert names == {"embed_tokens.weight", "layer_norm.weight", "layer_norm.bias"} | more
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_nothing_but_embeddings_blocks_and_the_last_norm_is_stored(positions, norm):
+    names = {n for n in decoder(positions=positions, norm=norm).state_dict() if not n.startswith("layers.")}
+    last = {"layer_norm.weight", "layer_norm.bias"} if norm in ("sub", "pre") else set()
+    table = {"embed_positions.weight"} if positions == "learned" else set()
+    assert names == {"embed_tokens.weight"} | last | table

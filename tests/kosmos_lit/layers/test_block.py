@@ -1,11 +1,12 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from kosmos_lit.config import DecoderConfig
-from kosmos_lit.layers.attention import KeyValues
+from kosmos_lit.layers.attention import KeyValues, SelfAttention
 from kosmos_lit.layers.block import Block
 from kosmos_lit.ops.masks import DocumentMask, causal
 from tests.kosmos_lit.tiny_kosmos import normal, shaken
@@ -28,10 +29,22 @@ def linear(x: Tensor, m: torch.nn.Linear) -> Tensor:
     return x @ m.weight.T + m.bias
 
 
-def written_out(x: Tensor, made: Block, use_sub: bool) -> Tensor:
-    """A Magneto decoder layer, head by head (section 1.2 of the facts)."""
+def branches(made: Block, use_sub: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Attention, head by head, and the feed-forward network."""
     attention, ffn = made.self_attn, made.ffn
-    h = layer_norm(x, made.self_attn_layer_norm)
+
+    def attend(h: Tensor) -> Tensor:
+        return _attend(h, attention, use_sub)
+
+    def feed_forward(h: Tensor) -> Tensor:
+        h = linear(h, ffn.fc1)
+        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+        return linear(layer_norm(h, ffn.ffn_layernorm) if use_sub else h, ffn.fc2)
+
+    return attend, feed_forward
+
+
+def _attend(h: Tensor, attention: SelfAttention, use_sub: bool) -> Tensor:
     q, k, v = (linear(h, m) for m in (attention.q_proj, attention.k_proj, attention.v_proj))
     heads = []
     for at in range(0, D, D // H):
@@ -40,20 +53,31 @@ def written_out(x: Tensor, made: Block, use_sub: bool) -> Tensor:
         weights = scores.masked_fill(~MASK.dense[:, 0], float("-inf")).softmax(-1)
         heads.append(weights @ v[..., part])
     joined = torch.cat(heads, dim=-1)
-    x = x + linear(layer_norm(joined, attention.inner_attn_ln) if use_sub else joined, attention.out_proj)
-    h = linear(layer_norm(x, made.final_layer_norm), ffn.fc1)
-    h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-    return x + linear(layer_norm(h, ffn.ffn_layernorm) if use_sub else h, ffn.fc2)
+    return linear(layer_norm(joined, attention.inner_attn_ln) if use_sub else joined, attention.out_proj)
 
 
 @pytest.mark.parametrize("norm", ["sub", "pre"])
-def test_a_block_computes_what_magneto_writes(norm):
+def test_a_block_normalises_before_each_branch_as_magneto_writes(norm):
     made, x = block(norm=norm), normal(B, T, D, seed=3)
-    expected = written_out(x, made, norm == "sub")
+    attend, feed_forward = branches(made, norm == "sub")
+    middle = x + attend(layer_norm(x, made.self_attn_layer_norm))
+    expected = middle + feed_forward(layer_norm(middle, made.final_layer_norm))
     torch.testing.assert_close(made(x, MASK, None), expected, rtol=1e-5, atol=2e-6)  # fp32, one layer
 
 
-@pytest.mark.parametrize(("norm", "inner"), [("sub", {"self_attn.inner_attn_ln", "ffn.ffn_layernorm"}), ("pre", set())])
+@pytest.mark.parametrize(("norm", "alpha"), [("post", 1.0), ("deepnorm", 10**0.25)])
+def test_a_block_normalises_each_sum_as_deepnet_writes(norm, alpha):
+    made, x = block(norm=norm, n_layers=5), normal(B, T, D, seed=3)
+    attend, feed_forward = branches(made, use_sub=False)
+    middle = layer_norm(alpha * x + attend(x), made.self_attn_layer_norm)
+    expected = layer_norm(alpha * middle + feed_forward(middle), made.final_layer_norm)
+    torch.testing.assert_close(made(x, MASK, None), expected, rtol=1e-5, atol=2e-6)  # fp32, one layer
+
+
+INNER = {"self_attn.inner_attn_ln", "ffn.ffn_layernorm"}
+
+
+@pytest.mark.parametrize(("norm", "inner"), [("sub", INNER), ("pre", set()), ("post", set()), ("deepnorm", set())])
 def test_parameters_are_named_as_in_the_released_checkpoints(norm, inner):
     modules = {"self_attn_layer_norm", "final_layer_norm", "ffn.fc1", "ffn.fc2"} | inner
     modules |= {f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")}
@@ -75,6 +99,22 @@ def test_each_kind_of_dropout_acts_by_itself(rate):
     assert not torch.equal(made(x, MASK, None), made(x, MASK, None))
 
 
+@pytest.mark.parametrize("norm", ["post", "deepnorm"])
+@pytest.mark.parametrize("other", ["self_attn.out_proj", "ffn.fc2"])
+def test_dropout_acts_on_each_branch_before_the_sum_is_normalised(other, norm):
+    made, x = block(norm=norm, n_layers=5, dropout_rate=0.5, attention_dropout_rate=0.0).train(), normal(B, T, D)
+    for parameter in made.get_submodule(other).parameters():
+        torch.nn.init.zeros_(parameter)  # leaves one branch
+    sums = []
+    last = made.final_layer_norm if other == "self_attn.out_proj" else made.self_attn_layer_norm
+    last.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0]))
+    before = made.self_attn_layer_norm(made.residual_scale * x) if other == "self_attn.out_proj" else x
+    torch.manual_seed(0)
+    made(x, MASK, None)
+    dropped = (sums[0] == made.residual_scale * before).float().mean()
+    assert 0.3 < dropped < 0.7  # 168 draws of one half: five standard errors
+
+
 @pytest.mark.parametrize("other", ["self_attn.out_proj", "ffn.fc2"])
 def test_dropout_acts_on_each_branch(other):
     made, x = block(dropout_rate=0.5, attention_dropout_rate=0.0).train(), normal(B, T, D)
@@ -85,8 +125,9 @@ def test_dropout_acts_on_each_branch(other):
     assert 0.3 < dropped < 0.7  # 168 draws of one half: five standard errors
 
 
-def test_a_block_goes_on_where_its_cache_ends():
-    made, x = block(), normal(B, T, D, seed=3)
+@pytest.mark.parametrize("norm", ["sub", "pre", "post", "deepnorm"])
+def test_a_block_goes_on_where_its_cache_ends(norm):
+    made, x = block(norm=norm), normal(B, T, D, seed=3)
     whole = made(x, causal(T, T, x.device), None)
     seen = KeyValues(torch.empty(B, T, H, D // H), torch.empty(B, T, H, D // H))
     pieces = [made(x[:, a:b], causal(b - a, b, x.device), None, seen) for a, b in ((0, 4), (4, 5), (5, 7))]

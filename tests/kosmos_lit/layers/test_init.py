@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.config import ConnectorConfig, DecoderConfig
-from kosmos_lit.connector import LinearConnector, Resampler
+from kosmos_lit.connector import KINDS, Resampler
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.layers.init import uniform_linear
 from kosmos_lit.model import Kosmos
@@ -14,6 +14,7 @@ from tests.kosmos_lit.tiny_kosmos import tiny_config
 
 D, F, V, N_LAYERS, C = 96, 160, 101, 3, 56
 GAIN = math.sqrt(math.log(2 * N_LAYERS))
+GAINS = {"sub": GAIN, "deepnorm": (8 * N_LAYERS) ** -0.25, "pre": 1.0, "post": 1.0}
 FAN_IN = {"q_proj": D, "k_proj": D, "v_proj": D, "out_proj": D, "fc1": D, "fc2": F}
 FAN_OUT = FAN_IN | {"fc1": F, "fc2": D}
 SCALE = {"q_proj": 1.0, "k_proj": 1.0, "v_proj": GAIN, "out_proj": GAIN, "fc1": GAIN, "fc2": GAIN}
@@ -56,9 +57,46 @@ def test_magneto_is_xavier_normal_with_the_gain_of_the_branch(name):
     assert_normal(drawn(decoder("magneto"), f".{name}.weight"), std)
 
 
-def test_magneto_biases_are_zero():
-    made = decoder("magneto")
+@pytest.mark.parametrize("norm", GAINS)
+@pytest.mark.parametrize("init", ["torchscale", "magneto"])
+def test_the_norm_decides_the_gain_of_the_branch_and_nothing_else(init, norm):
+    plain, made = (dict(decoder(init, norm=n, branch_gain=g).named_parameters()) for n, g in (("sub", 1.0), (norm, None)))
+    assert made.keys() <= plain.keys()
+    for name, parameter in made.items():
+        gain = GAINS[norm] if name.split(".")[-2] in ("v_proj", "out_proj", "fc1", "fc2") else 1.0
+        torch.testing.assert_close(parameter, gain * plain[name], rtol=1e-6, atol=0)  # fp32, one product
+
+
+@pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "none"])
+def test_positions_that_are_computed_change_no_initial_weight(positions):
+    one, other = decoder("torchscale").state_dict(), decoder("torchscale", positions=positions).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_gain_that_is_set_is_the_one_that_is_used():
+    assert_uniform(drawn(decoder("torchscale", norm="pre", branch_gain=1.7), ".fc1.weight"), 1.7 / math.sqrt(D))
+
+
+@pytest.mark.parametrize("norm", GAINS)
+@pytest.mark.parametrize("name", SCALE)
+def test_gpt2_is_normal_and_scales_the_ends_of_branches_with_depth_alone(name, norm):
+    depth = math.sqrt(2 * N_LAYERS) if name in ("out_proj", "fc2") else 1.0
+    assert_normal(drawn(decoder("gpt2", norm=norm), f".{name}.weight"), 0.02 / depth)
+
+
+@pytest.mark.parametrize("init", ["magneto", "gpt2"])
+def test_biases_are_zero(init):
+    made = decoder(init)
     assert not torch.cat([drawn(made, f".{name}.bias") for name in SCALE]).any()
+
+
+def test_gpt2_embeddings_and_learned_positions_are_as_small_as_its_matrices():
+    made = decoder("gpt2", positions="learned", max_seq_len=101)
+    weight = made.embed_tokens.weight.detach()
+    assert not weight[PAD].any()
+    assert_normal(torch.cat([weight[:PAD], weight[PAD + 1 :]]).flatten(), 0.02)
+    assert_normal(made.embed_positions.weight.detach().flatten(), 0.02)
 
 
 @pytest.mark.parametrize("init", ["torchscale", "magneto"])
@@ -74,11 +112,12 @@ def test_learned_positions_are_normal_and_none_of_them_is_zero():
     assert weight.any(dim=1).all()
 
 
-@pytest.mark.parametrize("init", ["torchscale", "magneto"])
-def test_layer_norms_start_neutral(init):
-    made = decoder(init)
+@pytest.mark.parametrize("init", ["torchscale", "magneto", "gpt2"])
+@pytest.mark.parametrize(("norm", "n"), [("sub", 4 * N_LAYERS + 1), ("pre", 2 * N_LAYERS + 1), ("deepnorm", 2 * N_LAYERS)])
+def test_layer_norms_start_neutral(init, norm, n):
+    made = decoder(init, norm=norm)
     norms = [m for m in made.modules() if isinstance(m, torch.nn.LayerNorm)]
-    assert len(norms) == 4 * N_LAYERS + 1
+    assert len(norms) == n
     assert all(torch.equal(m.weight, torch.ones_like(m.weight)) and not m.bias.any() for m in norms)
 
 
@@ -105,15 +144,21 @@ def test_the_resampler_starts_as_fairseqs_attention_does():
     assert not made.x_attn.out_proj.bias.any()
 
 
-def test_the_linear_connector_starts_as_pytorch_does():
+@pytest.mark.parametrize("kind", ["linear", "mlp", "pool", "perceiver"])
+def test_the_other_connectors_start_as_pytorch_does(kind):
     torch.manual_seed(4)
-    made = LinearConnector(ConnectorConfig(kind="linear", n_latents=29), C, D)
+    made = KINDS[kind](ConnectorConfig(kind=kind, n_latents=29, n_heads=7, n_layers=2), C, D)
     made.init()
-    assert_uniform(drawn(made, "dense.weight"), 1 / math.sqrt(C))
+    for name, module in made.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert_uniform(drawn(made, f"{name}.weight"), 1 / math.sqrt(module.in_features))
+    if kind in ("pool", "perceiver"):
+        assert_normal(drawn(made, "latent_query"), 1.0)
 
 
-@pytest.mark.parametrize("connector", ["resampler", "linear"])
-@pytest.mark.parametrize("init", ["torchscale", "magneto"])
+@pytest.mark.parametrize(
+    ("connector", "init"), [*((kind, "torchscale") for kind in KINDS), ("resampler", "magneto"), ("resampler", "gpt2")]
+)
 def test_the_same_seed_gives_the_same_model(kosmos_tower, connector, init):
     config = tiny_config(kosmos_tower, connector=connector, init=init, positions="learned")
     torch.manual_seed(1)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kosmos_lit.ops.positions import rotate, rotate_pairs, rotation, sinusoids, xpos_tables
+from kosmos_lit.ops.positions import rotary_tables, rotate, rotate_pairs, rotation, sinusoids, xpos_tables
 from tests.kosmos_lit.tiny_kosmos import normal
 
 N, K = 101, 6
@@ -60,6 +60,22 @@ def test_a_score_is_the_decayed_cosine_of_the_distance():
     turn = torch.polar(((pair + 0.4) / 1.4) ** ((n - m) / 512), (n - m) * 10_000**-pair)
     expected = (a * b.conj() * turn).real.sum().float()
     torch.testing.assert_close(scores(q, k, n, m, xpos_tables(N, K)), expected, rtol=1e-5, atol=1e-6)  # fp32, six terms
+
+
+def test_rotary_turns_as_xpos_does_without_its_decay():
+    q, k, n, m = normal(K, seed=1), normal(K, seed=2), 83, 12
+    a = torch.view_as_complex(q.double().view(-1, 2))
+    b = torch.view_as_complex(k.double().view(-1, 2))
+    turn = torch.polar(torch.ones(K // 2).double(), (n - m) * 10_000 ** -(torch.arange(K // 2).double() * 2 / K))
+    expected = (a * b.conj() * turn).real.sum().float()
+    torch.testing.assert_close(scores(q, k, n, m, rotary_tables(N, K)), expected, rtol=1e-5, atol=1e-6)  # fp32, six terms
+
+
+def test_rotary_keeps_the_length_of_what_it_turns():
+    q = normal(1, N, 3, K)
+    turned_q, turned_k = rotate(q, q, rotation(rotary_tables(N, K), torch.arange(N)[None]))
+    assert torch.equal(turned_q, turned_k)
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm(dim=-1), rtol=1e-6, atol=0)  # fp32, six terms
 
 
 @pytest.mark.parametrize(("pair", "decay"), [(0, 0.0067), (31, 0.914)])

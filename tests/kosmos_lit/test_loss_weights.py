@@ -1,0 +1,91 @@
+"""A corpus's weight scales that corpus's part of the loss that is minimised, and nothing else."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kosmos_lit.batch import CORPORA, KosmosBatch
+from kosmos_lit.cli import main
+from kosmos_lit.config import LossWeights
+from kosmos_lit.lit import KosmosLit
+from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config, tiny_model
+from tests.running import losses, tiny_run
+
+TRAINER = SimpleNamespace(accumulate_grad_batches=3, world_size=2)
+SHARE = 6
+N_STEP_TARGETS = 101
+
+
+def batch() -> KosmosBatch:
+    """Rows of caption, text, interleaved and caption, with 5, 6, 9 and 4 supervised tokens."""
+    rows = [[picture_doc(4, seed=1)], [text_doc(5, seed=2)], [picture_doc(4, seed=3, n_pictures=2)], [picture_doc(3, 4)]]
+    made = batch_of(rows, 23, corpus=[1, 0, 2, 1])
+    made.n_step_targets = N_STEP_TARGETS
+    return made
+
+
+def step(tower: str, weights: LossWeights) -> tuple[KosmosLit, torch.Tensor]:
+    lit = KosmosLit(tiny_config(tower), loss_weights=weights)
+    lit.net = tiny_model(tower)
+    lit.trainer = TRAINER
+    loss = lit.training_step(batch(), 0)
+    loss.backward()
+    return lit, loss.detach()
+
+
+def gradient(lit: KosmosLit) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in lit.net.parameters()])
+
+
+def test_equal_weights_give_the_token_mean_bit_for_bit(kosmos_tower):
+    lit, loss = step(kosmos_tower, LossWeights())
+    model = tiny_model(kosmos_tower)
+    expected = model.nll(batch()).sum() * (SHARE / N_STEP_TARGETS)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
+    assert torch.equal(gradient(lit), torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+
+def test_each_weight_scales_its_corpus_and_leaves_the_count_of_tokens(kosmos_tower):
+    nll = tiny_model(kosmos_tower).nll(batch()).detach()
+    caption, text, interleaved, more = nll.split([5, 6, 9, 4])
+    _, loss = step(kosmos_tower, LossWeights(text=0.25, caption=3.0, interleaved=0.5))
+    expected = (0.25 * text.sum() + 3 * (caption.sum() + more.sum()) + 0.5 * interleaved.sum()) * SHARE / N_STEP_TARGETS
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # fp32, 24 terms
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_a_gradient_is_the_sum_of_the_corpora_s_by_weight(kosmos_tower, corpus):
+    alone = {name: gradient(step(kosmos_tower, only(name))[0]) for name in CORPORA}
+    weights = dict.fromkeys(CORPORA, 1.0) | {corpus: 0.5}
+    found = gradient(step(kosmos_tower, LossWeights(**weights))[0])
+    expected = sum(weights[name] * alone[name] for name in CORPORA)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, values of about 1, sums reordered
+
+
+def only(corpus: str) -> LossWeights:
+    return LossWeights(**(dict.fromkeys(CORPORA, 0.0) | {corpus: 1.0}))
+
+
+def test_logged_losses_are_not_weighted(kosmos_tower):
+    plain, weighted = (step(kosmos_tower, w)[0].step_loss.compute() for w in (LossWeights(), LossWeights(caption=0.5)))
+    assert plain.keys() == weighted.keys()
+    assert all(torch.equal(plain[name], weighted[name]) for name in plain)
+
+
+def test_a_checkpoint_remembers_the_weights(kosmos_tower):
+    kept = KosmosLit(tiny_config(kosmos_tower), loss_weights=LossWeights(caption=0.5)).hparams["loss_weights"]
+    assert kept == {"text": 1.0, "caption": 0.5, "interleaved": 1.0}
+    assert KosmosLit(tiny_config(kosmos_tower), loss_weights=kept).loss_weights == LossWeights(caption=0.5)
+
+
+def test_a_run_with_a_weight_reads_the_same_rows_and_learns_something_else(
+    trained: Path, tiny_world: Path, tmp_path: Path
+):
+    flags = ("--model.loss_weights.caption=0.5", "--trainer.max_steps=2")
+    assert main(tiny_run("fit", tmp_path, tiny_world, *flags)) == 0
+    plain, weighted = losses(trained), losses(tmp_path)
+    assert weighted[1] == plain[1]  # what is logged is the unweighted loss, and both start from the same weights
+    assert weighted[2] != plain[2]
