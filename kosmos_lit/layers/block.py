@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
-        self, x: Tensor, mask: DocumentMask | Tensor, rotation: Rotation | None, seen: KeyValues | None = None
+        self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, seen: KeyValues | None = None
     ) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), mask, rotation, seen))
