@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kosmos_lit.errors import UserError
 from kosmos_lit.config import Positions
+from kosmos_lit.errors import UserError
 from kosmos_lit.generate import GenerationConfig, Prompt, encode_prompt
 from kosmos_lit.generate import generate as continuations
 from kosmos_lit.model import Kosmos
