@@ -48,7 +48,7 @@ class Decoder(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor,
-        mask: DocumentMask | Tensor,
+        mask: DocumentMask | Tensor | None,
         latents: Tensor | None = None,
         slots: Tensor | None = None,
         cache: list[KeyValues] | None = None,
@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, T) ids.
             positions: (B, T) position of each token in its document.
-            mask: what each position may attend to.
+            mask: what each position may attend to; None: everything.
             latents: (N, L, D) image latents, or None without images.
             slots: (N, 2) row and first slot of each image.
             cache: one entry per layer with what earlier calls have seen; T new positions continue it.

@@ -1,60 +1,31 @@
-"""Text from a model: greedy and beam search on a key-value cache, for prompts of different lengths at once.
+"""Text from a model: continuations of prompts with pictures, and how likely given ones are.
 
-Prompts are padded on the left, so that all rows of a batch write the same place of the cache. Cached keys stay valid
-because the centre of xPos is fixed (`ops.positions`).
+`docs/generation.md` says what each setting means; the parts live in `kosmos_lit.generation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kosmos_lit.batch import check_slots
 from kosmos_lit.errors import UserError
-from kosmos_lit.layers.attention import KeyValues
+from kosmos_lit.generation.beams import search_beams
+from kosmos_lit.generation.config import GenerationConfig
+from kosmos_lit.generation.head import Head
+from kosmos_lit.generation.lines import Draws, write_lines
+from kosmos_lit.generation.prompts import IMAGE_MARK, Prompt, encode_prompt
+from kosmos_lit.generation.reading import Reading, check_length
+from kosmos_lit.generation.results import Continuation, Scored
+from kosmos_lit.generation.rules import Rules
+from kosmos_lit.generation.scoring import MOST_NODES, score_candidates
+from kosmos_lit.generation.stops import Stops
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.masks import padded
-from kosmos_lit.tokens import BOS, EOS, PAD, UNK, Ids, Tokenizer, expand_images
+from kosmos_lit.tokens import EOS, Tokenizer
 
-IMAGE_MARK = "<image>"
-"""Stands for the next picture in a prompt."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the model reads it."""
-
-    tokens: Ids
-    """(T,) ids, from <s> on, pictures written out."""
-    slots: Ids
-    """(n,) first slot of each picture."""
-
-
-def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int) -> Prompt:
-    """Return a prompt as training rows have it: <s>, then text and pictures in order.
-
-    Args:
-        text: `<image>` marks where the next picture stands; pictures beyond the marks come before the text.
-        n_images: pictures at hand.
-        tokenizer: the model's.
-        n_latents: slots per picture.
-
-    Raises: UserError if the text has more marks than there are pictures.
-    """
-    pieces = text.split(IMAGE_MARK)
-    if len(pieces) - 1 > n_images:
-        raise UserError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks, but {n_images} pictures are given")
-    special = tokenizer.special
-    ids: list[int] = [BOS, *[special.image] * (n_images - len(pieces) + 1)]
-    for i, piece in enumerate(pieces):
-        ids += [special.image] if i else []
-        ids += tokenizer.encode(piece.strip()).tolist() if piece.strip() else []
-    tokens, _, slots = expand_images(torch.tensor(ids).numpy(), special, n_latents)
-    return Prompt(tokens, slots)
+__all__ = ["IMAGE_MARK", "Continuation", "GenerationConfig", "Prompt", "Scored", "encode_prompt", "generate", "score"]
 
 
 @torch.inference_mode()
@@ -63,168 +34,90 @@ def generate(
     prompts: Sequence[Prompt],
     images: Tensor,
     tokenizer: Tokenizer,
+    settings: GenerationConfig = GenerationConfig(),
+) -> list[Continuation]:
+    """Return a continuation of each prompt, as each alone would have it.
+
+    Args:
+        model: the model; dropout is off meanwhile.
+        prompts: B prompts, of any lengths and with any numbers of pictures.
+        images: (N, 3, H, W) uint8, the pictures of all prompts in order.
+        tokenizer: the model's.
+        settings: how to write.
+
+    Raises: UserError if prompt and continuation are longer than the model's rows, or choices cannot be told apart;
+    ValueError if the pictures are not those of the prompts.
+    """
+    if not prompts:
+        return []
+    decoder = model.decoder
+    rules = Rules(settings, tokenizer, decoder.config.vocab_size, decoder.embed_tokens.weight.device)
+    stops = Stops(settings.stop, tokenizer)
+    check_length(max(len(prompt.tokens) for prompt in prompts), rules.n_steps, decoder.config.max_seq_len)
+    with _evaluating(model):
+        reading = _read(model, prompts, images, tokenizer, rules.n_steps * settings.n_beams)
+        head = Head(decoder, rules.forbidden)
+        if settings.n_beams > 1:
+            written = search_beams(reading, head, rules, stops)
+        else:
+            draws = Draws(prompts, images, settings.seed) if settings.temperature > 0 else None
+            written = write_lines(reading, head, rules, stops, draws)
+    text = rules.choices.text if rules.choices else lambda ids: stops.cut(tokenizer.decode(ids))
+    return [Continuation(text(ids), tuple(ids), ended) for ids, ended in written]
+
+
+@torch.inference_mode()
+def score(
+    model: Kosmos,
+    prompts: Sequence[Prompt],
+    candidates: Sequence[Sequence[str]],
+    images: Tensor,
+    tokenizer: Tokenizer,
     *,
-    max_new_tokens: int = 64,
-    n_beams: int = 1,
-    length_penalty: float = 1.0,
-) -> list[list[int]]:
-    """Return the continuation of each prompt, up to </s> and without it.
+    with_end: bool = False,
+) -> list[list[Scored]]:
+    """Return how likely each candidate is as the continuation of its prompt.
+
+    Log-probabilities are the model's own, over its whole vocabulary.
 
     Args:
         model: the model; dropout is off meanwhile.
         prompts: B prompts.
+        candidates: B lists of strings, each read as text that follows the prompt with a space between.
         images: (N, 3, H, W) uint8, the pictures of all prompts in order.
         tokenizer: the model's.
-        max_new_tokens: longest continuation.
-        n_beams: 1 for greedy decoding, else the width of the beam.
-        length_penalty: a finished beam scores sum of log-probabilities / length ** length_penalty.
+        with_end: count the </s> after each candidate too.
 
-    Raises: UserError if prompt and continuation are longer than the model's rows.
+    Raises: UserError if a candidate has no tokens, or with its prompt is longer than the model's rows.
     """
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    limit = model.config.decoder.max_seq_len
-    if longest + max_new_tokens > limit:
-        raise UserError(f"a prompt of {longest} and {max_new_tokens} new tokens exceed the model's {limit} positions")
+    if len(candidates) != len(prompts):
+        raise UserError(f"score: {len(prompts)} prompts but {len(candidates)} lists of candidates; give each prompt its own")
+    if not any(candidates):
+        return [[] for _ in prompts]
+    end = [EOS] if with_end else []
+    ids = [[[*tokenizer.encode(text).tolist(), *end] for text in row] for row in candidates]
+    for prompt, texts, row in zip(prompts, candidates, ids, strict=True):
+        for text, tokens in zip(texts, row, strict=True):
+            if len(tokens) == len(end):
+                raise UserError(f"score: the candidate {text!r} has no tokens")
+            check_length(len(prompt.tokens), len(tokens), model.config.decoder.max_seq_len)
+    longest = max(len(tokens) for row in ids for tokens in row)
+    n_places = min(max(MOST_NODES, longest), max(sum(map(len, row)) for row in ids))
     with _evaluating(model):
-        state = _State.start(model, prompts, images, tokenizer, longest + max_new_tokens)
-        if n_beams == 1:
-            return _greedy(state, max_new_tokens)
-        return _beams(state, len(prompts), n_beams, max_new_tokens, length_penalty)
+        reading = _read(model, prompts, images, tokenizer, n_places)
+        nothing = torch.zeros(0, dtype=torch.int64, device=reading.device)
+        found = score_candidates(reading, Head(model.decoder, nothing), ids)
+    return [
+        [Scored(text, tuple(values)) for text, values in zip(*row, strict=True)]
+        for row in zip(candidates, found, strict=True)
+    ]
 
 
-class _State:
-    """What the model has read so far, and what it would write next."""
-
-    def __init__(self, model: Kosmos, cache: list[KeyValues], visible: Tensor, position: Tensor, forbidden: Tensor):
-        self.model, self.cache, self.forbidden = model, cache, forbidden
-        self.visible = visible  # (B, S) bool: cache places that are no padding
-        self.position = position  # (B,) position of the next token in its document
-        self.log_probs: Tensor  # (B, V) of the next token
-
-    @classmethod
-    def start(
-        cls, model: Kosmos, prompts: Sequence[Prompt], images: Tensor, tokenizer: Tokenizer, n_positions: int
-    ) -> _State:
-        """Read all prompts at once."""
-        device = model.decoder.embed_tokens.weight.device
-        B, T = len(prompts), max(len(prompt.tokens) for prompt in prompts)
-        tokens = torch.full((B, T), PAD)
-        slots = []
-        for b, prompt in enumerate(prompts):
-            padding = T - len(prompt.tokens)
-            tokens[b, padding:] = torch.from_numpy(prompt.tokens)
-            slots += [(b, padding + int(first)) for first in prompt.slots]
-        at = torch.tensor(slots, dtype=torch.int64).view(-1, 2)
-        special = tokenizer.special
-        check_slots(tokens, at, len(images), model.config.connector.n_latents, special.image, special.image_end)
-        tokens, at = tokens.to(device), at.to(device)
-        real = tokens != PAD  # (B, T)
-        positions, mask = padded(real)
-        forbidden = torch.tensor(
-            [BOS, PAD, UNK, special.mask, special.doc_end, special.image, special.image_end, special.chunk_end,
-             *range(tokenizer.vocab_size, model.config.decoder.vocab_size)],
-            device=device,
-        )
-        state = cls(model, model.decoder.new_cache(B, n_positions), real, positions[:, -1] + 1, forbidden)
-        latents = model.see(images.to(device)) if len(images) else None
-        state._read(tokens, positions, mask, latents, at)
-        return state
-
-    def write(self, tokens: Tensor) -> None:
-        """Let each row go on with one token, (B,)."""
-        self.visible = torch.cat([self.visible, torch.ones_like(self.visible[:, :1])], dim=1)
-        self._read(tokens[:, None], self.position[:, None], self.visible[:, None, None, :])
-        self.position = self.position + 1
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with copies of these rows, in this order."""
-        for layer in self.cache:
-            layer.select(rows)
-        self.visible, self.position, self.log_probs = self.visible[rows], self.position[rows], self.log_probs[rows]
-
-    def _read(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, latents: Tensor | None = None, slots: Tensor | None = None
-    ) -> None:
-        decoder = self.model.decoder
-        hidden = decoder(tokens, positions, mask, latents, slots, self.cache)
-        logits = decoder.logits(hidden[:, -1]).float()
-        logits[:, self.forbidden] = float("-inf")
-        self.log_probs = logits.log_softmax(-1)
-
-
-def _greedy(state: _State, max_new_tokens: int) -> list[list[int]]:
-    written: list[Tensor] = []
-    done = torch.zeros(len(state.position), dtype=torch.bool, device=state.position.device)
-    for step in range(max_new_tokens):
-        best = state.log_probs.argmax(-1).masked_fill(done, EOS)  # (B,)
-        written.append(best)
-        done |= best == EOS
-        if bool(done.all()) or step + 1 == max_new_tokens:
-            break
-        state.write(best)
-    rows = torch.stack(written, dim=1).tolist()
-    return [row[: row.index(EOS)] if EOS in row else row for row in rows]
-
-
-@dataclass
-class _Finished:
-    """The best complete continuations of one prompt."""
-
-    n_beams: int
-    length_penalty: float
-    found: list[tuple[float, list[int]]]
-    is_final: bool = False
-    """What other prompts of the batch still write must not change this one's answer."""
-
-    def add(self, total: float, tokens: list[int], length: int) -> None:
-        if self.is_final:
-            return
-        self.found.append((total / length**self.length_penalty, tokens))
-        self.found = sorted(self.found, key=lambda scored: -scored[0])[: self.n_beams]
-
-    def settle(self, best_running: float, length: int) -> None:
-        """Be final if no running beam would be better than the worst one found if it ended now.
-
-        With a positive length penalty a longer one still could; like the usual implementations, the search does not wait.
-        """
-        full = len(self.found) == self.n_beams
-        self.is_final |= full and self.found[-1][0] >= best_running / length**self.length_penalty
-
-
-def _beams(state: _State, B: int, n: int, max_new_tokens: int, length_penalty: float) -> list[list[int]]:
-    device, V = state.position.device, state.log_probs.shape[-1]
-    state.select(torch.arange(B, device=device).repeat_interleave(n))
-    totals = torch.full((B, n), float("-inf"), device=device)
-    totals[:, 0] = 0.0  # all beams of a prompt are equal at first: let one of them speak
-    written = torch.zeros(B, n, 0, dtype=torch.int64, device=device)
-    finished = [_Finished(n, length_penalty, []) for _ in range(B)]
-    for step in range(1, max_new_tokens + 1):
-        scores = totals[:, :, None] + state.log_probs.view(B, n, V)
-        best, at = scores.view(B, n * V).topk(2 * n)  # (B, 2n): enough to go on if n of them end
-        beams, tokens = at // V, at % V
-        keep = torch.zeros(B, n, dtype=torch.int64, device=device)
-        for b in range(B):
-            going_on = []
-            for rank, (total, beam, token) in enumerate(
-                zip(best[b].tolist(), beams[b].tolist(), tokens[b].tolist(), strict=True)
-            ):
-                if token != EOS:
-                    going_on.append(rank)
-                elif rank < n and total > float("-inf"):
-                    finished[b].add(total, written[b, beam].tolist(), step)
-            keep[b] = torch.tensor(going_on[:n], device=device)
-        totals, beams, tokens = best.gather(1, keep), beams.gather(1, keep), tokens.gather(1, keep)
-        written = torch.cat([written.gather(1, beams[:, :, None].expand(-1, -1, step - 1)), tokens[:, :, None]], dim=2)
-        for result, total in zip(finished, totals, strict=True):
-            result.settle(float(total[0]), step)
-        if step == max_new_tokens or all(result.is_final for result in finished):
-            break
-        state.select((torch.arange(B, device=device)[:, None] * n + beams).flatten())
-        state.write(tokens.flatten())
-    for b, result in enumerate(finished):
-        for beam in range(n):
-            result.add(float(totals[b, beam]), written[b, beam].tolist(), written.shape[2])
-    return [result.found[0][1] for result in finished]
+def _read(model: Kosmos, prompts: Sequence[Prompt], images: Tensor, tokenizer: Tokenizer, n_places: int) -> Reading:
+    reading = Reading(model, prompts, images, tokenizer, n_places)
+    if not bool(reading.hidden.isfinite().all()):
+        raise UserError("the model gives no finite numbers after the prompt; its weights have diverged or are damaged")
+    return reading
 
 
 @contextmanager

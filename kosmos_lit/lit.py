@@ -13,7 +13,7 @@ from torch import Tensor
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import encode_prompt, generate
+from kosmos_lit.generate import GenerationConfig, encode_prompt, generate
 from kosmos_lit.metrics import CorpusLoss
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
@@ -189,17 +189,14 @@ class KosmosLit(L.LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[str]:
         return self.answer(batch)
 
-    def answer(self, batch: PromptBatch, max_new_tokens: int = 64, n_beams: int = 1) -> list[str]:
+    def answer(self, batch: PromptBatch, settings: GenerationConfig = GenerationConfig()) -> list[str]:
         """Return the model's continuation of each prompt of a batch."""
         tokenizer, n_latents = self.tokenizer, self.config.connector.n_latents
         prompts = [
             encode_prompt(text, n, tokenizer, n_latents)
             for text, n in zip(batch.prompts, batch.n_images, strict=True)
         ]
-        written = generate(
-            self.net, prompts, batch.images, tokenizer, max_new_tokens=max_new_tokens, n_beams=n_beams
-        )
-        return [tokenizer.decode(ids) for ids in written]
+        return [written.text for written in generate(self.net, prompts, batch.images, tokenizer, settings)]
 
     def _log_loss(self, prefix: str) -> None:
         self.log_dict({f"{prefix}/{k}": v.float() for k, v in self.val_loss.compute().items()}, sync_dist=False)

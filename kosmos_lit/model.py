@@ -14,6 +14,7 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
+from kosmos_lit.generation.results import Scored
 from kosmos_lit.images import ImageError, Picture
 from kosmos_lit.images import load as load_picture
 from kosmos_lit.ops.losses import token_nll
@@ -102,12 +103,29 @@ class Kosmos(nn.Module):
 
         Raises: UserError for a picture that cannot be read, for unknown settings, or if there are too many tokens.
         """
-        from kosmos_lit.generate import encode_prompt, generate
+        from kosmos_lit.generate import GenerationConfig, encode_prompt, generate
 
         pixels = self.pixels(images)
         tokens = encode_prompt(prompt, len(pixels), self._own_tokenizer, self.config.connector.n_latents)
-        [written] = generate(self, [tokens], pixels, self._own_tokenizer, **settings)
-        return self._own_tokenizer.decode(written)
+        [written] = generate(self, [tokens], pixels, self._own_tokenizer, GenerationConfig.from_dict(settings))
+        return written.text
+
+    def score(self, prompt: str, candidates: Sequence[str], images: Sequence[Picture] = ()) -> list[Scored]:
+        """Return how likely each candidate is as the continuation of a prompt, as `main.py generate --score` prints it.
+
+        Args:
+            prompt: as in `generate`.
+            candidates: texts that could follow; the prompt is read once for all of them.
+            images: as in `generate`.
+
+        Raises: UserError for a picture that cannot be read, a candidate without tokens, or if there are too many of them.
+        """
+        from kosmos_lit.generate import encode_prompt, score
+
+        pixels = self.pixels(images)
+        tokens = encode_prompt(prompt, len(pixels), self._own_tokenizer, self.config.connector.n_latents)
+        [scored] = score(self, [tokens], [candidates], pixels, self._own_tokenizer)
+        return scored
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor | Sequence[int], images: Sequence[Picture] = ()) -> Tensor:

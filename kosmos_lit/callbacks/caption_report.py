@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kosmos_lit.batch import PromptBatch
+from kosmos_lit.generation.config import GenerationConfig
 from kosmos_lit.lit import KosmosLit
 
 
@@ -83,8 +84,8 @@ class CaptionReport(Callback):
     def _ask(self, pl_module: KosmosLit, batch: PromptBatch) -> list[Answered]:
         batch = batch.to(pl_module.device)
         blind = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
-        said = pl_module.answer(batch, self.max_new_tokens)
-        said_blind = pl_module.answer(blind, self.max_new_tokens)
+        settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
+        said, said_blind = pl_module.answer(batch, settings), pl_module.answer(blind, settings)
         first = torch.tensor([0, *batch.n_images[:-1]]).cumsum(0).tolist()
         pictures = [batch.images[i].cpu() for i in first]
         return [Answered(*row) for row in zip(batch.tasks, pictures, batch.answers, said, said_blind, strict=True)]

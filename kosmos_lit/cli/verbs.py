@@ -121,25 +121,51 @@ def rows(arguments: list[str]) -> None:
 
 def generate_parser() -> argparse.ArgumentParser:
     """Return the options of `generate`."""
-    parser = _Parser(prog="main.py generate")
+    from kosmos_lit.generation.config import BEAM_STOPS, GenerationConfig
+
+    parser, c = _Parser(prog="main.py generate"), GenerationConfig()
     parser.add_argument("--ckpt_path", type=Path, required=True)
     parser.add_argument("--prompt", default="An image of", help="<image> marks where the next picture stands")
     parser.add_argument("--image", type=Path, nargs="+", action="extend", default=[], help="one or several")
-    parser.add_argument("--beams", type=int, default=1, help="1: greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=c.max_new_tokens)
+    parser.add_argument("--beams", type=int, default=c.n_beams, help="1: greedy")
+    parser.add_argument("--length-penalty", type=float, default=c.length_penalty, help="beams score / length ** penalty")
+    parser.add_argument("--beam-stop", choices=BEAM_STOPS, default=c.beam_stop, help="when the search ends")
+    parser.add_argument("--temperature", type=float, default=c.temperature, help="above 0: draw tokens")
+    parser.add_argument("--top-k", type=int, default=c.top_k, help="draw among so many tokens")
+    parser.add_argument("--top-p", type=float, default=c.top_p, help="draw among the likeliest of this probability together")
+    parser.add_argument("--seed", type=int, default=c.seed, help="of the draws")
+    parser.add_argument("--repetition-penalty", type=float, default=c.repetition_penalty, help="1: none")
+    parser.add_argument("--no-repeat-ngram", type=int, default=c.no_repeat_ngram_size, help="no run of so many tokens twice")
+    parser.add_argument("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="ends before any of these")
+    parser.add_argument("--choices", nargs="+", action="extend", default=[], metavar="TEXT", help="writes one of these")
+    parser.add_argument(
+        "--score", nargs="+", action="extend", default=[], metavar="TEXT",
+        help="write nothing; print how likely each of these is after the prompt, one JSON object a line",
+    )  # fmt: skip
     parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
     return parser
 
 
 def generate(arguments: list[str]) -> None:
-    """Print a model's continuation of a prompt."""
+    """Print a model's continuation of a prompt, or how likely given ones are."""
     a = generate_parser().parse_args(arguments)
+    from kosmos_lit.generate import GenerationConfig
     from kosmos_lit.model import Kosmos
 
-    if a.beams < 1 or a.max_new_tokens < 1:
-        raise UserError(f"generate: --beams {a.beams} and --max-new-tokens {a.max_new_tokens} must be positive")
+    settings = {
+        "max_new_tokens": a.max_new_tokens, "n_beams": a.beams, "length_penalty": a.length_penalty, "beam_stop": a.beam_stop,
+        "temperature": a.temperature, "top_k": a.top_k, "top_p": a.top_p, "repetition_penalty": a.repetition_penalty,
+        "no_repeat_ngram_size": a.no_repeat_ngram, "stop": a.stop, "choices": a.choices, "seed": a.seed,
+    }  # fmt: skip
+    GenerationConfig.from_dict(settings)  # a mistake shows before the model is loaded
     model = Kosmos.load(a.ckpt_path).to(_device(a.device))
-    print(model.generate(a.prompt, a.image, max_new_tokens=a.max_new_tokens, n_beams=a.beams))
+    if not a.score:
+        print(model.generate(a.prompt, a.image, **settings))
+        return
+    for s in model.score(a.prompt, a.score, a.image):
+        row = {"text": s.text, "log_prob": s.total, "n_tokens": s.n_tokens, "mean": s.mean}
+        print(json.dumps(row, ensure_ascii=False))
 
 
 def import_parser() -> argparse.ArgumentParser:

@@ -24,10 +24,6 @@ class KeyValues:
         self.length = end
         return self.keys[:, :end], self.values[:, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Go on with copies of these rows, in this order; (B',) int64."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
 
 class SelfAttention(nn.Module):
     """softmax(q k') v over the heads, LayerNorm on their concatenation, output projection."""
@@ -43,7 +39,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.dim, config.dim)
 
     def forward(
-        self, x: Tensor, mask: DocumentMask | Tensor, rotation: Rotation | None, seen: KeyValues | None = None
+        self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, seen: KeyValues | None = None
     ) -> Tensor:
         """Map (B, T, D) to (B, T, D); with `seen`, T new positions attend to it and are added to it."""
         B, T, D = x.shape

@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.normalises_sums, self.residual_scale = config.normalises_sums, config.residual_scale
 
     def forward(
-        self, x: Tensor, mask: DocumentMask | Tensor, rotation: Rotation | None, seen: KeyValues | None = None
+        self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, seen: KeyValues | None = None
     ) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         if self.normalises_sums:

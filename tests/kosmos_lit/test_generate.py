@@ -2,20 +2,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from kosmos_lit.config import Positions
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import Prompt, _beams, encode_prompt, generate
+from kosmos_lit.generate import GenerationConfig, Prompt, encode_prompt
+from kosmos_lit.generate import generate as continuations
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokens import BOS, EOS, PAD, UNK, SpecialTokens, expand_images
 from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, VOCAB, pictures, tiny_model, words
 
-POSITIONS = ("xpos", "sinusoidal", "learned", "none")
+POSITIONS = get_args(Positions)
 CPU = torch.device("cpu")
 FORBIDDEN = [BOS, PAD, UNK, SPECIAL.mask, SPECIAL.doc_end, SPECIAL.image, SPECIAL.image_end, SPECIAL.chunk_end]
 
@@ -29,6 +32,12 @@ def prompt(n_words: int, n_pictures: int = 0, seed: int = 0) -> Prompt:
     return Prompt(tokens, slots)
 
 
+def generate(model: Kosmos, prompts: Sequence[Prompt], images: Tensor, vocabulary: Any, **settings: Any) -> list[list[int]]:
+    """The ids of each continuation."""
+    made = continuations(model, prompts, images, vocabulary, GenerationConfig(**settings))
+    return [list(continuation.tokens) for continuation in made]
+
+
 def next_log_probs(model: Kosmos, tokens: Sequence[int], slots: Sequence[int], images: Tensor, vocabulary) -> Tensor:
     """What follows `tokens`, read anew from the start: (V,) log-probabilities of what may follow."""
     T = len(tokens)
@@ -36,9 +45,9 @@ def next_log_probs(model: Kosmos, tokens: Sequence[int], slots: Sequence[int], i
     latents = model.see(images) if len(images) else None
     mask = DocumentMask((T,), 1, T, CPU)
     hidden = model.decoder(torch.tensor([tokens]), torch.arange(T)[None], mask, latents, places)
-    logits = model.decoder.logits(hidden)[0, -1].detach()
-    logits[[*forbidden_of(vocabulary.special), *range(vocabulary.vocab_size, len(logits))]] = float("-inf")
-    return logits.log_softmax(-1)
+    log_probs = model.decoder.logits(hidden)[0, -1].detach().log_softmax(-1)
+    log_probs[[*forbidden_of(vocabulary.special), *range(vocabulary.vocab_size, len(log_probs))]] = float("-inf")
+    return log_probs
 
 
 def forbidden_of(special: SpecialTokens) -> list[int]:
@@ -182,7 +191,7 @@ def test_dropout_is_off_while_writing_and_back_afterwards(kosmos_tower, kosmos_t
 
 # ---- beams
 
-FEW = SimpleNamespace(special=SpecialTokens.after(5), vocab_size=12)
+FEW = SimpleNamespace(special=SpecialTokens.after(5), vocab_size=12, decode=str)
 """A vocabulary of two pieces, 4 and 5, with </s> 2 and </line> 11."""
 ALLOWED = (4, 5, FEW.special.line_end)
 
@@ -242,36 +251,3 @@ def test_a_higher_length_penalty_favours_longer_continuations(kosmos_tower, kosm
     model = unigram(tiny_model(kosmos_tower), {7: 0.6, EOS: 0.4})
     options = {"max_new_tokens": 3, "n_beams": 5, "length_penalty": length_penalty}
     assert generate(model, [prompt(2)], pictures(0), kosmos_tokenizer, **options) == [expected]
-
-
-class Scripted:
-    """Stands for `_State`: the probabilities of the next token depend on the number of tokens written."""
-
-    def __init__(self, steps: list[dict[int, float]]) -> None:
-        self.steps, self.n_written, self.position = steps, 0, torch.zeros(1)
-        self.log_probs = self._row().expand(1, -1)
-
-    def _row(self) -> Tensor:
-        probabilities = torch.zeros(13)
-        for id_, probability in self.steps[self.n_written].items():
-            probabilities[id_] = probability
-        return probabilities.log()
-
-    def select(self, rows: Tensor) -> None:
-        self.log_probs = self.log_probs[rows]
-
-    def write(self, tokens: Tensor) -> None:
-        self.n_written += 1
-        self.log_probs = self._row().expand(len(tokens), -1)
-
-
-def test_an_end_counts_only_if_it_is_among_the_first_beams():
-    # With two beams [] comes third, 0.25 after 0.4 and 0.35: as in fairseq it is not kept, though 0.4 * 0.6 is less.
-    state = Scripted([{4: 0.4, 5: 0.35, EOS: 0.25}, {4: 0.6, 5: 0.4}])
-    assert _beams(state, 1, 2, 2, 0.0) == [[4, 4]]
-
-
-def test_a_search_ends_when_no_running_beam_can_win():
-    state = Scripted([{4: 0.1, EOS: 0.9}, {4: 0.5, EOS: 0.5}, *[{4: 1.0}] * 100])
-    _beams(state, 1, 2, 100, 0.0)
-    assert state.n_written < 5

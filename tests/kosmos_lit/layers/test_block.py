@@ -141,14 +141,3 @@ def test_a_cache_returns_all_it_has_seen():
     keys, values = seen.append(k[:, 2:], v[:, 2:])
     assert torch.equal(keys, k)
     assert torch.equal(values, v)
-
-
-def test_a_cache_goes_on_with_copies_of_the_rows_asked_for():
-    seen = KeyValues(torch.empty(3, 5, H, 4), torch.empty(3, 5, H, 4))
-    k, v, more = normal(3, 4, H, 4, seed=1), normal(3, 4, H, 4, seed=2), normal(4, 1, H, 4, seed=3)
-    seen.append(k, v)
-    rows = torch.tensor([2, 0, 0, 1])
-    seen.select(rows)
-    keys, values = seen.append(more, -more)
-    assert torch.equal(keys, torch.cat([k[rows], more], dim=1))
-    assert torch.equal(values, torch.cat([v[rows], -more], dim=1))

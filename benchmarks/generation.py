@@ -1,0 +1,155 @@
+"""Tokens a second of our generation and of transformers', for the same weights and prompts, in one run on a CPU.
+
+    python benchmarks/generation.py [--size small] [--runs 5] [--new-tokens 64] [--threads N] [--batch 1 8] [--beams 1 5]
+
+A model with random weights is turned into transformers' Kosmos-2. Each prompt is a picture and some text, no two alike and
+all of one length, so that neither side has padding to work on. Both sides write the same number of tokens, look at the
+pictures themselves, and forbid nothing. Runs alternate between the two; figures are medians over the runs, by wall clock and,
+as a machine may have other work to do, by CPU time. The tokens of both sides must be equal, or the run fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
+from kosmos_lit.generate import GenerationConfig, Prompt, generate
+from kosmos_lit.model import Kosmos
+from kosmos_lit.tokens import BOS, SpecialTokens, expand_images
+from kosmos_lit.weights import to_transformers
+
+VOCAB = 65_037
+N_LATENTS, SIDE, N_WORDS = 64, 112, 33
+SIZES = {"tiny": (256, 4), "small": (512, 8), "medium": (768, 12), "large": (1024, 24), "kosmos1": (2048, 24)}
+"""Width and layers; heads are 64 wide (32 in `tiny`), as in the paper."""
+SPECIAL = SpecialTokens.after(64_000)
+
+
+def make_model(size: str) -> Kosmos:
+    """Return a Kosmos that transformers can express, with random weights."""
+    dim, n_layers = SIZES[size]
+    n_heads = dim // (32 if size == "tiny" else 64)
+    tower = {"image_size": SIDE, "patch_size": 14, "width": 192, "layers": 4, "head_width": 64}
+    config = KosmosConfig(
+        vision=VisionConfig(
+            architecture={"embed_dim": 192, "vision_cfg": tower, "quick_gelu": True}, pretrained=None, image_size=SIDE
+        ),
+        connector=ConnectorConfig(n_latents=N_LATENTS, n_heads=n_heads),
+        decoder=DecoderConfig(
+            vocab_size=VOCAB, dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=4 * dim, positions="sinusoidal"
+        ),
+    )
+    model = Kosmos.create(config).eval()
+    with torch.no_grad():
+        for layer in model.decoder.layers:  # tied to its input, a fresh model only repeats its last token
+            layer.self_attn.out_proj.weight *= 9
+            layer.ffn.fc2.weight *= 9
+    return model
+
+
+def make_prompts(n: int) -> tuple[list[Prompt], torch.Tensor]:
+    """Return n prompts of one length and their pictures, (n, 3, H, W) uint8."""
+    draw = np.random.default_rng(n)
+    prompts = []
+    for _ in range(n):
+        ids = np.array([BOS, SPECIAL.image, *draw.integers(4, SPECIAL.mask, N_WORDS)])
+        tokens, _, slots = expand_images(ids, SPECIAL, N_LATENTS)
+        prompts.append(Prompt(tokens, slots))
+    return prompts, torch.from_numpy(draw.integers(0, 256, (n, 3, SIDE, SIDE), dtype=np.uint8))
+
+
+def ours(model: Kosmos, prompts: list[Prompt], images: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
+    """Write with kosmos-lit."""
+    vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, decode=str)
+    settings = GenerationConfig(max_new_tokens=n_new, n_beams=n_beams, allow_control_tokens=True)
+    return [list(made.tokens) for made in generate(model, prompts, images, vocabulary, settings)]
+
+
+def theirs(model: Any, prompts: list[Prompt], pixels: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
+    """Write with transformers."""
+    tokens = torch.from_numpy(np.stack([prompt.tokens for prompt in prompts]))
+    places = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        places[row, int(prompt.slots[0]) : int(prompt.slots[0]) + N_LATENTS] = 1
+    made = model.generate(
+        pixel_values=pixels, input_ids=tokens, attention_mask=torch.ones_like(tokens), image_embeds_position_mask=places,
+        do_sample=False, num_beams=n_beams, max_new_tokens=n_new,
+    )  # fmt: skip
+    rows: list[list[int]] = made[:, tokens.shape[1] :].tolist()
+    return rows
+
+
+def measure(sides: list[Callable[[], object]], n_runs: int) -> list[tuple[float, float]]:
+    """Return each side's median wall-clock and CPU seconds over alternating runs, after one that does not count."""
+    taken: list[list[tuple[float, float]]] = [[] for _ in sides]
+    for run in range(n_runs + 1):
+        for side, times in zip(sides, taken, strict=True):
+            wall, cpu = time.perf_counter(), time.process_time()
+            side()
+            if run:
+                times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return [tuple(map(statistics.median, zip(*times, strict=True))) for times in taken]  # type: ignore[misc]
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    """Print one line for each batch size and number of beams."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="small", help="width and layers: " + str(SIZES))
+    parser.add_argument("--runs", type=int, default=5, help="that count, of each side")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=None, help="default: torch's own")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
+    a = parser.parse_args()
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = make_model(a.size)
+    other = to_transformers(model)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{a.size}: {n:,} parameters, float32; prompts of {N_WORDS + N_LATENTS + 3} positions, {a.new_tokens} new tokens, "
+          f"median of {a.runs}")  # fmt: skip
+    print("batch beams   ours tok/s   theirs tok/s   ratio   ratio by CPU time   tokens")
+    for size in a.batch:
+        prompts, images = make_prompts(size)
+        mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (model.config.vision.mean, model.config.vision.std))
+        pixels = (images.float() - mean) / std
+        for n_beams in a.beams:
+            mine, other_ids = ours(model, prompts, images, n_beams, a.new_tokens), theirs(other, prompts, pixels, n_beams, a.new_tokens)
+            if mine != other_ids or any(len(ids) != a.new_tokens for ids in mine):
+                raise SystemExit(f"batch {size}, {n_beams} beams: the two sides differ\n{mine}\n{other_ids}")
+            (wall, cpu), (their_wall, their_cpu) = measure(
+                [
+                    lambda n=n_beams: ours(model, prompts, images, n, a.new_tokens),  # type: ignore[misc]
+                    lambda n=n_beams: theirs(other, prompts, pixels, n, a.new_tokens),  # type: ignore[misc]
+                ],
+                a.runs,
+            )
+            made = size * a.new_tokens
+            print(f"{size:5} {n_beams:5} {made / wall:12.1f} {made / their_wall:14.1f} {their_wall / wall:7.2f} "
+                  f"{their_cpu / cpu:19.2f}   equal", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""From hidden states to the next token: the largest matrix of a decoding step, and how to read less of it.
+
+Greedy decoding needs the likeliest token only. On a CPU a step waits for memory, and V x D weights in 8 bits are a quarter
+of the bytes. With x = x8 + ex and w_v = w8_v + ew_v, 8-bit vectors and what they leave out,
+
+    |x . w_v - x8 . w8_v|  =  |x . ew_v + ex . w8_v|  <=  |x| |ew_v| + |ex| |w8_v|        (Cauchy-Schwarz)
+
+The sum over 8-bit products is exact integer arithmetic, so the bound is a true one: a token whose upper bound lies below
+another's lower bound cannot win. The few that remain are compared in float32, and the winner is that of the full product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kosmos_lit.decoder import Decoder
+
+LEAST_WEIGHTS = 1 << 22
+"""A smaller V x D stays in the CPU's cache; nothing is gained there."""
+SLACK = 1e-4
+"""Added to the bounds, relative to them: float32 rounding of scales and norms, some 1e-6."""
+_CHUNK = 4096
+
+
+class Screen(NamedTuple):
+    """The output matrix in 8 bits, one scale a row."""
+
+    rows: Tensor
+    """(V, D) int8."""
+    scales: Tensor
+    """(V,) float32: row v stands for `scales[v] * rows[v]`."""
+    errors: Tensor
+    """(V,) length of what row v leaves out."""
+    norms: Tensor
+    """(V,) length of the row that it stands for."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Screen:
+        """Round a (V, D) float32 matrix."""
+        parts = []
+        for w in torch.split(weight.detach(), _CHUNK):
+            scale = w.abs().amax(1).clamp(min=1e-20) / 127
+            rows = (w / scale[:, None]).round_()
+            stood_for = rows * scale[:, None]
+            parts.append((rows.to(torch.int8), scale, (w - stood_for).norm(dim=1), stood_for.norm(dim=1)))
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return approximate logits (B, V) of hidden states (B, D), and how far off each is at most."""
+        scale = x.abs().amax(1, keepdim=True).clamp(min=1e-20) / 127  # (B, 1)
+        x8 = (x / scale).round_()
+        about = torch._int_mm(x8.to(torch.int8), self.rows.t()) * (scale * self.scales)
+        off = x.norm(dim=1, keepdim=True) * self.errors + (x - x8 * scale).norm(dim=1, keepdim=True) * self.norms
+        return about, off * (1 + SLACK) + SLACK * SLACK
+
+
+class Head:
+    """The tied output matrix of a decoder."""
+
+    def __init__(self, decoder: Decoder, forbidden: Tensor) -> None:
+        """Take the (n,) ids that `likeliest` passes over."""
+        self._decoder, self._forbidden = decoder, forbidden
+        self._screen = _screen_of(decoder)
+        self.vocab_size = decoder.embed_tokens.num_embeddings
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map (..., D) to (..., V) in float32."""
+        return self._decoder.logits(hidden).float()
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """Return the id (B,) of the highest allowed logit after each of (B, D)."""
+        if self._screen is not None:
+            return self._screened(hidden, self._screen)
+        logits = self.logits(hidden)
+        logits[:, self._forbidden] = float("-inf")
+        return logits.argmax(-1)
+
+    def _screened(self, hidden: Tensor, screen: Screen) -> Tensor:
+        about, off = screen.bounds(hidden)
+        about[:, self._forbidden] = float("-inf")
+        at_least = (about - off).amax(1, keepdim=True)
+        row, ids = (about.add_(off) >= at_least).nonzero(as_tuple=True)  # by row, then by id
+        exact = (self._decoder.embed_tokens.weight[ids] * hidden[row]).sum(-1)
+        best = exact.new_full((len(hidden),), float("-inf")).scatter_reduce(0, row, exact, "amax")
+        first = torch.where(exact == best[row], ids, about.shape[1])  # of equals the first, as argmax has it
+        return ids.new_full((len(hidden),), about.shape[1]).scatter_reduce(0, row, first, "amin")
+
+
+_screens: WeakKeyDictionary[Decoder, tuple[tuple[int, int, float], Screen]] = WeakKeyDictionary()
+
+
+def _screen_of(decoder: Decoder) -> Screen | None:
+    """Return the screen of a decoder's present weights, kept between calls; None where it would not pay.
+
+    It pays on CPUs that multiply 8-bit integers in one instruction; among x86 ones that goes with AVX-512.
+    """
+    weight = decoder.embed_tokens.weight
+    pays = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= LEAST_WEIGHTS
+    if not pays or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    # The sum notices what was written past autograd's version counter.
+    state = (weight.data_ptr(), weight._version, float(weight.detach().sum()))
+    kept = _screens.get(decoder)
+    if kept is None or kept[0] != state:
+        kept = _screens[decoder] = (state, Screen.of(weight))
+    return kept[1]
