@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,12 @@ class Prompt:
     """(T,) ids, from <s> on, pictures written out."""
     slots: Ids
     """(n,) first slot of each picture."""
+
+    @classmethod
+    def of(cls, ids: Ids, tokenizer: Tokenizer, n_latents: int) -> Prompt:
+        """Return stored ids, without <s> and with one marker per picture, as a prompt."""
+        tokens, _, slots = expand_images(np.concatenate([[BOS], ids]), tokenizer.special, n_latents)
+        return cls(tokens, slots)
 
 
 def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int) -> Prompt:
