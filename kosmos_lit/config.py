@@ -182,6 +182,8 @@ class KosmosConfig(_Config):
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    lora: LoraConfig | None = None
+    """Low-rank adapters, which alone train then; None: none."""
 
     def __post_init__(self) -> None:
         dim, heads = self.decoder.dim, self.connector.n_heads
@@ -196,12 +198,13 @@ class KosmosConfig(_Config):
         skip = {"pretrained", "trainable", "init", "attention_kernel", "loss_chunk"}
         if self.decoder.positions != "learned":
             skip.add("max_seq_len")
-        return {
+        found = {
             f"{name}.{f.name}": getattr(table, f.name)
             for name, table in tables.items()
             for f in fields(table)
             if f.name not in skip and not f.name.endswith("_rate")
         }
+        return found | {"lora": None if self.lora is None else (self.lora.rank, self.lora.alpha, self.lora.targets)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +227,20 @@ class OptimizerConfig(_Config):
         self._check(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
         self._check(all(0 <= b < 1 for b in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         self._check(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(_Config):
+    """Low-rank adapters beside frozen matrices (arXiv 2106.09685): W x + alpha / rank B A x, B zero at first."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout_rate: float = 0.05
+    """Dropout on what an adapter reads."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    """Endings of the names of the matrices, in decoder and connector; `x_attn.q_proj` is the resampler's alone."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("rank", "alpha")
+        self._check_rates()
+        self._check(len(self.targets) > 0, "targets must name at least one matrix")

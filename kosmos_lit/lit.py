@@ -13,10 +13,11 @@ from torch import Tensor
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.config import KosmosConfig, OptimizerConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import encode_prompt, generate
+from kosmos_lit.generate import Prompt, encode_prompt, generate
 from kosmos_lit.metrics import CorpusLoss
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
+from kosmos_lit.start import freeze, start_from
 from kosmos_lit.tokens import Tokenizer
 
 _MASK = (1 << 63) - 1
@@ -45,6 +46,8 @@ class KosmosLit(L.LightningModule):
         kosmos: KosmosConfig = KosmosConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
         seed: int = 0,
+        init_from: str | None = None,
+        freeze: list[str] | None = None,
     ) -> None:
         """Take the configuration; the model is built in `configure_model`.
 
@@ -52,11 +55,15 @@ class KosmosLit(L.LightningModule):
             kosmos: The model.
             optimizer: AdamW and its schedule.
             seed: Seed of initial weights and dropout.
+            init_from: Checkpoint or imported folder whose weights training starts from; None: random weights. A run that
+                is resumed goes on from its own checkpoint.
+            freeze: Names of parameters that do not train, or of what they lie below: decoder.embed_tokens,
+                decoder.layers.[0-9].*, vision.
         """
         super().__init__()
         self.config = KosmosConfig.from_dict(kosmos)  # plain data when a checkpoint is loaded
         self.optimizer_config = OptimizerConfig.from_dict(optimizer)
-        self.seed = seed
+        self.seed, self.init_from, self.frozen = seed, init_from, list(freeze or ())
         # Plain data: a checkpoint must load without executing anything.
         whole = replace(self.config, vision=self.config.vision.resolved())
         self.save_hyperparameters({"kosmos": asdict(whole), "optimizer": asdict(self.optimizer_config), "seed": seed})
@@ -68,7 +75,20 @@ class KosmosLit(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
-            self.net = Kosmos.create(self.config, self.seed)
+            self.net = self._new_model()
+            freeze(self.net, self.frozen)
+
+    def _new_model(self) -> Kosmos:
+        if self.init_from is None or (self._trainer is not None and self._trainer.ckpt_path):
+            return Kosmos.create(self.config, self.seed)
+        model = start_from(self.init_from, self.config, self.seed)
+        own = model.tokenizer
+        if self._trainer is not None and own is not None and own.fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"model.init_from: {self.init_from} was trained with tokenizer {own.fingerprint}, but the data's is "
+                f"{self.tokenizer.fingerprint}: give data.tokenizer.path the tokenizer that belongs to those weights"
+            )
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -189,6 +209,8 @@ class KosmosLit(L.LightningModule):
             encode_prompt(text, n, tokenizer, n_latents)
             for text, n in zip(batch.prompts, batch.n_images, strict=True)
         ]
+        if batch.tokens is not None:
+            prompts = [Prompt.of(ids, tokenizer, n_latents) for ids in batch.tokens]
         written = generate(
             self.net, prompts, batch.images, tokenizer, max_new_tokens=max_new_tokens, n_beams=n_beams
         )
@@ -202,4 +224,19 @@ class KosmosLit(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the tokenizer into the checkpoint, so that it can be used on its own."""
+        checkpoint["trained"] = self._trained()
         checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.to_bytes()), dtype=torch.uint8)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises: UserError if training is to go on with other parameters than those that the optimizer's state is of."""
+        there, here = checkpoint.get("trained"), self._trained()
+        if self._trainer is None or not self.trainer.training or there is None or there == here:
+            return
+        changed = sorted(set(there) ^ set(here))
+        raise UserError(
+            f"the checkpoint's run trained {len(there)} parameters, this one {len(here)}, {changed[0]} for one differs: "
+            "resume with that run's model.freeze and vision.trainable, or start anew from its weights with model.init_from"
+        )
+
+    def _trained(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
