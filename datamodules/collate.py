@@ -41,7 +41,7 @@ class Pictures:
                 if self.n_read >= MIN_PICTURES and self.n_bad > self.max_bad_share * self.n_read:
                     raise UserError(
                         f"{self.n_bad} of {self.n_read} pictures cannot be decoded, more than max_bad_share "
-                        f"{self.max_bad_share:.1%}; the last one: {corpus.shards[image.shard]}, byte {image.offset}: {error}"
+                        f"{self.max_bad_share:.1%}; the last one: {corpus.image_file(image)}, byte {image.offset}: {error}"
                     ) from error
             except OSError as error:
                 raise UserError(f"row {row.number}: a picture cannot be read: {error}") from error

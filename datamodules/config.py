@@ -8,7 +8,7 @@ from typing import Literal
 from datamodules.sources import ReadOptions
 from kosmos_lit.errors import UserError
 
-Format = Literal["jsonl", "parquet", "img2dataset", "warc"]
+Format = Literal["jsonl", "parquet", "img2dataset", "warc", "instruct"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class CorpusConfig:
     """Folder of the index; made by `fit` if it is missing."""
     val_share: float = 0.01
     """Share of the documents kept for validation, drawn by document number."""
+    val_input: list[str] | None = None
+    """Patterns of files that are kept for validation as a whole; then `val_share` does not count."""
     max_bad_share: float = 0.1
     """A shard with more broken records, or a run with more undecodable pictures, than this stops."""
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -47,11 +49,12 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RatioConfig:
-    """Shares of the three corpora in positions; only their proportion counts. The default is the paper's batch."""
+    """Shares of the corpora in positions; only their proportion counts. The default is the paper's batch."""
 
     text: float = 5.0
     caption: float = 5.0
     interleaved: float = 2.0
+    instruct: float = 0.0
 
     def weights(self) -> tuple[float, ...]:
         """Return the weights in the order of `CORPORA`."""

@@ -9,6 +9,12 @@
     DIR/image_lengths.npy        (images) uint32: bytes
     DIR/image_positions.npy      (images) uint32: index of its marker among its document's tokens
 
+and for instruction data, whose prompts carry no loss and whose pictures are files of their own:
+
+    DIR/supervised.npy           (tokens) uint8: 1 where the model is to learn to say the token
+    DIR/image_path_offsets.npy   (images + 1) uint64: where each picture's path begins
+    DIR/image_paths.npy          uint8: the paths in UTF-8, relative to their shard's folder
+
 That is 24 bytes a document and 16 a picture beside the tokens. Pictures are read from the original shards, whose paths
 are kept relative to DIR.
 """
@@ -51,6 +57,8 @@ class StoredImage:
     offset: int
     length: int
     position: int
+    path: str = ""
+    """Its own file, relative to the shard's folder; empty: the shard holds it."""
 
 
 class IndexedCorpus:
@@ -76,6 +84,7 @@ class IndexedCorpus:
         self.records, self.image_places = self._map("records"), self._map("image_places")
         self.image_lengths, self.image_positions = self._map("image_lengths"), self._map("image_positions")
         self.n_documents = len(self.records)
+        self.extra = {column: self._map(column) for column in self.source.columns}
 
     def _map(self, column: str) -> npt.NDArray[Any]:
         path = self.folder / f"{column}.npy"
@@ -86,7 +95,7 @@ class IndexedCorpus:
 
     @property
     def packing(self) -> str:
-        """`split` or `whole`: how documents become rows."""
+        """`split`, `whole` or `intact`: how documents become rows."""
         return self.source.packing
 
     @cached_property
@@ -117,9 +126,36 @@ class IndexedCorpus:
         """Return a document's pictures in order."""
         start, end = (int(x) for x in self.image_offsets[document : document + 2])
         return [
-            StoredImage(*split_place(int(self.image_places[i])), int(self.image_lengths[i]), int(self.image_positions[i]))
+            StoredImage(
+                *split_place(int(self.image_places[i])), int(self.image_lengths[i]), int(self.image_positions[i]),
+                self._image_path(i),
+            )
             for i in range(start, end)
-        ]
+        ]  # fmt: skip
+
+    def _image_path(self, image: int) -> str:
+        if "image_paths" not in self.extra:
+            return ""
+        start, end = (int(x) for x in self.extra["image_path_offsets"][image : image + 2])
+        return self.extra["image_paths"][start:end].tobytes().decode("utf-8", "surrogateescape")
+
+    def document_supervised(self, document: int) -> npt.NDArray[np.bool_] | None:
+        """Return which of a document's tokens the model is to learn to say; None: all text."""
+        if "supervised" not in self.extra:
+            return None
+        start, end = self.token_offsets[document : document + 2]
+        return self.extra["supervised"][int(start) : int(end)].astype(np.bool_)
+
+    @cached_property
+    def n_answer_targets(self) -> npt.NDArray[np.int64] | None:
+        """Per document the supervised tokens, and one </s> behind each run of them; None: all text is supervised."""
+        if "supervised" not in self.extra:
+            return None
+        said = self.extra["supervised"].astype(np.bool_)
+        goes_on = np.append(said[1:], False)
+        goes_on[self.token_offsets[1:].astype(np.int64) - 1] = False
+        counts = said.astype(np.int64) + (said & ~goes_on)
+        return np.add.reduceat(counts, self.token_offsets[:-1].astype(np.int64))  # no document is empty
 
     def shard_and_name(self, document: int) -> tuple[str, str]:
         """Return the path of a document's shard, and its name there: a key, a URL, a line."""
@@ -135,7 +171,12 @@ class IndexedCorpus:
 
         Raises: OSError if its shard is gone or has changed.
         """
-        return self.source.image_bytes(self.shards[image.shard], image.offset, image.length)
+        return self.source.image_bytes(self.image_file(image), image.offset, image.length)
+
+    def image_file(self, image: StoredImage) -> Path:
+        """Return the file that holds a picture: its shard, or one of its own."""
+        shard = self.shards[image.shard]
+        return Path(os.path.normpath(shard.parent / image.path)) if image.path else shard
 
 
 def place(shard: int, at: int) -> int:

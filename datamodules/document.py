@@ -20,6 +20,8 @@ class ImageRef:
     shard: int
     offset: int
     length: int
+    path: str = ""
+    """The picture's own file, relative to the shard's folder; then `offset` is 0. Empty: the shard holds the picture."""
 
 
 Part = str | ImageRef
@@ -32,6 +34,8 @@ class Document:
     record: int
     """Where it stands in its shard, in the unit of its format: line or row number, byte offset."""
     parts: tuple[Part, ...]
+    supervised: tuple[bool, ...] | None = None
+    """Per part, whether the model is to learn to say it; None: every text."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The LightningDataModule that mixes text, caption and interleaved corpora: it wires the chain, nothing else."""
+"""The LightningDataModule that mixes text, caption, interleaved and instruct corpora: it wires the chain, nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
@@ -17,14 +16,15 @@ from datamodules.corpus import IndexedCorpus, read_manifest
 from datamodules.hashing import hash_key
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
 from datamodules.mixture import Mixture
-from datamodules.plan import make_plan, split_documents
+from datamodules.plan import make_plan, split_corpus
 from datamodules.prepare.files import matches
 from datamodules.prepare.index import check_same, describe, identify, prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
+from datamodules.questions import ask_captions, ask_examples
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
-from kosmos_lit.images import Fit, ImageError, decode
+from kosmos_lit.images import Fit
 from kosmos_lit.tokens import Tokenizer, has_tokenizer
 
 
@@ -35,7 +35,7 @@ class Batches(Protocol):
 
 
 class MixtureData(L.LightningDataModule):
-    """Rows of three corpora by ratio; the same rows on any number of ranks and workers, from any row on."""
+    """Rows of the corpora by ratio; the same rows on any number of ranks and workers, from any row on."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class MixtureData(L.LightningDataModule):
         prepare_workers: int = 1,
         seed: int = 0,
         prompt: str = "An image of",
+        instruct: CorpusConfig | None = None,
     ) -> None:
         """Take the corpora and how to mix them.
 
@@ -75,13 +76,14 @@ class MixtureData(L.LightningDataModule):
             prepare_workers: Processes that make indexes.
             seed: Seed of packing and order.
             prompt: What `predict` asks about the held-out captions' pictures.
+            instruct: Prompts with completions, and conversations; loss on the completions and answers alone.
         """
         super().__init__()
         self.prepare_data_per_node = False
         self.tokenizer_config = tokenizer
         self.ratio = ratio
         self.mixture = Mixture(self.ratio.weights())
-        given = {"text": text, "caption": caption, "interleaved": interleaved}
+        given = {"text": text, "caption": caption, "interleaved": interleaved, "instruct": instruct}
         self.configs: dict[str, CorpusConfig] = {}
         for name, weight in zip(CORPORA, self.ratio.weights(), strict=True):
             config = given[name]
@@ -106,14 +108,14 @@ class MixtureData(L.LightningDataModule):
         """Make the tokenizer and the indexes that are missing."""
         c = self.tokenizer_config
         if not has_tokenizer(c.path) and c.vocab_size:
-            inputs = c.input or [pattern for config in self.configs.values() for pattern in config.input]
+            inputs = c.input or [p for n, config in self.configs.items() if n != "instruct" for p in config.input]
             rank_zero_info(f"training a tokenizer of {c.vocab_size} pieces in {c.path}")
             train_tokenizer(inputs, c.vocab_size, Path(c.path))
         for config in self.configs.values():
             if read_manifest(Path(config.index)) is None:
                 corpus = prepare_corpus(
                     format=config.format,
-                    inputs=config.input,
+                    inputs=[*config.input, *(config.val_input or ())],
                     tokenizer=Path(c.path),
                     output=Path(config.index),
                     options=config.read,
@@ -137,15 +139,26 @@ class MixtureData(L.LightningDataModule):
             )
         self.corpora = {name: IndexedCorpus(c.index, self.tokenizer) for name, c in self.configs.items()}
         for config in self.configs.values():
-            folder, files = Path(config.index), matches(config.input)  # an index may be used where its raw text is not
+            folder = Path(config.index)
+            files = matches([*config.input, *(config.val_input or ())])  # an index may be used where its raw text is not
             check_same(folder, identify(config.format, self.tokenizer, config.read, files, folder), shards=bool(files))
-        splits = {n: split_documents(c.n_documents, self.configs[n].val_share) for n, c in self.corpora.items()}
+        splits = {
+            n: split_corpus(c, self.configs[n].val_share, self.configs[n].val_input) for n, c in self.corpora.items()
+        }
         self.train_plans, self.val_plans = {}, {}
         for name, (train, val) in splits.items():
             self.train_plans[name] = make_plan(self.corpora[name], train, self.seq_len, self.n_latents, self.seed)
             if len(val):
                 self.val_plans[name] = make_plan(self.corpora[name], val, self.seq_len, self.n_latents, 0)
         self.val_documents = {name: val for name, (_, val) in splits.items()}
+        for name, plans in (("train", self.train_plans), ("val", self.val_plans)):
+            for corpus, plan in plans.items():
+                if len(plan.too_long):
+                    shard, first = self.corpora[corpus].shard_and_name(int(plan.too_long[0]))
+                    rank_zero_info(
+                        f"{corpus}: {len(plan.too_long)} {name} examples are longer than {self.seq_len} positions and left "
+                        f"out; the first: {shard}, {first}. Raise data.seq_len to keep them"
+                    )
 
     def setup(self, stage: str) -> None:
         self.open()
@@ -226,28 +239,23 @@ class MixtureData(L.LightningDataModule):
         return self._finite(None)
 
     def predict_dataloader(self) -> Batches:
-        """Yield questions about the pictures of held-out caption pairs."""
-        corpus, documents = self.corpora.get("caption"), self.val_documents.get("caption", np.empty(0))
-        if corpus is None or not len(documents):
-            raise UserError("predict asks about held-out caption pairs, but there are none")
-        batches = (self._questions(corpus, documents[i : i + 16].tolist()) for i in range(0, min(len(documents), 256), 16))
-        return Questions([batch for batch in batches if batch])
+        """Yield questions about the pictures of held-out caption pairs, and the prompts of held-out examples."""
+        if not any(len(self.val_documents.get(name, ())) for name in ("caption", "instruct")):
+            raise UserError("predict asks about held-out caption pairs and examples, but there are none")
+        return Questions([*self.caption_questions(), *self.instruct_questions()])
 
-    def _questions(self, corpus: IndexedCorpus, documents: list[int]) -> PromptBatch | None:
-        images, answers = [], []
-        for document in documents:
-            try:
-                data = corpus.image_bytes(corpus.document_images(document)[0])
-                images.append(torch.from_numpy(decode(data, self.image_size, "square")))
-            except ImageError:
-                continue
-            answers.append(self.tokenizer.decode(corpus.document_tokens(document).tolist()))
-        if not answers:
-            return None
-        n = len(answers)
-        return PromptBatch(
-            prompts=[self.prompt] * n, images=torch.stack(images), n_images=[1] * n, answers=answers, tasks=["caption"] * n
-        )
+    def caption_questions(self) -> Iterator[PromptBatch]:
+        """Yield questions about held-out captions' pictures, if there are any."""
+        if "caption" in self.corpora:
+            yield from ask_captions(
+                self.corpora["caption"], self.val_documents["caption"], self.tokenizer, self.image_size, self.prompt
+            )
+
+    def instruct_questions(self) -> Iterator[PromptBatch]:
+        """Yield the prompts of held-out examples, if there are any."""
+        if "instruct" in self.corpora:
+            documents = self.val_documents["instruct"]
+            yield from ask_examples(self.corpora["instruct"], documents, self._rendering(), self.seq_len)
 
     def _finite(self, most_rows: int | None) -> FiniteLoader:
         stream, n_rows = self._val_stream(most_rows)
@@ -291,11 +299,14 @@ class MixtureData(L.LightningDataModule):
         """Return what the stream is a function of, as plain data."""
         names = ("seed", "seq_len", "n_latents", "image_size", "image_fit")
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
-        found["ratio"] = list(self.ratio.weights())
+        weights = list(self.ratio.weights())
+        found["ratio"] = weights if self.ratio.instruct else weights[:3]  # as before there was a fourth corpus
         found["tokenizer"] = self.tokenizer.fingerprint
         for name, corpus in self.corpora.items():
             assert corpus.manifest is not None
             found[name] = [corpus.manifest[k] for k in ("documents", "tokens", "images")]
             found[f"{name}.shards"] = f"{hash_key(json.dumps(corpus.manifest['shards_key'])):016x}"
             found[f"{name}.val_share"] = self.configs[name].val_share
+            if self.configs[name].val_input is not None:
+                found[f"{name}.val_documents"] = len(self.val_documents[name])
         return found

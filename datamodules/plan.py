@@ -16,13 +16,17 @@ is small: they do not see each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.corpus import IndexedCorpus
+from datamodules.corpus import PLACE_BITS, IndexedCorpus
 from datamodules.hashing import hash_key, hash_numbers, permutation
+from datamodules.prepare.files import matches
 from kosmos_lit.errors import UserError
 
 WINDOW = 4096
@@ -46,6 +50,10 @@ class Plan:
     n_images: Array
     """Per piece: its pictures."""
     n_latents: int
+    n_answer_targets: Array | None = None
+    """Per piece: its supervised tokens, where they are not all its text."""
+    too_long: Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Documents that are left out, as they must not be cut and are longer than a row."""
 
     @property
     def n_rows(self) -> int:
@@ -59,7 +67,8 @@ class Plan:
     @property
     def row_targets(self) -> Array:
         """Per row: its supervised tokens."""
-        return np.add.reduceat(self.end - self.start - self.n_images, self.row_starts[:-1])
+        supervised = self.end - self.start - self.n_images if self.n_answer_targets is None else self.n_answer_targets
+        return np.add.reduceat(supervised, self.row_starts[:-1])
 
     @property
     def row_positions(self) -> Array:
@@ -83,6 +92,25 @@ def split_documents(n_documents: int, val_share: float) -> tuple[Array, Array]:
     return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
+def split_corpus(corpus: IndexedCorpus, val_share: float, val_input: Sequence[str] | None) -> tuple[Array, Array]:
+    """Return the documents of training and of validation: those of the files that `val_input` names, or a share of all.
+
+    Raises: UserError if `val_input` names none of the corpus's files.
+    """
+    if val_input is None:
+        return split_documents(corpus.n_documents, val_share)
+    named = {path.resolve() for path in matches(val_input)}
+    patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in val_input]
+    held_out = [
+        path.resolve() in named or any(fnmatch(os.path.abspath(path), pattern) for pattern in patterns)
+        for path in corpus.shards
+    ]
+    if not any(held_out):
+        raise UserError(f"{corpus.folder}: val_input {list(val_input)} names none of the files that were prepared")
+    is_val = np.array(held_out)[(corpus.records >> np.uint64(PLACE_BITS)).astype(np.int64)]
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+
+
 def make_plan(corpus: IndexedCorpus, documents: Array, seq_len: int, n_latents: int, seed: int) -> Plan:
     """Pack `documents` of a corpus, in an order drawn by `seed`, into rows of `seq_len` positions.
 
@@ -95,6 +123,8 @@ def make_plan(corpus: IndexedCorpus, documents: Array, seq_len: int, n_latents: 
     n_images = np.diff(corpus.image_offsets)[order].astype(np.int64)
     if n_images.any() and seq_len < n_latents + 4:
         raise UserError(f"seq_len {seq_len} has no room for a picture of {n_latents} latents; it needs {n_latents + 4}")
+    if corpus.packing == "intact":
+        return _pack_intact(corpus, order, n_tokens + 1, n_images, seq_len, n_latents)
     if corpus.packing == "split" and not n_images.any():
         return _pack_split(order, n_tokens + 1, seq_len, n_latents)
     return _pack_whole(corpus, order, n_tokens + 1, n_images, seq_len, n_latents)
@@ -126,6 +156,24 @@ def _pack_whole(
     row_starts = np.searchsorted(row[by_row], np.arange(row.max() + 2))
     document_of, start_of, end_of, images_of = columns[:, by_row]
     return Plan(row_starts, document_of, start_of, end_of, images_of, n_latents)
+
+
+def _pack_intact(
+    corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array, seq_len: int, n_latents: int
+) -> Plan:
+    """Leave out the documents that are longer than a row, and fill rows with the others by best fit."""
+    widths = n_targets + (n_latents + 1) * n_images
+    fits = widths <= seq_len
+    if not fits.any():
+        raise UserError(
+            f"{corpus.folder}: none of {len(order)} examples fits a row of {seq_len} positions, the shortest has "
+            f"{widths.min()}; raise seq_len"
+        )
+    plan = _pack_whole(corpus, order[fits], n_targets[fits], n_images[fits], seq_len, n_latents)
+    counts = corpus.n_answer_targets
+    return replace(
+        plan, too_long=np.sort(order[~fits]), n_answer_targets=None if counts is None else counts[plan.document]
+    )
 
 
 def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:

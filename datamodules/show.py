@@ -24,7 +24,7 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
         documents.append({"source": shard, "id": name, "tokens": [placed.start, placed.end]})
     for image in row.images:
         digest = hashlib.sha256(corpus.image_bytes(image)).hexdigest()
-        place = {"shard": str(corpus.shards[image.shard]), "offset": image.offset, "length": image.length}
+        place = {"shard": str(corpus.image_file(image)), "offset": image.offset, "length": image.length}
         images.append(place | {"sha256": digest})
     return {
         "row": row.number,
@@ -55,7 +55,7 @@ def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer) -> str:
             id_ = int(row.tokens[at])
             if at in first_slots:
                 place = row.images[image]
-                text += f" at {place.offset} + {place.length} in {corpus.shards[place.shard].name}"
+                text += f" at {place.offset} + {place.length} in {corpus.image_file(place).name}"
                 image += 1
             elif id_ == tokenizer.special.line_end:
                 text += "\n  "

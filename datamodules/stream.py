@@ -146,7 +146,8 @@ class Stream:
         slots: list[int] = []
         position = 0
         for document, start, end in self.plans[name].pieces(at):
-            read, wanted, first_slots = render(corpus.document_tokens(document), start, end, self.special, n_latents)
+            stored, answers = corpus.document_tokens(document), corpus.document_supervised(document)
+            read, wanted, first_slots = render(stored, start, end, self.special, n_latents, answers)
             stop = position + len(read)
             tokens[position:stop], targets[position:stop] = read, wanted
             slots += (first_slots + position).tolist()
@@ -161,15 +162,24 @@ class Stream:
         )  # fmt: skip
 
 
-def render(stored: Ids, start: int, end: int, special: SpecialTokens, n_latents: int) -> tuple[Ids, Ids, Ids]:
+def render(
+    stored: Ids, start: int, end: int, special: SpecialTokens, n_latents: int, answers: npt.NDArray[np.bool_] | None = None
+) -> tuple[Ids, Ids, Ids]:
     """Write out piece [start, end) of a document's targets as the model reads it (see `plan`).
 
-    Loss is on text only: neither <image>, nor slots, nor </image> is ever a target (released caption loader).
+    Loss is on text only: neither <image>, nor slots, nor </image> is ever a target (released caption loader). With
+    `answers`, which of the tokens are to be learnt, it is on those, and </s> is the target behind each run of them: where
+    a conversation goes on, the input does so without a </s>, and what comes next is given.
 
     Returns: input ids, targets, and each picture's first slot.
     """
     inputs = np.concatenate([[BOS], stored[start : end - 1]])
-    wanted = np.append(stored, EOS)[start:end]
+    wanted = np.append(stored, EOS)
+    if answers is not None:
+        says = np.append(answers, answers[-1:])
+        ends = np.append(False, says[:-1] & ~says[1:])
+        wanted = np.where(says, wanted, np.where(ends, EOS, IGNORE))
+    wanted = wanted[start:end]
     tokens, last, slots = expand_images(inputs, special, n_latents)
     targets = np.full(len(tokens), IGNORE, dtype=np.int64)
     targets[last] = np.where(wanted == special.image, IGNORE, wanted)

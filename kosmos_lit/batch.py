@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-CORPORA = ("text", "caption", "interleaved")
+CORPORA = ("text", "caption", "interleaved", "instruct")
 """The kinds of corpora, in the order of `KosmosBatch.corpus`."""
 
 
@@ -78,6 +80,8 @@ class PromptBatch(_Movable):
     """B continuations that count as right."""
     tasks: Sequence[str]
     """B names of the tasks that the questions belong to."""
+    tokens: Sequence[NDArray[np.int64]] | None = None
+    """B prompts as ids without <s>, a picture being one <image>; None: `prompts` are encoded."""
 
 
 def find_slots(tokens: Tensor, image: int) -> Tensor:

@@ -210,6 +210,8 @@ class KosmosConfig(_Config):
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    lora: LoraConfig | None = None
+    """Low-rank adapters, which alone train then; None: none."""
 
     def __post_init__(self) -> None:
         dim, heads = self.decoder.dim, self.connector.n_heads
@@ -231,7 +233,8 @@ class KosmosConfig(_Config):
         if self.connector.kind not in ("resampler", "perceiver"):
             skip.add("connector.n_heads")
         values = {f"{name}.{f.name}": getattr(table, f.name) for name, table in tables.items() for f in fields(table)}
-        return {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
+        found = {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
+        return found | {"lora": None if self.lora is None else (self.lora.rank, self.lora.alpha, self.lora.targets)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +242,13 @@ class LossWeights(_Config):
     """What a supervised token of each corpus counts in the loss that is minimised; logged losses are not weighted.
 
     The step's loss is sum of weight times loss of a token / number of supervised tokens: the denominator counts every
-    token as one, so that a weight scales its own corpus and no other. AdamW makes nothing of a factor on all three.
+    token as one, so that a weight scales its own corpus and no other. AdamW makes nothing of a factor on all of them.
     """
 
     text: float = 1.0
     caption: float = 1.0
     interleaved: float = 1.0
+    instruct: float = 1.0
 
     def __post_init__(self) -> None:
         weights = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -273,3 +277,20 @@ class OptimizerConfig(_Config):
         self._check(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
         self._check(all(0 <= b < 1 for b in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         self._check(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(_Config):
+    """Low-rank adapters beside frozen matrices (arXiv 2106.09685): W x + alpha / rank B A x, B zero at first."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout_rate: float = 0.05
+    """Dropout on what an adapter reads."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    """Endings of the names of the matrices, in decoder and connector; `x_attn.q_proj` is the resampler's alone."""
+
+    def __post_init__(self) -> None:
+        self._check_positive("rank", "alpha")
+        self._check_rates()
+        self._check(len(self.targets) > 0, "targets must name at least one matrix")

@@ -62,7 +62,7 @@ def generate(
         else:
             draws = Draws(prompts, images, settings.seed) if settings.temperature > 0 else None
             written = write_lines(reading, head, rules, stops, draws)
-    text = rules.choices.text if rules.choices else lambda ids: stops.cut(tokenizer.decode(ids))
+    text = rules.choices.text if rules.choices else stops.cut
     return [Continuation(text(ids), tuple(ids), ended) for ids, ended in written]
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import GenerationConfig, encode_prompt, generate
+from kosmos_lit.generate import GenerationConfig, Prompt, encode_prompt, generate
 from kosmos_lit.metrics import CorpusLoss
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
+from kosmos_lit.start import freeze, start_from
 from kosmos_lit.tokens import Tokenizer
 
 _MASK = (1 << 63) - 1
@@ -47,6 +48,8 @@ class KosmosLit(L.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         loss_weights: LossWeights = LossWeights(),
         seed: int = 0,
+        init_from: str | None = None,
+        freeze: list[str] | None = None,
     ) -> None:
         """Take the configuration; the model is built in `configure_model`.
 
@@ -55,12 +58,16 @@ class KosmosLit(L.LightningModule):
             optimizer: AdamW and its schedule.
             loss_weights: What a token of each corpus counts in training.
             seed: Seed of initial weights and dropout.
+            init_from: Checkpoint or imported folder whose weights training starts from; None: random weights. A run that
+                is resumed goes on from its own checkpoint.
+            freeze: Names of parameters that do not train, or of what they lie below: decoder.embed_tokens,
+                decoder.layers.[0-9].*, vision.
         """
         super().__init__()
         self.config = KosmosConfig.from_dict(kosmos)  # plain data when a checkpoint is loaded
         self.optimizer_config = OptimizerConfig.from_dict(optimizer)
         self.loss_weights = LossWeights.from_dict(loss_weights)
-        self.seed = seed
+        self.seed, self.init_from, self.frozen = seed, init_from, list(freeze or ())
         # Plain data: a checkpoint must load without executing anything.
         whole = replace(self.config, vision=self.config.vision.resolved())
         tables = {"kosmos": whole, "optimizer": self.optimizer_config, "loss_weights": self.loss_weights}
@@ -73,7 +80,20 @@ class KosmosLit(L.LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
-            self.net = Kosmos.create(self.config, self.seed)
+            self.net = self._new_model()
+            freeze(self.net, self.frozen)
+
+    def _new_model(self) -> Kosmos:
+        if self.init_from is None or (self._trainer is not None and self._trainer.ckpt_path):
+            return Kosmos.create(self.config, self.seed)
+        model = start_from(self.init_from, self.config, self.seed)
+        own = model.tokenizer
+        if self._trainer is not None and own is not None and own.fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                f"model.init_from: {self.init_from} was trained with tokenizer {own.fingerprint}, but the data's is "
+                f"{self.tokenizer.fingerprint}: give data.tokenizer.path the tokenizer that belongs to those weights"
+            )
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -196,6 +216,8 @@ class KosmosLit(L.LightningModule):
             encode_prompt(text, n, tokenizer, n_latents)
             for text, n in zip(batch.prompts, batch.n_images, strict=True)
         ]
+        if batch.tokens is not None:
+            prompts = [Prompt.of(ids, tokenizer, n_latents) for ids in batch.tokens]
         return [written.text for written in generate(self.net, prompts, batch.images, tokenizer, settings)]
 
     def _log_loss(self, prefix: str) -> None:
@@ -206,4 +228,19 @@ class KosmosLit(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the tokenizer into the checkpoint, so that it can be used on its own."""
+        checkpoint["trained"] = self._trained()
         checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.to_bytes()), dtype=torch.uint8)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises: UserError if training is to go on with other parameters than those that the optimizer's state is of."""
+        there, here = checkpoint.get("trained"), self._trained()
+        if self._trainer is None or not self.trainer.training or there is None or there == here:
+            return
+        changed = sorted(set(there) ^ set(here))
+        raise UserError(
+            f"the checkpoint's run trained {len(there)} parameters, this one {len(here)}, {changed[0]} for one differs: "
+            "resume with that run's model.freeze and vision.trainable, or start anew from its weights with model.init_from"
+        )
+
+    def _trained(self) -> list[str]:
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.generation.results import Scored
 from kosmos_lit.images import ImageError, Picture
 from kosmos_lit.images import load as load_picture
+from kosmos_lit.layers.lora import add_lora
 from kosmos_lit.ops.losses import token_nll
 from kosmos_lit.ops.masks import DocumentMask, padded
 from kosmos_lit.tokens import PAD, Tokenizer
@@ -36,14 +38,19 @@ class Kosmos(nn.Module):
         self.vision = VisionTower(config.vision)
         self.connector = build_connector(config, self.vision.width)
         self.decoder = Decoder(config.decoder)
+        if config.lora is not None:
+            add_lora(self, config.lora)
 
     @classmethod
     def create(cls, config: KosmosConfig, seed: int = 0) -> Kosmos:
         """Return a new model whose random weights depend on `config` and `seed` alone."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = cls(config)
+            model = cls(replace(config, lora=None))
             model.init()
+            if config.lora is not None:
+                model.config = config
+                add_lora(model, config.lora)
         return model
 
     @classmethod

@@ -50,12 +50,20 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpora(raw: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, IndexedCorpus]:
-    """The three corpora of `raw`, by their names in CORPORA."""
+    """The three corpora of documents in `raw`, by their names in CORPORA."""
     folder = tmp_path_factory.mktemp("corpora")
     return {
         name: prepare_corpus(format=format_, inputs=[str(raw / p)], tokenizer=tokenizer_folder, output=folder / name)
         for name, (format_, p) in made.INPUTS.items()
     }
+
+
+@pytest.fixture(scope="session")
+def examples(raw: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> IndexedCorpus:
+    """The instruction data of `raw`."""
+    folder = tmp_path_factory.mktemp("examples") / "index"
+    inputs = [str(raw / "tuning/*.jsonl*")]
+    return prepare_corpus(format="instruct", inputs=inputs, tokenizer=tokenizer_folder, output=folder)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def prepare_corpus(
     """Index the shards that `inputs` match into `output`, or open the index if it is already there.
 
     Args:
-        format: `jsonl | parquet | img2dataset | warc`.
+        format: `jsonl | parquet | img2dataset | warc | instruct`.
         inputs: patterns of files.
         tokenizer: a tokenizer's folder.
         output: the index's folder.
@@ -132,10 +132,12 @@ def check_same(folder: Path, identity: dict[str, Any], *, shards: bool = True) -
     """
     manifest = read_manifest(folder)
     assert manifest is not None
+    # An index may be older than an option: then it was made with the option's default.
+    known = manifest | {"options": asdict(ReadOptions()) | manifest["options"]}
     wrong = [
         f"{key} is {manifest[key]!r} there, {identity[key]!r} here"
         for key in ("format", "tokenizer", "options")
-        if manifest[key] != identity[key]
+        if known[key] != identity[key]
     ]
     if shards and manifest["shards_key"] != _shards_key(identity["shards"]):
         there, here = ({(Path(s["path"]).name, s["bytes"]) for s in x["shards"]} for x in (manifest, identity))
@@ -172,12 +174,13 @@ def index_shard(task: Task, progress: Progress) -> None:
     source, pictures = SOURCES[task.format], None
     if source.needs_survey:
         pictures = np.load(_pictures_file(task.folder), mmap_mode="r")
-    columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("tokens", *COLUMNS)}
+    columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in ("tokens", *COLUMNS, *source.columns)}
     documents = source.documents(task.path, task.shard, task.options, tally, pictures)
     for batch in _batches(documents):
-        for document, ids in zip(batch, _encode(batch, tokenizer), strict=True):
+        for document, parts in zip(batch, _encode(batch, tokenizer), strict=True):
+            ids, said = np.concatenate(parts), document.supervised or ()
             markers = np.flatnonzero(ids == tokenizer.special.image)
-            if len(ids) == len(markers):
+            if len(ids) == len(markers) or any(says and not len(part) for part, says in zip(parts, said, strict=False)):
                 tally.leave("no text left after normalisation", document.record)
                 continue
             images = [part for part in document.parts if isinstance(part, ImageRef)]
@@ -189,9 +192,14 @@ def index_shard(task: Task, progress: Progress) -> None:
             columns["image_places"].append(np.array([place(i.shard, i.offset) for i in images], dtype=np.uint64))
             columns["image_lengths"].append(np.array([i.length for i in images]))
             columns["image_positions"].append(markers)
+            if source.columns:
+                paths = [os.fsencode(image.path) for image in images]
+                columns["supervised"].append(np.repeat(np.array(said), [len(part) for part in parts]))
+                columns["image_path_offsets"].append(np.array([len(path) for path in paths]))
+                columns["image_paths"].append(np.frombuffer(b"".join(paths), np.uint8))
         progress(len(batch))
     _check_share(task, tally)
-    dtypes = COLUMNS | {"tokens": token_dtype(tokenizer)}
+    dtypes = COLUMNS | {"tokens": token_dtype(tokenizer)} | dict(source.columns)
     with whole_folder(task.part) as folder:
         for name, arrays in columns.items():
             np.save(folder / f"{name}.npy", np.concatenate([np.empty(0), *arrays]).astype(dtypes[name]))
@@ -215,11 +223,12 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Ids]:
+def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[Ids]]:
+    """Yield the ids of each document's parts."""
     texts = iter(tokenizer.encode_all([p for d in batch for p in d.parts if isinstance(p, str)]))
     marker = np.array([tokenizer.special.image], dtype=np.int64)
     for document in batch:
-        yield np.concatenate([next(texts) if isinstance(part, str) else marker for part in document.parts])
+        yield [next(texts) if isinstance(part, str) else marker for part in document.parts]
 
 
 @lru_cache(maxsize=1)
@@ -255,7 +264,7 @@ def _join_surveys(output: Path, tasks: Sequence[Task]) -> Tally:
 
 def _join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], pictures: Tally) -> None:
     """Join the parts into the corpus's files, the manifest last, and remove the parts."""
-    for column in ("tokens", *COLUMNS):
+    for column in ("tokens", *COLUMNS, *SOURCES[identity["format"]].columns):
         parts = [np.load(t.part / f"{column}.npy", mmap_mode="r") for t in tasks]
         offsets = column.endswith("_offsets")
         total = sum(len(p) for p in parts) + offsets

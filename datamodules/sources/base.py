@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, Tally
+from kosmos_lit.errors import UserError
 
 SURVEY = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("verdict", "u1")])
 """One picture that a crawl holds: hash of its URL, where its record lies, and an index into `VERDICTS`."""
+TURN_TEMPLATE = "Question: {user} Answer: {assistant}"
+"""The prompt of the paper's evaluations; its instruction tuning's own template is not known."""
 VERDICTS = ("usable", "picture too small", "picture of one colour", "broken picture", "not a raster picture")
 
 
@@ -34,6 +37,13 @@ class ReadOptions:
     """WARC: share of pages with exactly one picture that is kept, by a seeded draw per page."""
     seed: int = 0
     """Seed of that draw."""
+    turn_template: str = TURN_TEMPLATE
+    """instruct: one turn of a conversation; what stands before {assistant} is the prompt, the answer ends the turn."""
+
+    def __post_init__(self) -> None:
+        before, _, behind = self.turn_template.partition("{assistant}")
+        if before.count("{user}") != 1 or behind or not self.turn_template.endswith("{assistant}"):
+            raise UserError(f"turn_template must hold {{user}} once and end with {{assistant}}, got {self.turn_template!r}")
 
 
 class Source(ABC):
@@ -41,7 +51,10 @@ class Source(ABC):
 
     format: ClassVar[str]
     packing: ClassVar[str] = "whole"
-    """`split`: documents follow one another and are cut where a row ends; `whole`: they are kept in one piece."""
+    """`split`: documents follow one another and are cut where a row ends; `whole`: they are kept in one piece if they fit a
+    row; `intact`: those that do not are left out."""
+    columns: ClassVar[Mapping[str, str]] = {}
+    """What an index of this format has beside the usual columns, with dtypes (see `corpus`)."""
     needs_survey: ClassVar[bool] = False
     """Whether all shards' pictures must be listed before documents can be read."""
 

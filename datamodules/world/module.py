@@ -12,8 +12,10 @@ from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.hashing import hash_key
 from datamodules.loader import Questions
 from datamodules.module import Batches, MixtureData
+from datamodules.sources import ReadOptions
 from datamodules.world.language import PROMPT, canonical
 from datamodules.world.scene import Rules, Scene, held_out_scenes, paint
+from datamodules.world.task import TaskConfig, write_task
 from datamodules.world.write import WorldConfig, encode_jpeg, write_world
 from kosmos_lit.batch import PromptBatch
 from kosmos_lit.images import decode
@@ -31,6 +33,8 @@ class WorldData(MixtureData):
         world: WorldConfig,
         vocab_size: int = 512,
         val_share: float = 0.02,
+        task: TaskConfig | None = None,
+        turn_template: str = "{user} {assistant}",
         **options: Any,
     ) -> None:
         """Take the world's size; everything else is as in MixtureData, but for tokenizer and corpora.
@@ -39,9 +43,16 @@ class WorldData(MixtureData):
             world: How much is drawn, and where.
             vocab_size: SentencePiece pieces of the world's tokenizer.
             val_share: Share of the documents kept for validation.
+            task: Examples of a new task, drawn as instruction data; None: none.
+            turn_template: How the task's questions and answers are written; the world's alphabet has no colon.
             **options: Those of MixtureData.
         """
-        self.world = world
+        self.world, self.task = world, task
+        if task is not None:
+            options["instruct"] = CorpusConfig(
+                format="instruct", input=[f"{task.path}/train.jsonl"], val_input=[f"{task.path}/val.jsonl"],
+                index=f"{task.path}/index", read=ReadOptions(turn_template=turn_template),
+            )  # fmt: skip
         folder = Path(world.path)
 
         def corpus(format_: Any, files: str, index: str) -> CorpusConfig:
@@ -58,6 +69,8 @@ class WorldData(MixtureData):
     def prepare_data(self) -> None:
         """Draw the world if it is missing, then prepare it."""
         write_world(self.world)
+        if self.task is not None:
+            write_task(self.task, self.world)
         super().prepare_data()
 
     def predict_dataloader(self) -> Batches:
@@ -68,7 +81,7 @@ class WorldData(MixtureData):
         for kind, most in QUESTIONS.items():
             scenes = held_out_scenes(random, rules, kind, most)
             batches += [self._ask(scenes[i : i + BATCH], random) for i in range(0, len(scenes), BATCH)]
-        return Questions(batches)
+        return Questions([*batches, *self.instruct_questions()])
 
     def _ask(self, scenes: list[Scene], random: Random) -> PromptBatch:
         pictures = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]

@@ -139,7 +139,7 @@ class KosmosCLI(LightningCLI):
                     f"{folder} holds checkpoints of an earlier run: resume it with --ckpt_path last, choose another "
                     "--trainer.default_root_dir, or delete it"
                 )
-        elif path is None and verb != "fit":
+        elif path is None and verb != "fit" and not config.model.init_from:
             print(f"{verb}: no --ckpt_path is given, so the model is an untrained one")
         if path:
             wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])

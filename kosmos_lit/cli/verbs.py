@@ -59,6 +59,7 @@ def prepare_parser() -> argparse.ArgumentParser:
     corpus.add_argument(
         "--keep-single-image", type=float, default=o.keep_single_image, help="warc: share of one-picture pages kept"
     )
+    corpus.add_argument("--turn-template", default=o.turn_template, help="instruct: one turn of a conversation")
     corpus.add_argument("--seed", type=int, default=o.seed, help="warc: seed of the draw among one-picture pages")
     return parser
 
@@ -76,7 +77,7 @@ def prepare(arguments: list[str]) -> None:
         return
     options = ReadOptions(
         text_field=a.text_field, min_image_side=a.min_image_side, max_images=a.max_images,
-        keep_single_image=a.keep_single_image, seed=a.seed,
+        keep_single_image=a.keep_single_image, seed=a.seed, turn_template=a.turn_template,
     )  # fmt: skip
     done = prepare_corpus(
         format=a.format, inputs=a.input, tokenizer=a.tokenizer, output=a.output, options=options, workers=a.workers,

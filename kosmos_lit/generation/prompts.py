@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +26,19 @@ class Prompt:
     slots: Ids
     """(n,) first slot of each picture."""
 
+    @classmethod
+    def of(cls, ids: Ids, tokenizer: Tokenizer, n_latents: int) -> Prompt:
+        """Return stored ids, without <s> and with one marker per picture, as a prompt."""
+        tokens, _, slots = expand_images(np.concatenate([[BOS], ids]), tokenizer.special, n_latents)
+        return cls(tokens, slots)
+
 
 def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int) -> Prompt:
     """Return a prompt as training rows have it: <s>, then text and pictures in order.
 
     Args:
-        text: `<image>` marks where the next picture stands; pictures beyond the marks come before the text.
+        text: `<image>` marks where the next picture stands; pictures beyond the marks come before the text. Names of the
+            tokenizer's extra control tokens, such as <grounding>, stand for these.
         n_images: pictures at hand.
         tokenizer: the model's.
         n_latents: slots per picture.
@@ -40,13 +48,12 @@ def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int
     pieces = text.split(IMAGE_MARK)
     if len(pieces) - 1 > n_images:
         raise UserError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks, but {n_images} pictures are given")
-    special = tokenizer.special
-    ids: list[int] = [BOS, *[special.image] * (n_images - len(pieces) + 1)]
+    image = tokenizer.special.image
+    ids = [image] * (n_images - len(pieces) + 1)
     for i, piece in enumerate(pieces):
-        ids += [special.image] if i else []
-        ids += tokenizer.encode(piece.strip()).tolist() if piece.strip() else []
-    tokens, _, slots = expand_images(torch.tensor(ids).numpy(), special, n_latents)
-    return Prompt(tokens, slots)
+        ids += [image] if i else []
+        ids += tokenizer.encode_marked(piece.strip()).tolist() if piece.strip() else []
+    return Prompt.of(np.array(ids, dtype=np.int64), tokenizer, n_latents)
 
 
 def pad_left(prompts: Sequence[Prompt], n_images: int, n_latents: int, special: SpecialTokens) -> tuple[Tensor, Tensor]:

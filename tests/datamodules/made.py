@@ -31,8 +31,8 @@ INPUTS = {
     "caption": ("img2dataset", "pairs/*.tar"),
     "interleaved": ("warc", "pages/*.warc*"),
 }
-"""Format and pattern of each corpus in the folder that `write_raw` fills."""
-N_TEXTS, N_PAIRS, N_PAGES = 17 + 13 + 11, 23 + 19, 11 + 7
+"""Format and pattern of each corpus in the folder that `write_raw` fills, but for the examples of instruction data."""
+N_TEXTS, N_PAIRS, N_PAGES, N_EXAMPLES = 17 + 13 + 11, 23 + 19, 11 + 7, 19 + 13
 SITE = "https://pages.example"
 SUBJECTS = ("the cat", "a dog", "my uncle", "the moon", "one horse", "our ship", "a small bird", "the old king")
 VERBS = ("sees", "likes", "draws", "follows", "forgets", "finds", "carries")
@@ -183,6 +183,32 @@ def crawl(n: int, first: int) -> list[Record]:
     return records
 
 
+def examples(n: int, first: int) -> list[dict[str, object]]:
+    """Records of instruction data in turn: a completion, a conversation of text, one of two turns and two pictures."""
+    records: list[dict[str, object]] = []
+    for number in range(first, first + n):
+        asked, said, more, again = sentences(4, 1000 + number)
+        names = [f"p/{number}-{j}.png" for j in range(number % 3)]
+        turns = [("user", asked), ("assistant", said), ("user", f"<image> <image> {more}"), ("assistant", again)]
+        talk = [{"role": role, "content": text} for role, text in turns]
+        match number % 3:
+            case 0:
+                records.append({"prompt": asked, "completion": said})
+            case 1:
+                records.append({"images": names, "messages": talk[:2]})
+            case 2:
+                records.append({"images": names, "messages": talk})
+    return records
+
+
+def write_examples(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """One record a line, and the pictures that `images` names beside the file."""
+    write_lines(path, [json.dumps(record).encode() for record in records])
+    for i, name in enumerate(name for record in records for name in record.get("images", ())):  # type: ignore[attr-defined]
+        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / name).write_bytes(png(300 + i))
+
+
 def write_raw(folder: Path) -> None:
     write_jsonl(folder / "text/a.jsonl", texts(17, 1))
     write_jsonl(folder / "text/b.jsonl.gz", texts(13, 2))
@@ -192,6 +218,8 @@ def write_raw(folder: Path) -> None:
     write_tar(folder / "pairs/00001.tar", pairs(19, 23))
     write_warc(folder / "pages/a.warc.gz", crawl(11, 0))
     write_warc(folder / "pages/b.warc", crawl(7, 11))
+    write_examples(folder / "tuning/a.jsonl", examples(19, 0))
+    write_examples(folder / "tuning/b.jsonl.gz", examples(13, 19))
 
 
 # ---- streams

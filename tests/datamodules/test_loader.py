@@ -4,7 +4,6 @@ import pytest
 
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
 from datamodules.stream import InOrder, Stream
-from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import IGNORE
 from tests.datamodules import made
 
@@ -19,7 +18,7 @@ def stream(corpora, tokenizer):
 @pytest.fixture(scope="module")
 def held_out(stream):
     """A finite stream: every row of each plan once."""
-    schedule = InOrder([stream.plans[n].n_rows for n in CORPORA])
+    schedule = InOrder([stream.plans[n].n_rows for n in made.INPUTS])
     return Stream(stream.corpora, stream.plans, schedule, stream.special, 101, 7, shuffle=False), schedule.n_rows
 
 

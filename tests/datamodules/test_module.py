@@ -6,7 +6,6 @@ import pytest
 from datamodules import MixtureData
 from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
 from datamodules.sources import ReadOptions
-from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import ImageError
 from kosmos_lit.tokens import IGNORE
@@ -135,7 +134,7 @@ def test_validation_is_the_same_for_every_seed(build):
 def test_validation_takes_at_most_the_rows_asked_of_each_corpus(build):
     data = ready(build)
     corpora = [c for batch in data.val_dataloader() for c in batch.corpus.tolist() if c >= 0]
-    there = [data.val_plans[name].n_rows for name in CORPORA]
+    there = [data.val_plans[name].n_rows for name in made.INPUTS]
     assert corpora == [c for c, n_rows in enumerate(there) for _ in range(min(2, n_rows))]
 
 
@@ -189,7 +188,7 @@ def test_pictures_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch)
         raise ImageError("picture cannot be decoded")
 
     data = ready(build)
-    monkeypatch.setattr("datamodules.module.decode", broken)
+    monkeypatch.setattr("datamodules.questions.decode", broken)
     assert list(data.predict_dataloader()) == []
 
 

@@ -15,7 +15,7 @@ def stream(corpora, tokenizer):
     return made.stream(corpora, tokenizer.special)
 
 
-@pytest.fixture(scope="module", params=CORPORA)
+@pytest.fixture(scope="module", params=made.INPUTS)
 def row(request, stream):
     return next(row for row in map(stream.row, range(31)) if CORPORA[row.corpus] == request.param)
 

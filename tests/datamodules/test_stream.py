@@ -57,6 +57,19 @@ def test_a_target_is_the_input_that_follows(stored, n_latents):
     assert (targets == follows)[targets != IGNORE].all()
 
 
+def test_only_answers_are_targets_and_each_ends_with_eos():
+    stored, said = np.array([10, IMAGE, 11, 12, 13, 14, 15, 16]), np.array([0, 0, 0, 1, 1, 0, 0, 1], dtype=bool)
+    tokens, targets, _ = render(stored, 0, 9, SPECIAL, 1, said)
+    assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, END, 11, 12, 13, 14, 15, 16]
+    assert targets.tolist() == [*[IGNORE] * 5, 12, 13, EOS, IGNORE, 16, EOS]
+
+
+def test_a_picture_right_behind_an_answer_leaves_its_eos():
+    tokens, targets, _ = render(np.array([10, IMAGE, 11, 12]), 0, 5, SPECIAL, 1, np.array([1, 0, 0, 1], dtype=bool))
+    assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, END, 11, 12]
+    assert targets.tolist() == [10, EOS, IGNORE, IGNORE, IGNORE, 12, EOS]
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 97), min_size=1, max_size=7))
 def test_a_row_is_the_same_however_it_is_reached(corpora, tokenizer, stream, numbers):
@@ -64,7 +77,7 @@ def test_a_row_is_the_same_however_it_is_reached(corpora, tokenizer, stream, num
     assert [made.plain(fresh.row(n)) for n in numbers] == [made.plain(stream.row(n)) for n in numbers]
 
 
-@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("name", made.INPUTS)
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, epoch):
     rows = rows_of(only(corpora, tokenizer, name), name, epoch)
@@ -77,7 +90,7 @@ def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, ep
     assert {row.epoch for row in rows} == {epoch}
 
 
-@pytest.mark.parametrize("name", CORPORA)
+@pytest.mark.parametrize("name", made.INPUTS)
 def test_an_epoch_is_a_permutation_of_the_one_before(corpora, tokenizer, name):
     stream = only(corpora, tokenizer, name)
     first, second = ([made.plain(row)[3:] for row in rows_of(stream, name, epoch)] for epoch in (0, 1))

@@ -31,4 +31,4 @@ def test_moving_questions_moves_the_pictures():
 
 
 def test_the_corpora_are_in_the_papers_order():
-    assert CORPORA == ("text", "caption", "interleaved")
+    assert CORPORA == ("text", "caption", "interleaved", "instruct")

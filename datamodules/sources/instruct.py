@@ -1,0 +1,239 @@
+r"""Instruction data as one JSON object a line: a prompt with its completion, or a conversation, and pictures as files.
+
+    {"images": ["a.jpg"], "prompt": "<image> What is this?", "completion": "A cat."}
+    {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image> What is this?"},
+                                       {"role": "assistant", "content": "A cat."}]}
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "What?"}]},
+                  {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]}
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
+
+An example becomes one text with marks, of which the completions or answers are learnt. `<image>` stands for the next
+picture of `images`; pictures without a mark come first. A prompt and its completion follow one another as they are; a
+conversation is written turn by turn in the turn template, pictures that begin a question before it, and a system message
+on a line before the first turn.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from datamodules.document import Document, ImageRef, Part, Tally
+from datamodules.sources.base import TURN_TEMPLATE, ReadOptions, Source
+from datamodules.sources.jsonl import TruncatedError, lines
+from kosmos_lit.images import ImageError, probe
+
+MARK = "<image>"
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+Message = tuple[str, str]
+"""Role (`system`, `user`, `assistant`) and text with marks."""
+Run = tuple[str, bool]
+"""Text with marks, and whether it is to be learnt."""
+
+
+class RecordError(ValueError):
+    """A record that is no example; `reason` is a short phrase for counting."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f": {detail}" if detail else "")
+        self.reason = reason
+
+
+class Instruct(Source):
+    """A document per line; its record is the line's number, from 1."""
+
+    format = "instruct"
+    packing = "intact"
+    columns = {"supervised": "|u1", "image_path_offsets": "<u8", "image_paths": "|u1"}  # noqa: RUF012
+
+    def documents(
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+    ) -> Iterator[Document]:
+        number = 0
+        try:
+            for number, line in enumerate(lines(path), start=1):
+                if line.strip():
+                    try:
+                        yield _document(line, number, path.parent, shard, options)
+                    except RecordError as error:
+                        tally.miss(error.reason, f"{path.name}, line {number}{error}")
+        except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            tally.miss("shard cut off or corrupt", f"{path.name}, after line {number}: {error}")
+
+    def record_name(self, path: Path, record: int) -> str:
+        return f"line {record}"
+
+    def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
+        """Read a picture's own file, at once and whole: there are too many to keep them open.
+
+        Raises: OSError if it is gone or of another size than when it was prepared.
+        """
+        data = path.read_bytes()
+        if len(data) != length:
+            raise OSError(f"{path} has {len(data)} bytes, not {length}; it has changed since it was prepared")
+        return data
+
+
+def prompt_text(messages: Sequence[Message], turn_template: str = TURN_TEMPLATE) -> str:
+    """Return the prompt for the next answer of a conversation, as training rows have it, for `generate`.
+
+    Args:
+        messages: (role, text) pairs: a system message if there is one, then user and assistant in turn, the user last.
+        turn_template: the one that the model was trained with.
+
+    Raises: ValueError if the roles are in another order.
+    """
+    runs = _conversation([*messages, ("assistant", "?")], turn_template)
+    return "".join(text for text, _ in runs[:-1]).strip()
+
+
+def _document(line: bytes, number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
+    try:
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecordError("line is not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        hint = "a JSON array; `jq -c '.[]'` makes lines of it" if line.lstrip().startswith(b"[") else str(error)
+        raise RecordError("line is not JSON", hint) from error
+    if not isinstance(record, dict):
+        raise RecordError("line is no JSON object")
+    runs, names = _read(record, options.turn_template)
+    pictures = [_picture(name, folder, shard) for name in names]
+    parts: list[Part] = []
+    supervised: list[bool] = []
+    for part, learnt in _parts(runs, pictures):
+        parts.append(part)
+        supervised.append(learnt)
+    return Document(number, tuple(parts), tuple(supervised))
+
+
+def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[str]]:
+    """Return a record's text and the paths of its pictures in the order of their marks."""
+    forms = [form for form in ("completion", "messages", "conversations") if form in record]
+    if len(forms) != 1:
+        raise RecordError("neither prompt and completion, nor messages, nor conversations", f"it has {sorted(record)}"[:200])
+    given = record.get("images", record.get("image")) or []
+    images = [_path(image) for image in (given if isinstance(given, list) else [given])]
+    if forms == ["completion"]:
+        prompt, completion = record.get("prompt", ""), record["completion"]
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise RecordError("prompt or completion is no text")
+        return _marked([(prompt, False), (completion, True)], images)
+    messages, images = _messages(record[forms[0]], images)
+    return _marked(_conversation(messages, turn_template), images)
+
+
+def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
+    """Return a conversation's messages, and all pictures in order: a part of a message may name its own."""
+    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+        raise RecordError("messages are no list of objects")
+    waiting, placed = list(images), []
+    messages = []
+    for message in given:
+        role = message.get("role", message.get("from"))
+        if role not in ROLES:
+            raise RecordError("unknown role", f"{role!r}; there are {', '.join(ROLES)}")
+        content = message.get("content", message.get("value"))
+        text = ""
+        for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            words, own = _content(part)
+            text += words
+            for _ in range(words.count(MARK)):
+                if own is None and not waiting:
+                    raise RecordError("more <image> marks than pictures", f"{len(images)} pictures")
+                placed.append(own if own is not None else waiting.pop(0))
+        messages.append((ROLES[role], text))
+    return messages, [*waiting, *placed]
+
+
+def _content(part: Any) -> tuple[str, str | None]:
+    """Return the text of a message's part, and the path of the picture if it names one."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"], None
+    if kind in ("image", "image_url"):
+        found = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
+        found = found.get("url") if isinstance(found, dict) else found
+        return MARK, None if found is None else _path(found)
+    raise RecordError("content is neither text nor picture", str(part)[:100])
+
+
+def _path(given: Any) -> str:
+    if not isinstance(given, str) or not given:
+        raise RecordError("a picture is named by no path", str(given)[:100])
+    if given.startswith("data:") or "://" in given.removeprefix("file://"):
+        raise RecordError("a picture is no file; save it as one", given[:100])
+    return given.removeprefix("file://")
+
+
+def _conversation(messages: Sequence[Message], turn_template: str) -> list[Run]:
+    """Write messages turn by turn; what stands between two answers is one run.
+
+    Raises: RecordError if roles are not system?, then user and assistant in turn.
+    """
+    system = messages[0][1].strip() if messages and messages[0][0] == "system" else None
+    turns = list(messages[1:] if system is not None else messages)
+    roles = [role for role, _ in turns]
+    if not turns or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise RecordError(
+            "roles are not system (or none), then user and assistant in turn", ", ".join(role for role, _ in messages)
+        )
+    question = turn_template.removesuffix("{assistant}")
+    gap = "" if question[:1].isspace() else " "
+    runs: list[Run] = []
+    for i in range(0, len(turns), 2):
+        asked, n_leading = turns[i][1].strip(), 0
+        while asked.startswith(MARK):
+            asked, n_leading = asked[len(MARK) :].lstrip(), n_leading + 1
+        if not asked and not n_leading:
+            raise RecordError("empty question")
+        before = (f"{system}\n" if system else "") if i == 0 else gap
+        runs += [(before + MARK * n_leading + question.replace("{user}", asked), False), (turns[i + 1][1], True)]
+    return runs
+
+
+def _marked(runs: list[Run], images: list[str]) -> tuple[list[Run], list[str]]:
+    """Put a mark in front for each picture without one."""
+    if any(MARK in text for text, learnt in runs if learnt):
+        raise RecordError("a picture in an answer", "the model writes text only")
+    if any(not text.strip() for text, learnt in runs if learnt):
+        raise RecordError("empty completion or answer")
+    n_marks = sum(text.count(MARK) for text, _ in runs)
+    if n_marks > len(images):
+        raise RecordError("more <image> marks than pictures", f"{n_marks} marks, {len(images)} pictures")
+    return [(MARK * (len(images) - n_marks), False), *runs], images
+
+
+def _parts(runs: Sequence[Run], pictures: Sequence[ImageRef]) -> Iterator[tuple[Part, bool]]:
+    """Cut runs into texts and pictures. Where `generate` strips a prompt, at its ends and beside pictures, so do we."""
+    following = iter(pictures)
+    at_start = True
+    for text, learnt in runs:
+        pieces = text.split(MARK)
+        for i, piece in enumerate(pieces):
+            if i:
+                yield next(following), False
+                at_start = True
+            piece = piece.strip() if learnt or at_start else piece.rstrip()
+            if piece:
+                yield piece, learnt
+                at_start = False
+
+
+def _picture(name: str, folder: Path, shard: int) -> ImageRef:
+    try:
+        data = (folder / name).read_bytes()
+        probe(data)
+    except OSError as error:
+        raise RecordError("picture cannot be read", f"{name}: {error.strerror}") from error
+    except ImageError as error:
+        raise RecordError(error.reason, f"{name}: {error}") from error
+    return ImageRef(shard, 0, len(data), name)

@@ -1,0 +1,52 @@
+"""Low-rank adapters on linear layers, through peft (LoRA, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from kosmos_lit.config import LoraConfig
+from kosmos_lit.errors import UserError
+
+ADAPTER = "default"
+"""The adapter's name in peft, which stands in the names of its weights."""
+
+
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Put adapters beside the matrices that `config.targets` names, and freeze everything else.
+
+    A starts Kaiming uniform and B at zero (peft's default), so that a new adapter changes nothing.
+    The image tower has none: its attention reads its matrices past any layer that is put in their place.
+
+    Raises: UserError if a target is the end of no layer's name.
+    """
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(peft_config(model, config), model, ADAPTER)
+
+
+def peft_config(model: nn.Module, config: LoraConfig) -> Any:
+    """Return peft's own table for adapters on a model without any, each layer by its whole name."""
+    import peft
+
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("vision.")]
+    ends = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in config.targets}
+    if missing := [target for target, found in ends.items() if not found]:
+        raise UserError(f"lora.targets: no matrix of decoder or connector ends with {', '.join(missing)}")
+    return peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and divides
+        lora_dropout=config.dropout_rate,
+        target_modules=sorted({name for found in ends.values() for name in found}),
+    )
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield peft's layers by name."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module

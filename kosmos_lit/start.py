@@ -1,0 +1,72 @@
+"""Where fine-tuning starts: from given weights, with parts of them frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from kosmos_lit.config import KosmosConfig
+from kosmos_lit.errors import UserError
+from kosmos_lit.lora import give_base, merged
+from kosmos_lit.model import Kosmos
+
+ROWS = "decoder.embed_tokens.weight"
+
+
+def start_from(path: str, config: KosmosConfig, seed: int = 0) -> Kosmos:
+    """Return a model of `config` with the weights and the tokenizer of a checkpoint or an imported folder.
+
+    The vocabulary may have more rows than there (`seed` draws the others) or fewer, down to the tokenizer's ids; rows may
+    be longer where positions are not learnt. Adapters that are there go on if `config` asks for the same, else they are
+    merged; new ones start at nothing.
+
+    Raises: UserError if there is no such model, or it is of another architecture, naming every field that differs.
+    """
+    given = Kosmos.load(path)
+    there, here = given.config.architecture(), config.architecture()
+    free = {"lora", "decoder.vocab_size"}
+    wrong = [f"{k} is {there.get(k)!r} there, {v!r} here" for k, v in here.items() if k not in free and there.get(k) != v]
+    if wrong:
+        raise UserError(f"{path} holds a model of another architecture: {'; '.join(wrong)}")
+    n_rows, needed = config.decoder.vocab_size, given.tokenizer.vocab_size if given.tokenizer else 0
+    if n_rows < needed:
+        raise UserError(f"the tokenizer of {path} has {needed} ids, but model.kosmos.decoder.vocab_size is {n_rows}")
+    model = Kosmos.create(replace(config, vision=replace(config.vision, pretrained=None)), seed)
+    model.tokenizer = given.tokenizer
+    goes_on = there["lora"] == here["lora"]
+    weights = (given if goes_on else merged(given)).state_dict()
+    rows = model.decoder.embed_tokens.weight.detach().clone()
+    n_shared = min(n_rows, len(weights[ROWS]))
+    rows[:n_shared] = weights[ROWS][:n_shared]
+    weights = weights | {ROWS: rows}
+    if goes_on:
+        model.load_state_dict(weights)
+    else:
+        give_base(model, weights)
+    return model
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let parameters no longer train whose names match a pattern, or lie below one.
+
+    `decoder.embed_tokens`, `decoder.layers.[0-9].*` and `*.bias` are patterns; see `fnmatch`.
+
+    Raises: UserError naming a pattern that matches nothing, or if nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            parts = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+            raise UserError(f"model.freeze: no parameter is named {pattern!r}; there are {parts}")
+    for name, parameter in model.named_parameters():
+        if any(_matches(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"model.freeze: {', '.join(patterns)} leave nothing to train")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

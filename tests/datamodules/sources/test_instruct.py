@@ -1,0 +1,147 @@
+import json
+
+import pytest
+
+from datamodules.document import ImageRef, Tally
+from datamodules.sources import SOURCES, ReadOptions
+from datamodules.sources.instruct import prompt_text
+from kosmos_lit.errors import UserError
+from tests.datamodules import made
+
+
+def read(folder, *records, **options):
+    """Read records from a file beside which pictures a.png, b.png and c.png lie."""
+    for i, name in enumerate("abc"):
+        (folder / f"{name}.png").write_bytes(made.png(i))
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    made.write_lines(folder / "x.jsonl", lines)
+    tally = Tally()
+    return list(SOURCES["instruct"].documents(folder / "x.jsonl", 3, ReadOptions(**options), tally, None)), tally
+
+
+def written(document):
+    """Parts as text, the learnt ones in brackets, a picture by its name."""
+    parts = zip(document.parts, document.supervised, strict=True)
+    return [part.path if isinstance(part, ImageRef) else f"[{part}]" if said else part for part, said in parts]
+
+
+def only(folder, record, **options):
+    [document], tally = read(folder, record, **options)
+    assert not tally.broken
+    return written(document)
+
+
+def talk(*texts):
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def test_a_completion_follows_its_prompt_as_it_is_and_alone_is_learnt(tmp_path):
+    record = {"images": ["a.png"], "prompt": "see <image> here:", "completion": " a cat\nand a dog "}
+    assert only(tmp_path, record) == ["see", "a.png", "here:", "[a cat\nand a dog]"]
+
+
+def test_pictures_without_a_mark_come_first(tmp_path):
+    record = {"images": ["a.png", "b.png", "c.png"], "prompt": "x <image> y", "completion": "z"}
+    assert only(tmp_path, record) == ["a.png", "b.png", "x", "c.png", "y", "[z]"]
+
+
+def test_every_answer_of_a_conversation_is_learnt_and_nothing_else(tmp_path):
+    record = {"messages": [{"role": "system", "content": "Be short."}, *talk("one", "1", "two", "2")]}
+    wanted = ["Be short.\nQuestion: one Answer:", "[1]", " Question: two Answer:", "[2]"]
+    assert only(tmp_path, record) == wanted
+
+
+def test_pictures_that_begin_a_question_stand_before_its_template(tmp_path):
+    record = {"images": ["a.png", "b.png"], "messages": talk("<image>\nwhat", "x", "and <image> there", "y")}
+    wanted = ["a.png", "Question: what Answer:", "[x]", " Question: and", "b.png", "there Answer:", "[y]"]
+    assert only(tmp_path, record) == wanted
+
+
+def test_content_may_be_parts_that_name_their_pictures(tmp_path):
+    asked = [
+        {"type": "image", "image": "b.png"}, {"type": "text", "text": "what is"},
+        {"type": "image_url", "image_url": {"url": "file://c.png"}}, {"type": "image"},
+    ]  # fmt: skip
+    record = {"images": ["a.png"], "messages": talk(asked, [{"type": "text", "text": "x"}])}
+    assert only(tmp_path, record) == ["b.png", "Question: what is", "c.png", "a.png", "Answer:", "[x]"]
+
+
+def test_llavas_form_is_the_same_example(tmp_path):
+    record = {
+        "id": "7", "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "x"}],
+    }  # fmt: skip
+    assert only(tmp_path, record) == only(tmp_path, {"images": ["a.png"], "messages": talk("<image>what", "x")})
+
+
+def test_the_turn_template_may_be_another(tmp_path):
+    template = "### User:\n{user}\n### Bot:\n{assistant}"
+    record = {"messages": talk("one", "1", "two", "2")}
+    assert only(tmp_path, record, turn_template="\n" + template) == [
+        "### User:\none\n### Bot:", "[1]", "\n### User:\ntwo\n### Bot:", "[2]"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["{user}", "{assistant}", "{user} {assistant} .", "{user} {user} {assistant}"])
+def test_a_template_must_have_one_question_and_end_with_the_answer(template):
+    with pytest.raises(UserError, match="turn_template must hold"):
+        ReadOptions(turn_template=template)
+
+
+def test_a_prompt_for_generate_is_what_stands_before_the_answer(tmp_path):
+    record = {"images": ["a.png"], "messages": [{"role": "system", "content": "s"}, *talk("<image> one", "1", "two", "2")]}
+    messages = [(m["role"], m["content"]) for m in record["messages"]]
+    assert prompt_text(messages[:-1]) == "s\n<image>Question: one Answer: 1 Question: two Answer:"
+
+
+NO_FORM = "neither prompt and completion, nor messages, nor conversations"
+ORDER = "roles are not system (or none), then user and assistant in turn"
+NO_FILE = "a picture is no file; save it as one"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "detail"),
+    [
+        (b"{", "line is not JSON", "Expecting"),
+        (b"[{}]", "line is no JSON object", ""),
+        (b"[", "line is not JSON", "a JSON array"),
+        (b"\xff", "line is not UTF-8", ""),
+        ({"prompt": "x"}, NO_FORM, "['prompt']"),
+        ({"prompt": "x", "completion": "y", "messages": []}, NO_FORM, ""),
+        ({"prompt": 3, "completion": "y"}, "prompt or completion is no text", ""),
+        ({"prompt": "x", "completion": " \n"}, "empty completion or answer", ""),
+        ({"messages": talk("x", "")}, "empty completion or answer", ""),
+        ({"messages": talk(" ", "x")}, "empty question", ""),
+        ({"messages": "x"}, "messages are no list of objects", ""),
+        ({"messages": []}, ORDER, ""),
+        ({"messages": talk("x")}, ORDER, "user"),
+        ({"messages": talk("x", "y")[::-1]}, ORDER, "assistant, user"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role", "'tool'"),
+        ({"messages": [{"role": "user", "content": None}]}, "content is neither text nor picture", "None"),
+        ({"messages": talk([{"type": "audio", "audio": "a.wav"}], "x")}, "content is neither text nor picture", "audio"),
+        ({"prompt": "<image>", "completion": "x"}, "more <image> marks than pictures", "1 marks, 0 pictures"),
+        ({"images": ["a.png"], "messages": talk("<image> <image>", "x")}, "more <image> marks than pictures", "1 pictures"),
+        ({"images": ["a.png"], "prompt": "x", "completion": "a <image>"}, "a picture in an answer", ""),
+        ({"images": ["no.png"], "prompt": "x", "completion": "y"}, "picture cannot be read", "no.png: No such file"),
+        ({"images": ["x.jsonl"], "prompt": "x", "completion": "y"}, "not a picture", "x.jsonl"),
+        ({"images": ["http://a/b.png"], "prompt": "x", "completion": "y"}, NO_FILE, "http"),
+        ({"images": ["data:image/png;base64,AA"], "prompt": "x", "completion": "y"}, NO_FILE, ""),
+        ({"images": [7], "prompt": "x", "completion": "y"}, "a picture is named by no path", "7"),
+    ],
+)  # fmt: skip
+def test_a_broken_record_is_counted_with_its_line_and_the_next_one_read(tmp_path, record, reason, detail):
+    sound = {"prompt": "x", "completion": "y"}
+    documents, tally = read(tmp_path, sound, record, sound)
+    assert [document.record for document in documents] == [1, 3]
+    assert tally.broken == {reason: 1}
+    assert tally.examples[reason].startswith("x.jsonl, line 2")
+    assert detail in tally.examples[reason]
+
+
+def test_a_picture_that_has_changed_is_not_read(tmp_path):
+    [document], _ = read(tmp_path, {"images": ["a.png"], "prompt": "x", "completion": "y"})
+    ref = document.parts[0]
+    (tmp_path / "a.png").write_bytes(made.png(0) + b"more")
+    with pytest.raises(OSError, match="it has changed since it was prepared"):
+        SOURCES["instruct"].image_bytes(tmp_path / ref.path, ref.offset, ref.length)

@@ -1,0 +1,220 @@
+"""Instruction data from the file to the batch."""
+
+from __future__ import annotations
+
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules import InstructData
+from datamodules.config import CorpusConfig, TokenizerConfig
+from datamodules.corpus import IndexedCorpus
+from datamodules.plan import make_plan
+from datamodules.sources.instruct import prompt_text
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.errors import UserError
+from kosmos_lit.generate import encode_prompt
+from kosmos_lit.tokens import BOS, EOS, IGNORE
+from tests.datamodules import made
+
+LATENTS, SEQ_LEN = 3, 211
+OPTIONS = {
+    "seq_len": SEQ_LEN, "n_latents": LATENTS, "image_size": 7, "global_batch_rows": 4, "micro_batch_rows": 2,
+    "num_workers": 0, "seed": 5,
+}  # fmt: skip
+RECORDS = made.examples(19, 0) + made.examples(13, 19)
+
+
+@pytest.fixture(scope="module")
+def build(raw, tokenizer_folder, tmp_path_factory):
+    """Open instruction data as a module, with an index of its own."""
+
+    def run(inputs=("tuning/*.jsonl*",), val=None, val_share=0.3, **changes):
+        config = CorpusConfig(
+            format="instruct", input=[str(raw / p) for p in inputs], val_input=val and [str(raw / val)],
+            index=str(tmp_path_factory.mktemp("built") / "index"), val_share=val_share,
+        )  # fmt: skip
+        data = InstructData(config, tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **(OPTIONS | changes))
+        data.trainer = SimpleNamespace(
+            world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=0, val_check_interval=None, max_steps=7
+        )
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(build):
+    return build()
+
+
+def record_of(corpus: IndexedCorpus, document: int) -> dict:
+    shard, name = corpus.shard_and_name(document)
+    return RECORDS[int(name.removeprefix("line ")) - 1 + (19 if shard.endswith("gz") else 0)]
+
+
+def answers_of(record: dict) -> list[str]:
+    if "completion" in record:
+        return [record["completion"]]
+    return [message["content"] for message in record["messages"] if message["role"] == "assistant"]
+
+
+def test_targets_are_the_answers_and_an_eos_behind_each(data, tokenizer):
+    stream = data.stream("val")
+    seen = 0
+    for number in range(data.n_val_rows()):
+        row = stream.row(number)
+        for placed in row.documents:
+            targets = row.targets[placed.at : placed.at + placed.length]
+            answers = answers_of(record_of(data.corpora["instruct"], placed.document))
+            wanted = [id_ for answer in answers for id_ in (*tokenizer.encode(answer).tolist(), EOS)]
+            assert targets[targets != IGNORE].tolist() == wanted
+            seen += 1
+    assert seen == len(data.val_documents["instruct"]) > 5
+
+
+def test_no_eos_stands_in_the_input(data):
+    rows = [data.stream().row(i) for i in range(17)]
+    assert not any((row.tokens == EOS).any() for row in rows)
+
+
+def test_the_targets_of_a_step_are_known_before_it(data):
+    stream = data.stream()
+    counted = [stream.n_targets(i, i + 1) for i in range(23)]
+    assert counted == [int((stream.row(i).targets != IGNORE).sum()) for i in range(23)]
+
+
+def test_no_example_is_split(data):
+    corpus = data.corpora["instruct"]
+    lengths = np.diff(corpus.token_offsets)
+    for number in range(29):
+        for placed in data.stream().row(number).documents:
+            assert (placed.start, placed.end) == (0, lengths[placed.document] + 1)
+
+
+def test_a_picture_is_read_from_its_own_file(raw, examples):
+    document = next(d for d in range(examples.n_documents) if len(examples.document_images(d)) == 2)
+    [first, second] = examples.document_images(document)
+    names = record_of(examples, document)["images"]
+    folder = raw / "tuning"
+    assert examples.image_bytes(first) == (folder / names[0]).read_bytes()
+    assert examples.image_bytes(second) == (folder / names[1]).read_bytes()
+    assert examples.image_file(second) == folder / names[1]
+
+
+def test_a_batch_has_its_pictures_in_the_order_of_their_slots(data):
+    batch = next(iter(data.train_dataloader()))
+    row = data.stream().row(0)
+    first = Image.open(io.BytesIO(data.corpora["instruct"].image_bytes(row.images[0])))
+    corner = np.asarray(first.convert("RGB").resize((7, 7), Image.Resampling.BICUBIC, box=(2.5, 0, 69.5, 67)))
+    assert batch.images[0].permute(1, 2, 0).numpy() == pytest.approx(corner, abs=1)
+    assert batch.corpus.tolist() == [CORPORA.index("instruct")] * 2
+    assert len(batch.images) == len(batch.slots) > 2
+
+
+# ---- what does not fit, and what is held out
+
+
+def test_examples_longer_than_a_row_are_left_out_and_counted(build, caplog):
+    with caplog.at_level("INFO"):
+        data = build(seq_len=48)
+    n_long = len(data.train_plans["instruct"].too_long) + len(data.val_plans["instruct"].too_long)
+    placed = {d for plan in (data.train_plans["instruct"], data.val_plans["instruct"]) for d in plan.document.tolist()}
+    assert n_long > 0
+    assert len(placed) == len(RECORDS) - n_long
+    assert "examples are longer than 48 positions and left out; the first: " in caplog.text
+    assert ", line " in caplog.text
+
+
+def test_rows_that_no_example_fits_are_refused(examples):
+    with pytest.raises(UserError, match=r"none of 32 examples fits a row of 11 positions, the shortest has \d+; raise"):
+        make_plan(examples, np.arange(examples.n_documents), 11, LATENTS, 0)
+
+
+def test_a_file_may_be_held_out_as_a_whole(build):
+    data = build(val="tuning/b.jsonl.gz")
+    corpus = data.corpora["instruct"]
+    assert {corpus.shard_and_name(d)[0][-2:] for d in data.val_documents["instruct"].tolist()} == {"gz"}
+    assert len(data.val_documents["instruct"]) == 13
+    assert set(np.unique(data.train_plans["instruct"].document)) == set(range(19))
+
+
+def test_a_held_out_file_that_was_not_prepared_is_named(build):
+    with pytest.raises(UserError, match=r"no file matches .*no\.jsonl"):
+        build(val="tuning/no.jsonl")
+
+
+# ---- the same text in training and in generation
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
+    document = next(d for d in range(examples.n_documents) if int(record_of(examples, d) is RECORDS[kind]))
+    record = RECORDS[kind]
+    text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
+    read = encode_prompt(text, len(record.get("images", [])), tokenizer, LATENTS)
+    plan = make_plan(examples, np.array([document]), SEQ_LEN, LATENTS, 0)
+    mixture = made.Mixture([0, 0, 0, 1])
+    row = made.Stream({"instruct": examples}, {"instruct": plan}, mixture, tokenizer.special, SEQ_LEN, 0).row(0)
+    n = len(read.tokens)
+    assert read.tokens.tolist() == row.tokens[:n].tolist()
+    assert read.slots.tolist() == row.slots.tolist()
+    assert row.targets[n - 1 : row.n_real].tolist() == [*tokenizer.encode(answers_of(record)[-1]).tolist(), EOS]
+
+
+def test_predict_asks_for_the_last_answer_with_the_tokens_of_the_row(data, tokenizer):
+    batches = list(data.predict_dataloader())
+    corpus = data.corpora["instruct"]
+    asked = [(ids, answer) for batch in batches for ids, answer in zip(batch.tokens, batch.answers, strict=True)]
+    for document, (ids, answer) in zip(data.val_documents["instruct"].tolist(), asked, strict=True):
+        stored = corpus.document_tokens(document)
+        assert stored[: len(ids)].tolist() == ids.tolist()
+        assert answer == tokenizer.decode(stored[len(ids) :].tolist()) == answers_of(record_of(corpus, document))[-1]
+    assert all(len(b.images) == sum(b.n_images) for b in batches)
+    assert all(text.count("<image>") == n for b in batches for text, n in zip(b.prompts, b.n_images, strict=True))
+
+
+def test_prompts_without_room_for_an_answer_are_not_asked(data, caplog, monkeypatch):
+    monkeypatch.setattr(data, "seq_len", 101)
+    with caplog.at_level("INFO"):
+        asked = sum(len(batch.answers) for batch in data.predict_dataloader())
+    n_held_out = len(data.val_documents["instruct"])
+    assert asked < n_held_out
+    assert f"{n_held_out - asked} prompts are not asked: they leave less than 64 of 101 positions" in caplog.text
+
+
+# ---- indexes
+
+
+def test_an_index_remembers_its_turn_template(examples, raw, tokenizer_folder):
+    from datamodules.prepare.index import prepare_corpus
+    from datamodules.sources import ReadOptions
+
+    other = ReadOptions(turn_template="{user} {assistant}")
+    with pytest.raises(UserError, match=r"options is .*turn_template"):
+        prepare_corpus(
+            format="instruct", inputs=[str(raw / "tuning/*.jsonl*")], tokenizer=tokenizer_folder, output=examples.folder,
+            options=other,
+        )  # fmt: skip
+
+
+def test_an_index_from_before_an_option_was_made_with_its_default(raw, tokenizer_folder, tmp_path):
+    from datamodules.prepare.index import prepare_corpus
+
+    prepare = {"format": "jsonl", "inputs": [str(raw / "text/a.jsonl")], "tokenizer": tokenizer_folder}
+    prepare_corpus(**prepare, output=tmp_path / "index")
+    manifest = json.loads((tmp_path / "index/manifest.json").read_text(encoding="utf-8"))
+    del manifest["options"]["turn_template"]
+    (tmp_path / "index/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert prepare_corpus(**prepare, output=tmp_path / "index").n_documents == 17
+
+
+def test_the_first_position_of_an_example_is_bos(data):
+    row = data.stream().row(3)
+    assert all(row.tokens[placed.at] == BOS for placed in row.documents)
