@@ -97,7 +97,7 @@ def test_an_unknown_key_is_named(data, message):
         (ConnectorConfig, {"kind": "qformer"}, "kind must be one of resampler, perceiver, linear, mlp, pool, got 'qformer'"),
         (LossWeights, {"caption": -0.5}, "LossWeights: caption must be finite and not negative, got -0.5"),
         (LossWeights, {"text": float("inf")}, "text must be finite and not negative, got inf"),
-        (LossWeights, {"text": 0, "caption": 0, "interleaved": 0}, "one weight at least must be positive"),
+        (LossWeights, {"text": 0, "caption": 0, "interleaved": 0, "instruct": 0}, "one weight at least must be positive"),
         (DecoderConfig, {"loss_chunk": 0}, "loss_chunk must be positive, got 0"),
         (KosmosConfig, {"connector": ConnectorConfig(n_heads=7)}, "dim 2048 is not a multiple of connector.n_heads 7"),
         (OptimizerConfig, {"lr": 0.0}, "OptimizerConfig: lr must be positive"),

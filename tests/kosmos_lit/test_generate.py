@@ -191,7 +191,7 @@ def test_dropout_is_off_while_writing_and_back_afterwards(kosmos_tower, kosmos_t
 
 # ---- beams
 
-FEW = SimpleNamespace(special=SpecialTokens.after(5), vocab_size=12, decode=str)
+FEW = SimpleNamespace(special=SpecialTokens.after(5), vocab_size=12, extra=(), decode=lambda ids, keep_control: str(ids))
 """A vocabulary of two pieces, 4 and 5, with </s> 2 and </line> 11."""
 ALLOWED = (4, 5, FEW.special.line_end)
 

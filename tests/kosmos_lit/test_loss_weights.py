@@ -77,7 +77,7 @@ def test_logged_losses_are_not_weighted(kosmos_tower):
 
 def test_a_checkpoint_remembers_the_weights(kosmos_tower):
     kept = KosmosLit(tiny_config(kosmos_tower), loss_weights=LossWeights(caption=0.5)).hparams["loss_weights"]
-    assert kept == {"text": 1.0, "caption": 0.5, "interleaved": 1.0}
+    assert kept == {"text": 1.0, "caption": 0.5, "interleaved": 1.0, "instruct": 1.0}
     assert KosmosLit(tiny_config(kosmos_tower), loss_weights=kept).loss_weights == LossWeights(caption=0.5)
 
 
