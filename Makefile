@@ -10,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: setup quickstart test test-all lint type format golden golden-torchscale bench check clean
+.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench check clean
 
 setup: $(READY)
 
@@ -29,6 +29,9 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)
 	rm -rf runs/quickstart
 	$(BIN)/python main.py fit -c configs/quickstart.yaml --seed_everything $(SEED)
+
+finetune: $(READY)
+	$(BIN)/python benchmarks/finetune_world.py $(ARGS)
 
 test: $(READY)
 	$(PYTEST) $(ARGS)

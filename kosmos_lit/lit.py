@@ -84,7 +84,7 @@ class KosmosLit(L.LightningModule):
             freeze(self.net, self.frozen)
 
     def _new_model(self) -> Kosmos:
-        if self.init_from is None or (self._trainer is not None and self._trainer.ckpt_path):
+        if self.init_from is None:
             return Kosmos.create(self.config, self.seed)
         model = start_from(self.init_from, self.config, self.seed)
         own = model.tokenizer

@@ -144,6 +144,7 @@ class KosmosCLI(LightningCLI):
         if path:
             wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
             check_architecture(load_checkpoint(path), wanted, path)
+            config["model"]["init_from"] = None  # what the run started from need not be there any more
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the checkpoint writer, unless the configuration names one."""

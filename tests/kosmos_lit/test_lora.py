@@ -1,0 +1,122 @@
+"""Adapters: what trains, that merging and peft's own files compute the same."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kosmos_lit.config import LoraConfig
+from kosmos_lit.errors import UserError
+from kosmos_lit.lora import base_weights, load_adapter, merged, save_adapter, without_lora
+from kosmos_lit.model import Kosmos
+from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, shaken, text_doc, tiny_config
+
+LORA = LoraConfig(rank=3, alpha=5.0, dropout_rate=0.0)
+BATCH = batch_of([[picture_doc(5, n_pictures=2), text_doc(7)], [text_doc(11)]], 41)
+EXACT = {"rtol": 0.0, "atol": 1e-5}  # fp32, 2 layers, outputs of size 3: measured 2e-6
+
+
+@pytest.fixture(scope="module")
+def adapted(kosmos_tower):
+    """A model whose adapters, like all its weights, are not zero."""
+    return shaken(Kosmos.create(replace(tiny_config(kosmos_tower), lora=LORA))).eval()
+
+
+@pytest.fixture(scope="module")
+def base(adapted):
+    return without_lora(adapted, base_weights(adapted))
+
+
+def test_a_new_adapter_changes_nothing(kosmos_tower):
+    plain = Kosmos.create(tiny_config(kosmos_tower), 7)
+    new = Kosmos.create(replace(tiny_config(kosmos_tower), lora=LORA), 7)
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in base_weights(new).items())
+    torch.testing.assert_close(new.eval()(BATCH), plain.eval()(BATCH), **EXACT)
+
+
+def test_only_adapters_train_and_each_matrix_of_decoder_and_connector_has_one(adapted):
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert all(".lora_A." in name or ".lora_B." in name for name in trained)
+    owners = {name.split(".lora_")[0] for name in trained}
+    matrices = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "ffn.fc1", "ffn.fc2")
+    wanted = {f"decoder.layers.{i}.{m}" for i in (0, 1) for m in matrices}
+    assert owners == wanted | {f"connector.x_attn.{m}_proj" for m in ("q", "k", "v", "out")}
+
+
+def test_targets_may_be_fewer(kosmos_tower):
+    model = Kosmos.create(replace(tiny_config(kosmos_tower), lora=replace(LORA, targets=("self_attn.q_proj", "fc2"))))
+    owners = {name.split(".lora_")[0].split(".", 3)[-1] for name in model.state_dict() if ".lora_" in name}
+    assert owners == {"self_attn.q_proj", "ffn.fc2"}
+
+
+def test_a_target_that_is_nowhere_is_named(kosmos_tower):
+    config = replace(tiny_config(kosmos_tower), lora=replace(LORA, targets=("q_proj", "qproj", "c_fc")))
+    with pytest.raises(UserError, match=r"lora.targets: no matrix of decoder or connector ends with qproj, c_fc"):
+        Kosmos.create(config)
+
+
+def test_merged_equals_unmerged_and_has_a_plain_models_tensors(adapted, kosmos_tower):
+    plain = merged(adapted)
+    assert plain.config.lora is None
+    assert plain.state_dict().keys() == Kosmos(tiny_config(kosmos_tower)).state_dict().keys()
+    torch.testing.assert_close(plain(BATCH), adapted(BATCH), **EXACT)
+
+
+def test_the_adapter_matters(adapted, base):
+    assert (base(BATCH) - adapted(BATCH)).abs().max() > 0.1
+
+
+def test_a_model_without_adapters_is_merged_already(base):
+    assert merged(base) is base
+
+
+def test_a_saved_adapter_on_the_base_gives_the_model_again(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    again = load_adapter(base, tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in adapted.state_dict().items())
+
+
+def test_peft_itself_reads_a_saved_adapter(adapted, base, tmp_path):
+    import peft
+
+    save_adapter(adapted, tmp_path)
+    plain = without_lora(adapted, base_weights(adapted))
+    model = peft.PeftModel.from_pretrained(plain, tmp_path)
+    torch.testing.assert_close(model(BATCH), adapted(BATCH), **EXACT)
+
+
+def test_a_model_without_adapters_has_none_to_save(base, tmp_path):
+    with pytest.raises(UserError, match="the model has no adapter"):
+        save_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_an_adapter_is_refused(adapted, base, tmp_path, missing):
+    save_adapter(adapted, tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError, match="holds no LoRA adapter"):
+        load_adapter(base, tmp_path)
+
+
+def test_an_adapter_of_another_width_is_refused(adapted, kosmos_tower, tmp_path):
+    save_adapter(adapted, tmp_path)
+    other = Kosmos.create(tiny_config(kosmos_tower, ffn_dim=29))
+    with pytest.raises(UserError, match="the adapter is of another model"):
+        load_adapter(other, tmp_path)
+
+
+def test_an_adapter_that_lacks_a_layer_is_refused(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    table = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    table["target_modules"] = table["target_modules"][1:]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(UserError, match="2 weights differ by name"):
+        load_adapter(base, tmp_path)
+
+
+def test_a_second_adapter_asks_for_a_merge(adapted, tmp_path):
+    with pytest.raises(UserError, match="merge it first"):
+        load_adapter(adapted, tmp_path)

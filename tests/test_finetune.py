@@ -1,0 +1,218 @@
+"""Training that starts from given weights: whole, partly frozen, by adapters; through the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
+from kosmos_lit.cli import main
+from kosmos_lit.config import KosmosConfig
+from kosmos_lit.errors import UserError
+from kosmos_lit.lora import base_weights, merged
+from kosmos_lit.model import Kosmos
+from kosmos_lit.start import freeze, start_from
+from kosmos_lit.tokens import Tokenizer
+from tests.running import losses, tiny_run
+
+LORA = ["--model.kosmos.lora.rank=3", "--model.kosmos.lora.alpha=6"]
+
+
+@pytest.fixture(scope="module")
+def given(trained: Path) -> Path:
+    """The checkpoint that training starts from."""
+    return trained / "checkpoints" / "step=00000006.ckpt"
+
+
+@pytest.fixture(scope="module")
+def config(given: Path) -> KosmosConfig:
+    return KosmosConfig.from_dict(load_checkpoint(given)["hyper_parameters"]["kosmos"])
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Examples of the world's new task; drawn by the first run that asks for them."""
+    return tmp_path_factory.mktemp("task") / "task"
+
+
+def finetune(folder: Path, world: Path, task: Path, given: object, *more: str) -> int:
+    """Run two steps on the task alone."""
+    start = [f"--model.init_from={given}", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    return main(tiny_run("fit", folder, world, *data_of(task), *start, *more))
+
+
+def data_of(task: Path) -> list[str]:
+    ratio = [f"--data.ratio.{name}=0" for name in ("text", "caption", "interleaved")] + ["--data.ratio.instruct=1"]
+    return [f"--data.task.path={task}", "--data.task.n_examples=31", "--data.task.n_questions=7", *ratio]
+
+
+def last(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("*.ckpt"))
+
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(last(folder))["state_dict"]  # type: ignore[no-any-return]
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# ---- starting
+
+
+def test_a_model_starts_with_the_given_weights_and_tokenizer(given: Path, config: KosmosConfig) -> None:
+    weights = load_checkpoint(given)["state_dict"]
+
+    model = start_from(str(given), config)
+
+    assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in model.state_dict().items())
+    assert model.tokenizer is not None
+
+
+def test_training_starts_with_the_given_weights(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+    assert finetune(tmp_path, tiny_world, task, given, "--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0") == 0
+
+    before, after = load_checkpoint(given)["state_dict"], trained_weights(tmp_path)
+    assert changed(before, after) == set()
+
+
+def test_a_vocabulary_may_have_more_rows(given: Path, config: KosmosConfig) -> None:
+    larger = replace(config, decoder=replace(config.decoder, vocab_size=311))
+    rows = load_checkpoint(given)["state_dict"]["net.decoder.embed_tokens.weight"]
+
+    found = start_from(str(given), larger).decoder.embed_tokens.weight
+
+    assert torch.equal(found[: len(rows)], rows)
+    assert len(found) == 311
+    assert found[len(rows) :].std() > 0.1  # N(0, 1 / 24)
+
+
+def test_another_architecture_is_refused_by_every_field(
+    given: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--model.kosmos.decoder.ffn_dim=52", "--model.kosmos.decoder.positions=learned"]
+
+    assert finetune(tmp_path, tiny_world, task, given, *more) == 2
+
+    message = capsys.readouterr().err
+    assert "decoder.ffn_dim is 48 there, 52 here" in message
+    assert "decoder.positions is 'xpos' there, 'learned' here" in message
+
+
+def test_another_tokenizer_is_refused(
+    given: Path, tmp_path: Path, tiny_world: Path, task: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = load_checkpoint(given) | {"tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)}
+    WholeCheckpointIO().save_checkpoint(other, tmp_path / "other.ckpt")
+
+    assert finetune(tmp_path, tiny_world, task, tmp_path / "other.ckpt") == 2
+
+    assert f"was trained with tokenizer {tokenizer.fingerprint}, but the data's is" in capsys.readouterr().err
+
+
+def test_a_resumed_run_goes_on_from_its_own_weights(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finetune(whole, tiny_world, task, given, "--trainer.max_steps=4") == 0
+    assert finetune(parts, tiny_world, task, given, "--trainer.max_steps=3") == 0
+
+    assert finetune(parts, tiny_world, task, "gone.ckpt", "--trainer.max_steps=4", "--ckpt_path=last") == 0
+
+    assert losses(parts) == losses(whole)
+    assert changed(trained_weights(parts), trained_weights(whole)) == set()
+
+
+# ---- frozen parts
+
+
+def test_what_is_frozen_stays_and_the_rest_moves(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+    frozen = '--model.freeze=["vision", "decoder.layers.0", "*.bias", "decoder.embed_tokens.weight"]'
+
+    assert finetune(tmp_path, tiny_world, task, given, frozen) == 0
+
+    before, after = load_checkpoint(given)["state_dict"], trained_weights(tmp_path)
+    moved = changed(before, after)
+    stays = ("net.vision.", "net.decoder.layers.0.", "net.decoder.embed_tokens.")
+    assert moved == {name for name in before if not name.startswith(stays) and not name.endswith(".bias")}
+
+
+def test_a_pattern_that_names_nothing_is_refused(config: KosmosConfig) -> None:
+    with pytest.raises(UserError, match=r"no parameter is named 'decoder.layer.0'; there are .*decoder.layers"):
+        freeze(Kosmos.create(config), ["vision", "decoder.layer.0"])
+
+
+def test_something_must_be_left_to_train(config: KosmosConfig) -> None:
+    with pytest.raises(UserError, match="leave nothing to train"):
+        freeze(Kosmos.create(config), ["vision", "connector", "decoder"])
+
+
+def test_a_run_is_not_resumed_with_other_parts_frozen(
+    given: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(tmp_path, tiny_world, task, given, '--model.freeze=["vision"]') == 0
+
+    assert finetune(tmp_path, tiny_world, task, given, "--trainer.max_steps=3", "--ckpt_path=last") == 2
+
+    assert "resume with that run's model.freeze" in capsys.readouterr().err
+
+
+# ---- adapters
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, given: Path, tiny_world: Path, task: Path) -> Path:
+    """The folder of a run with adapters."""
+    folder = tmp_path_factory.mktemp("adapted")
+    assert finetune(folder, tiny_world, task, given, *LORA, "--trainer.max_steps=4") == 0
+    return folder
+
+
+def test_adapters_train_and_the_base_stays(adapted: Path, given: Path) -> None:
+    model, weights = Kosmos.load(last(adapted)), load_checkpoint(given)["state_dict"]
+
+    assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in base_weights(model).items())
+    assert any(tensor.abs().max() > 0 for name, tensor in model.state_dict().items() if ".lora_B." in name)
+
+
+def test_a_run_with_adapters_in_two_parts_equals_one(
+    adapted: Path, given: Path, tmp_path: Path, tiny_world: Path, task: Path
+) -> None:
+    assert finetune(tmp_path, tiny_world, task, given, *LORA, "--trainer.max_steps=3") == 0
+    assert finetune(tmp_path, tiny_world, task, given, *LORA, "--trainer.max_steps=4", "--ckpt_path=last") == 0
+
+    assert changed(trained_weights(tmp_path), trained_weights(adapted)) == set()
+
+
+def test_a_checkpoint_with_adapters_goes_on_with_them_merged_or_as_they_are(adapted: Path, config: KosmosConfig) -> None:
+    model = Kosmos.load(last(adapted))
+
+    plain, same = start_from(str(last(adapted)), config), start_from(str(last(adapted)), model.config)
+
+    assert changed(plain.state_dict(), merged(model).state_dict()) == set()
+    assert changed(same.state_dict(), model.state_dict()) == set()
+
+
+def test_a_checkpoint_with_adapters_writes_text(
+    adapted: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_world: Path, task: Path
+) -> None:
+    assert main(["generate", "--ckpt_path", str(last(adapted)), "--prompt", "a red", "--max-new-tokens", "5"]) == 0
+
+    assert main(tiny_run("predict", tmp_path, tiny_world, *data_of(task), *LORA, f"--ckpt_path={last(adapted)}")) == 0
+
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
+    assert len(asked) == 7
+    assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in asked)
+
+
+def test_a_checkpoint_with_adapters_does_not_resume_a_run_without(
+    adapted: Path, given: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(adapted, tiny_world, task, given, "--trainer.max_steps=5", "--ckpt_path=last") == 2
+
+    assert "lora is (3, 6.0, " in capsys.readouterr().err
