@@ -15,7 +15,7 @@ from kosmos_lit.vision import VisionTower
 from kosmos_lit.weights.files import SAFETENSORS, read_json, read_tensors
 from kosmos_lit.weights.folder import new_folder
 from kosmos_lit.weights.keys import CLIP, check_shapes, shapes_of
-from kosmos_lit.weights.kosmos2 import tower_architecture
+from kosmos_lit.weights.kosmos2 import side, strange_settings, tower_architecture
 
 ARCHITECTURE = "architecture.json"
 CLIP_TYPES = ("clip", "clip_vision_model")
@@ -61,7 +61,7 @@ def import_tower(source: Path, folder: Path) -> str:
         about = _vision_config(source)
         architecture = tower_architecture(about)
         with torch.device("meta"):
-            tower = VisionTower(VisionConfig(architecture=architecture, pretrained=None, image_size=about.image_size))
+            tower = VisionTower(VisionConfig(architecture=architecture, pretrained=None, image_size=side(about.image_size)))
         shapes = {f"{_PREFIX}{name}": tuple(t.shape) for name, t in tower.visual.state_dict().items()}
         check_shapes(shapes_of(theirs), CLIP.wanted(shapes), str(source))
         found = CLIP.to_ours(theirs, shapes)
@@ -101,4 +101,7 @@ def _vision_config(folder: Path) -> Any:
     if about.get("model_type") not in CLIP_TYPES:
         kind = about.get("model_type")
         raise UserError(f"{folder}: model_type {kind!r} is not taken here, only {' and '.join(CLIP_TYPES)}")
-    return CLIPVisionConfig.from_dict(about.get("vision_config", about))
+    found = CLIPVisionConfig.from_dict(about.get("vision_config", about))
+    if strange := strange_settings(found):
+        raise UserError(f"{folder}: no tower of open_clip is like this one: {'; '.join(strange)}")
+    return found

@@ -6,6 +6,8 @@ draws nothing in our order; ours drops them out once, as the released code does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,27 +100,21 @@ def kosmos_config(
     """
     text: Any = config.text_config
     vision: Any = config.vision_config
-    fixed: dict[str, dict[str, Any]] = {
-        "text_config": {
-            "activation_function": "gelu", "layer_norm_eps": 1e-5, "scale_embedding": True, "activation_dropout": 0,
-            "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
-        },
-        "vision_config": {"layer_norm_eps": 1e-5, "num_channels": 3},
+    fixed: dict[str, Any] = {
+        "activation_function": "gelu", "layer_norm_eps": 1e-5, "scale_embedding": True, "activation_dropout": 0,
+        "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
     }  # fmt: skip
-    tables: dict[str, Any] = {"text_config": text, "vision_config": vision}
     wrong = [
-        f"{table}.{name} is {getattr(tables[table], name)!r}, only {value!r} is known here"
-        for table, values in fixed.items()
-        for name, value in values.items()
-        if getattr(tables[table], name) != value
+        f"text_config.{name} is {getattr(text, name)!r}, only {value!r} is known here"
+        for name, value in fixed.items()
+        if getattr(text, name) != value
     ]
-    if vision.hidden_act not in ("quick_gelu", "gelu"):
-        wrong.append(f"vision_config.hidden_act is {vision.hidden_act!r}, only quick_gelu and gelu are known here")
+    wrong += strange_settings(vision)
     if wrong:
         raise UserError(f"no Kosmos is like this Kosmos-2: {'; '.join(wrong)}")
     return KosmosConfig(
         vision=VisionConfig(
-            architecture=tower_architecture(vision), pretrained=None, image_size=vision.image_size, trainable="all",
+            architecture=tower_architecture(vision), pretrained=None, image_size=side(vision.image_size), trainable="all",
             feature_length=1.0, mean=mean, std=std,
         ),
         connector=ConnectorConfig(
@@ -133,15 +129,41 @@ def kosmos_config(
     )  # fmt: skip
 
 
+def strange_settings(vision: Any) -> list[str]:
+    """Return what a transformers CLIP vision config asks for that open_clip's plain tower cannot do, a phrase each."""
+    known: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,), "attention_dropout": (0,),
+    }  # fmt: skip
+    strange = [
+        f"vision_config.{name} is {getattr(vision, name)!r}, only {' and '.join(map(repr, values))} known here"
+        for name, values in known.items()
+        if getattr(vision, name) not in values
+    ]
+    for name in ("image_size", "patch_size"):
+        if side(getattr(vision, name)) is None:
+            strange.append(f"vision_config.{name} is {getattr(vision, name)}, only squares are known here")
+    return strange
+
+
+def side(size: int | Sequence[int]) -> Any:
+    """Return the side of a square given by one side or by both, or None if it is none."""
+    if isinstance(size, int):
+        return size
+    return size[0] if len(size) == 2 and size[0] == size[1] else None
+
+
 def tower_architecture(vision: Any) -> str | dict[str, Any]:
     """Return the open_clip architecture of a transformers CLIP vision config: a table, or the released tower's name."""
+    ratio = vision.intermediate_size / vision.hidden_size
+    if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip multiplies and rounds down
+        ratio = math.nextafter(ratio, math.inf)
     table = {
-        "image_size": vision.image_size,
+        "image_size": side(vision.image_size),
         "layers": vision.num_hidden_layers,
         "width": vision.hidden_size,
         "head_width": vision.hidden_size // vision.num_attention_heads,
-        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
-        "patch_size": vision.patch_size,
+        "mlp_ratio": ratio,
+        "patch_size": side(vision.patch_size),
     }
     quick = vision.hidden_act == "quick_gelu"
     released = {"image_size": 224, "layers": 24, "width": 1024, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 14}
