@@ -45,8 +45,7 @@ def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> K
         kosmos.tokenizer = Tokenizer.from_transformers(folder)
         _check_tokens(kosmos, folder)
         return kosmos
-    tensors = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
-    return _assemble(kosmos_config(source.config), tensors, type(source).__name__)
+    return _assemble(kosmos_config(source.config), source.state_dict(), type(source).__name__)
 
 
 def to_transformers(kosmos: Kosmos) -> Kosmos2ForConditionalGeneration:
