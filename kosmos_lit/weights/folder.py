@@ -53,7 +53,8 @@ def save_folder(kosmos: Kosmos, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     config = replace(kosmos.config, vision=replace(kosmos.config.vision.resolved(), pretrained=None))
-    about = {"model_type": MODEL_TYPE, "version": __version__, "kosmos": asdict(config)}
+    has_tokenizer = kosmos.tokenizer is not None
+    about = {"model_type": MODEL_TYPE, "version": __version__, "has_tokenizer": has_tokenizer, "kosmos": asdict(config)}
     with new_folder(folder) as path:
         (path / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         save_file({name: t.detach().cpu().contiguous() for name, t in kosmos.state_dict().items()}, path / SAFETENSORS)
@@ -75,8 +76,20 @@ def load_folder(folder: str | Path) -> Kosmos:
         )
     config = KosmosConfig.from_dict(about["kosmos"])
     kosmos = assemble(config, read_tensors(path / SAFETENSORS), str(path / SAFETENSORS))
-    kosmos.tokenizer = Tokenizer.load(path)
+    if about.get("has_tokenizer", True):
+        give_tokenizer(kosmos, Tokenizer.load(path), str(path))
     return kosmos
+
+
+def give_tokenizer(kosmos: Kosmos, tokenizer: Tokenizer, where: str) -> None:
+    """Let a model know what its ids stand for.
+
+    Raises: UserError if it has fewer embeddings than there are ids.
+    """
+    rows = kosmos.config.decoder.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding only {rows:,} rows")
+    kosmos.tokenizer = tokenizer
 
 
 @contextmanager

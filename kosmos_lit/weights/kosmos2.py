@@ -18,7 +18,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokens import BOS, EOS, PAD, Tokenizer
 from kosmos_lit.weights.files import read_json, read_tensors
-from kosmos_lit.weights.folder import assemble, new_folder
+from kosmos_lit.weights.folder import assemble, give_tokenizer, new_folder
 from kosmos_lit.weights.keys import TRANSFORMERS, check_shapes, shapes_of
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> K
         config = kosmos_config(_read_config(folder), *_statistics(folder))
         tensors = read_tensors(folder)
         kosmos = _assemble(config, tensors, str(folder))
-        kosmos.tokenizer = Tokenizer.from_transformers(folder)
-        _check_tokens(kosmos, folder)
+        give_tokenizer(kosmos, Tokenizer.from_transformers(folder), str(folder))
         return kosmos
     return _assemble(kosmos_config(source.config), source.state_dict(), type(source).__name__)
 
@@ -85,6 +84,8 @@ def export_transformers(kosmos: Kosmos, folder: str | Path) -> None:
     with new_folder(folder) as path:
         model.save_pretrained(path)
         processor.save_pretrained(path)
+        # Their processor gives its tokenizer six tags in any case, for which a model without them has no embeddings.
+        tokenizer.save_transformers(path)
         tokenizer.save(path)
 
 
@@ -262,9 +263,3 @@ def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, 
             if "image_mean" in about and "image_std" in about:
                 return tuple(about["image_mean"]), tuple(about["image_std"])
     return CLIP_MEAN, CLIP_STD
-
-
-def _check_tokens(kosmos: Kosmos, folder: Path) -> None:
-    rows, tokenizer = kosmos.config.decoder.vocab_size, kosmos.tokenizer
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only {rows} rows")
