@@ -37,6 +37,7 @@ DEAD = {
     "gpt_model.decoder.embed_positions._float_tensor": torch.zeros(1),
     "gpt_model.decoder.self_attn_sope.scale": torch.linspace(0.3, 1, 8),
 }
+BLOCK, THEIR_BLOCK = r"vision_model\.model\.encoder\.layers\.(\d+)\.", r"img_model.visual.transformer.resblocks.\1."
 RENAMES = (
     (r"text_model\.lm_head\.weight", "gpt_model.decoder.output_projection.weight"),
     (r"text_model\.model\.(.*)", r"gpt_model.decoder.\1"),
@@ -46,12 +47,11 @@ RENAMES = (
     (r"vision_model\.model\.embeddings\.patch_embedding\.weight", "img_model.visual.conv1.weight"),
     (r"vision_model\.model\.pre_layrnorm\.(.*)", r"img_model.visual.ln_pre.\1"),
     (r"vision_model\.model\.post_layernorm\.(.*)", r"img_model.visual.ln_post.\1"),
-    (r"vision_model\.model\.encoder\.layers\.(\d+)\.self_attn\.(.*)", r"img_model.visual.transformer.resblocks.\1.ts_attn.\2"),
-    (r"vision_model\.model\.encoder\.layers\.(\d+)\.layer_norm([12])\.(.*)",
-     r"img_model.visual.transformer.resblocks.\1.ln_\2.\3"),
-    (r"vision_model\.model\.encoder\.layers\.(\d+)\.mlp\.fc1\.(.*)", r"img_model.visual.transformer.resblocks.\1.mlp.c_fc.\2"),
-    (r"vision_model\.model\.encoder\.layers\.(\d+)\.mlp\.fc2\.(.*)", r"img_model.visual.transformer.resblocks.\1.mlp.c_proj.\2"),
-)  # fmt: skip
+    (BLOCK + r"self_attn\.(.*)", THEIR_BLOCK + r"ts_attn.\2"),
+    (BLOCK + r"layer_norm([12])\.(.*)", THEIR_BLOCK + r"ln_\2.\3"),
+    (BLOCK + r"mlp\.fc1\.(.*)", THEIR_BLOCK + r"mlp.c_fc.\2"),
+    (BLOCK + r"mlp\.fc2\.(.*)", THEIR_BLOCK + r"mlp.c_proj.\2"),
+)
 
 
 def released_name(name: str) -> str:
@@ -78,7 +78,7 @@ def save(folder: Path, tensors: dict[str, Tensor], **more: Any) -> Path:
         **(more or ARGS),
         "model": tensors,
         "criterion": None,
-        "optimizer_history": [{"criterion_name": "UniLoss", "optimizer_name": "MemoryEfficientFP16Optimizer", "num_updates": 300}],
+        "optimizer_history": [{"criterion_name": "UniLoss", "optimizer_name": "FP16Optimizer", "num_updates": 300}],
         "task_state": {},
         "extra_state": {
             "metrics": [(0, "loss", {"val": 2.5, "sum": torch.tensor(7.5), "count": 3})],
