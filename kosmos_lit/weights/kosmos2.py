@@ -250,16 +250,33 @@ def _read_config(folder: Path) -> Kosmos2Config:
     about = read_json(folder / "config.json")
     if about.get("model_type") != MODEL_TYPE:
         raise UserError(f"{folder}/config.json is of model_type {about.get('model_type')!r}, not {MODEL_TYPE!r}")
-    config: Kosmos2Config = Kosmos2Config.from_dict(about)
+    config: Kosmos2Config = parse_config(Kosmos2Config, about, folder)
     return config
+
+
+def parse_config(kind: Any, about: dict[str, Any], folder: Path) -> Any:
+    """Return a transformers configuration of a `kind` from a folder's config.json.
+
+    Raises: UserError if a value is of the wrong type.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return kind.from_dict(about)
+    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json is no {kind.__name__}: {' '.join(str(error).split())}") from error
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and deviation of the folder's picture processor; CLIP's if it has none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            about = read_json(folder / name)
-            about = about.get("image_processor", about)
-            if "image_mean" in about and "image_std" in about:
-                return tuple(about["image_mean"]), tuple(about["image_std"])
+        about = read_json(folder / name) if (folder / name).is_file() else {}
+        about = about.get("image_processor", about)
+        if not (isinstance(about, dict) and "image_mean" in about and "image_std" in about):
+            continue
+        mean, std = about["image_mean"], about["image_std"]
+        for values in (mean, std):
+            if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values)):
+                raise UserError(f"{folder / name}: image_mean {mean} and image_std {std} should be three numbers each")
+        return tuple(mean), tuple(std)
     return CLIP_MEAN, CLIP_STD
