@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Kosmos2ForC
 
 from kosmos_lit import Kosmos
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import encode_prompt, generate
+from kosmos_lit.generate import GenerationConfig, encode_prompt, generate
 from kosmos_lit.tokens import EOS, GROUNDING, PAD, Tokenizer
 from kosmos_lit.weights import export_transformers, from_transformers
 from tests.kosmos_lit.tiny_kosmos import shaken, tiny_model
@@ -92,6 +92,19 @@ def test_their_processor_gives_our_ids_outside_of_the_slots(exported, text):
     assert found[~in_slot].tolist() == expected[~in_slot].tolist()
 
 
+GROUNDED_TEXTS = ("<grounding> An image of", "<grounding><phrase> the cat</phrase><object><patch_index_0044> sat")
+
+
+@pytest.mark.parametrize("text", GROUNDED_TEXTS)
+def test_tokens_of_grounding_are_asked_for_by_name_as_there(tmp_path, kosmos_vocabulary, text):
+    ours = our_model(Tokenizer(kosmos_vocabulary, GROUNDING))
+    export_transformers(ours, tmp_path / "model")
+    inputs = AutoProcessor.from_pretrained(tmp_path / "model")(text=text, images=picture(), num_image_tokens=N_LATENTS)
+
+    found = encode_prompt(text, 1, ours.tokenizer, N_LATENTS).tokens[3 + N_LATENTS :]
+    assert found.tolist() == np.array(inputs["input_ids"]).ravel()[3 + N_LATENTS :].tolist()
+
+
 def test_their_processor_gives_our_pixels(exported):
     ours, folder = exported
     inputs = AutoProcessor.from_pretrained(folder)(text="a", images=picture(), return_tensors="pt")
@@ -121,26 +134,27 @@ def forbidden(tokenizer: Tokenizer) -> list[int]:
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("n_beams", [1, 5])
 def test_generation_there_and_here_write_the_same(exported, text, n_beams):
-    """Ours gives the probability of what is forbidden to the rest, as they do only when told to renormalise."""
     ours, folder = exported
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     inputs = processor(text=text, images=picture(), return_tensors="pt", num_image_tokens=N_LATENTS)
 
     found = model.generate(
-        **inputs, max_new_tokens=13, do_sample=False, num_beams=n_beams, suppress_tokens=forbidden(ours.tokenizer),
-        renormalize_logits=True,
+        **inputs, max_new_tokens=13, do_sample=False, num_beams=n_beams, suppress_tokens=forbidden(ours.tokenizer)
     )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
 
-    expected = our_ids(ours, text, n_beams)
-    assert found[: len(expected)].tolist() == expected
-    assert set(found[len(expected) :].tolist()) <= {PAD, EOS}
-    assert ours.generate(text, [picture()], max_new_tokens=13, n_beams=n_beams) == ours.tokenizer.decode(expected)
+    written = our_ids(ours, text, n_beams)
+    assert found[: len(written)].tolist() == written
+    assert set(found[len(written) :].tolist()) <= {PAD, EOS}
+    # They write the first word's space, and a newline by the name of its token.
+    expected = processor.decode(found, skip_special_tokens=True).removeprefix(" ").replace("</line>", "\n")
+    assert ours.generate(text, [picture()], max_new_tokens=13, n_beams=n_beams) == expected
 
 
 def our_ids(ours: Kosmos, text: str, n_beams: int) -> list[int]:
     prompt = encode_prompt(text, 1, ours.tokenizer, N_LATENTS)
-    [ids] = generate(ours, [prompt], ours.pixels([picture()]), ours.tokenizer, max_new_tokens=13, n_beams=n_beams)
-    return ids
+    settings = GenerationConfig(max_new_tokens=13, n_beams=n_beams)
+    [found] = generate(ours, [prompt], ours.pixels([picture()]), ours.tokenizer, settings)
+    return list(found.tokens)
 
 
 def test_the_generations_compared_are_not_one_and_the_same(exported):

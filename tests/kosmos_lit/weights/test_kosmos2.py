@@ -299,7 +299,10 @@ def ours_with(table: str, **fields: Any) -> KosmosConfig:
 LOST = {
     "decoder.positions xpos: Kosmos-2 adds sinusoids": ("decoder", {"positions": "xpos"}),
     "decoder.positions learned: Kosmos-2 adds sinusoids": ("decoder", {"positions": "learned"}),
+    "decoder.positions rotary: Kosmos-2 adds sinusoids": ("decoder", {"positions": "rotary"}),
     "decoder.norm pre: Kosmos-2 has sub-LayerNorm": ("decoder", {"norm": "pre"}),
+    "decoder.norm deepnorm: Kosmos-2 has sub-LayerNorm": ("decoder", {"norm": "deepnorm"}),
+    "connector.kind perceiver: Kosmos-2 has a resampler": ("connector", {"kind": "perceiver"}),
     "connector.kind linear: Kosmos-2 has a resampler": ("connector", {"kind": "linear"}),
     "connector.n_heads 4: Kosmos-2 takes the decoder's 2": ("connector", {"n_heads": 4}),
     "vision.feature_length 10.0: Kosmos-2 scales features to length 1": ("vision", {"feature_length": 10.0}),
