@@ -99,8 +99,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises: UserError if `folder` exists and is not empty, or cannot be written.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is no empty folder; delete it or choose another --output")
+    check_new(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -112,3 +111,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Make sure that nothing is lost by writing a folder.
+
+    Raises: UserError if it exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder; delete it or choose another --output")

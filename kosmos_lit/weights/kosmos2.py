@@ -59,6 +59,8 @@ def to_transformers(kosmos: Kosmos) -> Kosmos2ForConditionalGeneration:
     theirs = {name: t.clone() for name, t in TRANSFORMERS.to_theirs(ours).items() if name != TRANSFORMERS.head}
     dtype = next(iter(theirs.values())).dtype
     model: Any = Kosmos2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=theirs, dtype=dtype)
+    for name, parameter in model.named_parameters():  # it has turned all of them into one dtype
+        parameter.data = theirs[name]
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -247,6 +249,8 @@ def _assemble(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str
 def _read_config(folder: Path) -> Kosmos2Config:
     from transformers import Kosmos2Config
 
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: a folder as transformers writes a Kosmos-2 was expected")
     about = read_json(folder / "config.json")
     if about.get("model_type") != MODEL_TYPE:
         raise UserError(f"{folder}/config.json is of model_type {about.get('model_type')!r}, not {MODEL_TYPE!r}")
