@@ -136,6 +136,15 @@ def test_half_precision_stays_as_it_is_both_ways(dtype):
     assert all(back[name].dtype == dtype and torch.equal(back[name], t) for name, t in theirs.state_dict().items())
 
 
+def test_parts_of_different_precision_stay_so_both_ways():
+    ours = from_transformers(their_model("wide"))
+    ours.decoder.to(torch.bfloat16)
+
+    back = from_transformers(to_transformers(ours)).state_dict()
+
+    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in ours.state_dict().items())
+
+
 def test_an_import_shares_no_memory_with_its_source():
     theirs = their_model("wide")
     ours = from_transformers(theirs)
