@@ -95,14 +95,26 @@ def load(picture: Picture, size: int, fit: Fit) -> Pixels:
             except ImageError as error:
                 raise ImageError(str(picture), str(error)) from error
         case Image.Image():
+            _check_size(*picture.size)
+            _load(picture)
             upright = _to_rgb(_upright(picture))
         case _:
-            pixels = np.asarray(picture)
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-                found = f"{pixels.shape} {pixels.dtype} of {type(picture).__name__}"
-                raise ImageError("not a picture", f"(3, H, W) uint8 was expected, got {found}")
-            upright = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            upright = Image.fromarray(np.ascontiguousarray(_array_of(picture).transpose(1, 2, 0)))
+            _check_size(*upright.size)
     return np.ascontiguousarray(np.asarray(_fitted(upright, size, fit)).transpose(2, 0, 1))
+
+
+def _array_of(picture: npt.ArrayLike) -> Pixels:
+    try:
+        pixels = np.asarray(picture)
+    except (TypeError, ValueError, RuntimeError) as error:  # uneven lists, tensors on another device
+        raise ImageError("not a picture", f"(3, H, W) uint8 was expected, on the CPU: {error}") from error
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+        found = f"{pixels.shape} {pixels.dtype} of {type(picture).__name__}"
+        raise ImageError("not a picture", f"(3, H, W) uint8 was expected, got {found}")
+    if not pixels.size:
+        raise ImageError("empty picture", f"{pixels.shape}")
+    return pixels
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -135,12 +147,15 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("not a picture", f"none of {', '.join(FORMATS)}") from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
         raise ImageError("not a picture", str(error)) from error
-    width, height = image.size
+    _check_size(*image.size)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError("picture too large", f"{width} x {height} exceeds {MAX_PIXELS:,} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError("picture too elongated", f"{width} x {height} exceeds 1 : {MAX_ASPECT}")
-    return image
 
 
 def _load(image: Image.Image) -> None:

@@ -134,18 +134,18 @@ class Kosmos(nn.Module):
         [scored] = score(self, [tokens], [candidates], pixels, self._own_tokenizer)
         return scored
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a caller may go on to compute with the result
     def logits(self, tokens: Tensor | Sequence[int], images: Sequence[Picture] = ()) -> Tensor:
-        """Return the logits of every next token, (T, V), or (B, T, V) for a batch.
+        """Return the logits of every next token, (T, V), or (B, T, V) for a batch, in the model's present mode.
 
         Args:
             tokens: (T,) or (B, T) ids, one document a row, padded with <pad> on either side; a picture is <image>, as many
                 <image> again as it has latents, and </image>.
             images: the pictures in the order of their places, in any form that `generate` takes.
 
-        Raises: UserError if tokens and pictures do not fit.
+        Raises: UserError if tokens are no ids of the model or too many, or tokens and pictures do not fit.
         """
-        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        ids = _checked_ids(tokens, self.config.decoder.vocab_size, self.config.decoder.max_seq_len)
         rows = ids if ids.ndim == 2 else ids[None]  # (B, T)
         special, pixels = self._own_tokenizer.special, self.pixels(images)
         slots = find_slots(rows, special.image)
@@ -179,3 +179,23 @@ class Kosmos(nn.Module):
         if self.tokenizer is None:
             raise UserError("this model has no tokenizer; set its `tokenizer`, or load it from a folder that has one")
         return self.tokenizer
+
+
+def _checked_ids(tokens: Tensor | Sequence[int], vocab_size: int, max_seq_len: int) -> Tensor:
+    """Return (T,) or (B, T) int64 ids on the CPU.
+
+    Raises: UserError if they are none, or too many for the model.
+    """
+    try:
+        ids = torch.as_tensor(tokens).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"tokens must be (T,) or (B, T) ids, rows of one length: {error}") from error
+    kind = str(ids.dtype).removeprefix("torch.")
+    if ids.ndim not in (1, 2) or not ids.numel() or "int" not in kind:
+        raise UserError(f"tokens must be (T,) or (B, T) ids, and not none at all; got {tuple(ids.shape)} {kind}")
+    low, high, longest = int(ids.min()), int(ids.max()), int((ids != PAD).sum(-1).max())
+    if low < 0 or high >= vocab_size:
+        raise UserError(f"tokens lie in {low} to {high}, but the model has {vocab_size} embeddings, from 0 on")
+    if longest > max_seq_len:
+        raise UserError(f"{longest} tokens exceed the model's {max_seq_len} positions")
+    return ids.long()

@@ -182,17 +182,19 @@ def import_parser() -> argparse.ArgumentParser:
 def import_(arguments: list[str]) -> None:
     """Turn weights from elsewhere into a model folder, or those of an image tower into a tower folder."""
     a = import_parser().parse_args(arguments)
-    from kosmos_lit.weights import CLIP_TYPES, from_fairseq, from_transformers, import_tower, model_type, save_folder
+    from kosmos_lit import weights as w
 
     if not a.input.exists():
         raise UserError(f"import: no file or folder {a.input}")
     if a.tokenizer is not None and a.format != "fairseq":
         raise UserError("import: --tokenizer is for --format fairseq; other folders bring theirs")
-    if a.format == "open_clip" or (a.format == "transformers" and a.input.is_dir() and model_type(a.input) in CLIP_TYPES):
-        print(f"{a.output}: an image tower, used by\n  {import_tower(a.input, a.output)}")
+    w.check_new(a.output)
+    is_clip = a.format == "transformers" and a.input.is_dir() and w.model_type(a.input) in w.CLIP_TYPES
+    if is_clip or a.format == "open_clip":
+        print(f"{a.output}: an image tower, used by\n  {w.import_tower(a.input, a.output)}")
         return
-    kosmos = from_fairseq(a.input, a.tokenizer) if a.format == "fairseq" else from_transformers(a.input)
-    save_folder(kosmos, a.output)
+    kosmos = w.from_fairseq(a.input, a.tokenizer) if a.format == "fairseq" else w.from_transformers(a.input)
+    w.save_folder(kosmos, a.output)
     print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")
 
 
@@ -208,8 +210,9 @@ def export_parser() -> argparse.ArgumentParser:
 def export(arguments: list[str]) -> None:
     """Write a trained model for use elsewhere."""
     a = export_parser().parse_args(arguments)
-    from kosmos_lit.weights import export_transformers, load_model, save_folder
+    from kosmos_lit.weights import check_new, export_transformers, load_model, save_folder
 
+    check_new(a.output)
     kosmos = load_model(a.ckpt_path)
     (export_transformers if a.format == "transformers" else save_folder)(kosmos, a.output)
     print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")

@@ -12,13 +12,13 @@ from kosmos_lit.tokens import Tokenizer
 from kosmos_lit.weights.clip import CLIP_TYPES, import_tower, load_tower
 from kosmos_lit.weights.fairseq import from_fairseq
 from kosmos_lit.weights.files import read_json
-from kosmos_lit.weights.folder import CONFIG, MODEL_TYPE, assemble, load_folder, save_folder
+from kosmos_lit.weights.folder import CONFIG, MODEL_TYPE, assemble, check_new, load_folder, save_folder
 from kosmos_lit.weights.kosmos2 import MODEL_TYPE as KOSMOS2
 from kosmos_lit.weights.kosmos2 import export_transformers, from_transformers, to_transformers
 
 __all__ = [
-    "CLIP_TYPES", "KOSMOS2", "export_transformers", "from_fairseq", "from_transformers", "import_tower", "load_folder",
-    "load_model", "load_tower", "model_type", "save_folder", "to_transformers",
+    "CLIP_TYPES", "KOSMOS2", "check_new", "export_transformers", "from_fairseq", "from_transformers", "import_tower",
+    "load_folder", "load_model", "load_tower", "model_type", "save_folder", "to_transformers",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from kosmos_lit.vision import VisionTower
 from kosmos_lit.weights.files import SAFETENSORS, read_json, read_tensors
 from kosmos_lit.weights.folder import new_folder
 from kosmos_lit.weights.keys import CLIP, check_shapes, shapes_of
-from kosmos_lit.weights.kosmos2 import tower_architecture
+from kosmos_lit.weights.kosmos2 import parse_config, side, strange_settings, tower_architecture
 
 ARCHITECTURE = "architecture.json"
 CLIP_TYPES = ("clip", "clip_vision_model")
@@ -53,15 +53,16 @@ def import_tower(source: Path, folder: Path) -> str:
     from safetensors.torch import save_file
 
     tensors = {name.removeprefix("module."): tensor for name, tensor in read_tensors(source).items()}
-    architecture: str | dict[str, Any] | None = None
+    architecture: str | dict[str, Any] = "ITS NAME IN open_clip"
+    size = "ITS PIXELS"
     if any(name.startswith(_PREFIX) for name in tensors):
         found = {n: t for n, t in tensors.items() if n.startswith(_PREFIX) and n != f"{_PREFIX}proj"}
     else:
         theirs = _of_transformers(tensors, source)
         about = _vision_config(source)
-        architecture = tower_architecture(about)
+        architecture, size = tower_architecture(about), side(about.image_size)
         with torch.device("meta"):
-            tower = VisionTower(VisionConfig(architecture=architecture, pretrained=None, image_size=about.image_size))
+            tower = VisionTower(VisionConfig(architecture=architecture, pretrained=None, image_size=size))
         shapes = {f"{_PREFIX}{name}": tuple(t.shape) for name, t in tower.visual.state_dict().items()}
         check_shapes(shapes_of(theirs), CLIP.wanted(shapes), str(source))
         found = CLIP.to_ours(theirs, shapes)
@@ -70,8 +71,7 @@ def import_tower(source: Path, folder: Path) -> str:
         if isinstance(architecture, dict):
             (path / ARCHITECTURE).write_text(json.dumps(architecture, indent=2) + "\n", encoding="utf-8")
             architecture = str(folder / ARCHITECTURE)
-    name = architecture or "ITS NAME IN open_clip"
-    return f"vision: {{architecture: {name}, pretrained: {folder}}}"
+    return f"vision: {{architecture: {architecture}, image_size: {size}, pretrained: {folder}}}"
 
 
 def _of_transformers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -101,4 +101,7 @@ def _vision_config(folder: Path) -> Any:
     if about.get("model_type") not in CLIP_TYPES:
         kind = about.get("model_type")
         raise UserError(f"{folder}: model_type {kind!r} is not taken here, only {' and '.join(CLIP_TYPES)}")
-    return CLIPVisionConfig.from_dict(about.get("vision_config", about))
+    found = parse_config(CLIPVisionConfig, about.get("vision_config", about), folder)
+    if strange := strange_settings(found):
+        raise UserError(f"{folder}: no tower of open_clip is like this one: {'; '.join(strange)}")
+    return found

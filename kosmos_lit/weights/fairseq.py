@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,15 +61,18 @@ def from_fairseq(path: str | Path, tokenizer: str | Path | None = None) -> Kosmo
 
 def _tokenizer(folder: Path, n_rows: int) -> Tokenizer:
     """Return the tokenizer of a folder with the control tokens that the embedding has rows for."""
-    plain = Tokenizer.load(folder)
-    if n_rows == plain.vocab_size:
-        return plain
-    grounding = Tokenizer((folder / MODEL_FILE).read_bytes(), GROUNDING)
-    if n_rows == grounding.vocab_size:
-        return grounding
+    try:
+        plain = Tokenizer.load(folder)
+    except UserError as error:
+        raise UserError(f"{error}; or give the folder of the released {MODEL_FILE} with --tokenizer") from error
+    file = folder / MODEL_FILE
+    grounded = Tokenizer(file.read_bytes(), GROUNDING) if file.is_file() else plain
+    for found in (plain, grounded):
+        if found.vocab_size == n_rows:
+            return found
     raise UserError(
         f"the embedding has {n_rows:,} rows, but the tokenizer in {folder} has {plain.vocab_size:,} ids, or "
-        f"{grounding.vocab_size:,} with Kosmos-2's grounding tokens; give the model's own with --tokenizer"
+        f"{grounded.vocab_size:,} with Kosmos-2's grounding tokens; give the model's own with --tokenizer"
     )
 
 
@@ -78,23 +82,27 @@ def _options(found: Mapping[str, Any]) -> dict[str, Any]:
     tables = [found.get("args"), nested.get("model") if isinstance(nested, Mapping) else None]
     flat: dict[str, Any] = {}
     for table in tables:
-        flat |= dict(table) if isinstance(table, Mapping) else vars(table) if table is not None else {}
+        flat |= vars(table) if isinstance(table, Namespace) else table if isinstance(table, Mapping) else {}
     return flat
 
 
 def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str) -> KosmosConfig:
     """Return the configuration that a checkpoint's tensors and options describe."""
     needed = {
-        "embedding": f"{_DECODER}.embed_tokens.weight", "first layer": f"{_DECODER}.layers.0.ffn.fc1.weight",
-        "queries": "img_connector.latent_query", "patches": f"{_TOWER}.conv1.weight",
-        "places": f"{_TOWER}.positional_embedding", "first block": f"{_TOWER}.transformer.resblocks.0.mlp.c_fc.weight",
+        "embedding": (2, f"{_DECODER}.embed_tokens.weight"), "first layer": (2, f"{_DECODER}.layers.0.ffn.fc1.weight"),
+        "queries": (2, "img_connector.latent_query"), "patches": (4, f"{_TOWER}.conv1.weight"),
+        "places": (2, f"{_TOWER}.positional_embedding"),
+        "first block": (2, f"{_TOWER}.transformer.resblocks.0.mlp.c_fc.weight"),
     }  # fmt: skip
-    if lack := [name for name in needed.values() if name not in tensors]:
+    if lack := [name for _, name in needed.values() if name not in tensors]:
         raise UserError(f"{where} is no released Kosmos checkpoint: {', '.join(lack)} not found under 'model'")
-    size = {what: tuple(tensors[name].shape) for what, name in needed.items()}
+    size = {what: tuple(tensors[name].shape) for what, (_, name) in needed.items()}
+    if odd := [f"{name} is {size[what]}" for what, (n_axes, name) in needed.items() if len(size[what]) != n_axes]:
+        raise UserError(f"{where} is no released Kosmos checkpoint: {', '.join(odd)}, which has another number of axes")
     V, D = size["embedding"]
     C, _, patch, _ = size["patches"]
-    n_heads = int(options.get("decoder_attention_heads") or D // HEAD_DIM)
+    heads = options.get("decoder_attention_heads")
+    n_heads = heads if isinstance(heads, int) else max(1, D // HEAD_DIM)
 
     tower = SimpleNamespace(
         image_size=patch * math.isqrt(size["places"][0] - 1),

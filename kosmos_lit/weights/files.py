@@ -6,6 +6,9 @@ import argparse
 import json
 import pickle
 import re
+import struct
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,11 @@ from kosmos_lit.errors import UserError
 
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DAMAGED = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+"""What torch's reader raises on a file that is cut off or garbled, depending on where."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -29,9 +37,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 return read_tensors(path / name)
         for name in (INDEX, PICKLE_INDEX):
             if (path / name).is_file():
-                shards = sorted(set(read_json(path / name).get("weight_map", {}).values()))
                 tensors: dict[str, Tensor] = {}
-                for shard in shards:
+                for shard in _shards(path / name):
                     tensors |= read_tensors(path / shard)
                 return tensors
         raise UserError(f"{path} holds no weights: one of {SAFETENSORS}, {INDEX}, {PICKLE}, {PICKLE_INDEX} was expected")
@@ -53,15 +60,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def _shards(index: Path) -> list[str]:
+    """Return the files beside an index that it speaks of."""
+    places = read_json(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise UserError(f"{index}: its weight_map should say for each tensor which file of this folder holds it")
+    return sorted(set(names))
+
+
 def read_pickle(path: Path) -> Any:
     """Return what a file of `torch.save` holds if that is tensors and plain data; its code is never run.
 
     Raises: UserError naming what else it holds.
     """
     try:
+        is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and cannot be mapped
+        if is_zip and _is_program(path):
+            raise UserError(
+                f"{path} is a TorchScript program (as OpenAI's own CLIP files are), which is code; take the state dict that "
+                "open_clip or transformers has of it"
+            )
         # Training scripts leave their options as a Namespace: a bag of attributes, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles, which are read or refused below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(?:GLOBAL\s+)?(\S+)", str(error))
         what = f"it refers to {culprit[1]}" if culprit else "it is no plain data"
@@ -69,8 +92,13 @@ def read_pickle(path: Path) -> Any:
             f"{path} is not read: {what}, and only tensors and plain data are taken, as anything else could run code; save "
             "its state dict alone, best as safetensors, where you trust it"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is no whole file of torch.save: {error}") from error
+
+
+def _is_program(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,9 @@ MODEL_TYPE = "kosmos-lit"
 
 
 def assemble(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str) -> Kosmos:
-    """Return the configured model with these tensors as its weights, in evaluation mode; each keeps its dtype.
+    """Return the configured model with copies of these tensors as its weights, in evaluation mode; each keeps its dtype.
+
+    Copies, as tensors of a file are a window on it: a model must not change or crash when the file is written again.
 
     Raises: UserError listing every missing, surplus and misshapen tensor.
     """
@@ -35,10 +37,11 @@ def assemble(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str) ->
     with torch.device("meta"):
         model = Kosmos(config)
     check_shapes(shapes_of(tensors), shapes_of(model.state_dict()), where)
-    model.load_state_dict(tensors, assign=True)
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    model.load_state_dict(copies, assign=True)
     if any(t.is_meta for t in chain(model.parameters(), model.buffers())):  # a tower with buffers that files do not hold
         model = Kosmos(config)
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict(copies, assign=True)
     return model.eval()
 
 
@@ -50,7 +53,8 @@ def save_folder(kosmos: Kosmos, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     config = replace(kosmos.config, vision=replace(kosmos.config.vision.resolved(), pretrained=None))
-    about = {"model_type": MODEL_TYPE, "version": __version__, "kosmos": asdict(config)}
+    has_tokenizer = kosmos.tokenizer is not None
+    about = {"model_type": MODEL_TYPE, "version": __version__, "has_tokenizer": has_tokenizer, "kosmos": asdict(config)}
     with new_folder(folder) as path:
         (path / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         save_file({name: t.detach().cpu().contiguous() for name, t in kosmos.state_dict().items()}, path / SAFETENSORS)
@@ -72,8 +76,20 @@ def load_folder(folder: str | Path) -> Kosmos:
         )
     config = KosmosConfig.from_dict(about["kosmos"])
     kosmos = assemble(config, read_tensors(path / SAFETENSORS), str(path / SAFETENSORS))
-    kosmos.tokenizer = Tokenizer.load(path)
+    if about.get("has_tokenizer", True):
+        give_tokenizer(kosmos, Tokenizer.load(path), str(path))
     return kosmos
+
+
+def give_tokenizer(kosmos: Kosmos, tokenizer: Tokenizer, where: str) -> None:
+    """Let a model know what its ids stand for.
+
+    Raises: UserError if it has fewer embeddings than there are ids.
+    """
+    rows = kosmos.config.decoder.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding only {rows:,} rows")
+    kosmos.tokenizer = tokenizer
 
 
 @contextmanager
@@ -83,8 +99,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises: UserError if `folder` exists and is not empty, or cannot be written.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is no empty folder; delete it or choose another --output")
+    check_new(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -96,3 +111,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(folder: Path) -> None:
+    """Make sure that nothing is lost by writing a folder.
+
+    Raises: UserError if it exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no empty folder; delete it or choose another --output")

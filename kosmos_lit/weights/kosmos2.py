@@ -6,6 +6,8 @@ draws nothing in our order; ours drops them out once, as the released code does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokens import BOS, EOS, PAD, Tokenizer
 from kosmos_lit.weights.files import read_json, read_tensors
-from kosmos_lit.weights.folder import assemble, new_folder
+from kosmos_lit.weights.folder import assemble, give_tokenizer, new_folder
 from kosmos_lit.weights.keys import TRANSFORMERS, check_shapes, shapes_of
 
 if TYPE_CHECKING:
@@ -40,11 +42,9 @@ def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> K
         config = kosmos_config(_read_config(folder), *_statistics(folder))
         tensors = read_tensors(folder)
         kosmos = _assemble(config, tensors, str(folder))
-        kosmos.tokenizer = Tokenizer.from_transformers(folder)
-        _check_tokens(kosmos, folder)
+        give_tokenizer(kosmos, Tokenizer.from_transformers(folder), str(folder))
         return kosmos
-    tensors = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
-    return _assemble(kosmos_config(source.config), tensors, type(source).__name__)
+    return _assemble(kosmos_config(source.config), source.state_dict(), type(source).__name__)
 
 
 def to_transformers(kosmos: Kosmos) -> Kosmos2ForConditionalGeneration:
@@ -59,6 +59,8 @@ def to_transformers(kosmos: Kosmos) -> Kosmos2ForConditionalGeneration:
     theirs = {name: t.clone() for name, t in TRANSFORMERS.to_theirs(ours).items() if name != TRANSFORMERS.head}
     dtype = next(iter(theirs.values())).dtype
     model: Any = Kosmos2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=theirs, dtype=dtype)
+    for name, parameter in model.named_parameters():  # it has turned all of them into one dtype
+        parameter.data = theirs[name]
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -84,6 +86,8 @@ def export_transformers(kosmos: Kosmos, folder: str | Path) -> None:
     with new_folder(folder) as path:
         model.save_pretrained(path)
         processor.save_pretrained(path)
+        # Their processor gives its tokenizer six tags in any case, for which a model without them has no embeddings.
+        tokenizer.save_transformers(path)
         tokenizer.save(path)
 
 
@@ -98,27 +102,21 @@ def kosmos_config(
     """
     text: Any = config.text_config
     vision: Any = config.vision_config
-    fixed: dict[str, dict[str, Any]] = {
-        "text_config": {
-            "activation_function": "gelu", "layer_norm_eps": 1e-5, "scale_embedding": True, "activation_dropout": 0,
-            "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
-        },
-        "vision_config": {"layer_norm_eps": 1e-5, "num_channels": 3},
+    fixed: dict[str, Any] = {
+        "activation_function": "gelu", "layer_norm_eps": 1e-5, "scale_embedding": True, "activation_dropout": 0,
+        "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
     }  # fmt: skip
-    tables: dict[str, Any] = {"text_config": text, "vision_config": vision}
     wrong = [
-        f"{table}.{name} is {getattr(tables[table], name)!r}, only {value!r} is known here"
-        for table, values in fixed.items()
-        for name, value in values.items()
-        if getattr(tables[table], name) != value
+        f"text_config.{name} is {getattr(text, name)!r}, only {value!r} is known here"
+        for name, value in fixed.items()
+        if getattr(text, name) != value
     ]
-    if vision.hidden_act not in ("quick_gelu", "gelu"):
-        wrong.append(f"vision_config.hidden_act is {vision.hidden_act!r}, only quick_gelu and gelu are known here")
+    wrong += strange_settings(vision)
     if wrong:
         raise UserError(f"no Kosmos is like this Kosmos-2: {'; '.join(wrong)}")
     return KosmosConfig(
         vision=VisionConfig(
-            architecture=tower_architecture(vision), pretrained=None, image_size=vision.image_size, trainable="all",
+            architecture=tower_architecture(vision), pretrained=None, image_size=side(vision.image_size), trainable="all",
             feature_length=1.0, mean=mean, std=std,
         ),
         connector=ConnectorConfig(
@@ -133,15 +131,41 @@ def kosmos_config(
     )  # fmt: skip
 
 
+def strange_settings(vision: Any) -> list[str]:
+    """Return what a transformers CLIP vision config asks for that open_clip's plain tower cannot do, a phrase each."""
+    known: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,), "attention_dropout": (0,),
+    }  # fmt: skip
+    strange = [
+        f"vision_config.{name} is {getattr(vision, name)!r}, only {' and '.join(map(repr, values))} known here"
+        for name, values in known.items()
+        if getattr(vision, name) not in values
+    ]
+    for name in ("image_size", "patch_size"):
+        if side(getattr(vision, name)) is None:
+            strange.append(f"vision_config.{name} is {getattr(vision, name)}, only squares are known here")
+    return strange
+
+
+def side(size: int | Sequence[int]) -> Any:
+    """Return the side of a square given by one side or by both, or None if it is none."""
+    if isinstance(size, int):
+        return size
+    return size[0] if len(size) == 2 and size[0] == size[1] else None
+
+
 def tower_architecture(vision: Any) -> str | dict[str, Any]:
     """Return the open_clip architecture of a transformers CLIP vision config: a table, or the released tower's name."""
+    ratio = vision.intermediate_size / vision.hidden_size
+    if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip multiplies and rounds down
+        ratio = math.nextafter(ratio, math.inf)
     table = {
-        "image_size": vision.image_size,
+        "image_size": side(vision.image_size),
         "layers": vision.num_hidden_layers,
         "width": vision.hidden_size,
         "head_width": vision.hidden_size // vision.num_attention_heads,
-        "mlp_ratio": vision.intermediate_size / vision.hidden_size,
-        "patch_size": vision.patch_size,
+        "mlp_ratio": ratio,
+        "patch_size": side(vision.patch_size),
     }
     quick = vision.hidden_act == "quick_gelu"
     released = {"image_size": 224, "layers": 24, "width": 1024, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 14}
@@ -225,25 +249,38 @@ def _assemble(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str
 def _read_config(folder: Path) -> Kosmos2Config:
     from transformers import Kosmos2Config
 
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: a folder as transformers writes a Kosmos-2 was expected")
     about = read_json(folder / "config.json")
     if about.get("model_type") != MODEL_TYPE:
         raise UserError(f"{folder}/config.json is of model_type {about.get('model_type')!r}, not {MODEL_TYPE!r}")
-    config: Kosmos2Config = Kosmos2Config.from_dict(about)
+    config: Kosmos2Config = parse_config(Kosmos2Config, about, folder)
     return config
+
+
+def parse_config(kind: Any, about: dict[str, Any], folder: Path) -> Any:
+    """Return a transformers configuration of a `kind` from a folder's config.json.
+
+    Raises: UserError if a value is of the wrong type.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return kind.from_dict(about)
+    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json is no {kind.__name__}: {' '.join(str(error).split())}") from error
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and deviation of the folder's picture processor; CLIP's if it has none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            about = read_json(folder / name)
-            about = about.get("image_processor", about)
-            if "image_mean" in about and "image_std" in about:
-                return tuple(about["image_mean"]), tuple(about["image_std"])
+        about = read_json(folder / name) if (folder / name).is_file() else {}
+        about = about.get("image_processor", about)
+        if not (isinstance(about, dict) and "image_mean" in about and "image_std" in about):
+            continue
+        mean, std = about["image_mean"], about["image_std"]
+        for values in (mean, std):
+            if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values)):
+                raise UserError(f"{folder / name}: image_mean {mean} and image_std {std} should be three numbers each")
+        return tuple(mean), tuple(std)
     return CLIP_MEAN, CLIP_STD
-
-
-def _check_tokens(kosmos: Kosmos, folder: Path) -> None:
-    rows, tokenizer = kosmos.config.decoder.vocab_size, kosmos.tokenizer
-    if tokenizer is not None and tokenizer.vocab_size > rows:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the embedding only {rows} rows")

@@ -1,0 +1,239 @@
+"""The verbs import and export, and what they say to a mistake."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from kosmos_lit import Kosmos
+from kosmos_lit.cli import main
+from kosmos_lit.tokens import MODEL_FILE, Tokenizer
+from kosmos_lit.weights import export_transformers, from_transformers
+from tests.kosmos_lit.weights import test_fairseq as released
+from tests.kosmos_lit.weights.hostile import Bomb
+from tests.kosmos_lit.weights.test_clip import SIDE as TOWER_SIDE
+from tests.kosmos_lit.weights.test_clip import their_tower
+from tests.kosmos_lit.weights.their_kosmos import their_model
+
+LAST = Path("checkpoints") / "step=00000006.ckpt"
+
+
+@pytest.fixture
+def said(capsys):
+    """Return a function that runs a command to its good end, and returns what it printed."""
+
+    def run(*arguments: object) -> str:
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def mistake(capsys):
+    """Return a function that runs a command, expects it to be refused, and returns the whole message."""
+
+    def run(*arguments: object) -> str:
+        code = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+        return err.removeprefix("error: ").removesuffix("\n")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, kosmos_vocabulary) -> Path:
+    """A folder as transformers has it."""
+    tokenizer = Tokenizer(kosmos_vocabulary)
+    kosmos = from_transformers(their_model("wide", vocab_size=tokenizer.vocab_size))
+    kosmos.tokenizer = tokenizer
+    folder = tmp_path_factory.mktemp("theirs") / "kosmos2"
+    export_transformers(kosmos, folder)
+    return folder
+
+
+# ---- what they do
+
+
+def test_an_export_as_safetensors_writes_what_the_checkpoint_writes(trained, tmp_path, said):
+    picture = tmp_path / "a.png"
+    Image.linear_gradient("L").resize((53, 31)).convert("RGB").save(picture)
+    question = ("--image", picture, "--prompt", "Here <image> we see", "--max-new-tokens", 11, "--beams", 3)
+
+    message = said("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
+
+    assert message.startswith(f"{tmp_path}/model: ")
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", MODEL_FILE}
+    expected = said("generate", "--ckpt_path", trained / LAST, *question)
+    assert said("generate", "--ckpt_path", tmp_path / "model", *question) == expected
+
+
+def test_an_exported_folder_runs_anywhere(trained, tmp_path, said, monkeypatch):
+    said("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where no description of the tower can be found
+
+    assert said("generate", "--ckpt_path", "../model", "--max-new-tokens", 3).endswith("\n")
+
+
+def test_a_folder_of_transformers_goes_in_and_out_bit_by_bit(theirs, tmp_path, said):
+    said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
+    said("export", "--ckpt_path", tmp_path / "ours", "--format", "transformers", "--output", tmp_path / "back")
+
+    expected, found = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "back"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((theirs / name).read_text())
+
+
+def test_import_says_what_it_has_made(theirs, tmp_path, said):
+    message = said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
+
+    n = sum(p.numel() for p in Kosmos.load(theirs).parameters())
+    assert message == f"{tmp_path}/ours: {n:,} parameters, 68 ids\n"
+
+
+def test_generate_reads_a_folder_of_transformers_as_it_is(theirs, tmp_path, said):
+    said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
+    question = ("--prompt", "the cat", "--max-new-tokens", 7)
+
+    expected = said("generate", "--ckpt_path", tmp_path / "ours", *question)
+    assert said("generate", "--ckpt_path", theirs, *question) == expected
+
+
+def test_a_released_checkpoint_is_imported(tmp_path, kosmos_vocabulary, said):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / MODEL_FILE).write_bytes(kosmos_vocabulary)
+    file = released.save(tmp_path, released.released_tensors())
+
+    out = tmp_path / "ours"
+    said("import", "--format", "fairseq", "--input", file, "--tokenizer", tmp_path / "data", "--output", out)
+
+    assert Kosmos.load(out).config.decoder.vocab_size == released.N_GROUNDED
+
+
+@pytest.mark.parametrize("format_", ["transformers", "open_clip"])
+def test_a_clip_folder_of_transformers_is_imported_as_a_tower(tmp_path, said, format_):
+    their_tower("gelu").save_pretrained(tmp_path / "clip")
+
+    message = said("import", "--format", format_, "--input", tmp_path / "clip", "--output", tmp_path / "tower")
+
+    assert "an image tower" in message
+    tower = tmp_path / "tower"
+    assert f"architecture: {tower}/architecture.json, image_size: {TOWER_SIDE}, pretrained: {tower}" in message
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["import", "--format", "tensorflow", "--input", "a", "--output", "b"], "tensorflow"),
+        (["import", "--format", "fairseq", "--output", "b"], "--input"),
+        (["import", "--format", "fairseq", "--input", "no/such.pt", "--output", "b"], "no file or folder no/such.pt"),
+        (["import", "--format", "transformers", "--input", ".", "--output", "b", "--tokenizer", "c"], "--tokenizer is for"),
+        (["export", "--ckpt_path", "a", "--format", "fairseq", "--output", "b"], "fairseq"),
+        (["export", "--ckpt_path", "no/a.ckpt", "--format", "safetensors", "--output", "b"], "no checkpoint no/a.ckpt"),
+        (["export", "--ckptpath", "a", "--format", "safetensors", "--output", "b"], "did you mean --ckpt_path"),
+    ],
+)
+def test_a_wrong_option_is_named(mistake, arguments, named):
+    assert named in mistake(*arguments)
+
+
+def test_an_export_names_all_that_would_be_lost(trained, tmp_path, mistake):
+    message = mistake("export", "--ckpt_path", trained / LAST, "--format", "transformers", "--output", tmp_path / "out")
+
+    assert "decoder.positions xpos" in message
+    assert "vision.feature_length 10" in message
+    assert "--format safetensors" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_not_empty_is_left_alone(trained, theirs, tmp_path, mistake):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+
+    # Said before anything is read: hence no word of the tensors' loading.
+    for command in (
+        ("export", "--ckpt_path", trained / LAST, "--format", "safetensors"),
+        ("export", "--ckpt_path", theirs, "--format", "transformers"),
+        ("import", "--format", "transformers", "--input", theirs),
+    ):
+        assert "no empty folder" in mistake(*command, "--output", tmp_path / "out")
+
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_something_else_is_told_what_was_expected(tmp_path, mistake):
+    for command in (
+        ("generate", "--ckpt_path", tmp_path),
+        ("export", "--ckpt_path", tmp_path, "--format", "safetensors", "--output", tmp_path / "out"),
+        ("import", "--format", "transformers", "--input", tmp_path, "--output", tmp_path / "out"),
+    ):
+        message = mistake(*command)
+        assert "no config.json" in message
+        assert "expected" in message
+
+
+def test_weights_that_do_not_fit_are_listed_one_a_line(theirs, tmp_path, mistake):
+    tensors = load_file(theirs / "model.safetensors")
+    del tensors["image_to_text_projection.latent_query"]
+    tensors["text_model.model.layer_norm.bias"] = torch.ones(7)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in theirs.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, broken / "model.safetensors")
+
+    message = mistake("import", "--format", "transformers", "--input", broken, "--output", tmp_path / "out")
+
+    assert [line.split(" ")[2:4] for line in message.splitlines()[1:]] == [
+        ["missing:", "image_to_text_projection.latent_query"],
+        ["misshapen:", "text_model.model.layer_norm.bias"],
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["generate", "export", "fairseq", "open_clip", "transformers"])
+def test_no_verb_runs_what_a_file_brings(verb, theirs, tmp_path, mistake):
+    exploded, file, out = tmp_path / "exploded", tmp_path / "hostile.ckpt", ("--output", tmp_path / "out")
+    torch.save({"model": {"a": Bomb(exploded)}, "args": Namespace()}, file)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((theirs / name).read_bytes())
+    torch.save({"a": Bomb(exploded)}, folder / "pytorch_model.bin")
+    command = {
+        "generate": ("generate", "--ckpt_path", file),
+        "export": ("export", "--ckpt_path", file, "--format", "safetensors", *out),
+        "fairseq": ("import", "--format", "fairseq", "--input", file, *out),
+        "open_clip": ("import", "--format", "open_clip", "--input", file, *out),
+        "transformers": ("import", "--format", "transformers", "--input", folder, *out),
+    }[verb]
+
+    message = mistake(*command)
+
+    assert "hostile.ckpt is no" in message or " is not read: it refers to " in message
+    assert not exploded.exists()
+
+
+def test_a_file_given_for_a_folder_of_transformers_is_named(theirs, tmp_path, mistake):
+    file = theirs / "model.safetensors"
+
+    message = mistake("import", "--format", "transformers", "--input", file, "--output", tmp_path / "out")
+
+    assert message.startswith(f"{file} is no folder")
