@@ -46,10 +46,8 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
 
 def assert_parses(verb: str, rest: list[str]) -> None:
     assert verb in VERBS
-    if verb == "prepare":
-        assert verbs.prepare_parser().parse_args(rest)
-    elif verb == "generate":
-        assert verbs.generate_parser().parse_args(rest)
+    if verb in ("prepare", "generate", "import", "export"):
+        assert getattr(verbs, f"{verb}_parser")().parse_args(rest)
     else:
         if verb == "rows":
             _, rest = verbs.rows_parser().parse_known_args(rest)
