@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,17 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
+_numpy_scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
+PLAIN: list[Any] = [
+    argparse.Namespace,  # training scripts leave their options as a bag of attributes
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # and counters as numpy's numbers
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+]
+"""What may stand in a file beside tensors and Python's own data; none of it can run anything."""
+
+
 def read_pickle(path: Path) -> Any:
     """Return what a file of `torch.save` holds if that is tensors and plain data; its code is never run.
 
@@ -81,8 +93,7 @@ def read_pickle(path: Path) -> Any:
                 f"{path} is a TorchScript program (as OpenAI's own CLIP files are), which is code; take the state dict that "
                 "open_clip or transformers has of it"
             )
-        # Training scripts leave their options as a Namespace: a bag of attributes, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles, which are read or refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:

@@ -117,10 +117,10 @@ def test_a_verb_that_does_not_exist(mistake: Mistake) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"text": "-1"}, "[-1.0, 5.0, 2.0]"),
-        ({"text": ".nan"}, "[nan, 5.0, 2.0]"),
-        ({"text": ".inf"}, "[inf, 5.0, 2.0]"),
-        ({"text": "0", "caption": "0", "interleaved": "0"}, "[0.0, 0.0, 0.0]"),
+        ({"text": "-1"}, "[-1.0, 5.0, 2.0, 0.0]"),
+        ({"text": ".nan"}, "[nan, 5.0, 2.0, 0.0]"),
+        ({"text": ".inf"}, "[inf, 5.0, 2.0, 0.0]"),
+        ({"text": "0", "caption": "0", "interleaved": "0"}, "[0.0, 0.0, 0.0, 0.0]"),
     ],
 )
 def test_a_ratio_that_is_none(mistake: Mistake, fit: list[str], values: dict[str, str], said: str) -> None:
@@ -272,7 +272,7 @@ def test_more_pieces_than_the_text_has(mistake: Mistake, tmp_path: Path, tiny_wo
         (["--image", "nothing.jpg"], "nothing.jpg"),
         (["--prompt", "<image> and <image>"], "2 <image> marks, but 0 pictures"),
         (["--max-new-tokens", "500"], "500 new tokens exceed the model's 128 positions"),
-        (["--beams", "0"], "--beams 0"),
+        (["--beams", "0"], "n_beams must be positive, got 0"),
         (["--beam", "3"], "--beam 3"),
     ],
 )

@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def save(folder: Path, tensors: dict[str, Tensor], **more: Any) -> Path:
         "task_state": {},
         "extra_state": {
             "metrics": [(0, "loss", {"val": 2.5, "sum": torch.tensor(7.5), "count": 3})],
-            "previous_training_time": 11.5,
+            "previous_training_time": np.float64(11.5),
             "train_iterator": {"epoch": 1, "iterations_in_epoch": 300, "shuffle": True},
         },
         "last_optimizer_state": None,
