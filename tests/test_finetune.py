@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.lora import base_weights, merged
+from kosmos_lit.lora import base_weights, load_adapter, merged
 from kosmos_lit.model import Kosmos
 from kosmos_lit.start import freeze, start_from
 from kosmos_lit.tokens import Tokenizer
@@ -208,6 +209,32 @@ def test_a_checkpoint_with_adapters_writes_text(
     asked = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
     assert len(asked) == 7
     assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in asked)
+
+
+def test_adapters_are_exported_merged_or_alone(adapted: Path, given: Path, tmp_path: Path) -> None:
+    export = ["export", "--ckpt_path", str(last(adapted))]
+    assert main([*export, "--format", "safetensors", "--output", str(tmp_path / "merged")]) == 0
+    assert main([*export, "--format", "adapter", "--output", str(tmp_path / "adapter")]) == 0
+
+    whole, again = Kosmos.load(tmp_path / "merged"), load_adapter(Kosmos.load(given), tmp_path / "adapter")
+
+    assert whole.config.lora is None
+    assert changed(whole.state_dict(), merged(Kosmos.load(last(adapted))).state_dict()) == set()
+    assert changed(whole.state_dict(), merged(again).state_dict()) == set()
+
+
+def test_a_model_with_adapters_says_what_the_merged_one_says(adapted: Path) -> None:
+    model = Kosmos.load(last(adapted))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    picture = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+
+    said = model.generate("a red", [picture], max_new_tokens=11)
+
+    assert said == merged(model).generate("a red", [picture], max_new_tokens=11)
+    assert said != Kosmos.load(last(adapted)).generate("a red", [picture], max_new_tokens=11)
 
 
 def test_a_checkpoint_with_adapters_does_not_resume_a_run_without(

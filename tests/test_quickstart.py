@@ -47,3 +47,18 @@ def test_the_loss_of_each_corpus_falls(report: dict[str, dict[str, float]]) -> N
 def test_it_leaves_a_sheet_of_pictures(quickstart: Path) -> None:
     with Image.open(quickstart / "sheet.png") as sheet:
         assert min(sheet.size) > 400
+
+
+def test_its_model_learns_a_new_task_from_200_examples_and_keeps_its_captions(
+    quickstart: Path, report: dict[str, float], tmp_path: Path
+) -> None:
+    config = ["fit", "-c", str(ROOT / "configs" / "finetune_world.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    given = [f"--model.init_from={quickstart}/checkpoints/step=00002200.ckpt", f"--data.world.path={quickstart}/world"]
+
+    end = run([*config, *given])
+
+    assert end.returncode == 0, end.stderr
+    after = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert after["tasks"]["instruct"]["exact_match"] >= 0.9
+    assert after["tasks"]["instruct"]["exact_match_shuffled"] <= 0.25  # knowing the question alone gives some 0.15
+    assert after["exact_match"] > report["exact_match"] - 0.05

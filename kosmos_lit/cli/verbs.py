@@ -202,7 +202,10 @@ def export_parser() -> argparse.ArgumentParser:
     """Return the options of `export`."""
     parser = _Parser(prog="main.py export")
     parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint or model folder")
-    parser.add_argument("--format", choices=("transformers", "safetensors"), required=True)
+    parser.add_argument(
+        "--format", choices=("transformers", "safetensors", "adapter"), required=True,
+        help="adapter: LoRA's matrices alone, in peft's format; the others write them merged",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     return parser
 
@@ -210,10 +213,16 @@ def export_parser() -> argparse.ArgumentParser:
 def export(arguments: list[str]) -> None:
     """Write a trained model for use elsewhere."""
     a = export_parser().parse_args(arguments)
+    from kosmos_lit.lora import merged, save_adapter
     from kosmos_lit.weights import check_new, export_transformers, load_model, save_folder
 
     check_new(a.output)
     kosmos = load_model(a.ckpt_path)
+    if a.format == "adapter":
+        save_adapter(kosmos, a.output)
+        print(f"{a.output}: an adapter; put it on its base with peft or kosmos_lit.lora.load_adapter")
+        return
+    kosmos = merged(kosmos)
     (export_transformers if a.format == "transformers" else save_folder)(kosmos, a.output)
     print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")
 
