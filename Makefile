@@ -10,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench check clean
+.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench bench-generation check clean
 
 setup: $(READY)
 
@@ -65,6 +65,9 @@ $(GOLDEN_VENV)/.ready: tests/golden/make_torchscale.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/full_size_step.py $(ARGS)
+
+bench-generation: $(READY)
+	$(BIN)/python benchmarks/generation.py $(ARGS)
 
 check: lint type test-all
 
