@@ -171,7 +171,7 @@ def test_the_public_weights_can_be_fine_tuned_whole_or_by_adapters() -> None:
     assert count(model) == 1_664_485_376
     # per decoder layer 16 ranks of q, k, v, out (4 x 4,096) and fc1, fc2 (2 x 10,240), and of the resampler's four
     assert count(adapted, trained=True) == 16 * (24 * (4 * 4096 + 2 * 10_240) + 4 * 4096)
-    assert adapters.model.init_from == "data/kosmos2"
+    assert adapters.model.init_from == "models/kosmos2"
     assert [name for name, weight in whole.datamodule.ratio.__dict__.items() if weight] == ["instruct"]
 
 
