@@ -162,8 +162,8 @@ def test_the_papers_model_has_the_papers_parameters() -> None:
 
 
 def test_the_public_weights_can_be_fine_tuned_whole_or_by_adapters() -> None:
-    files = [CONFIGS / "model" / "kosmos2.yaml", CONFIGS / "finetune_kosmos2.yaml"]
-    whole, adapters = parsed(*files), parsed(*files, CONFIGS / "trainer" / "lora.yaml")
+    run = CONFIGS / "finetune_kosmos2.yaml"
+    whole, adapters = parsed(run), parsed(run, CONFIGS / "trainer" / "lora.yaml")
 
     with torch.device("meta"):
         model, adapted = Kosmos(whole.model.config), Kosmos(adapters.model.config)
@@ -172,6 +172,7 @@ def test_the_public_weights_can_be_fine_tuned_whole_or_by_adapters() -> None:
     # per decoder layer 16 ranks of q, k, v, out (4 x 4,096) and fc1, fc2 (2 x 10,240), and of the resampler's four
     assert count(adapted, trained=True) == 16 * (24 * (4 * 4096 + 2 * 10_240) + 4 * 4096)
     assert adapters.model.init_from == "models/kosmos2"
+    assert whole.model.config == parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "model" / "kosmos2.yaml").model.config
     assert [name for name, weight in whole.datamodule.ratio.__dict__.items() if weight] == ["instruct"]
 
 

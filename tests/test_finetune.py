@@ -76,6 +76,18 @@ def test_a_model_starts_with_the_given_weights_and_tokenizer(given: Path, config
     assert model.tokenizer is not None
 
 
+def test_an_exported_folder_gives_the_same_start(given: Path, config: KosmosConfig, tmp_path: Path) -> None:
+    folder = str(tmp_path / "model")
+    assert main(["export", "--ckpt_path", str(given), "--format", "safetensors", "--output", folder]) == 0
+
+    one, other = start_from(folder, config), start_from(str(given), config)
+
+    assert changed(one.state_dict(), other.state_dict()) == set()
+    assert one.tokenizer is not None
+    assert other.tokenizer is not None
+    assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
+
+
 def test_training_starts_with_the_given_weights(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
     assert finetune(tmp_path, tiny_world, task, given, "--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0") == 0
 
