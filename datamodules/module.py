@@ -246,14 +246,14 @@ class MixtureData(L.LightningDataModule):
 
     def caption_questions(self) -> Iterator[PromptBatch]:
         """Yield questions about held-out captions' pictures, if there are any."""
-        if "caption" in self.corpora:
+        if "caption" in self.configs:
             yield from ask_captions(
                 self.corpora["caption"], self.val_documents["caption"], self.tokenizer, self.image_size, self.prompt
             )
 
     def instruct_questions(self) -> Iterator[PromptBatch]:
         """Yield the prompts of held-out examples, if there are any."""
-        if "instruct" in self.corpora:
+        if "instruct" in self.configs:
             documents = self.val_documents["instruct"]
             yield from ask_examples(self.corpora["instruct"], documents, self._rendering(), self.seq_len)
 
