@@ -272,7 +272,10 @@ def test_more_pieces_than_the_text_has(mistake: Mistake, tmp_path: Path, tiny_wo
         (["--image", "nothing.jpg"], "nothing.jpg"),
         (["--prompt", "<image> and <image>"], "2 <image> marks, but 0 pictures"),
         (["--max-new-tokens", "500"], "500 new tokens exceed the model's 128 positions"),
-        (["--beams", "0"], "--beams 0"),
+        (["--beams", "0"], "n_beams must be positive, got 0"),
+        (["--top-k", "3"], "top_k 3 needs a temperature above 0"),
+        (["--choices", "a", "a", "--stop", "b"], "exclude one another"),
+        (["--score", "a", " "], "the candidate ' ' has no tokens"),
         (["--beam", "3"], "--beam 3"),
     ],
 )
