@@ -70,7 +70,7 @@ def make_prompts(n: int) -> tuple[list[Prompt], torch.Tensor]:
 
 def ours(model: Kosmos, prompts: list[Prompt], images: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
     """Write with kosmos-lit."""
-    vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, decode=str)
+    vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, extra=(), decode=lambda ids, **_: str(ids))
     settings = GenerationConfig(max_new_tokens=n_new, n_beams=n_beams, allow_control_tokens=True)
     return [list(made.tokens) for made in generate(model, prompts, images, vocabulary, settings)]
 

@@ -37,7 +37,9 @@ def plain(decoder: Decoder, x: torch.Tensor, forbidden: torch.Tensor) -> torch.T
 
 def test_no_logit_is_further_off_than_its_bound(decoder):
     x = hidden(1009)
-    about, off = Screen.of(decoder.embed_tokens.weight).bounds(x)
+    screen = Screen.of(decoder.embed_tokens.weight)
+    about, length, left_out = screen.bounds(x)
+    off = length * screen.errors + left_out * screen.norms
     error = (about - decoder.logits(x)).abs()
     assert (error <= off).all()
     assert (error > off / 10).any()  # a bound that says something: ten times it at most
