@@ -4,24 +4,24 @@
 
 A model with random weights is turned into transformers' Kosmos-2. Each prompt is a picture and some text, no two alike and
 all of one length, so that neither side has padding to work on. Both sides write the same number of tokens, look at the
-pictures themselves, and forbid nothing. Runs alternate between the two; figures are medians over the runs, by wall clock and,
-as a machine may have other work to do, by CPU time. The tokens of both sides must be equal, or the run fails.
+pictures themselves, and forbid nothing. Runs alternate between the two; figures are medians over the runs, by wall clock
+and, as a machine may have other work to do, by CPU time. The tokens of both sides must be equal, or the run fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from kosmos_lit.callbacks.caption_report import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.generate import GenerationConfig, Prompt, generate
 from kosmos_lit.model import Kosmos
@@ -70,7 +70,7 @@ def make_prompts(n: int) -> tuple[list[Prompt], torch.Tensor]:
 
 def ours(model: Kosmos, prompts: list[Prompt], images: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
     """Write with kosmos-lit."""
-    vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, decode=str)
+    vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, extra=(), decode=lambda ids, **_: str(ids))
     settings = GenerationConfig(max_new_tokens=n_new, n_beams=n_beams, allow_control_tokens=True)
     return [list(made.tokens) for made in generate(model, prompts, images, vocabulary, settings)]
 
@@ -89,24 +89,15 @@ def theirs(model: Any, prompts: list[Prompt], pixels: torch.Tensor, n_beams: int
     return rows
 
 
-def measure(sides: list[Callable[[], object]], n_runs: int) -> list[tuple[float, float]]:
-    """Return each side's median wall-clock and CPU seconds over alternating runs, after one that does not count."""
+def measure(sides: Sequence[Callable[[], object]], n_runs: int) -> list[tuple[float, float]]:
+    """Return each side's median wall-clock and CPU seconds over alternating runs."""
     taken: list[list[tuple[float, float]]] = [[] for _ in sides]
-    for run in range(n_runs + 1):
+    for _ in range(n_runs):
         for side, times in zip(sides, taken, strict=True):
             wall, cpu = time.perf_counter(), time.process_time()
             side()
-            if run:
-                times.append((time.perf_counter() - wall, time.process_time() - cpu))
+            times.append((time.perf_counter() - wall, time.process_time() - cpu))
     return [tuple(map(statistics.median, zip(*times, strict=True))) for times in taken]  # type: ignore[misc]
-
-
-def processor() -> str:
-    """Return the processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -127,7 +118,7 @@ def main() -> None:
     model = make_model(a.size)
     other = to_transformers(model)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{machine(torch.device('cpu'))}; {torch.get_num_threads()} threads, transformers {transformers.__version__}")
     print(f"{a.size}: {n:,} parameters, float32; prompts of {N_WORDS + N_LATENTS + 3} positions, {a.new_tokens} new tokens, "
           f"median of {a.runs}")  # fmt: skip
     print("batch beams   ours tok/s   theirs tok/s   ratio   ratio by CPU time   tokens")
@@ -136,16 +127,14 @@ def main() -> None:
         mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (model.config.vision.mean, model.config.vision.std))
         pixels = (images.float() - mean) / std
         for n_beams in a.beams:
-            mine, other_ids = ours(model, prompts, images, n_beams, a.new_tokens), theirs(other, prompts, pixels, n_beams, a.new_tokens)
-            if mine != other_ids or any(len(ids) != a.new_tokens for ids in mine):
-                raise SystemExit(f"batch {size}, {n_beams} beams: the two sides differ\n{mine}\n{other_ids}")
-            (wall, cpu), (their_wall, their_cpu) = measure(
-                [
-                    lambda n=n_beams: ours(model, prompts, images, n, a.new_tokens),  # type: ignore[misc]
-                    lambda n=n_beams: theirs(other, prompts, pixels, n, a.new_tokens),  # type: ignore[misc]
-                ],
-                a.runs,
-            )
+            sides = [
+                partial(ours, model, prompts, images, n_beams, a.new_tokens),
+                partial(theirs, other, prompts, pixels, n_beams, a.new_tokens),
+            ]
+            mine, yours = (side() for side in sides)
+            if mine != yours or any(len(ids) != a.new_tokens for ids in mine):
+                raise SystemExit(f"batch {size}, {n_beams} beams: the two sides differ\n{mine}\n{yours}")
+            (wall, cpu), (their_wall, their_cpu) = measure(sides, a.runs)
             made = size * a.new_tokens
             print(f"{size:5} {n_beams:5} {made / wall:12.1f} {made / their_wall:14.1f} {their_wall / wall:7.2f} "
                   f"{their_cpu / cpu:19.2f}   equal", flush=True)  # fmt: skip

@@ -15,6 +15,9 @@ from kosmos_lit.generation.rules import NEVER, Rules
 from kosmos_lit.generation.stops import Stops
 from kosmos_lit.tokens import EOS
 
+BLOCK = 256
+"""Scores whose highest is compared first when the highest of a vocabulary are looked for."""
+
 
 @dataclass
 class Finished:
@@ -136,7 +139,24 @@ def _best(scores: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
         totals: (B, n) of each beam so far.
         k: how many.
     """
-    n, V = scores.shape[1:]
-    each, tokens = scores.topk(min(k, V))  # (B, n, k): only the k best of a beam can be among the k best of its row
+    (B, n, V), k_each = scores.shape, min(k, scores.shape[2])  # only the k best of a beam can be among the row's
+    each, tokens = (x.view(B, n, k_each) for x in _highest(scores.flatten(0, 1), k_each))
     best, at = (each + totals[:, :, None]).flatten(1).topk(min(k, n * V))
     return best, at // each.shape[2], tokens.flatten(1).gather(1, at)
+
+
+def _highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return values and places, (R, k) each, of the k highest of each row of (R, V), the highest first.
+
+    A vocabulary is long: first the k blocks with the highest members are found, which hold all that is looked for.
+    """
+    R, n = len(scores), scores.shape[1] // BLOCK
+    if n <= 2 * k:
+        return scores.topk(k)
+    blocks = scores[:, : n * BLOCK].view(R, n, BLOCK)
+    chosen = blocks.amax(2).topk(k).indices  # (R, k)
+    rest = scores[:, n * BLOCK :]
+    members = torch.cat([rest, blocks.gather(1, chosen[:, :, None].expand(R, k, BLOCK)).flatten(1)], dim=1)
+    values, at = members.topk(k)
+    at = at - rest.shape[1]  # negative: one of the rest
+    return values, torch.where(at < 0, at + scores.shape[1], chosen.gather(1, at.clamp(min=0) // BLOCK) * BLOCK + at % BLOCK)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import VERBS, main
+from kosmos_lit.model import Kosmos
 from tests.running import losses, tiny_run
 
 LAST = Path("checkpoints") / "step=00000006.ckpt"
@@ -89,6 +90,36 @@ def test_generate_answers_about_several_pictures(
     assert main(["generate", "--ckpt_path", str(trained / LAST), *images, *prompt]) == 0
 
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_generate_writes_one_of_the_choices(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choices = ["a red square", "two circles"]
+
+    assert main(["generate", "--ckpt_path", str(trained / LAST), "--beams", "2", "--choices", *choices]) == 0
+
+    assert capsys.readouterr().out.strip() in choices
+
+
+def test_generate_draws_the_same_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--max-new-tokens", "9", "--seed"]
+    said = []
+    for seed in ("3", "3", "4"):
+        assert main(["generate", "--ckpt_path", str(trained / LAST), *options, seed]) == 0
+        said.append(capsys.readouterr().out)
+
+    assert said[0] == said[1] != said[2]
+
+
+def test_generate_scores_candidates_as_the_notebook_does(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    candidates = ["a red square", "two circles"]
+
+    assert main(["generate", "--ckpt_path", str(trained / LAST), "--device", "cpu", "--score", *candidates]) == 0
+
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    scored = Kosmos.load(trained / LAST).score("An image of", candidates)
+    assert [row["text"] for row in rows] == candidates
+    found = [(row["log_prob"], row["n_tokens"], row["mean"]) for row in rows]
+    assert found == [(s.total, s.n_tokens, s.mean) for s in scored]
 
 
 def test_rows_as_json_are_what_the_loader_feeds(
