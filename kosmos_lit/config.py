@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from kosmos_lit.errors import UserError
 
@@ -44,6 +45,9 @@ class _Config:
             raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
         values = {}
         for key, value in data.items():
+            if not _fits(value, hints[key]):
+                wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else hints[key]
+                raise UserError(f"{cls.__name__}: {key} must be {wanted}, got {value!r}")
             table = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
             values[key] = table.from_dict(value) if table and isinstance(value, Mapping) else value  # type: ignore[union-attr]
             if isinstance(value, list):
@@ -68,6 +72,22 @@ class _Config:
         for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
             value = getattr(self, name)
             self._check(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether plain data can stand for a field of that type."""
+    if is_dataclass(hint):
+        return isinstance(value, Mapping) or (isinstance(hint, type) and isinstance(value, hint))
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or origin is Literal:  # what a choice may be is checked with the other fields
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(v, args[0]) for v in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else origin or hint)
 
 
 @dataclass(frozen=True, kw_only=True)

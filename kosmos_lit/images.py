@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,6 +116,12 @@ def _array_of(picture: npt.ArrayLike) -> Pixels:
     if not pixels.size:
         raise ImageError("empty picture", f"{pixels.shape}")
     return pixels
+
+
+def several(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:
+    """Return pictures as they are, and a lone one as a list of one."""
+    lone = isinstance(pictures, str | bytes | os.PathLike | Image.Image) or getattr(pictures, "ndim", None) == 3
+    return [pictures] if lone else pictures  # type: ignore[list-item, return-value]
 
 
 def open_rgb(data: bytes) -> Image.Image:

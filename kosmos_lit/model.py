@@ -16,7 +16,7 @@ from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
 from kosmos_lit.generation.results import Scored
-from kosmos_lit.images import ImageError, Picture
+from kosmos_lit.images import ImageError, Picture, several
 from kosmos_lit.images import load as load_picture
 from kosmos_lit.layers.lora import add_lora
 from kosmos_lit.ops.losses import token_nll
@@ -90,7 +90,9 @@ class Kosmos(nn.Module):
 
     def see(self, images: Tensor) -> Tensor:
         """Map pictures (N, 3, H, W) uint8 to latents (N, L, D)."""
-        return self.connector(self.vision(images))  # type: ignore[no-any-return]
+        features = self.vision(images)
+        # Files may hold tower and decoder in different precisions; each runs in its own.
+        return self.connector(features.to(next(self.connector.parameters()).dtype))  # type: ignore[no-any-return]
 
     def nll(self, batch: KosmosBatch) -> Tensor:
         """Return (S,) negative log-likelihoods in nats of the batch's supervised tokens, in the order of `loss_at`."""
@@ -100,12 +102,12 @@ class Kosmos(nn.Module):
 
     # ---- in a notebook
 
-    def generate(self, prompt: str, images: Sequence[Picture] = (), **settings: Any) -> str:
+    def generate(self, prompt: str, images: Picture | Sequence[Picture] = (), **settings: Any) -> str:
         """Return the model's continuation of a prompt, as `main.py generate` prints it.
 
         Args:
             prompt: `<image>` stands for the next picture; pictures beyond these marks come before the text.
-            images: paths, bytes of files, Pillow images, or (3, H, W) uint8 arrays or tensors.
+            images: one or several: paths, bytes of files, Pillow images, (3, H, W) uint8 arrays or tensors.
             settings: fields of `GenerationConfig`.
 
         Raises: UserError for a picture that cannot be read, for unknown settings, or if there are too many tokens.
@@ -117,7 +119,7 @@ class Kosmos(nn.Module):
         [written] = generate(self, [tokens], pixels, self._own_tokenizer, GenerationConfig.from_dict(settings))
         return written.text
 
-    def score(self, prompt: str, candidates: Sequence[str], images: Sequence[Picture] = ()) -> list[Scored]:
+    def score(self, prompt: str, candidates: Sequence[str], images: Picture | Sequence[Picture] = ()) -> list[Scored]:
         """Return how likely each candidate is as the continuation of a prompt, as `main.py generate --score` prints it.
 
         Args:
@@ -129,13 +131,15 @@ class Kosmos(nn.Module):
         """
         from kosmos_lit.generate import encode_prompt, score
 
+        if isinstance(candidates, str):
+            raise UserError(f"candidates must be a list of texts, got one text, {candidates!r}")
         pixels = self.pixels(images)
         tokens = encode_prompt(prompt, len(pixels), self._own_tokenizer, self.config.connector.n_latents)
         [scored] = score(self, [tokens], [candidates], pixels, self._own_tokenizer)
         return scored
 
     @torch.no_grad()  # not inference mode: a caller may go on to compute with the result
-    def logits(self, tokens: Tensor | Sequence[int], images: Sequence[Picture] = ()) -> Tensor:
+    def logits(self, tokens: Tensor | Sequence[int], images: Picture | Sequence[Picture] = ()) -> Tensor:
         """Return the logits of every next token, (T, V), or (B, T, V) for a batch, in the model's present mode.
 
         Args:
@@ -147,12 +151,14 @@ class Kosmos(nn.Module):
         """
         ids = _checked_ids(tokens, self.config.decoder.vocab_size, self.config.decoder.max_seq_len)
         rows = ids if ids.ndim == 2 else ids[None]  # (B, T)
-        special, pixels = self._own_tokenizer.special, self.pixels(images)
-        slots = find_slots(rows, special.image)
-        try:
-            check_slots(rows, slots, len(pixels), self.config.connector.n_latents, special.image, special.image_end)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        pixels, slots = self.pixels(images), torch.empty(0, 2, dtype=torch.int64)
+        if len(pixels) or self.tokenizer is not None:
+            special = self._own_tokenizer.special
+            slots = find_slots(rows, special.image)
+            try:
+                check_slots(rows, slots, len(pixels), self.config.connector.n_latents, special.image, special.image_end)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         positions, mask = padded(rows != PAD)
         device = self.decoder.embed_tokens.weight.device
         rows, slots, positions, mask = (t.to(device) for t in (rows, slots, positions, mask))
@@ -160,14 +166,15 @@ class Kosmos(nn.Module):
         found = self.decoder.logits(self.decoder(rows, positions, mask, latents, slots))
         return found if ids.ndim == 2 else found[0]
 
-    def pixels(self, images: Sequence[Picture]) -> Tensor:
+    def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Return pictures as the tower takes them, (N, 3, H, W) uint8, on the model's device; both sides are scaled.
 
         Raises: UserError naming the picture that cannot be read.
         """
         size = self.config.vision.image_size
-        pixels = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
-        for number, image in enumerate(images):
+        pictures = several(images)
+        pixels = torch.empty(len(pictures), 3, size, size, dtype=torch.uint8)
+        for number, image in enumerate(pictures):
             try:
                 pixels[number] = torch.from_numpy(load_picture(image, size, "square"))
             except ImageError as error:

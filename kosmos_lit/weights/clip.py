@@ -15,7 +15,7 @@ from kosmos_lit.vision import VisionTower
 from kosmos_lit.weights.files import SAFETENSORS, read_json, read_tensors
 from kosmos_lit.weights.folder import new_folder
 from kosmos_lit.weights.keys import CLIP, check_shapes, shapes_of
-from kosmos_lit.weights.kosmos2 import parse_config, side, strange_settings, tower_architecture
+from kosmos_lit.weights.towers import parse_config, side, strange_settings, tower_architecture
 
 ARCHITECTURE = "architecture.json"
 CLIP_TYPES = ("clip", "clip_vision_model")

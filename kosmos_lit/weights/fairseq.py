@@ -1,4 +1,4 @@
-"""The checkpoints that KOSMOS's authors released (Kosmos-2, Kosmos-G's stages), as fairseq wrote them.
+"""The checkpoints that KOSMOS's authors released (Kosmos-2, Kosmos-G's stage 1), as fairseq wrote them.
 
 Sizes are read off the tensors; what tensors do not tell (heads) comes from the training options in the file, and where
 those lack it, from the 64-wide heads of every released model.
@@ -11,7 +11,6 @@ import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from kosmos_lit.tokens import GROUNDING, MODEL_FILE, Tokenizer
 from kosmos_lit.weights.files import read_pickle
 from kosmos_lit.weights.folder import assemble
 from kosmos_lit.weights.keys import FAIRSEQ, check_shapes, shapes_of
-from kosmos_lit.weights.kosmos2 import tower_architecture
+from kosmos_lit.weights.towers import vit
 
 HEAD_DIM = 64
 _DECODER, _TOWER = "gpt_model.decoder", "img_model.visual"
@@ -104,19 +103,14 @@ def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: st
     heads = options.get("decoder_attention_heads")
     n_heads = heads if isinstance(heads, int) else max(1, D // HEAD_DIM)
 
-    tower = SimpleNamespace(
-        image_size=patch * math.isqrt(size["places"][0] - 1),
-        num_hidden_layers=_count(tensors, rf"{_TOWER}\.transformer\.resblocks\.(\d+)\."),
-        hidden_size=C,
-        num_attention_heads=max(1, C // HEAD_DIM),
-        intermediate_size=size["first block"][0],
-        patch_size=patch,
-        hidden_act="quick_gelu",  # forced by their code, whatever the tower is called
-    )
+    image_size = patch * math.isqrt(size["places"][0] - 1)
+    tower = vit(
+        image_size=image_size, layers=_count(tensors, rf"{_TOWER}\.transformer\.resblocks\.(\d+)\."), width=C,
+        n_heads=max(1, C // HEAD_DIM), ffn_dim=size["first block"][0], patch_size=patch,
+        quick_gelu=True,  # forced by their code, whatever the tower is called
+    )  # fmt: skip
     return KosmosConfig(
-        vision=VisionConfig(
-            architecture=tower_architecture(tower), pretrained=None, image_size=tower.image_size, trainable="all"
-        ),
+        vision=VisionConfig(architecture=tower, pretrained=None, image_size=image_size, trainable="all"),
         connector=ConnectorConfig(kind="resampler", n_latents=size["queries"][0], n_heads=n_heads),
         decoder=DecoderConfig(
             vocab_size=V, dim=D, n_layers=_count(tensors, rf"{_DECODER}\.layers\.(\d+)\."), n_heads=n_heads,

@@ -6,8 +6,6 @@ draws nothing in our order; ours drops them out once, as the released code does.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +18,12 @@ from kosmos_lit.tokens import BOS, EOS, PAD, Tokenizer
 from kosmos_lit.weights.files import read_json, read_tensors
 from kosmos_lit.weights.folder import assemble, give_tokenizer, new_folder
 from kosmos_lit.weights.keys import TRANSFORMERS, check_shapes, shapes_of
+from kosmos_lit.weights.towers import parse_config, side, strange_settings, tower_architecture, tower_sizes
 
 if TYPE_CHECKING:
     from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
 MODEL_TYPE = "kosmos-2"
-RELEASED_TOWER = "ViT-L-14-quickgelu"
 _POSITION_BUFFERS = ("text_model.model.embed_positions.weights", "vision_model.model.embeddings.position_ids")
 """Computed, but written to file by earlier versions."""
 
@@ -131,50 +129,6 @@ def kosmos_config(
     )  # fmt: skip
 
 
-def strange_settings(vision: Any) -> list[str]:
-    """Return what a transformers CLIP vision config asks for that open_clip's plain tower cannot do, a phrase each."""
-    known: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,), "attention_dropout": (0,),
-    }  # fmt: skip
-    strange = [
-        f"vision_config.{name} is {getattr(vision, name)!r}, only {' and '.join(map(repr, values))} known here"
-        for name, values in known.items()
-        if getattr(vision, name) not in values
-    ]
-    for name in ("image_size", "patch_size"):
-        if side(getattr(vision, name)) is None:
-            strange.append(f"vision_config.{name} is {getattr(vision, name)}, only squares are known here")
-    return strange
-
-
-def side(size: int | Sequence[int]) -> Any:
-    """Return the side of a square given by one side or by both, or None if it is none."""
-    if isinstance(size, int):
-        return size
-    return size[0] if len(size) == 2 and size[0] == size[1] else None
-
-
-def tower_architecture(vision: Any) -> str | dict[str, Any]:
-    """Return the open_clip architecture of a transformers CLIP vision config: a table, or the released tower's name."""
-    ratio = vision.intermediate_size / vision.hidden_size
-    if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip multiplies and rounds down
-        ratio = math.nextafter(ratio, math.inf)
-    table = {
-        "image_size": side(vision.image_size),
-        "layers": vision.num_hidden_layers,
-        "width": vision.hidden_size,
-        "head_width": vision.hidden_size // vision.num_attention_heads,
-        "mlp_ratio": ratio,
-        "patch_size": side(vision.patch_size),
-    }
-    quick = vision.hidden_act == "quick_gelu"
-    released = {"image_size": 224, "layers": 24, "width": 1024, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 14}
-    if quick and table == released:
-        return RELEASED_TOWER
-    # embed_dim is the width of CLIP's projection, which no Kosmos keeps.
-    return {"embed_dim": vision.hidden_size, "vision_cfg": table, "quick_gelu": quick}
-
-
 def transformers_config(config: KosmosConfig) -> Kosmos2Config:
     """Return the configuration of the same model in transformers.
 
@@ -194,7 +148,7 @@ def transformers_config(config: KosmosConfig) -> Kosmos2Config:
         lost.append(f"connector.n_heads {connector.n_heads}: Kosmos-2 takes the decoder's {decoder.n_heads}")
     if vision.feature_length != 1.0:
         lost.append(f"vision.feature_length {vision.feature_length}: Kosmos-2 scales features to length 1")
-    tower = _tower_sizes(config)
+    tower = tower_sizes(config.vision)
     if tower is None:
         lost.append(f"vision.architecture {vision.architecture}: Kosmos-2 has a plain CLIP ViT with a class token")
     if lost or tower is None:
@@ -211,25 +165,6 @@ def transformers_config(config: KosmosConfig) -> Kosmos2Config:
         vision_config=tower | {"image_size": vision.image_size},
         latent_query_num=connector.n_latents,
     )  # fmt: skip
-
-
-def _tower_sizes(config: KosmosConfig) -> dict[str, Any] | None:
-    """Return a tower's sizes as a Kosmos2VisionConfig has them, or None if it is no plain ViT."""
-    from kosmos_lit.vision import describe
-
-    table = describe(config.vision)
-    sizes = dict(table["vision_cfg"])
-    width, layers = sizes.pop("width", 768), sizes.pop("layers", 12)
-    found = {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // sizes.pop("head_width", 64),
-        "intermediate_size": int(width * sizes.pop("mlp_ratio", 4.0)),
-        "patch_size": sizes.pop("patch_size", 16),
-        "hidden_act": "quick_gelu" if table.get("quick_gelu", False) else "gelu",
-    }
-    sizes.pop("image_size", None)
-    return None if sizes or not isinstance(layers, int) else found
 
 
 def _assemble(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str) -> Kosmos:
@@ -256,19 +191,6 @@ def _read_config(folder: Path) -> Kosmos2Config:
         raise UserError(f"{folder}/config.json is of model_type {about.get('model_type')!r}, not {MODEL_TYPE!r}")
     config: Kosmos2Config = parse_config(Kosmos2Config, about, folder)
     return config
-
-
-def parse_config(kind: Any, about: dict[str, Any], folder: Path) -> Any:
-    """Return a transformers configuration of a `kind` from a folder's config.json.
-
-    Raises: UserError if a value is of the wrong type.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        return kind.from_dict(about)
-    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json is no {kind.__name__}: {' '.join(str(error).split())}") from error
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

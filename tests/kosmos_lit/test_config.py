@@ -66,9 +66,14 @@ def test_a_config_is_read_as_itself():
         ({"decoder": {"n_layer": 3, "dims": 4}}, "DecoderConfig has no field dims, n_layer; it has vocab_size, dim"),
         ({"encoder": {}}, "KosmosConfig has no field encoder; it has vision, connector, decoder"),
         ({"vision": {"l2_normalise": True}}, "VisionConfig has no field l2_normalise"),
+        ({"decoder": {"dim": None}}, "DecoderConfig: dim must be int, got None"),
+        ({"decoder": {"dim": "20"}}, "DecoderConfig: dim must be int, got '20'"),
+        ({"decoder": {"dropout_rate": True}}, "DecoderConfig: dropout_rate must be float, got True"),
+        ({"decoder": None}, "KosmosConfig: decoder must be DecoderConfig, got None"),
+        ({"vision": {"mean": [0.5, "a", 0.1]}}, "VisionConfig: mean must be .*, got"),
     ],
 )
-def test_an_unknown_key_is_named(data, message):
+def test_an_unknown_key_or_a_value_of_another_type_is_named(data, message):
     with pytest.raises(UserError, match=message):
         KosmosConfig.from_dict(data)
 

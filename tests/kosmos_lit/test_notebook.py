@@ -230,12 +230,53 @@ def test_a_model_without_tokenizer_says_so(kosmos_tower, method):
     bare = tiny_model(kosmos_tower)
     calls = {
         "generate": lambda: bare.generate("a"),
-        "logits": lambda: bare.logits([BOS]),
+        "logits": lambda: bare.logits([BOS], [photograph(11, 13)]),
         "score": lambda: bare.score("a", ["b"]),
     }
 
     with pytest.raises(UserError, match="this model has no tokenizer; set its `tokenizer`, or load it from a folder"):
         calls[method]()
+
+
+def test_logits_of_ids_alone_need_no_tokenizer(kosmos_tower, model):
+    assert torch.equal(tiny_model(kosmos_tower).logits([BOS, 7]), model.logits([BOS, 7]))
+
+
+def test_a_lone_picture_is_a_list_of_one(model, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(photograph(31, 53)))
+    array = np.asarray(photograph(31, 53)).transpose(2, 0, 1)
+
+    for lone in (tmp_path / "a.png", str(tmp_path / "a.png"), png(photograph(31, 53)), photograph(31, 53), array):
+        assert torch.equal(model.pixels(lone), model.pixels([lone]))
+
+
+def test_one_text_is_no_list_of_candidates(model):
+    with pytest.raises(UserError, match="candidates must be a list of texts, got one text, 'red'"):
+        model.score("a", "red")
+
+
+@pytest.mark.parametrize("part", ["vision", "connector", "decoder"])
+def test_a_part_of_lower_precision_runs_beside_the_others(kosmos_tower, kosmos_tokenizer, part):
+    kosmos = tiny_model(kosmos_tower)
+    kosmos.tokenizer = kosmos_tokenizer
+    getattr(kosmos, part).to(torch.bfloat16)
+
+    assert kosmos.generate("a cat", [photograph(17, 19)], max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"temperature": "0.5"}, "temperature must be float, got '0.5'"),
+        ({"max_new_tokens": 3.5}, "max_new_tokens must be int, got 3.5"),
+        ({"n_beams": 2.0}, "n_beams must be int, got 2.0"),
+        ({"top_k": True}, "top_k must be .*, got True"),
+        ({"stop": [3]}, "stop must be .*, got"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(model, setting, said):
+    with pytest.raises(UserError, match=said):
+        model.generate("a", **setting)
 
 
 def test_an_unknown_setting_is_named(model):

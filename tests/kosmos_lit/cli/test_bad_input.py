@@ -274,6 +274,7 @@ def test_more_pieces_than_the_text_has(mistake: Mistake, tmp_path: Path, tiny_wo
         (["--max-new-tokens", "500"], "500 new tokens exceed the model's 128 positions"),
         (["--beams", "0"], "n_beams must be positive, got 0"),
         (["--beam", "3"], "--beam 3"),
+        (["--device", "gpu"], "--device gpu cannot be used"),
     ],
 )
 def test_a_question_that_cannot_be_answered(mistake: Mistake, trained: Path, options: list[str], said: str) -> None:

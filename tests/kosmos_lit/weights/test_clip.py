@@ -219,7 +219,7 @@ def test_an_imported_tower_of_open_clip_gives_the_same_features(tmp_path):
 
 
 def test_the_released_towers_name_is_found_again():
-    from kosmos_lit.weights.kosmos2 import tower_architecture
+    from kosmos_lit.weights.towers import tower_architecture
 
     released = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14

@@ -16,7 +16,8 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.tokens import PAD
 from kosmos_lit.weights import from_transformers, to_transformers
 from kosmos_lit.weights.keys import TRANSFORMERS, shapes_of
-from kosmos_lit.weights.kosmos2 import RELEASED_TOWER, kosmos_config, tower_architecture, transformers_config
+from kosmos_lit.weights.kosmos2 import kosmos_config, transformers_config
+from kosmos_lit.weights.towers import RELEASED_TOWER, tower_architecture
 from tests.kosmos_lit.tiny_kosmos import shaken
 from tests.kosmos_lit.weights.their_kosmos import (
     SHAPES,
