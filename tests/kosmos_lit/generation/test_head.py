@@ -68,7 +68,7 @@ def test_of_equal_tokens_the_first_is_taken(decoder, monkeypatch):
 def test_changed_weights_are_noticed(decoder, monkeypatch, change):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, nothing = hidden(7), torch.zeros(0, dtype=torch.int64)
-    Head(decoder, nothing)
+    Head(decoder, nothing).likeliest(x)
     weight = decoder.embed_tokens.weight
     if change == "in place":
         weight[13] = 50 * x[0]
