@@ -60,6 +60,14 @@ def assert_parses(verb: str, rest: list[str]) -> None:
         assert KosmosCLI([*rest, *flags], run=False).model.config
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    files = [link for link in links if "://" not in link]
+
+    assert [file for file in files if not (page.parent / file).exists()] == []
+
+
 def test_readme_starts_with_its_two_commands() -> None:
     assert [command for _, command in COMMANDS[:2]] == ["make quickstart", "make test"]
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kosmos_lit.decoder import Decoder
+from kosmos_lit.errors import UserError
 
 LEAST_WEIGHTS = 1 << 22
 """A smaller V x D stays in the CPU's cache; nothing is gained there."""
@@ -108,7 +109,10 @@ class Head:
         row, ids = row[keep], ids[keep]
         exact = (weight[ids] * hidden[row]).sum(-1)
         first = torch.where(exact == _highest(exact, row, len(hidden))[row], ids, V)  # of equals the first, like argmax
-        return ids.new_full((len(hidden),), V).scatter_reduce(0, row, first, "amin")
+        best = ids.new_full((len(hidden),), V).scatter_reduce(0, row, first, "amin")
+        if bool((best == V).any()):
+            raise UserError("the model's output is not finite: its weights, or what it reads, hold NaN or infinity")
+        return best
 
 
 def _highest(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
@@ -136,9 +140,10 @@ def _screen_of(decoder: Decoder) -> Screen | None:
     weight = decoder.embed_tokens.weight
     if not _is_large(weight) or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    # The sum notices rows that were written past autograd's version counter.
+    # A sum in which each row counts differently notices rows that were written past autograd's version counter.
     version = 0 if weight.is_inference() else weight._version
-    state = (weight.data_ptr(), version, float(weight.detach()[:, :CHECKED].sum()))
+    sums = weight.detach()[:, :CHECKED].sum(1)
+    state = (weight.data_ptr(), version, float(sums @ torch.linspace(1.0, 2.0, len(sums))))
     kept = _screens.get(decoder)
     if kept is None or kept[0] != state:
         kept = _screens[decoder] = (state, Screen.of(weight))

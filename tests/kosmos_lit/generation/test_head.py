@@ -6,6 +6,7 @@ from torch import nn
 
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.decoder import Decoder
+from kosmos_lit.errors import UserError
 from kosmos_lit.generation import head as heads
 from kosmos_lit.generation.head import Head, Screen
 
@@ -64,7 +65,7 @@ def test_of_equal_tokens_the_first_is_taken(decoder, monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("change", ["in place", "past autograd", "another tensor"])
+@pytest.mark.parametrize("change", ["in place", "past autograd", "swapped", "another tensor"])
 def test_changed_weights_are_noticed(decoder, monkeypatch, change):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, nothing = hidden(7), torch.zeros(0, dtype=torch.int64)
@@ -74,9 +75,21 @@ def test_changed_weights_are_noticed(decoder, monkeypatch, change):
         weight[13] = 50 * x[0]
     elif change == "past autograd":
         weight.data[13] = 50 * x[0]
+    elif change == "swapped":
+        best = int(plain(decoder, x, nothing)[0])
+        weight.data[[best, 3]] = weight.data[[3, best]]
     else:
         weight.data = torch.roll(weight.data, 1, 0)
     assert torch.equal(Head(decoder, nothing).likeliest(x), plain(decoder, x, nothing))
+
+
+@torch.inference_mode()
+def test_an_output_that_is_not_finite_is_the_users_error(decoder, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    x = hidden(3)
+    x[1] = float("nan")
+    with pytest.raises(UserError, match="the model's output is not finite"):
+        Head(decoder, torch.tensor([3])).likeliest(x)
 
 
 @torch.inference_mode()
