@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.model import Kosmos
+from kosmos_lit.tokens import BOS, Tokenizer
 from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config
 
 pytestmark = [
@@ -37,3 +40,31 @@ def test_losses_and_gradients_are_those_of_the_cpu(config: KosmosConfig, kernel:
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and b.grad is not None:
             torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-3, atol=1e-3)
+
+
+SETTINGS = [{}, {"n_beams": 3}, {"temperature": 0.8, "top_k": 7}, {"choices": ("a cat", "a dog", "a square")}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_model_writes_on_the_gpu_what_it_writes_on_the_cpu(
+    config: KosmosConfig, kosmos_tokenizer: Tokenizer, settings: dict[str, Any]
+) -> None:
+    picture, model = torch.arange(3 * 23 * 29, dtype=torch.int64).view(3, 23, 29).to(torch.uint8), Kosmos.create(config, 3)
+    model.tokenizer = kosmos_tokenizer
+
+    on_cpu = model.generate("the <image> sat on", picture, max_new_tokens=7, **settings)
+    on_gpu = model.cuda().generate("the <image> sat on", picture, max_new_tokens=7, **settings)
+
+    assert on_gpu == on_cpu
+
+
+def test_scores_and_logits_are_those_of_the_cpu(config: KosmosConfig, kosmos_tokenizer: Tokenizer) -> None:
+    picture, model = torch.full((3, 23, 29), 77, dtype=torch.uint8), Kosmos.create(config, 3)
+    model.tokenizer = kosmos_tokenizer
+
+    on_cpu, logits = model.score("the", ["cat sat", "mat"], picture), model.logits([BOS, 7, 11])
+    model.cuda()
+
+    found = [s.total for s in model.score("the", ["cat sat", "mat"], picture)]
+    assert found == pytest.approx([s.total for s in on_cpu], abs=1e-4)  # fp32: sums in another order
+    torch.testing.assert_close(model.logits([BOS, 7, 11]).cpu(), logits, rtol=1e-4, atol=1e-4)
