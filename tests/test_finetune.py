@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
 from kosmos_lit.cli import main
@@ -138,6 +139,17 @@ def test_a_resumed_run_goes_on_from_its_own_weights(given: Path, tmp_path: Path,
 
     assert losses(parts) == losses(whole)
     assert changed(trained_weights(parts), trained_weights(whole)) == set()
+
+
+def test_the_record_of_a_resumed_run_says_where_it_started(
+    given: Path, tmp_path: Path, tiny_world: Path, task: Path
+) -> None:
+    assert finetune(tmp_path, tiny_world, task, given) == 0
+    assert finetune(tmp_path, tiny_world, task, given, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+
+    record = yaml.safe_load((tmp_path / "config.resume-1.yaml").read_text(encoding="utf-8"))
+
+    assert record["model"]["init_from"] == str(given)
 
 
 # ---- frozen parts
