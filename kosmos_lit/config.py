@@ -254,7 +254,8 @@ class KosmosConfig(_Config):
             skip.add("connector.n_heads")
         values = {f"{name}.{f.name}": getattr(table, f.name) for name, table in tables.items() for f in fields(table)}
         found = {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
-        return found | {"lora": None if self.lora is None else (self.lora.rank, self.lora.alpha, self.lora.targets)}
+        lora = self.lora and (self.lora.rank, self.lora.alpha, tuple(sorted(set(self.lora.targets))))
+        return found | {"lora": lora}
 
 
 @dataclass(frozen=True, kw_only=True)

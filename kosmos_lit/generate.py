@@ -122,9 +122,10 @@ def _read(model: Kosmos, prompts: Sequence[Prompt], images: Tensor, tokenizer: T
 
 @contextmanager
 def _evaluating(model: Kosmos) -> Iterator[None]:
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # a caller may hold parts of it in evaluation mode
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training

@@ -72,6 +72,7 @@ class KosmosLit(L.LightningModule):
         whole = replace(self.config, vision=self.config.vision.resolved())
         tables = {"kosmos": whole, "optimizer": self.optimizer_config, "loss_weights": self.loss_weights}
         self.save_hyperparameters({name: asdict(table) for name, table in tables.items()} | {"seed": seed})
+        self._weights: dict[torch.device, Tensor] = {}
         self.step_loss, self.val_loss = CorpusLoss(), CorpusLoss()
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping."""
@@ -157,9 +158,16 @@ class KosmosLit(L.LightningModule):
         self.step_loss.update(nll, batch)
         # Lightning divides by the micro-batches of a step, and the gradient's average over ranks by their number.
         share = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        corpus = batch.corpus[batch.loss_at // batch.tokens.shape[1]]  # (S,)
-        weight = torch.tensor(astuple(self.loss_weights), device=nll.device)[corpus]
-        return (weight * nll).sum() * (share / batch.n_step_targets)
+        if self.loss_weights != LossWeights():
+            corpus = batch.corpus[batch.loss_at // batch.tokens.shape[1]]  # (S,)
+            nll = self._corpus_weights(nll.device)[corpus] * nll
+        return nll.sum() * (share / batch.n_step_targets)
+
+    def _corpus_weights(self, device: torch.device) -> Tensor:
+        """`loss_weights` in float32; no buffer, as those follow the weights' dtype and are sent among ranks at each step."""
+        if device not in self._weights:
+            self._weights[device] = torch.tensor(astuple(self.loss_weights), device=device)
+        return self._weights[device]
 
     def configure_gradient_clipping(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kosmos_lit.batch import KosmosBatch, check_slots, find_slots
-from kosmos_lit.config import KosmosConfig
+from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
@@ -49,8 +49,7 @@ class Kosmos(nn.Module):
             model = cls(replace(config, lora=None))
             model.init()
             if config.lora is not None:
-                model.config = config
-                add_lora(model, config.lora)
+                model.adapt(config.lora)
         return model
 
     @classmethod
@@ -65,6 +64,14 @@ class Kosmos(nn.Module):
         from kosmos_lit.weights import load_model
 
         return load_model(path)
+
+    def adapt(self, lora: LoraConfig) -> None:
+        """Put new adapters beside the weights, and let these no longer train.
+
+        Raises: UserError if a target is the end of no matrix's name.
+        """
+        self.config = replace(self.config, lora=lora)
+        add_lora(self, lora)
 
     def init(self) -> None:
         """Draw the initial weights, but for those of a pretrained tower."""

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from kosmos_lit.config import KosmosConfig
+from kosmos_lit.config import DecoderConfig, KosmosConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.lora import give_base, merged
+from kosmos_lit.layers.init import embedding_std
+from kosmos_lit.lora import merged
 from kosmos_lit.model import Kosmos
+from kosmos_lit.weights.folder import assemble
 
 ROWS = "decoder.embed_tokens.weight"
 
@@ -19,9 +22,9 @@ ROWS = "decoder.embed_tokens.weight"
 def start_from(path: str, config: KosmosConfig, seed: int = 0) -> Kosmos:
     """Return a model of `config` with the weights and the tokenizer of a checkpoint or an imported folder.
 
-    The vocabulary may have more rows than there (`seed` draws the others) or fewer, down to the tokenizer's ids; rows may
-    be longer where positions are not learnt. Adapters that are there go on if `config` asks for the same, else they are
-    merged; new ones start at nothing.
+    The weights are float32, whatever they are there. The vocabulary may have more rows than there (`seed` draws the others)
+    or fewer, down to the tokenizer's ids; rows may be longer where positions are not learnt. Adapters that are there go on
+    if `config` asks for the same, else they are merged; new ones start at nothing.
 
     Raises: UserError if there is no such model, or it is of another architecture, naming every field that differs.
     """
@@ -34,19 +37,26 @@ def start_from(path: str, config: KosmosConfig, seed: int = 0) -> Kosmos:
     n_rows, needed = config.decoder.vocab_size, given.tokenizer.vocab_size if given.tokenizer else 0
     if n_rows < needed:
         raise UserError(f"the tokenizer of {path} has {needed} ids, but model.kosmos.decoder.vocab_size is {n_rows}")
-    model = Kosmos.create(replace(config, vision=replace(config.vision, pretrained=None)), seed)
-    model.tokenizer = given.tokenizer
     goes_on = there["lora"] == here["lora"]
-    weights = (given if goes_on else merged(given)).state_dict()
-    rows = model.decoder.embed_tokens.weight.detach().clone()
-    n_shared = min(n_rows, len(weights[ROWS]))
-    rows[:n_shared] = weights[ROWS][:n_shared]
-    weights = weights | {ROWS: rows}
-    if goes_on:
-        model.load_state_dict(weights)
-    else:
-        give_base(model, weights)
-    return model
+    source = given if goes_on else merged(given)
+    weights = {k: tensor.float() if tensor.is_floating_point() else tensor for k, tensor in source.state_dict().items()}
+    weights[ROWS] = _resized(weights[ROWS], config.decoder, seed)
+    model = assemble(config if goes_on else replace(config, lora=None), weights, path, copy=False)
+    model.tokenizer = given.tokenizer
+    if config.lora is not None and not goes_on:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.adapt(config.lora)
+    return model.train()
+
+
+def _resized(rows: Tensor, config: DecoderConfig, seed: int) -> Tensor:
+    """Return the first V rows of an embedding, those that are missing drawn as in a new model."""
+    n_new = config.vocab_size - len(rows)
+    if n_new <= 0:
+        return rows if n_new == 0 else rows[:n_new].clone()  # a slice would keep, and save, what was cut off
+    new = torch.randn(n_new, rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    return torch.cat([rows, embedding_std(config) * new])
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

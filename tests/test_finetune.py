@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
 from kosmos_lit.cli import main
-from kosmos_lit.config import KosmosConfig
+from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.lora import base_weights, load_adapter, merged
 from kosmos_lit.model import Kosmos
 from kosmos_lit.start import freeze, start_from
 from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.weights import save_folder
 from tests.running import losses, tiny_run
 
 LORA = ["--model.kosmos.lora.rank=3", "--model.kosmos.lora.alpha=6"]
@@ -106,6 +108,51 @@ def test_a_vocabulary_may_have_more_rows(given: Path, config: KosmosConfig) -> N
     assert found[len(rows) :].std() > 0.1  # N(0, 1 / 24)
 
 
+def test_fewer_rows_keep_nothing_of_the_others(given: Path, config: KosmosConfig) -> None:
+    n_ids = Kosmos.load(given)._own_tokenizer.vocab_size
+    smaller = replace(config, decoder=replace(config.decoder, vocab_size=n_ids))
+
+    found = start_from(str(given), smaller).decoder.embed_tokens.weight
+
+    assert torch.equal(found, load_checkpoint(given)["state_dict"]["net.decoder.embed_tokens.weight"][:n_ids])
+    assert found.untyped_storage().nbytes() == n_ids * 24 * 4
+
+
+def test_nothing_is_drawn_but_what_is_missing(
+    given: Path, config: KosmosConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kosmos, "init", lambda _: pytest.fail("a whole model was drawn"))
+    before = torch.get_rng_state()
+
+    start_from(str(given), replace(config, lora=LoraConfig(rank=3)), 5)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_drawn_follows_from_the_seed(given: Path, config: KosmosConfig) -> None:
+    wider = replace(config, decoder=replace(config.decoder, vocab_size=311), lora=LoraConfig(rank=3))
+
+    one, same, other = (start_from(str(given), wider, seed).state_dict() for seed in (5, 5, 7))
+
+    assert changed(one, same) == set()
+    drawn = {name for name in one if ".lora_A." in name} | {"decoder.embed_tokens.weight"}
+    assert changed(one, other) == drawn
+
+
+def test_a_half_precision_folder_gives_a_float32_start_that_trains(
+    given: Path, config: KosmosConfig, tmp_path: Path
+) -> None:
+    half = Kosmos.load(given).bfloat16()
+    save_folder(half, tmp_path / "half")
+
+    model = start_from(str(tmp_path / "half"), config)
+
+    assert all(torch.equal(tensor, half.state_dict()[name].float()) for name, tensor in model.state_dict().items())
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_another_architecture_is_refused_by_every_field(
     given: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +185,17 @@ def test_a_resumed_run_goes_on_from_its_own_weights(given: Path, tmp_path: Path,
 
     assert losses(parts) == losses(whole)
     assert changed(trained_weights(parts), trained_weights(whole)) == set()
+
+
+def test_the_record_of_a_resumed_run_says_where_it_started(
+    given: Path, tmp_path: Path, tiny_world: Path, task: Path
+) -> None:
+    assert finetune(tmp_path, tiny_world, task, given) == 0
+    assert finetune(tmp_path, tiny_world, task, given, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+
+    record = yaml.safe_load((tmp_path / "config.resume-1.yaml").read_text(encoding="utf-8"))
+
+    assert record["model"]["init_from"] == str(given)
 
 
 # ---- frozen parts

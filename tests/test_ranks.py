@@ -65,6 +65,30 @@ def test_ranks_do_not_change_a_step(plain: Path, tmp_path: Path, tiny_world: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["--model.kosmos.lora.rank=3", "--model.kosmos.lora.dropout_rate=0"],
+        ['--model.freeze=["vision", "decoder.layers.0", "connector.x_attn"]'],
+    ],
+    ids=["adapters", "frozen"],
+)
+def test_ranks_do_not_change_a_step_of_a_part_where_most_rows_have_no_picture(
+    tmp_path: Path, tiny_world: Path, part: list[str]
+) -> None:
+    texts = ["--data.ratio.text=0.9", "--data.ratio.caption=0.1", "--data.ratio.interleaved=0"]
+    more = [*NO_DROPOUT, *part, *texts]
+    one_rank, two_ranks = tmp_path / "one", tmp_path / "two"
+    assert main(tiny_run("fit", one_rank, tiny_world, *more, "--data.micro_batch_rows=4")) == 0
+
+    by_two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"]
+    end = run(tiny_run("fit", two_ranks, tiny_world, *more, *by_two))
+
+    assert end.returncode == 0, end.stderr
+    assert_close(one_rank, two_ranks)
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks(plain: Path, tmp_path: Path, tiny_world: Path) -> None:
     one_rank = [*NO_DROPOUT, "--trainer.max_steps=3", "--data.micro_batch_rows=4"]
     two_ranks = [*NO_DROPOUT, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"]

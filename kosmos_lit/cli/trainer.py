@@ -144,7 +144,12 @@ class KosmosCLI(LightningCLI):
         if path:
             wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
             check_architecture(load_checkpoint(path), wanted, path)
-            config["model"]["init_from"] = None  # what the run started from need not be there any more
+
+    def instantiate_classes(self) -> None:
+        """Keep a module from loading what a checkpoint is about to replace; the run's record still says where it started."""
+        super().instantiate_classes()
+        if self._get(self.config, "ckpt_path"):
+            self.model.init_from = None  # what the run started from need not be there any more
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the checkpoint writer, unless the configuration names one."""

@@ -48,7 +48,7 @@ def init_decoder(decoder: nn.Module, config: DecoderConfig) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=GPT2_STD if config.init == "gpt2" else config.dim**-0.5)
+            nn.init.normal_(module.weight, std=embedding_std(config))
             if name == "embed_tokens":
                 module.weight.data[PAD] = 0
         elif isinstance(module, nn.Linear):
@@ -64,6 +64,11 @@ def init_decoder(decoder: nn.Module, config: DecoderConfig) -> None:
                     depth = math.sqrt(2 * config.n_layers) if kind in BRANCH_END else 1.0
                     nn.init.normal_(module.weight, std=GPT2_STD / depth)
                     nn.init.zeros_(module.bias)
+
+
+def embedding_std(config: DecoderConfig) -> float:
+    """Return the standard deviation of the initial embeddings."""
+    return GPT2_STD if config.init == "gpt2" else config.dim**-0.5
 
 
 def branch_gain(config: DecoderConfig) -> float:

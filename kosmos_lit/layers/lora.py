@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -24,22 +24,23 @@ def add_lora(model: nn.Module, config: LoraConfig) -> None:
     """
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(peft_config(model, config), model, ADAPTER)
-
-
-def peft_config(model: nn.Module, config: LoraConfig) -> Any:
-    """Return peft's own table for adapters on a model without any, each layer by its whole name."""
-    import peft
-
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("vision.")]
     ends = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in config.targets}
     if missing := [target for target, found in ends.items() if not found]:
         raise UserError(f"lora.targets: no matrix of decoder or connector ends with {', '.join(missing)}")
+    names = {name for found in ends.values() for name in found}
+    inject_adapter_in_model(peft_config(config, names), model, ADAPTER)
+
+
+def peft_config(config: LoraConfig, names: Iterable[str]) -> Any:
+    """Return peft's own table for adapters on the layers of these whole names."""
+    import peft
+
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.dropout_rate,
-        target_modules=sorted({name for found in ends.values() for name in found}),
+        target_modules=sorted(names),
     )
 
 

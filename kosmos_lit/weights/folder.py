@@ -26,10 +26,11 @@ CONFIG = "config.json"
 MODEL_TYPE = "kosmos-lit"
 
 
-def assemble(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str) -> Kosmos:
-    """Return the configured model with copies of these tensors as its weights, in evaluation mode; each keeps its dtype.
+def assemble(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str, *, copy: bool = True) -> Kosmos:
+    """Return the configured model with these tensors as its weights, in evaluation mode; each keeps its dtype and device.
 
-    Copies, as tensors of a file are a window on it: a model must not change or crash when the file is written again.
+    With copies of them, as tensors of a file are a window on it: a model must not change or crash when the file is written
+    again. Without `copy`, with the tensors themselves.
 
     Raises: UserError listing every missing, surplus and misshapen tensor.
     """
@@ -37,11 +38,12 @@ def assemble(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str) ->
     with torch.device("meta"):
         model = Kosmos(config)
     check_shapes(shapes_of(tensors), shapes_of(model.state_dict()), where)
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    model.load_state_dict(copies, assign=True)
+    if copy:
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
     if any(t.is_meta for t in chain(model.parameters(), model.buffers())):  # a tower with buffers that files do not hold
         model = Kosmos(config)
-        model.load_state_dict(copies, assign=True)
+        model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from kosmos_lit.batch import CORPORA
-from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, LossWeights, OptimizerConfig, VisionConfig
+from kosmos_lit.config import (
+    ConnectorConfig,
+    DecoderConfig,
+    KosmosConfig,
+    LoraConfig,
+    LossWeights,
+    OptimizerConfig,
+    VisionConfig,
+)
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 from tests.kosmos_lit.tiny_kosmos import tiny_config
@@ -174,3 +182,9 @@ def test_the_length_of_learned_positions_is_architecture():
 def test_the_longest_row_of_computed_positions_is_no_architecture():
     here, there = (tiny_config("ViT-B-32", positions="xpos", max_seq_len=n).architecture() for n in (61, 67))
     assert here == there
+
+
+def test_the_order_of_lora_s_targets_makes_no_other_architecture():
+    one, other = (KosmosConfig(lora=LoraConfig(targets=t)) for t in (("q_proj", "fc1"), ("fc1", "q_proj")))
+    assert one.architecture() == other.architecture()
+    assert one.architecture() != KosmosConfig(lora=LoraConfig(targets=("q_proj", "fc2"))).architecture()

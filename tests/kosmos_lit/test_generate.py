@@ -189,6 +189,15 @@ def test_dropout_is_off_while_writing_and_back_afterwards(kosmos_tower, kosmos_t
     assert model.training == training
 
 
+def test_parts_that_were_evaluating_while_the_rest_trained_still_do_after_writing(kosmos_tower, kosmos_tokenizer):
+    model = tiny_model(kosmos_tower).train()
+    model.vision.eval()
+    model.decoder.layers[1].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    generate(model, [prompt(2, 1)], pictures(1), kosmos_tokenizer, max_new_tokens=1)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 # ---- beams
 
 FEW = SimpleNamespace(special=SpecialTokens.after(5), vocab_size=12, extra=(), decode=lambda ids, keep_control: str(ids))

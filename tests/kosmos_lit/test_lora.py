@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from kosmos_lit.config import LoraConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.lora import base_weights, load_adapter, merged, save_adapter, without_lora
 from kosmos_lit.model import Kosmos
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, shaken, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import batch_of, normal, picture_doc, shaken, text_doc, tiny_config
 
 LORA = LoraConfig(rank=3, alpha=5.0, dropout_rate=0.0)
 BATCH = batch_of([[picture_doc(5, n_pictures=2), text_doc(7)], [text_doc(11)]], 41)
@@ -86,6 +88,128 @@ def test_peft_itself_reads_a_saved_adapter(adapted, base, tmp_path):
     plain = without_lora(adapted, base_weights(adapted))
     model = peft.PeftModel.from_pretrained(plain, tmp_path)
     torch.testing.assert_close(model(BATCH), adapted(BATCH), **EXACT)
+
+
+def test_an_adapter_that_peft_wrote_computes_here_what_it_does_there(base, tmp_path):
+    model = by_peft(base, tmp_path)
+    torch.testing.assert_close(load_adapter(base, tmp_path)(BATCH), model(BATCH), **EXACT)
+
+
+def by_peft(base, folder, **settings):
+    """Return the base with an adapter by peft, none of whose weights is zero, after peft has saved that."""
+    import peft
+
+    table = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["self_attn.q_proj", "fc2"], **settings)
+    model = peft.get_peft_model(copy.deepcopy(base), table)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(normal(*parameter.shape, seed=len(name)))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_rslora", True),
+        ("rank_pattern", {"fc2": 2}),
+        ("alpha_pattern", {"fc2": 7}),
+        ("layers_to_transform", [1]),
+    ],
+)
+def test_an_adapter_that_peft_scales_or_places_otherwise_is_refused(base, tmp_path, field, value):
+    by_peft(base, tmp_path, **{field: value} | ({"layers_pattern": "layers"} if field == "layers_to_transform" else {}))
+    with pytest.raises(UserError, match=re.escape(f"{field} is {value!r}")):
+        load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("target_modules", "all-linear"),
+        ("use_dora", True),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("modules_to_save", ["embed_tokens"]),
+        ("fan_in_fan_out", True),
+        ("exclude_modules", ["fc1"]),
+        ("init_lora_weights", "pissa"),
+        ("trainable_token_indices", [3]),
+        ("a_field_of_a_later_peft", 0.5),
+    ],
+)
+def test_a_field_that_changes_what_an_adapter_computes_is_refused_by_name_and_value(adapted, base, tmp_path, field, value):
+    save_adapter(adapted, tmp_path)
+    change_table(tmp_path, {field: value})
+    with pytest.raises(UserError, match=re.escape(f"adapter_config.json: {field} is {value!r}, but only plain LoRA")):
+        load_adapter(base, tmp_path)
+
+
+def test_every_field_that_is_wrong_is_named(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    change_table(tmp_path, {"use_dora": True, "bias": "all"})
+    with pytest.raises(UserError, match=r"(?=.*use_dora is True)(?=.*bias is 'all')"):
+        load_adapter(base, tmp_path)
+
+
+def test_fields_about_the_file_or_its_training_are_no_reason_to_refuse(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    change_table(tmp_path, {"base_model_name_or_path": "b", "lora_dropout": 0.1, "init_lora_weights": "gaussian"})
+    torch.testing.assert_close(load_adapter(base, tmp_path)(BATCH), adapted(BATCH), **EXACT)
+
+
+def change_table(folder, fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+def test_merging_keeps_each_tensor_s_dtype_and_adds_in_float32(adapted):
+    model = copy.deepcopy(adapted).bfloat16()
+    model.vision.float()
+    names = base_weights(model)
+    plain = merged(model).state_dict()
+    assert {name: tensor.dtype for name, tensor in plain.items()} == {name: t.dtype for name, t in names.items()}
+    layer = model.decoder.layers[1].ffn.fc2
+    a, b = layer.lora_A.default.weight.float(), layer.lora_B.default.weight.float()
+    expected = layer.base_layer.weight.float() + 5 / 3 * b @ a
+    assert torch.equal(plain["decoder.layers.1.ffn.fc2.weight"], expected.bfloat16())
+
+
+def test_a_loaded_adapter_leaves_the_base_its_dtype(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    half = copy.deepcopy(base).bfloat16()
+    model = load_adapter(half, tmp_path)
+    assert all(torch.equal(tensor, half.state_dict()[name]) for name, tensor in base_weights(model).items())
+    assert {tensor.dtype for tensor in base_weights(model).values()} == {torch.bfloat16}
+    assert all(t.dtype == torch.float32 for name, t in model.state_dict().items() if ".lora_" in name)  # as in the file
+
+
+def test_merging_and_loading_stay_on_the_model_s_device(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    elsewhere = torch.device("meta")  # a device that is everywhere
+    made = merged(copy.deepcopy(adapted).to(elsewhere)), load_adapter(copy.deepcopy(base).to(elsewhere), tmp_path)
+    assert {tensor.device for model in made for tensor in model.state_dict().values()} == {elsewhere}
+
+
+def test_merging_and_loading_share_no_memory_with_the_model(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    before = {tensor.data_ptr() for model in (adapted, base) for tensor in model.state_dict().values()}
+    made = merged(adapted), load_adapter(base, tmp_path)
+    assert not before & {tensor.data_ptr() for model in made for tensor in model.state_dict().values()}
+
+
+def test_saving_an_adapter_builds_no_other_model(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr(Kosmos, "__init__", lambda *_: pytest.fail("a model was built"))
+    save_adapter(adapted, tmp_path)
+
+
+def test_loading_an_adapter_leaves_the_random_numbers_as_they_were(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    before = torch.get_rng_state()
+    load_adapter(base, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_model_without_adapters_has_none_to_save(base, tmp_path):

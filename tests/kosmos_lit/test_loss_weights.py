@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from kosmos_lit.batch import CORPORA, KosmosBatch
 from kosmos_lit.cli import main
@@ -54,6 +55,32 @@ def test_each_weight_scales_its_corpus_and_leaves_the_count_of_tokens(kosmos_tow
     _, loss = step(kosmos_tower, LossWeights(text=0.25, caption=3.0, interleaved=0.5))
     expected = (0.25 * text.sum() + 3 * (caption.sum() + more.sum()) + 0.5 * interleaved.sum()) * SHARE / N_STEP_TARGETS
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # fp32, 24 terms
+
+
+class MadeFromNumbers(TorchFunctionMode):
+    """Counts the tensors that are made of as many Python numbers as there are weights, each a copy to the device."""
+
+    n = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.tensor and len(args[0]) == len(CORPORA) and isinstance(args[0][0], float)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(caption=0.5)])
+def test_a_second_micro_batch_copies_no_weights_to_the_device(kosmos_tower, weights):
+    lit, _ = step(kosmos_tower, weights)
+    rows = batch()
+    with MadeFromNumbers() as made:
+        lit.training_step(rows, 1)
+    assert made.n == 0
+
+
+def test_weights_keep_their_precision_in_a_half_precision_module_and_out_of_checkpoints(kosmos_tower):
+    lit, _ = step(kosmos_tower, LossWeights(caption=0.3))
+    weights = lit.bfloat16()._corpus_weights(torch.device("cpu"))
+    assert torch.equal(weights, torch.tensor([1.0, 0.3, 1.0, 1.0]))
+    assert all(name.startswith("net.") for name in lit.state_dict())
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
