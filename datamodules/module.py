@@ -18,7 +18,8 @@ from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Re
 from datamodules.mixture import Mixture
 from datamodules.plan import make_plan, split_corpus
 from datamodules.prepare.files import matches
-from datamodules.prepare.index import check_same, describe, identify, prepare_corpus
+from datamodules.prepare.index import check_same, identify, prepare_corpus
+from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.questions import ask_captions, ask_examples
 from datamodules.stream import InOrder, Stream

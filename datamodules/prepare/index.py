@@ -25,6 +25,7 @@ from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus, place,
 from datamodules.document import Document, ImageRef, Tally
 from datamodules.prepare.files import expand, sync, whole_folder, write_whole
 from datamodules.prepare.pool import Progress, run_all
+from datamodules.prepare.report import report
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.base import SURVEY
 from kosmos_lit.errors import UserError
@@ -329,27 +330,3 @@ def _locked(output: Path) -> Iterator[None]:
             print(f"waiting for another process that prepares {output}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def report(tally: Tally, pictures: Tally) -> str:
-    """Return what became of every record, as lines of text."""
-    lines = []
-    for title, counter, examples in (
-        ("broken", tally.broken, tally.examples),
-        ("left out", tally.left_out, tally.examples),
-        ("noticed", tally.notes, tally.examples),
-        ("pictures broken", pictures.broken, pictures.examples),
-        ("pictures left out", pictures.left_out, pictures.examples),
-    ):
-        lines += [f"  {title:<18}{n:>12,}  {r} (first: {examples[r]})" for r, n in sorted(counter.items())]
-    return "\n".join(lines)
-
-
-def describe(corpus: IndexedCorpus) -> str:
-    """Return the final report on a prepared corpus."""
-    manifest = corpus.manifest
-    assert manifest is not None
-    head = [f"{corpus.folder}: {manifest['format']}, {len(manifest['shards'])} shards"]
-    head += [f"  {key:<18}{manifest[key]:>12,}" for key in ("documents", "tokens", "images")]
-    skipped = report(Tally.from_dict(manifest["tally"]), Tally.from_dict(manifest["pictures"]))
-    return "\n".join([*head, skipped] if skipped else head)

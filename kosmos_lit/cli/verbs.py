@@ -67,7 +67,8 @@ def prepare_parser() -> argparse.ArgumentParser:
 def prepare(arguments: list[str]) -> None:
     """Make a tokenizer or an indexed corpus."""
     a = prepare_parser().parse_args(arguments)
-    from datamodules.prepare.index import describe, prepare_corpus
+    from datamodules.prepare.index import prepare_corpus
+    from datamodules.prepare.report import describe
     from datamodules.prepare.tokenizer import train_tokenizer
     from datamodules.sources import ReadOptions
 

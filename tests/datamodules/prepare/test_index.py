@@ -7,7 +7,8 @@ import pytest
 
 from datamodules.corpus import COLUMNS, MANIFEST, IndexedCorpus, read_manifest
 from datamodules.prepare import index
-from datamodules.prepare.index import describe, prepare_corpus
+from datamodules.prepare.index import prepare_corpus
+from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.sources import ReadOptions
 from kosmos_lit.errors import UserError

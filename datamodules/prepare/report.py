@@ -1,0 +1,30 @@
+"""What `prepare` says when it is done: what became of every record, and what the index holds."""
+
+from __future__ import annotations
+
+from datamodules.corpus import IndexedCorpus
+from datamodules.document import Tally
+
+
+def report(tally: Tally, pictures: Tally) -> str:
+    """Return what became of every record, as lines of text."""
+    lines = []
+    for title, counter, examples in (
+        ("broken", tally.broken, tally.examples),
+        ("left out", tally.left_out, tally.examples),
+        ("noticed", tally.notes, tally.examples),
+        ("pictures broken", pictures.broken, pictures.examples),
+        ("pictures left out", pictures.left_out, pictures.examples),
+    ):
+        lines += [f"  {title:<18}{n:>12,}  {r} (first: {examples[r]})" for r, n in sorted(counter.items())]
+    return "\n".join(lines)
+
+
+def describe(corpus: IndexedCorpus) -> str:
+    """Return the final report on a prepared corpus."""
+    manifest = corpus.manifest
+    assert manifest is not None
+    head = [f"{corpus.folder}: {manifest['format']}, {len(manifest['shards'])} shards"]
+    head += [f"  {key:<18}{manifest[key]:>12,}" for key in ("documents", "tokens", "images")]
+    skipped = report(Tally.from_dict(manifest["tally"]), Tally.from_dict(manifest["pictures"]))
+    return "\n".join([*head, skipped] if skipped else head)
