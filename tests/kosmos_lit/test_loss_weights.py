@@ -20,9 +20,9 @@ N_STEP_TARGETS = 101
 
 
 def batch() -> KosmosBatch:
-    """Rows of caption, text, interleaved and caption, with 5, 6, 9 and 4 supervised tokens."""
+    """Rows of caption, text, interleaved, caption and instruct, with 5, 6, 9, 4 and 8 supervised tokens."""
     rows = [[picture_doc(4, seed=1)], [text_doc(5, seed=2)], [picture_doc(4, seed=3, n_pictures=2)], [picture_doc(3, 4)]]
-    made = batch_of(rows, 23, corpus=[1, 0, 2, 1])
+    made = batch_of([*rows, [text_doc(7, seed=5)]], 23, corpus=[1, 0, 2, 1, 3])
     made.n_step_targets = N_STEP_TARGETS
     return made
 
@@ -51,10 +51,10 @@ def test_equal_weights_give_the_token_mean_bit_for_bit(kosmos_tower):
 
 def test_each_weight_scales_its_corpus_and_leaves_the_count_of_tokens(kosmos_tower):
     nll = tiny_model(kosmos_tower).nll(batch()).detach()
-    caption, text, interleaved, more = nll.split([5, 6, 9, 4])
-    _, loss = step(kosmos_tower, LossWeights(text=0.25, caption=3.0, interleaved=0.5))
-    expected = (0.25 * text.sum() + 3 * (caption.sum() + more.sum()) + 0.5 * interleaved.sum()) * SHARE / N_STEP_TARGETS
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # fp32, 24 terms
+    caption, text, interleaved, more, instruct = (part.sum() for part in nll.split([5, 6, 9, 4, 8]))
+    _, loss = step(kosmos_tower, LossWeights(text=0.25, caption=3.0, interleaved=0.5, instruct=2.0))
+    expected = (0.25 * text + 3 * (caption + more) + 0.5 * interleaved + 2 * instruct) * SHARE / N_STEP_TARGETS
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # fp32, 32 terms
 
 
 class MadeFromNumbers(TorchFunctionMode):
@@ -89,6 +89,7 @@ def test_a_gradient_is_the_sum_of_the_corpora_s_by_weight(kosmos_tower, corpus):
     weights = dict.fromkeys(CORPORA, 1.0) | {corpus: 0.5}
     found = gradient(step(kosmos_tower, LossWeights(**weights))[0])
     expected = sum(weights[name] * alone[name] for name in CORPORA)
+    assert all(part.any() for part in alone.values())  # a corpus without a row would be equal whatever its weight is
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, values of about 1, sums reordered
 
 
