@@ -16,6 +16,7 @@ on a line before the first turn.
 from __future__ import annotations
 
 import json
+import reprlib
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,8 @@ class RecordError(ValueError):
     """A record that is no example; `reason` is a short phrase for counting."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f": {detail}" if detail else "")
+        printable = detail.encode("utf-8", "backslashreplace").decode()  # JSON can spell halves of a character
+        super().__init__(f": {printable}" if detail else "")
         self.reason = reason
 
 
@@ -120,8 +122,7 @@ def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[s
     forms = [form for form in ("completion", "messages", "conversations") if form in record]
     if len(forms) != 1:
         raise RecordError("neither prompt and completion, nor messages, nor conversations", f"it has {sorted(record)}"[:200])
-    given = record.get("images", record.get("image")) or []
-    images = [_path(image) for image in (given if isinstance(given, list) else [given])]
+    images = _images(record)
     if forms == ["completion"]:
         prompt, completion = record.get("prompt", ""), record["completion"]
         if not isinstance(prompt, str) or not isinstance(completion, str):
@@ -129,6 +130,14 @@ def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[s
         return _marked([(prompt, False), (completion, True)], images)
     messages, images = _messages(record[forms[0]], images)
     return _marked(_conversation(messages, turn_template), images)
+
+
+def _images(record: dict[str, Any]) -> list[str]:
+    """Return the paths of a record's own pictures: under `images` or `image`, of which one may be empty."""
+    lists = [given if isinstance(given, list) else [given] for key in ("images", "image") if (given := record.get(key))]
+    if len(lists) == 2 and lists[0] != lists[1]:
+        raise RecordError("images and image name different pictures", reprlib.repr(lists))
+    return [_path(image) for image in lists[0]] if lists else []
 
 
 def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
@@ -139,8 +148,8 @@ def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
     messages = []
     for message in given:
         role = message.get("role", message.get("from"))
-        if role not in ROLES:
-            raise RecordError("unknown role", f"{role!r}; there are {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise RecordError("unknown role", f"{reprlib.repr(role)}; there are {', '.join(ROLES)}")
         content = message.get("content", message.get("value"))
         text = ""
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
@@ -163,12 +172,12 @@ def _content(part: Any) -> tuple[str, str | None]:
         found = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
         found = found.get("url") if isinstance(found, dict) else found
         return MARK, None if found is None else _path(found)
-    raise RecordError("content is neither text nor picture", str(part)[:100])
+    raise RecordError("content is neither text nor picture", reprlib.repr(part))
 
 
 def _path(given: Any) -> str:
     if not isinstance(given, str) or not given:
-        raise RecordError("a picture is named by no path", str(given)[:100])
+        raise RecordError("a picture is named by no path", reprlib.repr(given))
     if given.startswith("data:") or "://" in given.removeprefix("file://"):
         raise RecordError("a picture is no file; save it as one", given[:100])
     return given.removeprefix("file://")
@@ -236,4 +245,6 @@ def _picture(name: str, folder: Path, shard: int) -> ImageRef:
         raise RecordError("picture cannot be read", f"{name}: {error.strerror}") from error
     except ImageError as error:
         raise RecordError(error.reason, f"{name}: {error}") from error
+    except ValueError as error:  # a zero byte, or half a character
+        raise RecordError("a picture's path is none", reprlib.repr(name)) from error
     return ImageRef(shard, 0, len(data), name)

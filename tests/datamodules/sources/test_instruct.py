@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from datamodules.document import ImageRef, Tally
 from datamodules.sources import SOURCES, ReadOptions
@@ -98,6 +100,7 @@ def test_a_prompt_for_generate_is_what_stands_before_the_answer(tmp_path):
 NO_FORM = "neither prompt and completion, nor messages, nor conversations"
 ORDER = "roles are not system (or none), then user and assistant in turn"
 NO_FILE = "a picture is no file; save it as one"
+TWO_NAMES = "images and image name different pictures"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,11 @@ NO_FILE = "a picture is no file; save it as one"
         ({"images": ["http://a/b.png"], "prompt": "x", "completion": "y"}, NO_FILE, "http"),
         ({"images": ["data:image/png;base64,AA"], "prompt": "x", "completion": "y"}, NO_FILE, ""),
         ({"images": [7], "prompt": "x", "completion": "y"}, "a picture is named by no path", "7"),
+        ({"images": ["a\0.png"], "prompt": "x", "completion": "y"}, "a picture's path is none", r"a\x00.png"),
+        ({"images": ["\ud800"], "prompt": "x", "completion": "y"}, "a picture's path is none", r"\ud800"),
+        ({"images": ["a.png"], "image": "b.png", "prompt": "x", "completion": "y"}, TWO_NAMES, "b.png"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role", "['user']"),
+        ({"messages": [{"role": {"user": 1}, "content": "x"}]}, "unknown role", "{'user': 1}"),
     ],
 )  # fmt: skip
 def test_a_broken_record_is_counted_with_its_line_and_the_next_one_read(tmp_path, record, reason, detail):
@@ -137,6 +145,34 @@ def test_a_broken_record_is_counted_with_its_line_and_the_next_one_read(tmp_path
     assert tally.broken == {reason: 1}
     assert tally.examples[reason].startswith("x.jsonl, line 2")
     assert detail in tally.examples[reason]
+
+
+@pytest.mark.parametrize("other", [[], None, "", ["a.png"]])
+def test_a_picture_is_kept_beside_an_empty_or_equal_list(tmp_path, other):
+    record = {"image": "a.png", "images": other, "prompt": "x", "completion": "y"}
+    assert only(tmp_path, record)[0] == "a.png"
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+LEAVES |= st.sampled_from(["<image>", "a.png", "no.png", "user", "gpt", "text", "image", "a\0", "\ud800", "..", "file://"])
+KEYS = st.sampled_from(
+    ["images", "image", "prompt", "completion", "messages", "conversations", "role", "from", "content", "value", "type",
+     "text", "image_url", "url", "path"]
+) | st.text(max_size=3)  # fmt: skip
+ANYTHING = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
+TURNS = st.lists(st.fixed_dictionaries({"role": st.just("user") | ANYTHING, "content": ANYTHING}), max_size=3)
+NEARLY = st.fixed_dictionaries(
+    {}, optional={"images": ANYTHING, "image": ANYTHING, "prompt": ANYTHING, "completion": ANYTHING, "messages": TURNS}
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(record=ANYTHING | NEARLY)
+def test_whatever_json_a_line_holds_it_is_an_example_or_counted_as_broken(tmp_path, record):
+    documents, tally = read(tmp_path, record)
+    assert len(documents) + tally.broken.total() == 1
+    for place in tally.examples.values():
+        assert place.encode()  # can be printed
 
 
 def test_a_picture_that_has_changed_is_not_read(tmp_path):
