@@ -60,7 +60,7 @@ class HuggingFacePieces:
         if unknown is not None:
             self._numbers[unknown] = UNKNOWN
         self._anchor = next((ids for ids in map(self._ids, ANCHORS) if (self._numbers[ids] >= 0).all() and ids), [])
-        self._dummy_space = self.decode(self._anchor, begins=False).startswith(" ")
+        self.puts_space = self.decode(self._anchor, begins=False).startswith(" ")
         self.absorbs_space = self._ids(" a") == self._ids("a")
         self.reads_newlines = all(self.decode(self.encode([text])[0].tolist()) == text for text in PROBES)
 
@@ -99,7 +99,7 @@ class HuggingFacePieces:
             read = self._backend.decode([*self._anchor, *run], skip_special_tokens=False).removeprefix(before)
             text, run = text + read + UNKNOWN_TEXT, []
         text = text.removesuffix(UNKNOWN_TEXT)
-        return text.removeprefix(" ") if begins and self._dummy_space else text
+        return text.removeprefix(" ") if begins and self.puts_space else text
 
     def name(self, number: int) -> str:
         text = self.decode([number], begins=False)
@@ -111,7 +111,7 @@ class HuggingFacePieces:
         for number, token in self._tokens.items():
             if self._numbers[number] != UNKNOWN:
                 text = self._bytes(token)
-                sizes[:, number] = len(text), len(text) - (self._dummy_space and text.startswith(b" "))
+                sizes[:, number] = len(text), len(text) - (self.puts_space and text.startswith(b" "))
         return sizes
 
     def _bytes(self, token: str) -> bytes:

@@ -39,6 +39,9 @@ class Pieces(Protocol):
     absorbs_space: bool
     """Whether a space in front of a text changes nothing, because encoding would put one there."""
 
+    puts_space: bool
+    """Whether encoding puts a space in front of a text, which `decode` leaves out where one begins."""
+
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the numbers of each text."""
 
@@ -80,6 +83,8 @@ class SentencePieces:
         self.n_pieces: int = self._pieces.get_piece_size()
         self.n_text = self.n_pieces - N_CONTROL_PIECES
         self.absorbs_space: bool = self._pieces.encode(" a") == self._pieces.encode("a")
+        first: int = self._pieces.encode("a")[0]
+        self.puts_space: bool = self._pieces.id_to_piece(first).startswith(SPACE)
 
     @cached_property
     def _number_of_piece(self) -> Ids:

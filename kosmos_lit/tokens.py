@@ -204,6 +204,11 @@ class Tokenizer:
             at += len(text)
         return encoded
 
+    def continuation(self, text: str) -> str:
+        """Return how `encode` must be given a text that follows another one: without a space that it puts there itself."""
+        adds = self._pieces.puts_space and not self._pieces.absorbs_space
+        return text.removeprefix(" ") if adds else text
+
     def encode_marked(self, text: str, names: Sequence[str] | None = None) -> Ids:
         """Return the ids of a text in which the names of control tokens stand for these.
 

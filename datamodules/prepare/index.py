@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus, place, read_manifest
-from datamodules.document import Document, ImageRef, Tally
+from datamodules.document import Document, ImageRef, Part, Tally
 from datamodules.prepare.files import expand, sync, whole_folder, write_whole
 from datamodules.prepare.pool import Progress, run_all
 from datamodules.prepare.report import report
@@ -226,10 +226,19 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def _encode(batch: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[Ids]]:
     """Yield the ids of each document's parts."""
-    texts = iter(tokenizer.encode_all([p for d in batch for p in d.parts if isinstance(p, str)]))
+    texts = iter(tokenizer.encode_all([text for document in batch for text in _texts(document, tokenizer)]))
     marker = np.array([tokenizer.special.image], dtype=np.int64)
     for document in batch:
         yield [next(texts) if isinstance(part, str) else marker for part in document.parts]
+
+
+def _texts(document: Document, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield a document's texts as they are to be encoded; only instruction data have one right behind another."""
+    before: Part | None = None
+    for part in document.parts:
+        if isinstance(part, str):
+            yield tokenizer.continuation(part) if isinstance(before, str) else part
+        before = part
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,8 @@ r"""Instruction data as one JSON object a line: a prompt with its completion, or
 An example becomes one text with marks, of which the completions or answers are learnt. `<image>` stands for the next
 picture of `images`; pictures without a mark come first. A prompt and its completion follow one another as they are; a
 conversation is written turn by turn in the turn template, pictures that begin a question before it, and a system message
-on a line before the first turn.
+on a line before the first turn. As `generate` reads a prompt without blanks at its end, those between prompt and answer
+are the head of the answer.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def _conversation(messages: Sequence[Message], turn_template: str) -> list[Run]:
         if not asked and not n_leading:
             raise RecordError("empty question")
         before = (f"{system}\n" if system else "") if i == 0 else gap
-        runs += [(before + MARK * n_leading + question.replace("{user}", asked), False), (turns[i + 1][1], True)]
+        runs += [(before + MARK * n_leading + question.replace("{user}", asked), False), (turns[i + 1][1].strip(), True)]
     return runs
 
 
@@ -224,16 +225,17 @@ def _marked(runs: list[Run], images: list[str]) -> tuple[list[Run], list[str]]:
 def _parts(runs: Sequence[Run], pictures: Sequence[ImageRef]) -> Iterator[tuple[Part, bool]]:
     """Cut runs into texts and pictures. Where `generate` strips a prompt, at its ends and beside pictures, so do we."""
     following = iter(pictures)
-    at_start = True
+    at_start, blanks = True, ""
     for text, learnt in runs:
-        pieces = text.split(MARK)
-        for i, piece in enumerate(pieces):
+        for i, piece in enumerate(text.split(MARK)):
             if i:
                 yield next(following), False
                 at_start = True
-            piece = piece.strip() if learnt or at_start else piece.rstrip()
-            if piece:
-                yield piece, learnt
+            whole = piece.lstrip() if at_start else blanks + piece
+            words = whole.rstrip()
+            blanks = whole[len(words) :]
+            if words:
+                yield words, learnt
                 at_start = False
 
 

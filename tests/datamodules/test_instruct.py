@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,14 @@ from datamodules import InstructData
 from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.corpus import IndexedCorpus
 from datamodules.plan import make_plan
+from datamodules.prepare.index import prepare_corpus
 from datamodules.sources.instruct import prompt_text
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.generate import encode_prompt
-from kosmos_lit.tokens import BOS, EOS, IGNORE
+from kosmos_lit.tokens import BOS, EOS, IGNORE, Tokenizer
 from tests.datamodules import made
+from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, made_folder, unigram
 
 LATENTS, SEQ_LEN = 3, 211
 OPTIONS = {
@@ -168,6 +171,50 @@ def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
     assert row.targets[n - 1 : row.n_real].tolist() == [*tokenizer.encode(answers_of(record)[-1]).tolist(), EOS]
 
 
+TALKS = [
+    {"prompt": "the cat sat: ", "completion": " at the mat"},
+    {"prompt": "the cat", "completion": " sat"},
+    {"messages": [{"role": "user", "content": "the?"}, {"role": "assistant", "content": "cat"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "the?"}, {"role": "assistant", "content": " cat "},
+            {"role": "user", "content": "at?"}, {"role": "assistant", "content": "the cat"},
+        ]
+    },
+]  # fmt: skip
+WHOLE = [
+    "the cat sat:  at the mat",
+    "the cat sat",
+    "Question: the? Answer: cat",
+    "Question: the? Answer: cat Question: at? Answer: the cat",
+]
+
+
+@pytest.mark.parametrize("pieces", [byte_level, partial(byte_level, add_prefix_space=True), byte_fallback, unigram])
+def test_an_answer_follows_its_prompt_with_the_ids_of_the_whole_text(tmp_path, pieces):
+    folder = made_folder(tmp_path, pieces())
+    made.write_examples(tmp_path / "x.jsonl", TALKS)
+    inputs = [str(tmp_path / "x.jsonl")]
+    corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
+    tokenizer = Tokenizer.load(folder)
+    assert [corpus.document_tokens(d).tolist() for d in range(4)] == [tokenizer.encode(text).tolist() for text in WHOLE]
+
+
+def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
+    folder = made_folder(tmp_path, byte_level())
+    made.write_examples(tmp_path / "x.jsonl", TALKS)
+    inputs = [str(tmp_path / "x.jsonl")]
+    corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
+    tokenizer = Tokenizer.load(folder)
+    for document, record in enumerate(TALKS):
+        ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
+        text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
+        prompt = encode_prompt(text, 0, tokenizer, LATENTS).tokens[1:]
+        assert ids[: len(prompt)].tolist() == prompt.tolist()
+        assert said[len(prompt) :].all()
+        assert not said[len(prompt) - 1]
+
+
 def test_predict_asks_for_the_last_answer_with_the_tokens_of_the_row(data, tokenizer):
     batches = list(data.predict_dataloader())
     corpus = data.corpora["instruct"]
@@ -193,7 +240,6 @@ def test_prompts_without_room_for_an_answer_are_not_asked(data, caplog, monkeypa
 
 
 def test_an_index_remembers_its_turn_template(examples, raw, tokenizer_folder):
-    from datamodules.prepare.index import prepare_corpus
     from datamodules.sources import ReadOptions
 
     other = ReadOptions(turn_template="{user} {assistant}")
@@ -205,8 +251,6 @@ def test_an_index_remembers_its_turn_template(examples, raw, tokenizer_folder):
 
 
 def test_an_index_from_before_an_option_was_made_with_its_default(raw, tokenizer_folder, tmp_path):
-    from datamodules.prepare.index import prepare_corpus
-
     prepare = {"format": "jsonl", "inputs": [str(raw / "text/a.jsonl")], "tokenizer": tokenizer_folder}
     prepare_corpus(**prepare, output=tmp_path / "index")
     manifest = json.loads((tmp_path / "index/manifest.json").read_text(encoding="utf-8"))

@@ -40,7 +40,25 @@ def talk(*texts):
 
 def test_a_completion_follows_its_prompt_as_it_is_and_alone_is_learnt(tmp_path):
     record = {"images": ["a.png"], "prompt": "see <image> here:", "completion": " a cat\nand a dog "}
-    assert only(tmp_path, record) == ["see", "a.png", "here:", "[a cat\nand a dog]"]
+    assert only(tmp_path, record) == ["see", "a.png", "here:", "[ a cat\nand a dog]"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "wanted"),
+    [
+        ("x: ", "well", ["x:", "[ well]"]),
+        ("x: ", " well ", ["x:", "[  well]"]),
+        ("x", "well", ["x", "[well]"]),
+        ("x\n", "well", ["x", "[\nwell]"]),
+        (" ", " well", ["[well]"]),
+        ("x <image> ", " well", ["x", "a.png", "[well]"]),
+    ],
+)
+def test_blanks_before_a_completion_are_its_head_unless_it_begins_or_follows_a_picture(
+    tmp_path, prompt, completion, wanted
+):
+    images = {"images": ["a.png"]} if "<image>" in prompt else {}
+    assert only(tmp_path, {"prompt": prompt, "completion": completion} | images) == wanted
 
 
 def test_pictures_without_a_mark_come_first(tmp_path):
@@ -50,13 +68,13 @@ def test_pictures_without_a_mark_come_first(tmp_path):
 
 def test_every_answer_of_a_conversation_is_learnt_and_nothing_else(tmp_path):
     record = {"messages": [{"role": "system", "content": "Be short."}, *talk("one", "1", "two", "2")]}
-    wanted = ["Be short.\nQuestion: one Answer:", "[1]", " Question: two Answer:", "[2]"]
+    wanted = ["Be short.\nQuestion: one Answer:", "[ 1]", " Question: two Answer:", "[ 2]"]
     assert only(tmp_path, record) == wanted
 
 
 def test_pictures_that_begin_a_question_stand_before_its_template(tmp_path):
     record = {"images": ["a.png", "b.png"], "messages": talk("<image>\nwhat", "x", "and <image> there", "y")}
-    wanted = ["a.png", "Question: what Answer:", "[x]", " Question: and", "b.png", "there Answer:", "[y]"]
+    wanted = ["a.png", "Question: what Answer:", "[ x]", " Question: and", "b.png", "there Answer:", "[ y]"]
     assert only(tmp_path, record) == wanted
 
 
@@ -66,7 +84,7 @@ def test_content_may_be_parts_that_name_their_pictures(tmp_path):
         {"type": "image_url", "image_url": {"url": "file://c.png"}}, {"type": "image"},
     ]  # fmt: skip
     record = {"images": ["a.png"], "messages": talk(asked, [{"type": "text", "text": "x"}])}
-    assert only(tmp_path, record) == ["b.png", "Question: what is", "c.png", "a.png", "Answer:", "[x]"]
+    assert only(tmp_path, record) == ["b.png", "Question: what is", "c.png", "a.png", "Answer:", "[ x]"]
 
 
 def test_llavas_form_is_the_same_example(tmp_path):
@@ -81,7 +99,7 @@ def test_the_turn_template_may_be_another(tmp_path):
     template = "### User:\n{user}\n### Bot:\n{assistant}"
     record = {"messages": talk("one", "1", "two", "2")}
     assert only(tmp_path, record, turn_template="\n" + template) == [
-        "### User:\none\n### Bot:", "[1]", "\n### User:\ntwo\n### Bot:", "[2]"
+        "### User:\none\n### Bot:", "[\n1]", "\n### User:\ntwo\n### Bot:", "[\n2]"
     ]  # fmt: skip
 
 
