@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
@@ -49,13 +50,17 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RatioConfig:
-    """Shares of the corpora in positions; only their proportion counts. The default is the paper's batch."""
+    """Shares of the corpora in positions; only their proportion counts.
 
-    text: float = 5.0
-    caption: float = 5.0
-    interleaved: float = 2.0
-    instruct: float = 0.0
+    None is the data module's own share of a corpus that is given, and 0 of one that is not.
+    """
 
-    def weights(self) -> tuple[float, ...]:
-        """Return the weights in the order of `CORPORA`."""
-        return astuple(self)
+    text: float | None = None
+    caption: float | None = None
+    interleaved: float | None = None
+    instruct: float | None = None
+
+    def weights(self, defaults: Sequence[float], given: Sequence[bool]) -> tuple[float, ...]:
+        """Return the weights in the order of `CORPORA`, with `defaults` for those corpora that are `given`."""
+        own = (default if there else 0.0 for default, there in zip(defaults, given, strict=True))
+        return tuple(own if share is None else share for share, own in zip(astuple(self), own, strict=True))

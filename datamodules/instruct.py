@@ -11,17 +11,19 @@ from datamodules.module import MixtureData
 class InstructData(MixtureData):
     """Examples of prompts and answers, and beside them, by ratio, what the model was trained on before."""
 
+    default_ratio = (0.0, 0.0, 0.0, 1.0)
+
     def __init__(
         self,
         instruct: CorpusConfig,
-        ratio: RatioConfig = RatioConfig(text=0, caption=0, interleaved=0, instruct=1),
+        ratio: RatioConfig = RatioConfig(),
         **options: Any,
     ) -> None:
         """Take the examples; everything else is as in MixtureData.
 
         Args:
             instruct: Prompts with completions, and conversations; loss on the completions and answers alone.
-            ratio: Shares in positions; the other corpora are given like MixtureData's.
+            ratio: Shares in positions, by default 0 : 0 : 0 : 1; the other corpora are given like MixtureData's.
             **options: Those of MixtureData.
         """
         super().__init__(instruct=instruct, ratio=ratio, **options)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import numpy as np
@@ -38,6 +38,9 @@ class Batches(Protocol):
 class MixtureData(L.LightningDataModule):
     """Rows of the corpora by ratio; the same rows on any number of ranks and workers, from any row on."""
 
+    default_ratio: ClassVar[Sequence[float]] = (5.0, 5.0, 2.0, 0.0)
+    """Shares of the corpora that are given: the paper's batch."""
+
     def __init__(
         self,
         tokenizer: TokenizerConfig,
@@ -65,7 +68,7 @@ class MixtureData(L.LightningDataModule):
             text: Documents of text.
             caption: Pairs of a picture and its caption.
             interleaved: Pages of text and pictures.
-            ratio: Shares of the corpora; one with share 0 is not opened.
+            ratio: Shares of the corpora, by default 5 : 5 : 2 : 0 of those that are given; one with share 0 is not opened.
             seq_len: Positions in a row.
             global_batch_rows: Rows of one optimizer step, over all ranks and micro-batches.
             micro_batch_rows: Rows that one rank puts through the model at a time.
@@ -82,11 +85,17 @@ class MixtureData(L.LightningDataModule):
         super().__init__()
         self.prepare_data_per_node = False
         self.tokenizer_config = tokenizer
-        self.ratio = ratio
-        self.mixture = Mixture(self.ratio.weights())
         given = {"text": text, "caption": caption, "interleaved": interleaved, "instruct": instruct}
+        self.ratio = ratio.weights(self.default_ratio, [given[name] is not None for name in CORPORA])
+        if not any(self.ratio):
+            there = ", ".join(name for name in CORPORA if given[name] is not None) or "no corpus"
+            raise UserError(
+                f"data.ratio: at least one weight must be positive, got {list(self.ratio)}, and {there} given; "
+                "give a corpus and its share"
+            )
+        self.mixture = Mixture(self.ratio)
         self.configs: dict[str, CorpusConfig] = {}
-        for name, weight in zip(CORPORA, self.ratio.weights(), strict=True):
+        for name, weight in zip(CORPORA, self.ratio, strict=True):
             config = given[name]
             if weight and config is None:
                 raise UserError(f"data.ratio.{name} is {weight:g}, but data.{name} is not given; give it, or set 0")
@@ -174,7 +183,7 @@ class MixtureData(L.LightningDataModule):
         for name, read in zip(CORPORA, self.mixture.counts(max(0, n_steps) * self.global_batch_rows), strict=True):
             if plan := self.train_plans.get(name):
                 padding = 1 - plan.row_positions.mean() / self.seq_len
-                share = self.ratio.weights()[CORPORA.index(name)] / sum(self.ratio.weights())
+                share = self.ratio[CORPORA.index(name)] / sum(self.ratio)
                 n_documents, n_images = len(np.unique(plan.document)), int(plan.n_images.sum())
                 lines.append(
                     f"{name:<14}{n_documents:>12,}{n_images:>12,}{plan.n_rows:>12,}{padding:>12.2%}{share:>12.1%}"
@@ -300,8 +309,7 @@ class MixtureData(L.LightningDataModule):
         """Return what the stream is a function of, as plain data."""
         names = ("seed", "seq_len", "n_latents", "image_size", "image_fit")
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
-        weights = list(self.ratio.weights())
-        found["ratio"] = weights if self.ratio.instruct else weights[:3]  # as before there was a fourth corpus
+        found["ratio"] = list(self.ratio if self.ratio[3] else self.ratio[:3])  # as before there was a fourth corpus
         found["tokenizer"] = self.tokenizer.fingerprint
         for name, corpus in self.corpora.items():
             assert corpus.manifest is not None

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from datamodules import InstructData
 from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
 from kosmos_lit.config import ConnectorKind, DocumentAttention, Init, KosmosConfig, Norm, Positions, Trainable
 from kosmos_lit.model import Kosmos
@@ -173,7 +174,31 @@ def test_the_public_weights_can_be_fine_tuned_whole_or_by_adapters() -> None:
     assert count(adapted, trained=True) == 16 * (24 * (4 * 4096 + 2 * 10_240) + 4 * 4096)
     assert adapters.model.init_from == "models/kosmos2"
     assert whole.model.config == parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "model" / "kosmos2.yaml").model.config
-    assert [name for name, weight in whole.datamodule.ratio.__dict__.items() if weight] == ["instruct"]
+    assert whole.datamodule.ratio == (0, 0, 0, 1)
+
+
+INSTRUCT = ("--data.instruct.format=instruct", "--data.instruct.input=[x.jsonl]", "--data.instruct.index=index")
+INSTRUCT_DATA = ("--data=datamodules.InstructData", "--data.tokenizer.path=folder", *INSTRUCT)
+
+
+def test_instruction_data_may_be_chosen_on_the_command_line() -> None:
+    data = KosmosCLI([*INSTRUCT_DATA, *ON_CPU], run=False).datamodule
+
+    assert type(data) is InstructData
+    assert data.ratio == (0, 0, 0, 1)
+
+
+def test_a_share_beside_that_of_the_examples_leaves_theirs() -> None:
+    caption = ("--data.caption.format=img2dataset", "--data.caption.input=[x.tar]", "--data.caption.index=other")
+
+    data = KosmosCLI([*INSTRUCT_DATA, *caption, "--data.ratio.caption=3", *ON_CPU], run=False).datamodule
+
+    assert data.ratio == (0, 3, 0, 1)
+
+
+def test_the_papers_run_mixes_by_the_papers_ratio() -> None:
+    assert parsed(CONFIGS / "kosmos1.yaml").datamodule.ratio == (5, 5, 2, 0)
+    assert parsed(CONFIGS / "quickstart.yaml").datamodule.ratio == (5, 5, 2, 0)
 
 
 def test_the_papers_model_is_the_default_one() -> None:

@@ -151,7 +151,19 @@ def test_every_training_batch_has_something_to_learn(build):
 
 def test_a_corpus_with_a_share_and_no_config_is_refused(tokenizer_folder):
     with pytest.raises(UserError, match=r"data\.ratio\.text is 5, but data\.text is not given"):
+        MixtureData(tokenizer=TokenizerConfig(path=str(tokenizer_folder)), ratio=RatioConfig(text=5))
+
+
+def test_no_corpus_at_all_is_refused(tokenizer_folder):
+    with pytest.raises(UserError, match=r"got \[0\.0, 0\.0, 0\.0, 0\.0\], and no corpus given"):
         MixtureData(tokenizer=TokenizerConfig(path=str(tokenizer_folder)))
+
+
+def test_a_share_that_is_not_given_is_the_papers_for_the_corpora_that_are(tokenizer_folder, corpus_configs):
+    two = {name: corpus_configs[name] for name in ("caption", "interleaved")}
+    data = MixtureData(tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **two)
+    assert data.ratio == (0, 5, 2, 0)
+    assert list(data.configs) == ["caption", "interleaved"]
 
 
 def test_a_corpus_without_a_share_is_not_opened(build):
