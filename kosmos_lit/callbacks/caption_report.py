@@ -7,18 +7,21 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kosmos_lit.batch import PromptBatch
+from kosmos_lit.errors import UserError
 from kosmos_lit.generation.config import GenerationConfig
 from kosmos_lit.lit import KosmosLit
 
@@ -28,7 +31,8 @@ class Answered:
     """One question, its right answer, and the model's with the true picture and with another question's."""
 
     task: str
-    image: Tensor
+    image: Tensor | None
+    """(3, H, W): the question's first picture."""
     right: str
     said: str
     said_blind: str
@@ -77,7 +81,7 @@ class CaptionReport(Callback):
         assert isinstance(pl_module, KosmosLit)
         self._train_seconds += time.monotonic() - self._started
         self._started = 0.0
-        answered = [a for batch in trainer.datamodule.predict_dataloader() for a in self._ask(pl_module, batch)]  # type: ignore[attr-defined]
+        answered = [a for batch in _questions(trainer) for a in self._ask(pl_module, batch)]
         if trainer.is_global_zero:
             self._write(trainer, pl_module, answered)
 
@@ -86,8 +90,8 @@ class CaptionReport(Callback):
         blind = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
         settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
         said, said_blind = pl_module.answer(batch, settings), pl_module.answer(blind, settings)
-        first = torch.tensor([0, *batch.n_images[:-1]]).cumsum(0).tolist()
-        pictures = [batch.images[i].cpu() for i in first]
+        first = accumulate(batch.n_images, initial=0)
+        pictures = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
         return [Answered(*row) for row in zip(batch.tasks, pictures, batch.answers, said, said_blind, strict=True)]
 
     def _write(self, trainer: L.Trainer, pl_module: KosmosLit, answered: Sequence[Answered]) -> None:
@@ -120,10 +124,18 @@ class CaptionReport(Callback):
             for a in answered:
                 row = {"task": a.task, "right": a.right, "said": a.said, "said_with_another_picture": a.said_blind}
                 file.write(json.dumps(row) + "\n")
-        per_task = max(1, self.sheet // len(by_task))
+        per_task = max(1, self.sheet // max(1, len(by_task)))
         draw_sheet([a for rows in by_task.values() for a in rows[:per_task]]).save(folder / "sheet.png")
         print(table(figures))
         print(f"wrote {folder / 'report.json'}, {folder / 'answers.jsonl'} and {folder / 'sheet.png'}")
+
+
+def _questions(trainer: L.Trainer) -> Iterator[PromptBatch]:
+    """Yield what the data module asks. The run is done: if that is nothing, the report says so and has no answers."""
+    try:
+        yield from trainer.datamodule.predict_dataloader()  # type: ignore[attr-defined]
+    except UserError as error:
+        rank_zero_info(f"the report has no answers: {error}")
 
 
 def exact(answered: Sequence[Answered]) -> float:
@@ -188,8 +200,9 @@ def draw_sheet(answered: Sequence[Answered], columns: int = 4, side: int = 144) 
     draw = ImageDraw.Draw(sheet)
     for i, a in enumerate(answered):
         x, y = i % columns * width + 8, i // columns * height + 8
-        picture = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(picture, (x, y))
+        if a.image is not None:  # a question without pictures has an empty frame
+            picture = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (x, y))
         draw.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgrey")
         draw.multiline_text((x, y + side + 4), _wrapped(a.right), fill="dimgrey")
         colour = "darkgreen" if a.said == a.right else "crimson"

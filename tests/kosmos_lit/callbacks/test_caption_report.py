@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from kosmos_lit.callbacks.caption_report import Answered, draw_sheet, exact, exact_blind
+from kosmos_lit.batch import PromptBatch
+from kosmos_lit.callbacks.caption_report import Answered, CaptionReport, draw_sheet, exact, exact_blind
 from kosmos_lit.cli import main
+from kosmos_lit.errors import UserError
+from kosmos_lit.lit import KosmosLit
+from tests.kosmos_lit.tiny_kosmos import tiny_config, tiny_model
 from tests.running import tiny_run
 
 PICTURE = torch.zeros(3, 11, 11, dtype=torch.uint8)
@@ -40,6 +47,68 @@ def test_the_sheet_has_room_for_every_picture() -> None:
 
     assert sheet.size[0] >= 5 * 17
     assert sheet.size[1] >= 3 * 17
+
+
+class Asks:
+    """A data module that asks the given batches, or has nothing to ask."""
+
+    def __init__(self, *batches: PromptBatch) -> None:
+        self.batches = batches
+
+    def predict_dataloader(self) -> Iterator[PromptBatch]:
+        yield from self.batches
+        if not self.batches:
+            raise UserError("there is nothing to ask")
+
+
+def questions(*n_images: int) -> PromptBatch:
+    """A batch of prompts with so many pictures; picture i is of colour i + 1."""
+    images = [torch.full((3, 11, 11), i + 1, dtype=torch.uint8) for i in range(sum(n_images))]
+    n = len(n_images)
+    return PromptBatch(
+        prompts=["x"] * n, images=torch.stack(images) if images else torch.zeros(0, 3, 11, 11, dtype=torch.uint8),
+        n_images=n_images, answers=["y"] * n, tasks=["object"] * n,
+    )  # fmt: skip
+
+
+def lit_that_says(text: str, tower: str) -> KosmosLit:
+    lit = KosmosLit(tiny_config(tower))
+    lit.net = tiny_model(tower)
+    lit.answer = lambda batch, settings: [text] * len(batch.prompts)  # type: ignore[method-assign, assignment]
+    return lit
+
+
+def end_of_run(folder: Path, lit: KosmosLit, *batches: PromptBatch) -> dict[str, Any]:
+    """Return the report of a run that ends with these questions."""
+    trainer = SimpleNamespace(
+        datamodule=Asks(*batches), is_global_zero=True, default_root_dir=str(folder), callback_metrics={}, global_step=7
+    )
+    callback = CaptionReport()
+    callback.on_train_start(trainer, lit)  # type: ignore[arg-type]
+    callback.on_train_end(trainer, lit)  # type: ignore[arg-type]
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_each_question_is_shown_with_its_own_first_picture_or_none(kosmos_tower: str) -> None:
+    rows = CaptionReport()._ask(lit_that_says("y", kosmos_tower), questions(1, 0, 2, 0, 1, 0))
+
+    assert [None if a.image is None else int(a.image[0, 0, 0]) for a in rows] == [1, None, 2, None, 4, None]
+
+
+def test_a_run_whose_questions_have_no_pictures_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
+    report = end_of_run(tmp_path, lit_that_says("y", kosmos_tower), questions(0, 0, 0))
+
+    assert (report["exact_match"], report["n_questions"]) == (1.0, 3)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 100
+
+
+def test_a_run_with_nothing_to_ask_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
+    report = end_of_run(tmp_path, lit_that_says("y", kosmos_tower))
+
+    assert (report["n_questions"], report["tasks"], report["steps"]) == (0, {}, 7)
+    assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8") == ""
 
 
 @pytest.fixture(scope="module")
