@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from datamodules.collate import Pictures, collate, empty_row
 from datamodules.stream import Row, Stream
 from kosmos_lit.batch import CORPORA, KosmosBatch, PromptBatch
+from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
 from kosmos_lit.tokens import Tokenizer
 
@@ -139,13 +140,21 @@ class FiniteLoader(Loader):
 
 
 class Questions:
-    """Batches of questions that are at hand; a bare list would be many loaders to Lightning."""
+    """Batches of questions, made as they are asked for; a bare iterator could be read only once."""
 
-    def __init__(self, batches: Sequence[PromptBatch]) -> None:
-        self._batches = batches
+    def __init__(self, make: Callable[[], Iterator[PromptBatch]], seq_len: int) -> None:
+        """Take what makes the batches, and the positions in a row, for the message if there are none."""
+        self._make, self._seq_len = make, seq_len
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
+        """Raises: UserError if there is no question."""
+        batches = self._make()
+        first = next(batches, None)
+        if first is None:
+            raise UserError(
+                "there is nothing to ask: every held-out prompt leaves too little of a row of "
+                f"{self._seq_len} positions for an answer, or has a picture that cannot be decoded; raise data.seq_len, or "
+                "hold other documents out"
+            )
+        yield first
+        yield from batches

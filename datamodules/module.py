@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -252,7 +253,7 @@ class MixtureData(L.LightningDataModule):
         """Yield questions about the pictures of held-out caption pairs, and the prompts of held-out examples."""
         if not any(len(self.val_documents.get(name, ())) for name in ("caption", "instruct")):
             raise UserError("predict asks about held-out caption pairs and examples, but there are none")
-        return Questions([*self.caption_questions(), *self.instruct_questions()])
+        return Questions(lambda: chain(self.caption_questions(), self.instruct_questions()), self.seq_len)
 
     def caption_questions(self) -> Iterator[PromptBatch]:
         """Yield questions about held-out captions' pictures, if there are any."""

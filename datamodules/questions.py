@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ def ask_examples(corpus: IndexedCorpus, documents: Documents, r: Rendering, seq_
     Examples are left out whose prompt leaves no room for an answer, or a picture of which cannot be decoded.
     """
     kept: list[tuple[Ids, list[Pixels], str]] = []
-    n_long = 0
+    n_long = 0  # pictures are decoded batch by batch: there may be thousands
     for document in documents[:MOST].tolist():
         ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
         assert said is not None
@@ -58,18 +58,25 @@ def ask_examples(corpus: IndexedCorpus, documents: Documents, r: Rendering, seq_
             n_long += 1
         elif pictures is not None:
             kept.append((ids[:start], pictures, r.tokenizer.decode(ids[start:].tolist())))
+        if len(kept) == BATCH:
+            yield _examples(kept, r)
+            kept = []
+    if kept:
+        yield _examples(kept, r)
     if n_long:
         rank_zero_info(f"{n_long} prompts are not asked: they leave less than {ROOM} of {seq_len} positions for an answer")
-    for first in range(0, len(kept), BATCH):
-        tokens, pictures_of, answers = zip(*kept[first : first + BATCH], strict=True)
-        yield PromptBatch(
-            prompts=[_readable(ids, r.tokenizer) for ids in tokens],
-            images=_stack([picture for pictures in pictures_of for picture in pictures], r.image_size),
-            n_images=[len(pictures) for pictures in pictures_of],
-            answers=answers,
-            tasks=["instruct"] * len(answers),
-            tokens=tokens,
-        )
+
+
+def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: Rendering) -> PromptBatch:
+    tokens, pictures_of, answers = zip(*kept, strict=True)
+    return PromptBatch(
+        prompts=[_readable(ids, r.tokenizer) for ids in tokens],
+        images=_stack([picture for pictures in pictures_of for picture in pictures], r.image_size),
+        n_images=[len(pictures) for pictures in pictures_of],
+        answers=answers,
+        tasks=["instruct"] * len(answers),
+        tokens=tokens,
+    )
 
 
 def _pictures(corpus: IndexedCorpus, document: int, size: int) -> list[Pixels] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -75,13 +77,15 @@ class WorldData(MixtureData):
 
     def predict_dataloader(self) -> Batches:
         """Yield one question for each held-out combination, with a drawing that no one has seen."""
+        return Questions(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
+
+    def _scene_questions(self) -> Iterator[PromptBatch]:
         random = Random(hash_key("questions", self.world.seed))
         rules = Rules(self.world.seed, self.world.held_out)
-        batches = []
         for kind, most in QUESTIONS.items():
             scenes = held_out_scenes(random, rules, kind, most)
-            batches += [self._ask(scenes[i : i + BATCH], random) for i in range(0, len(scenes), BATCH)]
-        return Questions([*batches, *self.instruct_questions()])
+            for i in range(0, len(scenes), BATCH):
+                yield self._ask(scenes[i : i + BATCH], random)
 
     def _ask(self, scenes: list[Scene], random: Random) -> PromptBatch:
         pictures = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]

@@ -236,6 +236,26 @@ def test_prompts_without_room_for_an_answer_are_not_asked(data, caplog, monkeypa
     assert f"{n_held_out - asked} prompts are not asked: they leave less than 64 of 101 positions" in caplog.text
 
 
+def test_prompts_that_all_lack_room_are_an_error_that_names_the_length(data, monkeypatch):
+    monkeypatch.setattr(data, "seq_len", 67)
+    with pytest.raises(UserError, match=r"nothing to ask: .* 67 positions .* raise data\.seq_len"):
+        list(data.predict_dataloader())
+
+
+def test_pictures_are_read_batch_by_batch(data, monkeypatch):
+    monkeypatch.setattr("datamodules.questions.BATCH", 2)
+    read = []
+    once = data.corpora["instruct"].image_bytes
+    monkeypatch.setattr(data.corpora["instruct"], "image_bytes", lambda image: (read.append(image), once(image))[1])
+    batches = iter(data.predict_dataloader())
+    first = next(batches)
+    assert len(read) == len(first.images)
+    rest = list(batches)
+    assert len(read) == len(first.images) + sum(len(batch.images) for batch in rest) > len(first.images)
+    assert len(first.answers) == 2
+    assert sum(len(batch.answers) for batch in rest) == len(data.val_documents["instruct"]) - 2
+
+
 # ---- indexes
 
 

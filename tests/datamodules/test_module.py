@@ -201,7 +201,9 @@ def test_pictures_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch)
 
     data = ready(build)
     monkeypatch.setattr("datamodules.questions.decode", broken)
-    assert list(data.predict_dataloader()) == []
+    assert list(data.caption_questions()) == []
+    with pytest.raises(UserError, match=r"nothing to ask: .* or has a picture that cannot be decoded"):
+        list(data.predict_dataloader())
 
 
 def test_a_module_describes_how_often_its_corpora_are_read(build):
