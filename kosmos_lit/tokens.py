@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from kosmos_lit import tokenizer_files, transformers_tokenizer
 from kosmos_lit.errors import UserError
-from kosmos_lit.pieces import Pieces, SentencePieces
-from kosmos_lit.tokenizer_files import has_tokenizer
-from kosmos_lit.transformers_tokenizer import MODEL_FILE
-from kosmos_lit.vocabulary import (
+from kosmos_lit.tokenizer import files, xlm_roberta
+from kosmos_lit.tokenizer.files import has_tokenizer
+from kosmos_lit.tokenizer.pieces import Pieces, SentencePieces
+from kosmos_lit.tokenizer.vocabulary import (
     BOS,
     EOS,
     GROUNDING,
@@ -43,6 +42,7 @@ from kosmos_lit.vocabulary import (
     check_extra,
     grounding,
 )
+from kosmos_lit.tokenizer.xlm_roberta import MODEL_FILE
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaTokenizer
@@ -93,11 +93,11 @@ class Tokenizer:
 
         Raises: UserError if there is none, or its files contradict each other.
         """
-        return cls(*tokenizer_files.read_folder(Path(folder)))
+        return cls(*files.read_folder(Path(folder)))
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads; other files in it are kept."""
-        tokenizer_files.write_folder(Path(folder), self._pieces, self.extra)
+        files.write_folder(Path(folder), self._pieces, self.extra)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
@@ -105,11 +105,11 @@ class Tokenizer:
 
         Raises: UserError if it is neither.
         """
-        return cls(*tokenizer_files.unpack(data))
+        return cls(*files.unpack(data))
 
     def to_bytes(self) -> bytes:
         """Return the whole tokenizer as plain data; the bytes of its model for SentencePiece without extra tokens."""
-        return tokenizer_files.pack(self._pieces, self.extra)
+        return files.pack(self._pieces, self.extra)
 
     @classmethod
     def from_transformers(cls, folder: str | Path) -> Tokenizer:
@@ -117,21 +117,21 @@ class Tokenizer:
 
         Raises: UserError if the folder holds something else.
         """
-        return cls(*transformers_tokenizer.read(Path(folder)))
+        return cls(*xlm_roberta.read(Path(folder)))
 
     def to_transformers(self) -> XLMRobertaTokenizer:
         """Return the tokenizer for `transformers` and its Kosmos2Processor; see docs/tokenizers.md for what differs.
 
         Raises: UserError if the pieces have no counterpart there.
         """
-        return transformers_tokenizer.convert(self._pieces, self.extra)
+        return xlm_roberta.convert(self._pieces, self.extra)
 
     def save_transformers(self, folder: str | Path) -> None:
         """Write the files that `AutoTokenizer.from_pretrained` reads, and the SentencePiece model beside them.
 
         Raises: UserError as `to_transformers` does.
         """
-        transformers_tokenizer.write(Path(folder), self._pieces, self.extra)
+        xlm_roberta.write(Path(folder), self._pieces, self.extra)
 
     # ---- names
 

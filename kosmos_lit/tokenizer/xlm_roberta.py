@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.pieces import Pieces, SentencePieces
-from kosmos_lit.vocabulary import LEADING, N_CONTROL_PIECES, TRAILING
+from kosmos_lit.tokenizer.pieces import Pieces, SentencePieces
+from kosmos_lit.tokenizer.vocabulary import LEADING, N_CONTROL_PIECES, TRAILING
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaTokenizer

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.pieces import SPACE, UNKNOWN, UNKNOWN_TEXT, Kind
-from kosmos_lit.vocabulary import Ids
+from kosmos_lit.tokenizer.pieces import SPACE, UNKNOWN, UNKNOWN_TEXT, Kind
+from kosmos_lit.tokenizer.vocabulary import Ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

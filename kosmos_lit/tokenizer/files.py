@@ -18,11 +18,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kosmos_lit import transformers_tokenizer
 from kosmos_lit.errors import UserError
-from kosmos_lit.hugging_face import HuggingFacePieces
-from kosmos_lit.pieces import Kind, Pieces, SentencePieces
-from kosmos_lit.transformers_tokenizer import JSON_FILE, MODEL_FILE
+from kosmos_lit.tokenizer import xlm_roberta
+from kosmos_lit.tokenizer.hugging_face import HuggingFacePieces
+from kosmos_lit.tokenizer.pieces import Kind, Pieces, SentencePieces
+from kosmos_lit.tokenizer.xlm_roberta import JSON_FILE, MODEL_FILE
 
 LAYOUT_FILE = "kosmos_tokenizer.json"
 MAGIC = b"kosmos tokenizer 1\n"
@@ -46,8 +46,8 @@ def read_folder(folder: Path) -> tuple[Pieces, tuple[str, ...]]:
         if not path.is_file():
             raise UserError(f"{folder}: {LAYOUT_FILE} speaks of {path.name}, which is missing")
         return _build(kind, path.read_bytes()), extra
-    if (folder / MODEL_FILE).is_file() or transformers_tokenizer.is_released_layout(folder / JSON_FILE):
-        return transformers_tokenizer.read(folder)
+    if (folder / MODEL_FILE).is_file() or xlm_roberta.is_released_layout(folder / JSON_FILE):
+        return xlm_roberta.read(folder)
     pieces = HuggingFacePieces.read(folder)
     if pieces is None:
         raise UserError(

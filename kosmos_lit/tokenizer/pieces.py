@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.vocabulary import N_CONTROL_PIECES, Ids
+from kosmos_lit.tokenizer.vocabulary import N_CONTROL_PIECES, Ids
 
 Kind = Literal["sentencepiece", "huggingface"]
 
