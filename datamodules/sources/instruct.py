@@ -16,20 +16,14 @@ are the head of the answer.
 
 from __future__ import annotations
 
-import json
 import reprlib
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import zstandard
-
-from datamodules.document import Document, ImageRef, Part, Tally
-from datamodules.sources.base import TURN_TEMPLATE, ReadOptions, Source
-from datamodules.sources.jsonl import TruncatedError, lines
+from datamodules.document import Document, ImageRef, Part
+from datamodules.sources.base import TURN_TEMPLATE, ReadOptions
+from datamodules.sources.jsonl import JsonLines, RecordError
 from kosmos_lit.images import ImageError, probe
 
 MARK = "<image>"
@@ -41,38 +35,22 @@ Run = tuple[str, bool]
 """Text with marks, and whether it is to be learnt."""
 
 
-class RecordError(ValueError):
-    """A record that is no example; `reason` is a short phrase for counting."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        printable = detail.encode("utf-8", "backslashreplace").decode()  # JSON can spell halves of a character
-        super().__init__(f": {printable}" if detail else "")
-        self.reason = reason
-
-
-class Instruct(Source):
-    """A document per line; its record is the line's number, from 1."""
+class Instruct(JsonLines):
+    """An example per line."""
 
     format = "instruct"
     packing = "intact"
     columns = {"supervised": "|u1", "image_path_offsets": "<u8", "image_paths": "|u1"}  # noqa: RUF012
 
-    def documents(
-        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
-    ) -> Iterator[Document]:
-        number = 0
-        try:
-            for number, line in enumerate(lines(path), start=1):
-                if line.strip():
-                    try:
-                        yield _document(line, number, path.parent, shard, options)
-                    except RecordError as error:
-                        tally.miss(error.reason, f"{path.name}, line {number}{error}")
-        except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            tally.miss("shard cut off or corrupt", f"{path.name}, after line {number}: {error}")
-
-    def record_name(self, path: Path, record: int) -> str:
-        return f"line {record}"
+    def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
+        runs, names = _read(record, options.turn_template)
+        pictures = [_picture(name, folder, shard) for name in names]
+        parts: list[Part] = []
+        supervised: list[bool] = []
+        for part, learnt in _parts(runs, pictures):
+            parts.append(part)
+            supervised.append(learnt)
+        return Document(number, tuple(parts), tuple(supervised))
 
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
         """Read a picture's own file, at once and whole: there are too many to keep them open.
@@ -96,26 +74,6 @@ def prompt_text(messages: Sequence[Message], turn_template: str = TURN_TEMPLATE)
     """
     runs = _conversation([*messages, ("assistant", "?")], turn_template)
     return "".join(text for text, _ in runs[:-1]).strip()
-
-
-def _document(line: bytes, number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
-    try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecordError("line is not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        hint = "a JSON array; `jq -c '.[]'` makes lines of it" if line.lstrip().startswith(b"[") else str(error)
-        raise RecordError("line is not JSON", hint) from error
-    if not isinstance(record, dict):
-        raise RecordError("line is no JSON object")
-    runs, names = _read(record, options.turn_template)
-    pictures = [_picture(name, folder, shard) for name in names]
-    parts: list[Part] = []
-    supervised: list[bool] = []
-    for part, learnt in _parts(runs, pictures):
-        parts.append(part)
-        supervised.append(learnt)
-    return Document(number, tuple(parts), tuple(supervised))
 
 
 def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[str]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +24,16 @@ class TruncatedError(OSError):
     """A compressed file that ends in the middle."""
 
 
-class Jsonl(Source):
-    """A document per line; its record is the line's number, from 1."""
+class RecordError(ValueError):
+    """A record that makes no document; `reason` is a short phrase for counting."""
 
-    format = "jsonl"
-    packing = "split"
+    def __init__(self, reason: str, detail: str = "", *, is_bad: bool = True) -> None:
+        super().__init__(f": {detail}" if detail else "")
+        self.reason, self.is_bad = reason, is_bad
+
+
+class JsonLines(Source):
+    """A document per line; its record is the line's number, from 1."""
 
     def documents(
         self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
@@ -35,32 +42,50 @@ class Jsonl(Source):
         try:
             for number, line in enumerate(lines(path), start=1):
                 if line.strip():
-                    yield from self._document(line, number, path, options, tally)
+                    try:
+                        yield self.read(_parsed(line, number), number, path.parent, shard, options)
+                    except RecordError as error:
+                        (tally.miss if error.is_bad else tally.leave)(error.reason, f"{path.name}, line {number}{error}")
         except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
             tally.miss("shard cut off or corrupt", f"{path.name}, after line {number}: {error}")
 
-    def _document(
-        self, line: bytes, number: int, path: Path, options: ReadOptions, tally: Tally
-    ) -> Iterator[Document]:
-        place = f"{path.name}, line {number}"
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            tally.miss("line is not UTF-8", place)
-            return
-        except (ValueError, RecursionError):
-            tally.miss("line is not JSON", place)
-            return
-        text = record.get(options.text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            tally.miss(f'no text under "{options.text_field}"', place)
-        elif not text.strip():
-            tally.leave("empty text", place)
-        else:
-            yield Document(number, (text.strip("\n"),))
+    @abstractmethod
+    def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
+        """Return the document of line `number` of a file in `folder`.
+
+        Raises: RecordError if the record makes none.
+        """
 
     def record_name(self, path: Path, record: int) -> str:
         return f"line {record}"
+
+
+class Jsonl(JsonLines):
+    """A text per line."""
+
+    format = "jsonl"
+    packing = "split"
+
+    def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
+        text = record.get(options.text_field)
+        if not isinstance(text, str):
+            raise RecordError(f'no text under "{options.text_field}"')
+        if not text.strip():
+            raise RecordError("empty text", is_bad=False)
+        return Document(number, (text.strip("\n"),))
+
+
+def _parsed(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecordError("line is not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        hint = "a JSON array; `jq -c '.[]'` makes lines of it" if line.lstrip().startswith(b"[") else ""
+        raise RecordError("line is not JSON", hint) from error
+    if not isinstance(record, dict):
+        raise RecordError("line is no JSON object")
+    return record
 
 
 def lines(path: Path) -> Iterator[bytes]:

@@ -124,7 +124,7 @@ TWO_NAMES = "images and image name different pictures"
 @pytest.mark.parametrize(
     ("record", "reason", "detail"),
     [
-        (b"{", "line is not JSON", "Expecting"),
+        (b"{", "line is not JSON", "line 2"),
         (b"[{}]", "line is no JSON object", ""),
         (b"[", "line is not JSON", "a JSON array"),
         (b"\xff", "line is not UTF-8", ""),

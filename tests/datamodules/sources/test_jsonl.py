@@ -41,8 +41,8 @@ def test_every_ending_gives_the_same_documents(tmp_path, ending):
         (b'{"title": "no text"}', 'no text under "text"'),
         (b'{"text": null}', 'no text under "text"'),
         (b'{"text": 7}', 'no text under "text"'),
-        (b'["text"]', 'no text under "text"'),
-        (b'"text"', 'no text under "text"'),
+        (b'["text"]', 'line is no JSON object'),
+        (b'"text"', 'line is no JSON object'),
     ],
 )
 def test_a_broken_line_is_counted_by_its_reason_and_the_next_one_read(tmp_path, bad, reason):
@@ -50,7 +50,7 @@ def test_a_broken_line_is_counted_by_its_reason_and_the_next_one_read(tmp_path, 
     documents, tally = read(tmp_path / "a.jsonl")
     assert texts(documents) == ["first", "third"]
     assert tally.broken == {reason: 1}
-    assert tally.examples[reason] == "a.jsonl, line 2"
+    assert tally.examples[reason].startswith("a.jsonl, line 2")
 
 
 @pytest.mark.parametrize("empty", ["", " \t ", "\n\n"])
