@@ -47,16 +47,15 @@ def ask_examples(corpus: IndexedCorpus, documents: Documents, r: Rendering, seq_
 
     Examples are left out whose prompt leaves no room for an answer, or a picture of which cannot be decoded.
     """
-    kept: list[tuple[Ids, list[Pixels], str]] = []
-    n_long = 0  # pictures are decoded batch by batch: there may be thousands
+    kept: list[tuple[Ids, list[Pixels], str]] = []  # one batch at a time: there may be thousands of pictures
+    n_long = 0
     for document in documents[:MOST].tolist():
         ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
         assert said is not None
         start = 0 if said.all() else int(np.flatnonzero(~said)[-1]) + 1
-        pictures = _pictures(corpus, document, r.image_size)
         if start + 1 + (r.n_latents + 1) * int((ids == r.tokenizer.special.image).sum()) + ROOM > seq_len:
             n_long += 1
-        elif pictures is not None:
+        elif (pictures := _pictures(corpus, document, r.image_size)) is not None:
             kept.append((ids[:start], pictures, r.tokenizer.decode(ids[start:].tolist())))
         if len(kept) == BATCH:
             yield _examples(kept, r)

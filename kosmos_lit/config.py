@@ -25,7 +25,7 @@ Kernel = Literal["auto", "xformers", "sdpa", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Config:
+class BaseConfig:
     """Shared by the tables below: reading from plain data, and checks that name the field.
 
     A dataclass itself, as jsonargparse merges nested dataclasses only where every base class is one.
@@ -91,7 +91,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig(_Config):
+class VisionConfig(BaseConfig):
     """The image tower: any open_clip vision tower. The default is the paper's, OpenAI's CLIP ViT-L/14."""
 
     architecture: str | dict[str, Any] = "ViT-L-14-quickgelu"
@@ -133,7 +133,7 @@ class VisionConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConnectorConfig(_Config):
+class ConnectorConfig(BaseConfig):
     """From tower features to decoder embeddings."""
 
     kind: ConnectorKind = "resampler"
@@ -157,7 +157,7 @@ class ConnectorConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig(_Config):
+class DecoderConfig(BaseConfig):
     """The language model: the paper's 1.3B decoder by default (Table 17)."""
 
     vocab_size: int = 64_007
@@ -224,7 +224,7 @@ class DecoderConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KosmosConfig(_Config):
+class KosmosConfig(BaseConfig):
     """A whole model. Two models with equal `architecture()` can exchange weights."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -259,7 +259,7 @@ class KosmosConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossWeights(_Config):
+class LossWeights(BaseConfig):
     """What a supervised token of each corpus counts in the loss that is minimised; logged losses are not weighted.
 
     The step's loss is sum of weight times loss of a token / number of supervised tokens: the denominator counts every
@@ -279,7 +279,7 @@ class LossWeights(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Config):
+class OptimizerConfig(BaseConfig):
     """AdamW as in the paper (section 3.2), eps from the released training script."""
 
     lr: float = 2e-4
@@ -301,7 +301,7 @@ class OptimizerConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(_Config):
+class LoraConfig(BaseConfig):
     """Low-rank adapters beside frozen matrices (arXiv 2106.09685): W x + alpha / rank B A x, B zero at first."""
 
     rank: int = 16

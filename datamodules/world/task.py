@@ -15,8 +15,7 @@ from random import Random
 from datamodules.hashing import hash_key
 from datamodules.prepare.files import whole_folder
 from datamodules.world.scene import PLACES, Rules, Scene, held_out_scenes, paint, training_scene
-from datamodules.world.write import WorldConfig, encode_jpeg
-from kosmos_lit.errors import UserError
+from datamodules.world.write import WorldConfig, encode_jpeg, is_drawn
 
 IDENTITY = "task.json"
 
@@ -43,10 +42,7 @@ def write_task(config: TaskConfig, world: WorldConfig) -> None:
     folder = Path(config.path)
     identity = {k: v for k, v in asdict(config).items() if k != "path"}
     identity |= {"world": world.seed, "held_out": world.held_out}
-    if (folder / IDENTITY).exists():
-        if (there := json.loads((folder / IDENTITY).read_text(encoding="utf-8"))) != identity:
-            wrong = ", ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in identity.items() if there.get(k) != v)
-            raise UserError(f"{folder} holds another task: {wrong}; choose another data.task.path, or delete it")
+    if is_drawn(folder / IDENTITY, identity, "task"):
         return
     rules = Rules(world.seed, world.held_out)
     with whole_folder(folder) as temporary:

@@ -57,6 +57,22 @@ class WorldConfig:
     """Processes that draw."""
 
 
+def is_drawn(file: Path, identity: dict[str, object], what: str) -> bool:
+    """Return whether a folder holds what is to be drawn, by the `file` in it that says what it is.
+
+    Raises: UserError if it holds something else.
+    """
+    advice = f"choose another data.{what}.path, or delete it"
+    if file.exists():
+        if (there := json.loads(file.read_text(encoding="utf-8"))) != identity:
+            wrong = ", ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in identity.items() if there.get(k) != v)
+            raise UserError(f"{file.parent} holds another {what}: {wrong}; {advice}")
+        return True
+    if file.parent.exists() and any(file.parent.iterdir()):
+        raise UserError(f"{file.parent} holds other things than a {what}; {advice}")
+    return False
+
+
 def write_world(config: WorldConfig) -> None:
     """Draw the corpora, unless they are already there.
 
@@ -64,13 +80,8 @@ def write_world(config: WorldConfig) -> None:
     """
     folder = Path(config.path)
     identity = {k: v for k, v in asdict(config).items() if k not in ("path", "workers")}
-    if (folder / IDENTITY).exists():
-        if (there := json.loads((folder / IDENTITY).read_text(encoding="utf-8"))) != identity:
-            wrong = ", ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in identity.items() if there.get(k) != v)
-            raise UserError(f"{folder} holds another world: {wrong}; choose another data.world.path, or delete it")
+    if is_drawn(folder / IDENTITY, identity, "world"):
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds other things than a world; choose another data.world.path, or delete it")
     with whole_folder(folder) as temporary:
         jobs = [(kind, shard) for kind in ("caption", "pages", "text") for shard in range(config.shards)]
         with (

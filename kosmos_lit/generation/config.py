@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from kosmos_lit.config import _Config
+from kosmos_lit.config import BaseConfig
 
 BeamStop = Literal["heuristic", "first", "exact"]
 BEAM_STOPS = get_args(BeamStop)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig(_Config):
+class GenerationConfig(BaseConfig):
     """Greedy decoding by default; more beams, or a temperature for sampling.
 
     Rules act in this order, which is that of transformers: repetition penalty, n-gram limit, choices or forbidden

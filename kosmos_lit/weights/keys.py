@@ -134,8 +134,9 @@ def check_shapes(found: Shapes, wanted: Shapes, where: str, *, allowed: Sequence
 
     Raises: UserError listing every missing, surplus and misshapen tensor.
     """
+    known = {*wanted, *allowed}
     lines = [f"  missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
-    lines += [f"  surplus: {name} {shape}" for name, shape in found.items() if name not in {*wanted, *allowed}]
+    lines += [f"  surplus: {name} {shape}" for name, shape in found.items() if name not in known]
     lines += [
         f"  misshapen: {name} is {found[name]} in the file, {shape} in the model"
         for name, shape in wanted.items()
