@@ -94,7 +94,7 @@ class MixtureData(L.LightningDataModule):
                 f"data.ratio: at least one weight must be positive, got {list(self.ratio)}, and {there} given; "
                 "give a corpus and its share"
             )
-        self.mixture = Mixture(self.ratio)
+        self.mixture = Mixture.constant(self.ratio)
         self.configs: dict[str, CorpusConfig] = {}
         for name, weight in zip(CORPORA, self.ratio, strict=True):
             config = given[name]

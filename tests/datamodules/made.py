@@ -236,7 +236,7 @@ def stream(
 ) -> Stream:
     """A stream over all documents of the corpora."""
     plans = {n: make_plan(c, np.arange(c.n_documents), seq_len, n_latents, seed) for n, c in corpora.items()}
-    return Stream(corpora, plans, Mixture(ratio), special, seq_len, seed)
+    return Stream(corpora, plans, Mixture.constant(ratio), special, seq_len, seed)
 
 
 def plain(row: Row) -> tuple[object, ...]:

@@ -163,7 +163,7 @@ def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
     text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
     read = encode_prompt(text, len(record.get("images", [])), tokenizer, LATENTS)
     plan = make_plan(examples, np.array([document]), SEQ_LEN, LATENTS, 0)
-    mixture = made.Mixture([0, 0, 0, 1])
+    mixture = made.Mixture.constant([0, 0, 0, 1])
     row = made.Stream({"instruct": examples}, {"instruct": plan}, mixture, tokenizer.special, SEQ_LEN, 0).row(0)
     n = len(read.tokens)
     assert read.tokens.tolist() == row.tokens[:n].tolist()

@@ -20,7 +20,7 @@ def rows(trained: Path) -> list[dict[str, str]]:
 
 def test_the_realised_mixture_is_that_of_the_rows_so_far(rows: list[dict[str, str]]) -> None:
     for step, row in enumerate(rows, start=1):
-        counts = Mixture((5, 5, 2, 0)).counts(4 * step)
+        counts = Mixture.constant((5, 5, 2, 0)).counts(4 * step)
         found = [float(row[f"mix/{name}"]) for name in CORPORA]
         assert found == pytest.approx([n / (4 * step) for n in counts])
 
