@@ -86,6 +86,9 @@ class IndexedCorpus:
         self.n_documents = len(self.records)
         self.extra = {column: self._map(column) for column in self.source.columns}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IndexedCorpus, (self.folder,)  # another process maps the files itself
+
     def _map(self, column: str) -> npt.NDArray[Any]:
         path = self.folder / f"{column}.npy"
         try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
@@ -17,12 +17,13 @@ from datamodules.corpus import IndexedCorpus, read_manifest
 from datamodules.hashing import hash_key
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
 from datamodules.mixture import Mixture
-from datamodules.plan import make_plan, split_corpus
+from datamodules.plan import Layout, Plan
 from datamodules.prepare.files import matches
 from datamodules.prepare.index import check_same, identify, prepare_corpus
 from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
-from datamodules.questions import ask_captions, ask_examples
+from datamodules.questions import MOST, ask_captions, ask_examples
+from datamodules.split import Split
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
@@ -153,22 +154,24 @@ class MixtureData(L.LightningDataModule):
             folder = Path(config.index)
             files = matches([*config.input, *(config.val_input or ())])  # an index may be used where its raw text is not
             check_same(folder, identify(config.format, self.tokenizer, config.read, files, folder), shards=bool(files))
-        splits = {
-            n: split_corpus(c, self.configs[n].val_share, self.configs[n].val_input) for n, c in self.corpora.items()
-        }
-        self.train_plans, self.val_plans = {}, {}
-        for name, (train, val) in splits.items():
-            self.train_plans[name] = make_plan(self.corpora[name], train, self.seq_len, self.n_latents, self.seed)
-            if len(val):
-                self.val_plans[name] = make_plan(self.corpora[name], val, self.seq_len, self.n_latents, 0)
-        self.val_documents = {name: val for name, (_, val) in splits.items()}
-        for name, plans in (("train", self.train_plans), ("val", self.val_plans)):
-            for corpus, plan in plans.items():
-                if len(plan.too_long):
-                    shard, first = self.corpora[corpus].shard_and_name(int(plan.too_long[0]))
+        self.train_plans: dict[str, Plan] = {}
+        self.val_plans: dict[str, Plan] = {}
+        self.val_documents = {}
+        layout = Layout(seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed)
+        for name, corpus in self.corpora.items():
+            split = Split(corpus, self.configs[name].val_share, self.configs[name].val_input)
+            self.train_plans[name] = Plan(name, corpus, split, "train", layout, workers=self.prepare_workers)
+            self.val_documents[name] = split.first("val", MOST)
+            if len(self.val_documents[name]):
+                same = replace(layout, seed=0)
+                self.val_plans[name] = Plan(name, corpus, split, "val", same, shuffle=False, workers=self.prepare_workers)
+        for part, plans in (("train", self.train_plans), ("val", self.val_plans)):
+            for name, plan in plans.items():
+                for reason, n in plan.totals.dropped.items():
+                    shard, first = self.corpora[name].shard_and_name(plan.totals.first_dropped[reason])
                     rank_zero_info(
-                        f"{corpus}: {len(plan.too_long)} {name} examples are longer than {self.seq_len} positions and left "
-                        f"out; the first: {shard}, {first}. Raise data.seq_len to keep them"
+                        f"{name}: {n} {part} documents are left out, {reason} of {self.seq_len} positions; the first: "
+                        f"{shard}, {first}. Raise data.seq_len to keep them"
                     )
 
     def setup(self, stage: str) -> None:
@@ -183,11 +186,11 @@ class MixtureData(L.LightningDataModule):
         lines = [f"{heads[0]:<14}" + "".join(f"{h:>12}" for h in heads[1:])]
         for name, read in zip(CORPORA, self.mixture.counts(max(0, n_steps) * self.global_batch_rows), strict=True):
             if plan := self.train_plans.get(name):
-                padding = 1 - plan.row_positions.mean() / self.seq_len
+                totals = plan.totals
+                padding = 1 - totals.positions / totals.rows / self.seq_len
                 share = self.ratio[CORPORA.index(name)] / sum(self.ratio)
-                n_documents, n_images = len(np.unique(plan.document)), int(plan.n_images.sum())
                 lines.append(
-                    f"{name:<14}{n_documents:>12,}{n_images:>12,}{plan.n_rows:>12,}{padding:>12.2%}{share:>12.1%}"
+                    f"{name:<14}{totals.begun:>12,}{totals.images:>12,}{plan.n_rows:>12,}{padding:>12.2%}{share:>12.1%}"
                     f"{read / plan.n_rows:>12.2f}"
                 )
         return "\n".join(lines)
@@ -221,7 +224,7 @@ class MixtureData(L.LightningDataModule):
     def stream(self, split: str = "train") -> Stream:
         """Return the rows of `train` (endless) or `val` (each held-out row once, corpus by corpus)."""
         if split == "train":
-            return Stream(self.corpora, self.train_plans, self.mixture, self.tokenizer.special, self.seq_len, self.seed)
+            return Stream(self.corpora, self.train_plans, self.mixture, self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
 
     def n_val_rows(self) -> int:
@@ -233,10 +236,7 @@ class MixtureData(L.LightningDataModule):
             raise UserError("no corpus has held-out documents; raise val_share of a corpus")
         counts = [self.val_plans[n].n_rows if n in self.val_plans else 0 for n in CORPORA]
         schedule = InOrder([min(c, most_rows) if most_rows is not None else c for c in counts])
-        stream = Stream(
-            self.corpora, self.val_plans, schedule, self.tokenizer.special, self.seq_len, self.seed, shuffle=False
-        )
-        return stream, schedule.n_rows
+        return Stream(self.corpora, self.val_plans, schedule, self.tokenizer.special, self.seq_len), schedule.n_rows
 
     # ---- loaders
 
@@ -318,5 +318,5 @@ class MixtureData(L.LightningDataModule):
             found[f"{name}.shards"] = f"{hash_key(json.dumps(corpus.manifest['shards_key'])):016x}"
             found[f"{name}.val_share"] = self.configs[name].val_share
             if self.configs[name].val_input is not None:
-                found[f"{name}.val_documents"] = len(self.val_documents[name])
+                found[f"{name}.val_documents"] = self.val_plans[name].totals.documents
         return found

@@ -1,227 +1,269 @@
-"""Which documents, or pieces of documents, make up which row. Pure and vectorised; nothing but offsets is read.
+"""Which row is read when, and what stands in it, for corpora of any size: only the blocks that are read are ever packed.
 
-A document of n stored tokens has n + 1 targets: its tokens and </s>. A piece [start, end) of them is read as
+The documents of a split are dealt into blocks of about `block_documents`. A block is made of runs, stretches of
+`run_documents` documents as they lie in the corpus, and which runs make up which block is a seeded permutation: a block
+is drawn from the whole corpus, but is read from few places. Documents are shuffled and packed into rows block by block,
+when a row of the block is asked for; packing does not depend on the epoch.
 
-    inputs    <s>  e[start]  ...  e[end-2]
-    targets   e[start]  ...  ...  e[end-1]          (e[n] is </s>)
-
-so a piece has as many positions as targets, but that a picture, one marker in storage, takes L + 2 positions and is
-no target. Every target of every document occurs exactly once; a piece in the middle of a document starts with <s> again,
-as rows do in the released loader. A piece never ends on a picture's marker: the picture would be lost with it.
-
-Packing is done once; an epoch is a permutation of the rows. So every epoch has the same number of rows, and any row of
-any epoch is found without looking at the ones before it. The price, that the same documents share a row in every epoch,
-is small: they do not see each other.
+An epoch is a permutation of the blocks, and of the rows of each. So every epoch has the same rows, and any row of any epoch
+is found from the number of rows of each block without looking at the rows before it. The price, that the same
+documents share a row in every epoch, is small: they do not see each other. A small corpus is one block.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from datamodules.corpus import PLACE_BITS, IndexedCorpus
-from datamodules.hashing import hash_key, hash_numbers, permutation
-from datamodules.prepare.files import matches
+from datamodules.counts import count_parts
+from datamodules.hashing import hash_key, permutation
+from datamodules.packing import REASONS, Array, Packed, pack
+from datamodules.split import Part, Split
 from kosmos_lit.errors import UserError
 
-WINDOW = 4096
-"""Pieces among which best-fit packing looks ahead."""
+VERSION = 1
+"""Of what is packed how: counts that another version kept are not taken."""
+SPARSEST = 1 / 32
+"""A split with a smaller share of the documents has smaller blocks: to find a block's documents, all are looked at."""
+KEPT_BLOCKS = 2
+"""Packed blocks that are kept at hand, some 5 MB each."""
+COUNTS = np.dtype(
+    [(name, "<i8") for name in ("documents", "begun", "rows", "positions", "targets", "images")]
+    + [("dropped", "<i8", (len(REASONS),)), ("first_dropped", "<i8", (len(REASONS),))]
+)  # fmt: skip
+"""What is known of each block; `first_dropped` is a document, or -1."""
+IDENTITY = ("format", "tokenizer", "options", "shards_key", "documents", "tokens", "images")
+"""What of an index's manifest decides its documents."""
 
-Array = npt.NDArray[np.int64]
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a plan depends on beside the corpus and the split."""
+
+    seq_len: int
+    """Positions of a row."""
+    n_latents: int
+    """Slots of a picture."""
+    seed: int
+    """Decides blocks and order."""
+    block_documents: int = 1 << 17
+    """Documents among which an epoch is shuffled, about; blocks are shuffled too."""
+    run_documents: int = 1 << 12
+    """Documents of a block that are neighbours in the corpus, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "block_documents", "run_documents"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """One split of a corpus in blocks: which documents each holds, and how they are packed."""
+
+    corpus: IndexedCorpus
+    split: Split
+    part: Part
+    layout: Layout
+
+    @property
+    def key(self) -> str:
+        """Return a hash of all that decides the blocks and their rows."""
+        manifest = self.corpus.manifest
+        assert manifest is not None
+        parts = [VERSION, {k: manifest[k] for k in IDENTITY}, self.split.key, self.part, asdict(self.layout)]
+        return f"{hash_key(json.dumps(parts, sort_keys=True)):016x}"
+
+    @property
+    def n_runs(self) -> int:
+        return -(-self.corpus.n_documents // self.layout.run_documents)
+
+    @cached_property
+    def n_blocks(self) -> int:
+        documents = self.corpus.n_documents * max(self.split.share(self.part), SPARSEST)
+        return max(1, min(round(documents / self.layout.block_documents), self.n_runs))
+
+    @cached_property
+    def _dealt(self) -> Array:
+        return permutation(self.n_runs, hash_key("runs", self.layout.seed))
+
+    def runs(self, block: int) -> list[tuple[int, int]]:
+        """Return the stretches of the corpus that a block is drawn from, ascending."""
+        first, stop = (b * self.n_runs // self.n_blocks for b in (block, block + 1))
+        size, n = self.layout.run_documents, self.corpus.n_documents
+        return [(run * size, min((run + 1) * size, n)) for run in sorted(self._dealt[first:stop].tolist())] or [(0, 0)]
+
+    def packed(self, block: int) -> tuple[Packed, int]:
+        """Pack a block; return its rows, and its number of documents."""
+        found = [self._run(first, stop) for first, stop in self.runs(block)]
+        documents, n_tokens, n_images = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = permutation(len(documents), hash_key("documents", self.layout.seed, *_unless_first(block)))
+        T, L = self.layout.seq_len, self.layout.n_latents
+        return pack(self.corpus, documents[order], n_tokens[order] + 1, n_images[order], T, L), len(documents)
+
+    def _run(self, first: int, stop: int) -> tuple[Array, Array, Array]:
+        """Return the split's documents among [first, stop), and their tokens and pictures."""
+        documents = self.split.documents(first, stop, self.part)
+        offsets = (o[first : stop + 1].astype(np.int64) for o in (self.corpus.token_offsets, self.corpus.image_offsets))
+        n_tokens, n_images = (np.diff(o)[documents - first] for o in offsets)
+        return documents, n_tokens, n_images
+
+    def count(self, block: int) -> tuple[npt.NDArray[np.void], int]:
+        """Return what is known of a block, (1,) of `COUNTS`, and its number of documents."""
+        packed, n_documents = self.packed(block)
+        dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
+        counts = np.zeros(1, COUNTS)
+        counts["documents"] = n_documents
+        counts["begun"] = np.count_nonzero(packed.start == 0)
+        counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
+        counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
+        counts["dropped"] = [len(found) for found in dropped]
+        counts["first_dropped"] = [found[0] if found else -1 for found in dropped]
+        return counts, n_documents
+
+
+def _unless_first(block: int) -> tuple[int, ...]:
+    """Name a block in a key; the first one is not named, so that a corpus of one block needs no blocks to be understood."""
+    return (block,) if block else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What an epoch of a plan holds."""
+
+    documents: int
+    """Of the split: those in rows, and those left out."""
+    begun: int
+    """Documents whose first piece stands in a row: all but those left out."""
+    rows: int
+    positions: int
+    """Positions that are not padding."""
+    targets: int
+    """Supervised tokens."""
+    images: int
+    dropped: dict[str, int]
+    """Documents left out, by reason."""
+    first_dropped: dict[str, int]
+    """By reason, the lowest number of such a document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Among how many others a row is drawn."""
+
+    blocks: int
+    documents: int
+    """Of a block, on average."""
+    rows: int
+    """Of a block, on average."""
+    runs: int
+    """Places in the corpus that a block is read from."""
+    shards: int
+    """Files that a block is read from."""
+
+
 class Plan:
-    """Rows as runs of pieces."""
+    """The rows of one split of a corpus, in every epoch, with random access."""
 
-    row_starts: Array
-    """(R + 1,): row r holds pieces row_starts[r] up to row_starts[r + 1]."""
-    document: Array
-    """Per piece: its document's number in the corpus."""
-    start: Array
-    """Per piece: its first target."""
-    end: Array
-    """Per piece: one past its last target."""
-    n_images: Array
-    """Per piece: its pictures."""
-    n_latents: int
-    n_answer_targets: Array | None = None
-    """Per piece: its supervised tokens, where they are not all its text."""
-    too_long: Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """Documents that are left out, as they must not be cut and are longer than a row."""
+    def __init__(
+        self, name: str, corpus: IndexedCorpus, split: Split, part: Part, layout: Layout, *, shuffle: bool = True,
+        workers: int = 1,
+    ) -> None:  # fmt: skip
+        """Find out how many rows each block has: from the counts that the index keeps, or by packing all blocks once.
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.row_starts) - 1
+        Args:
+            name: what the order of rows is drawn by, beside the seed.
+            corpus: a prepared corpus.
+            split: which of its documents are for what.
+            part: which of them to take.
+            layout: rows and blocks.
+            shuffle: whether blocks and rows are read in an order of each epoch's own.
+            workers: processes that pack, if there are many blocks whose counts are not known.
 
-    @property
-    def n_positions(self) -> Array:
-        """Per piece: the positions it takes."""
-        return self.end - self.start + (self.n_latents + 1) * self.n_images
+        Raises: UserError if a row has no room for a picture, there is no document, or none fits a row.
+        """
+        self.name, self.seed, self.n_latents, self.shuffle = name, layout.seed, layout.n_latents, shuffle
+        T, L = layout.seq_len, layout.n_latents
+        if corpus.image_offsets[-1] and L + 4 > T:
+            raise UserError(f"seq_len {T} has no room for a picture of {L} latents; it needs {L + 4}")
+        self.blocks = Blocks(corpus, split, part, layout)
+        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(lambda block: self.blocks.packed(block)[0])
+        self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
+        self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
+        counts = count_parts(self.blocks, f"plan {name}, {part}", workers)
+        self._n_rows = counts["rows"].astype(np.int64)
+        self._firsts = np.cumsum(self._n_rows) - self._n_rows
+        self.totals = _totals(counts)
+        self.n_rows = self.totals.rows
+        if not self.totals.documents:
+            raise UserError(f"{corpus.folder}: no document to plan; the corpus is too small for its val_share")
+        if not self.n_rows:
+            self._refuse()
 
-    @property
-    def row_targets(self) -> Array:
-        """Per row: its supervised tokens."""
-        supervised = self.end - self.start - self.n_images if self.n_answer_targets is None else self.n_answer_targets
-        return np.add.reduceat(supervised, self.row_starts[:-1])
+    def _refuse(self) -> None:
+        corpus, T = self.blocks.corpus, self.blocks.layout.seq_len
+        reason, first = next(iter(self.totals.first_dropped.items()))
+        raise UserError(
+            f"{corpus.folder}: none of {self.totals.documents} documents fits rows of {T} positions; document {first}, for "
+            f"one: {reason}; raise seq_len, or prepare the corpus with fewer max_images"
+        )
 
-    @property
-    def row_positions(self) -> Array:
-        """Per row: its positions that are not padding."""
-        return np.add.reduceat(self.n_positions, self.row_starts[:-1])
+    def row(self, epoch: int, number: int) -> int:
+        """Return the id of the row that is read as number `number` of an epoch."""
+        assert 0 <= number < self.n_rows, number
+        order, ends = self._block_order(epoch)
+        place = int(np.searchsorted(ends, number, side="right"))
+        block = int(order[place])
+        at = number - int(ends[place]) + int(self._n_rows[block])
+        return int(self._firsts[block]) + int(self._row_order(block, epoch)[at])
+
+    def _order_of_blocks(self, epoch: int) -> tuple[Array, Array]:
+        """Return an epoch's blocks, and how many rows there are up to the end of each."""
+        n = len(self._n_rows)
+        order = permutation(n, hash_key("blocks", self.seed, self.name, epoch)) if self.shuffle else np.arange(n)
+        return order, np.cumsum(self._n_rows[order])
+
+    def _order_of_rows(self, block: int, epoch: int) -> Array:
+        n = int(self._n_rows[block])
+        key = hash_key("rows", self.seed, self.name, epoch, *_unless_first(block))
+        return permutation(n, key) if self.shuffle else np.arange(n)
+
+    def _find(self, row: int) -> tuple[Packed, int]:
+        block = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return self._packed(block), row - int(self._firsts[block])
 
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
-        """Return a row's pieces as (document, start, end)."""
-        run = slice(int(self.row_starts[row]), int(self.row_starts[row + 1]))
-        columns = (self.document[run], self.start[run], self.end[run])
-        return list(zip(*(c.tolist() for c in columns), strict=True))
+        """Return the pieces of the row with id `row` as (document, start, end)."""
+        packed, at = self._find(row)
+        return packed.pieces(at)
 
+    def n_targets(self, row: int) -> int:
+        """Return the supervised tokens of the row with id `row`."""
+        packed, at = self._find(row)
+        return int(packed.row_targets[at])
 
-def split_documents(n_documents: int, val_share: float) -> tuple[Array, Array]:
-    """Return the documents of training and of validation.
-
-    Each document is drawn by its number alone, so that neither seed nor mixture moves a document across.
-    """
-    draws = hash_numbers(np.arange(n_documents), hash_key("validation"))
-    is_val = draws < np.uint64(min(val_share * 2.0**64, 2.0**64 - 2048))
-    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
-
-
-def split_corpus(corpus: IndexedCorpus, val_share: float, val_input: Sequence[str] | None) -> tuple[Array, Array]:
-    """Return the documents of training and of validation: those of the files that `val_input` names, or a share of all.
-
-    Raises: UserError if `val_input` names none of the corpus's files.
-    """
-    if val_input is None:
-        return split_documents(corpus.n_documents, val_share)
-    named = {path.resolve() for path in matches(val_input)}
-    patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in val_input]
-    held_out = [
-        path.resolve() in named or any(fnmatch(os.path.abspath(path), pattern) for pattern in patterns)
-        for path in corpus.shards
-    ]
-    if not any(held_out):
-        raise UserError(f"{corpus.folder}: val_input {list(val_input)} names none of the files that were prepared")
-    is_val = np.array(held_out)[(corpus.records >> np.uint64(PLACE_BITS)).astype(np.int64)]
-    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
-
-
-def make_plan(corpus: IndexedCorpus, documents: Array, seq_len: int, n_latents: int, seed: int) -> Plan:
-    """Pack `documents` of a corpus, in an order drawn by `seed`, into rows of `seq_len` positions.
-
-    Raises: UserError if a row has no room for a picture, or there is no document.
-    """
-    if not len(documents):
-        raise UserError(f"{corpus.folder}: no document to plan; the corpus is too small for its val_share")
-    order = documents[permutation(len(documents), hash_key("documents", seed))]
-    n_tokens = np.diff(corpus.token_offsets)[order].astype(np.int64)
-    n_images = np.diff(corpus.image_offsets)[order].astype(np.int64)
-    if n_images.any() and seq_len < n_latents + 4:
-        raise UserError(f"seq_len {seq_len} has no room for a picture of {n_latents} latents; it needs {n_latents + 4}")
-    if corpus.packing == "intact":
-        return _pack_intact(corpus, order, n_tokens + 1, n_images, seq_len, n_latents)
-    if corpus.packing == "split" and not n_images.any():
-        return _pack_split(order, n_tokens + 1, seq_len, n_latents)
-    return _pack_whole(corpus, order, n_tokens + 1, n_images, seq_len, n_latents)
-
-
-def _pack_split(order: Array, n_targets: Array, seq_len: int, n_latents: int) -> Plan:
-    """Let documents follow one another; cut where a row ends."""
-    ends = np.cumsum(n_targets)
-    rows = np.arange(0, ends[-1], seq_len)
-    cuts = np.union1d(np.concatenate([[0], ends[:-1]]), rows)
-    owner = np.searchsorted(ends, cuts, side="right")
-    first = ends[owner] - n_targets[owner]
-    stop = np.append(cuts[1:], ends[-1])
-    row_starts = np.append(np.searchsorted(cuts, rows), len(cuts))
-    return Plan(row_starts, order[owner], cuts - first, stop - first, np.zeros_like(cuts), n_latents)
-
-
-def _pack_whole(
-    corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array, seq_len: int, n_latents: int
-) -> Plan:
-    """Keep documents in one piece where they fit a row; fill rows by best fit."""
-    long = n_targets + (n_latents + 1) * n_images > seq_len
-    whole = np.stack([order[~long], np.zeros_like(order[~long]), n_targets[~long], n_images[~long]])
-    cut = [(number, *piece) for number in order[long].tolist() for piece in _cut(corpus, number, seq_len, n_latents)]
-    columns = np.concatenate([whole, np.array(cut, dtype=np.int64).reshape(-1, 4).T], axis=1)
-    columns = columns[:, permutation(columns.shape[1], hash_key("pieces"))] if long.any() else columns
-    row = best_fit(columns[2] - columns[1] + (n_latents + 1) * columns[3], seq_len)
-    by_row = np.argsort(row, kind="stable")
-    row_starts = np.searchsorted(row[by_row], np.arange(row.max() + 2))
-    document_of, start_of, end_of, images_of = columns[:, by_row]
-    return Plan(row_starts, document_of, start_of, end_of, images_of, n_latents)
-
-
-def _pack_intact(
-    corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array, seq_len: int, n_latents: int
-) -> Plan:
-    """Leave out the documents that are longer than a row, and fill rows with the others by best fit."""
-    widths = n_targets + (n_latents + 1) * n_images
-    fits = widths <= seq_len
-    if not fits.any():
-        raise UserError(
-            f"{corpus.folder}: none of {len(order)} examples fits a row of {seq_len} positions, the shortest has "
-            f"{widths.min()}; raise seq_len"
+    def window(self) -> Window:
+        """Return among how many others a row is drawn."""
+        n = self.blocks.n_blocks
+        runs = self.blocks.runs(0)
+        records = self.blocks.corpus.records
+        ends = [(int(records[first]) >> PLACE_BITS, int(records[stop - 1]) >> PLACE_BITS) for first, stop in runs]
+        shards = {shard for first, last in ends for shard in range(first, last + 1)}
+        return Window(
+            blocks=n, documents=self.totals.begun // n, rows=self.n_rows // n, runs=len(runs), shards=len(shards)
         )
-    plan = _pack_whole(corpus, order[fits], n_targets[fits], n_images[fits], seq_len, n_latents)
-    counts = corpus.n_answer_targets
-    return replace(
-        plan, too_long=np.sort(order[~fits]), n_answer_targets=None if counts is None else counts[plan.document]
+
+
+def _totals(counts: npt.NDArray[np.void]) -> Totals:
+    sums = {name: int(counts[name].sum()) for name in ("documents", "begun", "rows", "positions", "targets", "images")}
+    dropped = dict(zip(REASONS, counts["dropped"].sum(axis=0).tolist(), strict=True))
+    numbers = np.where(counts["first_dropped"] < 0, np.iinfo(np.int64).max, counts["first_dropped"]).min(axis=0).tolist()
+    first = dict(zip(REASONS, numbers, strict=True))
+    return Totals(
+        **sums, dropped={r: n for r, n in dropped.items() if n}, first_dropped={r: first[r] for r, n in dropped.items() if n}
     )
-
-
-def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:
-    """Cut a document that is longer than a row into (start, end, pictures), never inside or right behind a picture."""
-    first, last = (int(x) for x in corpus.image_offsets[document : document + 2])
-    n_targets = int(corpus.token_offsets[document + 1] - corpus.token_offsets[document]) + 1
-    is_image = np.zeros(n_targets, dtype=bool)
-    is_image[corpus.image_positions[first:last].astype(np.int64)] = True
-    # ends[j]: positions of the document up to and with the one that reads e[j-1] and has target e[j]
-    ends = np.cumsum(np.concatenate([[1], np.where(is_image[:-1], n_latents + 2, 1)]))
-    pieces, start = [], 0
-    while start < n_targets:
-        base = ends[start] - 1  # whatever stands at `start` is read as <s>, one position
-        end = int(np.searchsorted(ends, base + seq_len, side="right"))
-        while end < n_targets and is_image[end - 1]:
-            end -= 1
-        if end == start:
-            raise UserError(
-                f"{corpus.folder}: document {document} has more pictures in a row than fit {seq_len} positions; "
-                f"raise seq_len, or prepare the corpus with fewer max_images"
-            )
-        pieces.append((start, end, int(is_image[start:end].sum())))
-        start = end
-    return pieces
-
-
-def best_fit(widths: Array, capacity: int, window: int = WINDOW) -> Array:
-    """Assign each piece a row: within windows the widest first, each into the fullest row that still has room."""
-    row_of = np.empty(len(widths), dtype=np.int64)
-    rows_with_space: dict[int, list[int]] = {}
-    spaces = 0  # bit s is set when some row has exactly s positions left
-    n_rows = 0
-    for begin in range(0, len(widths), window):
-        ahead = widths[begin : begin + window]
-        for i in (begin + np.argsort(-ahead, kind="stable")).tolist():
-            width = int(widths[i])
-            roomy = spaces >> width
-            if roomy:
-                space = width + (roomy & -roomy).bit_length() - 1
-                row = rows_with_space[space].pop()
-                if not rows_with_space[space]:
-                    spaces ^= 1 << space
-            else:
-                space, row = capacity, n_rows
-                n_rows += 1
-            row_of[i] = row
-            left = space - width
-            if left:
-                rows_with_space.setdefault(left, []).append(row)
-                spaces |= 1 << left
-    return row_of

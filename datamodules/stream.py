@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from datamodules.corpus import IndexedCorpus, StoredImage
-from datamodules.hashing import hash_key, permutation
 from datamodules.plan import Plan
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, Ids, SpecialTokens, expand_images
@@ -106,33 +104,22 @@ class Stream:
         schedule: Schedule,
         special: SpecialTokens,
         seq_len: int,
-        seed: int,
-        *,
-        shuffle: bool = True,
     ) -> None:
         """Take the corpora that the schedule names, by their names in CORPORA, and how each is packed."""
         self.corpora, self.plans, self.schedule = corpora, plans, schedule
-        self.special, self.seq_len, self.seed, self.shuffle = special, seq_len, seed, shuffle
-        self._targets = {name: plan.row_targets for name, plan in plans.items()}
-        self._order = lru_cache(maxsize=8)(self._permutation)
-
-    def _permutation(self, name: str, epoch: int) -> npt.NDArray[np.int64]:
-        n_rows = self.plans[name].n_rows
-        if not self.shuffle:
-            return np.arange(n_rows)
-        return permutation(n_rows, hash_key("rows", self.seed, name, epoch))
+        self.special, self.seq_len = special, seq_len
 
     def locate(self, row: int) -> tuple[str, int, int]:
         """Return the corpus of a stream row, its epoch there, and its row in the corpus's plan."""
         corpus, number = self.schedule.locate(row)
         name = CORPORA[corpus]
         epoch, at = divmod(number, self.plans[name].n_rows)
-        return name, epoch, int(self._order(name, epoch)[at])
+        return name, epoch, self.plans[name].row(epoch, at)
 
     def n_targets(self, first: int, stop: int) -> int:
         """Return the supervised tokens of rows `first` up to `stop`, without reading them."""
         placed = (self.locate(row) for row in range(first, stop))
-        return sum(int(self._targets[name][row]) for name, _, row in placed)
+        return sum(self.plans[name].n_targets(row) for name, _, row in placed)
 
     def row(self, number: int) -> Row:
         """Return stream row `number`."""

@@ -42,23 +42,24 @@ def _work(job: Callable[[T, Progress], None], task: T) -> None:
 
 
 def run_all(
-    job: Callable[[T, Progress], None], tasks: Sequence[T], workers: int, title: str, unit: str
+    job: Callable[[T, Progress], None], tasks: Sequence[T], workers: int, title: str, unit: str, of: str = "shard"
 ) -> None:
-    """Do `job` for each task, in processes if there is more than one to do, with a bar over shards.
+    """Do `job` for each task, in processes if there is more than one to do, with a bar over tasks.
 
     The first error ends it: tasks that run then may finish, the others are not begun.
 
     Args:
         job: a module's function of a task and of where to report how many more units are done.
-        tasks: one per shard.
+        tasks: one per shard, or whatever is done on its own.
         workers: most processes.
         title: what the bar says.
-        unit: what is counted beside shards.
+        unit: what is counted beside tasks.
+        of: what a task is.
     """
     if not tasks:
         return
     seen = 0
-    with tqdm(total=len(tasks), desc=title, unit="shard", disable=None) as bar:
+    with tqdm(total=len(tasks), desc=title, unit=of, disable=None) as bar:
 
         def progress(n: int) -> None:
             nonlocal seen

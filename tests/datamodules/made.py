@@ -22,7 +22,8 @@ from warcio.warcwriter import WARCWriter
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.mixture import Mixture
-from datamodules.plan import make_plan
+from datamodules.plan import Layout, Plan
+from datamodules.split import Split
 from datamodules.stream import Row, Stream
 from kosmos_lit.tokens import SpecialTokens
 
@@ -235,8 +236,21 @@ def stream(
     seed: int = 7,
 ) -> Stream:
     """A stream over all documents of the corpora."""
-    plans = {n: make_plan(c, np.arange(c.n_documents), seq_len, n_latents, seed) for n, c in corpora.items()}
-    return Stream(corpora, plans, Mixture.constant(ratio), special, seq_len, seed)
+    plans = {n: plan(c, n, seq_len=seq_len, n_latents=n_latents, seed=seed) for n, c in corpora.items()}
+    return Stream(corpora, plans, Mixture(ratio), special, seq_len)
+
+
+def plan(
+    corpus: IndexedCorpus, name: str = "text", *, seq_len: int = 101, n_latents: int = 3, seed: int = 7, shuffle: bool = True
+) -> Plan:
+    """A plan of all documents of a corpus."""
+    layout = Layout(seq_len=seq_len, n_latents=n_latents, seed=seed)
+    return Plan(name, corpus, Split(corpus, 0.0, None), "train", layout, shuffle=shuffle)
+
+
+def documents_of(plan: Plan) -> set[int]:
+    """The documents that stand in the rows of a plan."""
+    return {document for row in range(plan.n_rows) for document, _, _ in plan.pieces(row)}
 
 
 def plain(row: Row) -> tuple[object, ...]:

@@ -14,7 +14,8 @@ from PIL import Image
 from datamodules import InstructData
 from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.corpus import IndexedCorpus
-from datamodules.plan import make_plan
+from datamodules.packing import TOO_LONG
+from datamodules.plan import Layout, Plan
 from datamodules.prepare.index import prepare_corpus
 from datamodules.sources.instruct import prompt_text
 from kosmos_lit.batch import CORPORA
@@ -127,17 +128,18 @@ def test_a_batch_has_its_pictures_in_the_order_of_their_slots(data):
 def test_examples_longer_than_a_row_are_left_out_and_counted(build, caplog):
     with caplog.at_level("INFO"):
         data = build(seq_len=48)
-    n_long = len(data.train_plans["instruct"].too_long) + len(data.val_plans["instruct"].too_long)
-    placed = {d for plan in (data.train_plans["instruct"], data.val_plans["instruct"]) for d in plan.document.tolist()}
+    plans = data.train_plans["instruct"], data.val_plans["instruct"]
+    n_long = sum(plan.totals.dropped[TOO_LONG] for plan in plans)
+    placed = {document for plan in plans for document in made.documents_of(plan)}
     assert n_long > 0
     assert len(placed) == len(RECORDS) - n_long
-    assert "examples are longer than 48 positions and left out; the first: " in caplog.text
+    assert "documents are left out, longer than a row of 48 positions; the first: " in caplog.text
     assert ", line " in caplog.text
 
 
 def test_rows_that_no_example_fits_are_refused(examples):
-    with pytest.raises(UserError, match=r"none of 32 examples fits a row of 11 positions, the shortest has \d+; raise"):
-        make_plan(examples, np.arange(examples.n_documents), 11, LATENTS, 0)
+    with pytest.raises(UserError, match=r"none of 32 documents fits rows of 11 positions; document 0, .*; raise"):
+        made.plan(examples, "instruct", seq_len=11, n_latents=LATENTS)
 
 
 def test_a_file_may_be_held_out_as_a_whole(build):
@@ -145,7 +147,7 @@ def test_a_file_may_be_held_out_as_a_whole(build):
     corpus = data.corpora["instruct"]
     assert {corpus.shard_and_name(d)[0][-2:] for d in data.val_documents["instruct"].tolist()} == {"gz"}
     assert len(data.val_documents["instruct"]) == 13
-    assert set(np.unique(data.train_plans["instruct"].document)) == set(range(19))
+    assert made.documents_of(data.train_plans["instruct"]) == set(range(19))
 
 
 def test_a_held_out_file_that_was_not_prepared_is_named(build):
@@ -162,9 +164,10 @@ def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
     record = RECORDS[kind]
     text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
     read = encode_prompt(text, len(record.get("images", [])), tokenizer, LATENTS)
-    plan = make_plan(examples, np.array([document]), SEQ_LEN, LATENTS, 0)
-    mixture = made.Mixture.constant([0, 0, 0, 1])
-    row = made.Stream({"instruct": examples}, {"instruct": plan}, mixture, tokenizer.special, SEQ_LEN, 0).row(0)
+    split = SimpleNamespace(share=lambda part: 1.0, documents=lambda first, stop, part: np.array([document]))
+    plan = Plan("instruct", examples, split, "train", Layout(seq_len=SEQ_LEN, n_latents=LATENTS, seed=0))
+    mixture = made.Mixture([0, 0, 0, 1])
+    row = made.Stream({"instruct": examples}, {"instruct": plan}, mixture, tokenizer.special, SEQ_LEN).row(0)
     n = len(read.tokens)
     assert read.tokens.tolist() == row.tokens[:n].tolist()
     assert read.slots.tolist() == row.slots.tolist()

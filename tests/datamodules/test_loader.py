@@ -18,8 +18,9 @@ def stream(corpora, tokenizer):
 @pytest.fixture(scope="module")
 def held_out(stream):
     """A finite stream: every row of each plan once."""
-    schedule = InOrder([stream.plans[n].n_rows for n in made.INPUTS])
-    return Stream(stream.corpora, stream.plans, schedule, stream.special, 101, 7, shuffle=False), schedule.n_rows
+    plans = {n: made.plan(stream.corpora[n], n, shuffle=False) for n in made.INPUTS}
+    schedule = InOrder([plans[n].n_rows for n in made.INPUTS])
+    return Stream(stream.corpora, plans, schedule, stream.special, 101), schedule.n_rows
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_a_checkpoint_knows_no_ranks_and_no_micro_batches(build):
 def test_training_and_validation_share_no_document(build):
     data = ready(build)
     for name in data.corpora:
-        assert not set(data.train_plans[name].document.tolist()) & set(data.val_plans[name].document.tolist())
+        assert not made.documents_of(data.train_plans[name]) & made.documents_of(data.val_plans[name])
 
 
 def test_validation_is_the_same_for_every_seed(build):

@@ -1,0 +1,101 @@
+"""Which documents are for training and which for validation: a question about any of them, never a list of all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.corpus import PLACE_BITS, IndexedCorpus
+from datamodules.hashing import hash_key, hash_numbers
+from datamodules.prepare.files import matches
+from kosmos_lit.errors import UserError
+
+CHUNK = 1 << 16
+"""Documents that are looked at together."""
+
+Array = npt.NDArray[np.int64]
+Part = Literal["train", "val"]
+
+
+class Split:
+    """Says which documents are for training and which for validation, without a list of them."""
+
+    def __init__(self, corpus: IndexedCorpus, val_share: float, val_input: Sequence[str] | None) -> None:
+        """Hold out the documents of the files that `val_input` names, or a share of all.
+
+        Each document of a share is drawn by its number alone, so that neither seed nor mixture moves a document across,
+        nor does a corpus that grows.
+
+        Raises: UserError if `val_input` names none of the corpus's files.
+        """
+        self.corpus, self.val_share = corpus, val_share
+        self._below = np.uint64(min(val_share * 2.0**64, 2.0**64 - 2048))
+        self._held_out = None if val_input is None else _named_shards(corpus, val_input)
+
+    @property
+    def key(self) -> list[Any]:
+        """What the split is a function of, as plain data."""
+        return [self.val_share] if self._held_out is None else np.flatnonzero(self._held_out).tolist()
+
+    def share(self, part: Part) -> float:
+        """Return the share of the corpus's documents that are of `part`, as asked for or as it is."""
+        held_out = self.val_share
+        if self._held_out is not None:
+            held_out = sum(stop - first for first, stop in self._spans("val")) / max(1, self.corpus.n_documents)
+        return held_out if part == "val" else 1 - held_out
+
+    def documents(self, first: int, stop: int, part: Part) -> Array:
+        """Return the numbers of the documents of `part` among [first, stop), ascending."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for begin in range(first, stop, CHUNK):
+            numbers = np.arange(begin, min(begin + CHUNK, stop))
+            if self._held_out is None:
+                is_val = hash_numbers(numbers, hash_key("validation")) < self._below
+            else:
+                records = self.corpus.records[begin : begin + len(numbers)]
+                is_val = self._held_out[(records >> np.uint64(PLACE_BITS)).astype(np.int64)]
+            found.append(numbers[is_val if part == "val" else ~is_val])
+        return np.concatenate(found)
+
+    def first(self, part: Part, most: int) -> Array:
+        """Return the first documents of `part`, `most` at most, without a look at those behind them."""
+        found = np.zeros(0, dtype=np.int64)
+        if not self.share(part):
+            return found
+        for first, stop in self._spans(part):
+            for begin in range(first, stop, CHUNK):
+                found = np.append(found, self.documents(begin, min(begin + CHUNK, stop), part))[:most]
+                if len(found) == most:
+                    return found
+        return found
+
+    def _spans(self, part: Part) -> list[tuple[int, int]]:
+        """Return stretches of documents outside of which there is none of `part`."""
+        if self._held_out is None:
+            return [(0, self.corpus.n_documents)]
+        wanted = np.flatnonzero(self._held_out if part == "val" else ~self._held_out)
+        return list(zip(self._shard_starts[wanted].tolist(), self._shard_starts[wanted + 1].tolist(), strict=True))
+
+    @cached_property
+    def _shard_starts(self) -> Array:
+        """(shards + 1,): the first document of each shard; documents lie in the order of their shards."""
+        shards = np.arange(len(self.corpus.shards) + 1, dtype=np.uint64)
+        return np.searchsorted(self.corpus.records, shards << np.uint64(PLACE_BITS))
+
+
+def _named_shards(corpus: IndexedCorpus, val_input: Sequence[str]) -> npt.NDArray[np.bool_]:
+    named = {path.resolve() for path in matches(val_input)}
+    patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in val_input]
+    held_out = [
+        path.resolve() in named or any(fnmatch(os.path.abspath(path), pattern) for pattern in patterns)
+        for path in corpus.shards
+    ]
+    if not any(held_out):
+        raise UserError(f"{corpus.folder}: val_input {list(val_input)} names none of the files that were prepared")
+    return np.array(held_out)
