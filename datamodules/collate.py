@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from datamodules.config import Unit
 from datamodules.corpus import IndexedCorpus
 from datamodules.stream import Row
-from kosmos_lit.batch import KosmosBatch, check_slots
+from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, check_slots
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit, ImageError, Pixels, decode
 from kosmos_lit.tokens import IGNORE, PAD, Ids, Tokenizer
@@ -56,6 +57,7 @@ def collate(
     image_size: int,
     n_latents: int,
     n_step_targets: int,
+    unit: Unit = "tokens",
 ) -> KosmosBatch:
     """Join rows, with the pictures of each, into one micro-batch.
 
@@ -89,6 +91,9 @@ def collate(
         corpus=torch.tensor([row.corpus for row in rows]),
         n_bytes=torch.from_numpy(tokenizer.count_bytes(tokens, targets).sum(1)),
         rows=tuple(row.number for row in rows),
+        sources=tuple(row.source for row in rows),
+        amounts=tuple(row.amount(unit) for row in rows),
+        digest=sum(row.digest() for row in rows if row.number >= 0) & DIGEST_MASK,
         n_step_targets=n_step_targets,
         n_real=sum(row.n_real for row in rows),
         n_bad_images=n_bad,
@@ -98,7 +103,7 @@ def collate(
 def empty_row(seq_len: int) -> Row:
     """Return a row of padding, which fills up a last validation batch."""
     tokens, targets = np.full(seq_len, PAD, dtype=np.int64), np.full(seq_len, IGNORE, dtype=np.int64)
-    return Row(-1, -1, 0, tokens, targets, (), (), (), np.zeros(0, dtype=np.int64))
+    return Row(-1, -1, "", 0, tokens, targets, (), (), (), np.zeros(0, dtype=np.int64))
 
 
 def _positions(row: Row) -> Ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal
@@ -10,6 +11,8 @@ from datamodules.sources import ReadOptions
 from kosmos_lit.errors import UserError
 
 Format = Literal["jsonl", "parquet", "img2dataset", "warc", "instruct"]
+Unit = Literal["tokens", "loss_tokens", "documents"]
+"""What ratios and weights count: positions of rows, supervised tokens, or documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,11 @@ class CorpusConfig:
     val_input: list[str] | None = None
     """Patterns of files that are kept for validation as a whole; then `val_share` does not count."""
     max_bad_share: float = 0.1
-    """A shard with more broken records, or a run with more undecodable pictures, than this stops."""
+    """A shard with more broken records, or a run with more undecodable pictures of this source, than this stops."""
+    weight: float = 1.0
+    """Share among the sources of the same kind, in the mixture's unit; only their proportion counts."""
+    max_epochs: float | None = None
+    """Training ends before the source is read more often than this; None: it is read again and again."""
     read: ReadOptions = field(default_factory=ReadOptions)
     """How documents are cut out of the files."""
 
@@ -46,6 +53,10 @@ class CorpusConfig:
         for name in ("val_share", "max_bad_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)} for the index {self.index}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise UserError(f"weight must be finite and not negative, got {self.weight} for the index {self.index}")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise UserError(f"max_epochs must be positive, got {self.max_epochs} for the index {self.index}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +75,17 @@ class RatioConfig:
         """Return the weights in the order of `CORPORA`, with `defaults` for those corpora that are `given`."""
         own = (default if there else 0.0 for default, there in zip(defaults, given, strict=True))
         return tuple(own if share is None else share for share, own in zip(astuple(self), own, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioStage:
+    """Ratios that hold from an optimizer step on."""
+
+    from_step: int
+    """First step of the stage."""
+    ratio: RatioConfig
+    """Shares from there on; None: that corpus's as before."""
+
+    def __post_init__(self) -> None:
+        if self.from_step <= 0:
+            raise UserError(f"ratio_stages: from_step must be positive, got {self.from_step}; data.ratio holds from step 0")

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.collate import Pictures, collate, empty_row
+from datamodules.config import Unit
 from datamodules.stream import Row, Stream
-from kosmos_lit.batch import CORPORA, KosmosBatch, PromptBatch
+from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
 from kosmos_lit.tokens import Tokenizer
@@ -59,6 +60,8 @@ class Rendering:
     fit: Fit
     n_latents: int
     max_bad_share: float
+    unit: Unit = "tokens"
+    """What the mixture counts."""
 
 
 class MicroBatches(IterableDataset[KosmosBatch]):
@@ -80,11 +83,12 @@ class MicroBatches(IterableDataset[KosmosBatch]):
             rows = [self._row(number) for number in self.share.rows(k)]
             yield collate(
                 rows,
-                [pictures.read(row, self.stream.corpora[CORPORA[row.corpus]]) if row.images else [] for row in rows],
+                [pictures.read(row, self.stream.by_name[row.source].corpus) if row.images else [] for row in rows],
                 tokenizer=r.tokenizer,
                 image_size=r.image_size,
                 n_latents=r.n_latents,
                 n_step_targets=max(1, n_targets),
+                unit=r.unit,
             )
 
     def _row(self, number: int) -> Row:

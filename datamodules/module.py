@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
-from datamodules.corpus import IndexedCorpus, read_manifest
-from datamodules.hashing import hash_key
+from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerConfig, Unit
+from datamodules.history import History
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
-from datamodules.mixture import Mixture
-from datamodules.plan import Layout, Plan
-from datamodules.prepare.files import matches
-from datamodules.prepare.index import check_same, identify, prepare_corpus
-from datamodules.prepare.report import describe
-from datamodules.prepare.tokenizer import train_tokenizer
-from datamodules.questions import MOST, ask_captions, ask_examples
-from datamodules.split import Split
+from datamodules.mixture import Relay
+from datamodules.opened import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
+from datamodules.plan import Layout
+from datamodules.questions import ask_captions, ask_examples
+from datamodules.shares import Leg, name_sources, ratios_by_step, relay, shares
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
-from kosmos_lit.tokens import Tokenizer, has_tokenizer
 
 
 class Batches(Protocol):
@@ -62,6 +55,12 @@ class MixtureData(L.LightningDataModule):
         seed: int = 0,
         prompt: str = "An image of",
         instruct: CorpusConfig | None = None,
+        sources: dict[str, CorpusConfig] | None = None,
+        unit: Unit = "tokens",
+        ratio_stages: list[RatioStage] | None = None,
+        accept_changes: bool = False,
+        block_documents: int = 1 << 17,
+        run_documents: int = 1 << 12,
     ) -> None:
         """Take the corpora and how to mix them.
 
@@ -70,130 +69,89 @@ class MixtureData(L.LightningDataModule):
             text: Documents of text.
             caption: Pairs of a picture and its caption.
             interleaved: Pages of text and pictures.
-            ratio: Shares of the corpora, by default 5 : 5 : 2 : 0 of those that are given; one with share 0 is not opened.
+            ratio: Shares of the kinds, by default 5 : 5 : 2 : 0 of those that are given; one with share 0 is not opened.
             seq_len: Positions in a row.
             global_batch_rows: Rows of one optimizer step, over all ranks and micro-batches.
             micro_batch_rows: Rows that one rank puts through the model at a time.
             n_latents: Slots of a picture; linked to the model's connector.
             image_size: Side of a picture in pixels; linked to the model's tower.
             image_fit: How a picture becomes square.
-            val_rows: Most rows of each corpus for `validate`; `test` takes all there are.
+            val_rows: Most rows of each source for `validate`; `test` takes all there are.
             num_workers: Processes that render rows and decode pictures, per rank; 0: the training process itself.
-            prepare_workers: Processes that make indexes.
+            prepare_workers: Processes that make indexes and count rows.
             seed: Seed of packing and order.
             prompt: What `predict` asks about the held-out captions' pictures.
             instruct: Prompts with completions, and conversations; loss on the completions and answers alone.
+            sources: More sources by name; the format says the kind, and `weight` the share among those of its kind.
+            unit: What ratios and weights count; in every unit each row is dealt out as soon as it is due.
+            ratio_stages: Ratios that hold from later optimizer steps on.
+            accept_changes: Go on although ratios, weights or the list of sources differ from the checkpoint's run.
+            block_documents: Documents that are shuffled among each other; blocks follow one another in a drawn order.
+            run_documents: Neighbouring documents that stay in one block, so that reads stay near each other.
         """
         super().__init__()
         self.prepare_data_per_node = False
         self.tokenizer_config = tokenizer
         given = {"text": text, "caption": caption, "interleaved": interleaved, "instruct": instruct}
-        self.ratio = ratio.weights(self.default_ratio, [given[name] is not None for name in CORPORA])
-        if not any(self.ratio):
-            there = ", ".join(name for name in CORPORA if given[name] is not None) or "no corpus"
-            raise UserError(
-                f"data.ratio: at least one weight must be positive, got {list(self.ratio)}, and {there} given; "
-                "give a corpus and its share"
-            )
-        self.mixture = Mixture.constant(self.ratio)
-        self.configs: dict[str, CorpusConfig] = {}
-        for name, weight in zip(CORPORA, self.ratio, strict=True):
-            config = given[name]
-            if weight and config is None:
-                raise UserError(f"data.ratio.{name} is {weight:g}, but data.{name} is not given; give it, or set 0")
-            if weight and config is not None:
-                self.configs[name] = config
+        named = name_sources(given, sources)
+        self.unit, self.accept_changes = unit, accept_changes
+        self.ratios = ratios_by_step(ratio, ratio_stages, self.default_ratio, named.values())
+        used = [any(ratio[kind] for _, ratio in self.ratios) for kind in range(len(CORPORA))]
+        self.sources = {n: s for n, s in named.items() if used[s.kind] and s.config.weight}
         sizes = {"seq_len": seq_len, "global_batch_rows": global_batch_rows, "micro_batch_rows": micro_batch_rows}
-        for name, value in sizes.items():
+        for name, value in (sizes | {"block_documents": block_documents, "run_documents": run_documents}).items():
             if value <= 0:
                 raise UserError(f"data.{name} must be positive, got {value}")
         self.seq_len, self.global_batch_rows, self.micro_batch_rows = seq_len, global_batch_rows, micro_batch_rows
         self.n_latents, self.image_size, self.image_fit = n_latents, image_size, image_fit
         self.val_rows, self.num_workers, self.prepare_workers = val_rows, num_workers, prepare_workers
         self.seed, self.prompt = seed, prompt
+        self.block_documents, self.run_documents = block_documents, run_documents
         self._first_row = self._first_step = 0
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Return the kind of each source, an index into CORPORA, by name."""
+        return self.history.kinds
 
     # ---- preparation
 
     def prepare_data(self) -> None:
-        """Make the tokenizer and the indexes that are missing."""
-        c = self.tokenizer_config
-        if not has_tokenizer(c.path) and c.vocab_size:
-            inputs = c.input or [p for n, config in self.configs.items() if n != "instruct" for p in config.input]
-            rank_zero_info(f"training a tokenizer of {c.vocab_size} pieces in {c.path}")
-            train_tokenizer(inputs, c.vocab_size, Path(c.path))
-        for config in self.configs.values():
-            if read_manifest(Path(config.index)) is None:
-                corpus = prepare_corpus(
-                    format=config.format,
-                    inputs=[*config.input, *(config.val_input or ())],
-                    tokenizer=Path(c.path),
-                    output=Path(config.index),
-                    options=config.read,
-                    workers=self.prepare_workers,
-                    max_bad_share=config.max_bad_share,
-                )
-                rank_zero_info(describe(corpus))
-            IndexedCorpus(config.index).check_pictures()
+        """Make what is missing of tokenizer, indexes and row counts."""
+        prepare_tokenizer(self.tokenizer_config, self.sources.values())
+        for source in self.sources.values():
+            prepare_source(source, self.tokenizer_config.path, self.prepare_workers)
+        self._open_sources(self.prepare_workers)
+
+    def _open_sources(self, workers: int = 1) -> None:
+        self.tokenizer = open_tokenizer(self.tokenizer_config)
+        layout = Layout(
+            seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed,
+            block_documents=self.block_documents, run_documents=self.run_documents,
+        )  # fmt: skip
+        self.opened = {n: OpenedSource(s, self.tokenizer, layout, workers) for n, s in self.sources.items()}
 
     def open(self) -> None:
-        """Open tokenizer and indexes, and pack the rows of both splits.
+        """Open tokenizer and indexes, and find the rows of both splits.
 
         Raises: UserError if one is missing or was made for something else.
         """
-        self.tokenizer = Tokenizer.load(self.tokenizer_config.path)
-        wanted = self.tokenizer_config.vocab_size
-        if wanted not in (None, self.tokenizer.n_pieces):
-            raise UserError(
-                f"the tokenizer in {self.tokenizer_config.path} has {self.tokenizer.n_pieces} pieces, but the config's "
-                f"vocab_size for it is {wanted}; set that to {self.tokenizer.n_pieces}, or choose another folder"
-            )
-        self.corpora = {name: IndexedCorpus(c.index, self.tokenizer) for name, c in self.configs.items()}
-        for config in self.configs.values():
-            folder = Path(config.index)
-            files = matches([*config.input, *(config.val_input or ())])  # an index may be used where its raw text is not
-            check_same(folder, identify(config.format, self.tokenizer, config.read, files, folder), shards=bool(files))
-        self.train_plans: dict[str, Plan] = {}
-        self.val_plans: dict[str, Plan] = {}
-        self.val_documents = {}
-        layout = Layout(seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed)
-        for name, corpus in self.corpora.items():
-            split = Split(corpus, self.configs[name].val_share, self.configs[name].val_input)
-            self.train_plans[name] = Plan(name, corpus, split, "train", layout, workers=self.prepare_workers)
-            self.val_documents[name] = split.first("val", MOST)
-            if len(self.val_documents[name]):
-                same = replace(layout, seed=0)
-                self.val_plans[name] = Plan(name, corpus, split, "val", same, shuffle=False, workers=self.prepare_workers)
-        for part, plans in (("train", self.train_plans), ("val", self.val_plans)):
-            for name, plan in plans.items():
-                for reason, n in plan.totals.dropped.items():
-                    shard, first = self.corpora[name].shard_and_name(plan.totals.first_dropped[reason])
-                    rank_zero_info(
-                        f"{name}: {n} {part} documents are left out, {reason} of {self.seq_len} positions; the first: "
-                        f"{shard}, {first}. Raise data.seq_len to keep them"
-                    )
+        self._open_sources()
+        self.history = self._wanted()
 
     def setup(self, stage: str) -> None:
         self.open()
         if self.trainer is not None and stage == "fit":
             self._set_accumulation()
+            self._end_with_the_sources()
             rank_zero_info(self.describe(self.trainer.max_steps))
 
     def describe(self, n_steps: int) -> str:
-        """Return a table of what the corpora give, and how much of it `n_steps` optimizer steps read."""
-        heads = ("corpus", "documents", "pictures", "rows", "padding", "share", "epochs")
-        lines = [f"{heads[0]:<14}" + "".join(f"{h:>12}" for h in heads[1:])]
-        for name, read in zip(CORPORA, self.mixture.counts(max(0, n_steps) * self.global_batch_rows), strict=True):
-            if plan := self.train_plans.get(name):
-                totals = plan.totals
-                padding = 1 - totals.positions / totals.rows / self.seq_len
-                share = self.ratio[CORPORA.index(name)] / sum(self.ratio)
-                lines.append(
-                    f"{name:<14}{totals.begun:>12,}{totals.images:>12,}{plan.n_rows:>12,}{padding:>12.2%}{share:>12.1%}"
-                    f"{read / plan.n_rows:>12.2f}"
-                )
-        return "\n".join(lines)
+        """Return a table of what the sources give, and how much of it `n_steps` optimizer steps read."""
+        n_rows = self._row_of_step(max(0, n_steps))
+        read = dict(zip(self.history.kinds, self._schedule().counts(n_rows), strict=True))
+        return describe_sources(self.opened, read, n_rows, self.seq_len)
 
     def _set_accumulation(self) -> None:
         """Let the trainer accumulate as many micro-batches as a global batch needs.
@@ -222,9 +180,10 @@ class MixtureData(L.LightningDataModule):
     # ---- streams
 
     def stream(self, split: str = "train") -> Stream:
-        """Return the rows of `train` (endless) or `val` (each held-out row once, corpus by corpus)."""
+        """Return the rows of `train` (endless) or `val` (each held-out row once, source by source)."""
         if split == "train":
-            return Stream(self.corpora, self.train_plans, self.mixture, self.tokenizer.special, self.seq_len)
+            packed = [self.opened[n].train if n in self.opened else None for n in self.history.kinds]
+            return Stream(packed, self._schedule(), self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
 
     def n_val_rows(self) -> int:
@@ -232,11 +191,38 @@ class MixtureData(L.LightningDataModule):
         return self._val_stream(None)[1]
 
     def _val_stream(self, most_rows: int | None) -> tuple[Stream, int]:
-        if not self.val_plans:
+        held_out = [source.val for source in self.opened.values() if source.val is not None]
+        if not held_out:
             raise UserError("no corpus has held-out documents; raise val_share of a corpus")
-        counts = [self.val_plans[n].n_rows if n in self.val_plans else 0 for n in CORPORA]
+        counts = [packed.plan.n_rows for packed in held_out]
         schedule = InOrder([min(c, most_rows) if most_rows is not None else c for c in counts])
-        return Stream(self.corpora, self.val_plans, schedule, self.tokenizer.special, self.seq_len), schedule.n_rows
+        return Stream(held_out, schedule, self.tokenizer.special, self.seq_len), schedule.n_rows
+
+    def _schedule(self) -> Relay:
+        return relay(self.history.legs, self.history.kinds)
+
+    def _row_of_step(self, step: int) -> int:
+        """Return the first row of an optimizer step of this run: not of one before the checkpoint that it resumed."""
+        return self._first_row + (step - self._first_step) * self.global_batch_rows
+
+    def _end_with_the_sources(self) -> None:
+        """Let training end with the last whole step before a source has been read `max_epochs` times."""
+        assert self.trainer is not None
+        schedule = self._schedule()
+        for at, name in enumerate(self.history.kinds):
+            if name not in self.opened or (limit := self.opened[name].config.max_epochs) is None:
+                continue
+            row = schedule.row_of(at, math.floor(limit * self.opened[name].train.plan.n_rows))
+            if row is None:
+                continue
+            last = self._first_step + (row - self._first_row) // self.global_batch_rows
+            loop = self.trainer.fit_loop.epoch_loop
+            if loop.max_steps < 0 or last < loop.max_steps:
+                rank_zero_info(
+                    f"training ends with step {last:,}, not {loop.max_steps:,}: then source {name} has been read "
+                    f"{limit:g} times, its max_epochs; the learning rate decays until there"
+                )
+                loop.max_steps = max(0, last)
 
     # ---- loaders
 
@@ -251,22 +237,22 @@ class MixtureData(L.LightningDataModule):
 
     def predict_dataloader(self) -> Batches:
         """Yield questions about the pictures of held-out caption pairs, and the prompts of held-out examples."""
-        if not any(len(self.val_documents.get(name, ())) for name in ("caption", "instruct")):
+        if not any(source.val is not None for kind in ("caption", "instruct") for source in self._of_kind(kind)):
             raise UserError("predict asks about held-out caption pairs and examples, but there are none")
         return Questions(lambda: chain(self.caption_questions(), self.instruct_questions()), self.seq_len)
 
     def caption_questions(self) -> Iterator[PromptBatch]:
         """Yield questions about held-out captions' pictures, if there are any."""
-        if "caption" in self.configs:
-            yield from ask_captions(
-                self.corpora["caption"], self.val_documents["caption"], self.tokenizer, self.image_size, self.prompt
-            )
+        for source in self._of_kind("caption"):
+            yield from ask_captions(source.corpus, source.held_out(), self.tokenizer, self.image_size, self.prompt)
 
     def instruct_questions(self) -> Iterator[PromptBatch]:
         """Yield the prompts of held-out examples, if there are any."""
-        if "instruct" in self.configs:
-            documents = self.val_documents["instruct"]
-            yield from ask_examples(self.corpora["instruct"], documents, self._rendering(), self.seq_len)
+        for source in self._of_kind("instruct"):
+            yield from ask_examples(source.corpus, source.held_out(), self._rendering(), self.seq_len)
+
+    def _of_kind(self, kind: str) -> list[OpenedSource]:
+        return [source for source in self.opened.values() if source.kind == CORPORA.index(kind)]
 
     def _finite(self, most_rows: int | None) -> FiniteLoader:
         stream, n_rows = self._val_stream(most_rows)
@@ -282,41 +268,51 @@ class MixtureData(L.LightningDataModule):
     def _rendering(self) -> Rendering:
         return Rendering(
             tokenizer=self.tokenizer, image_size=self.image_size, fit=self.image_fit,
-            n_latents=self.n_latents, max_bad_share=max(c.max_bad_share for c in self.configs.values()),
+            n_latents=self.n_latents, max_bad_share=max(s.config.max_bad_share for s in self.sources.values()),
+            unit=self.unit,
         )  # fmt: skip
 
     # ---- resume: a row number, and what the rows are of
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
-        steps = self.trainer.global_step - self._first_step
-        return {
-            "next_row": self._first_row + steps * self.global_batch_rows,
-            "step": self.trainer.global_step,
-            "global_batch_rows": self.global_batch_rows,
-            "stream": self._identity(),
-        }
+        step = self.trainer.global_step
+        place = {"next_row": self._row_of_step(step), "step": step, "global_batch_rows": self.global_batch_rows}
+        return place | self.history.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises: UserError if the rows to come are not the rows that the checkpoint's run would have read."""
-        there, here = state_dict["stream"], self._identity()
-        if wrong := [f"{k} was {there.get(k)!r}, is {here[k]!r}" for k in here if there.get(k) != here[k]]:
-            raise UserError(f"the checkpoint's data stream was another one: {'; '.join(wrong)}; resume with that run's data")
-        self._first_row, self._first_step = state_dict["next_row"], state_dict["step"]
-        if (before := state_dict["global_batch_rows"]) != self.global_batch_rows:
-            rank_zero_info(f"global_batch_rows was {before}, is {self.global_batch_rows} from row {self._first_row} on")
+        """Raises: UserError if the rows to come are not those that the checkpoint's run would have read, unless accepted."""
+        assert self.trainer is not None
+        if self.trainer.state.fn != "fit":
+            return  # held-out rows and questions may be of any data
+        if "rules" not in state_dict:
+            raise UserError("the checkpoint's data stream is of an earlier version; start anew with model.init_from")
+        before = History.from_dict(state_dict)
+        row, self._first_step = state_dict["next_row"], state_dict["step"]
+        self._first_row = row
+        self.history, changes = before.go_on(self._wanted(), row, accept=self.accept_changes)
+        for change in changes:
+            rank_zero_info(f"from row {row:,} on: {change}")
+        if (size := state_dict["global_batch_rows"]) != self.global_batch_rows:
+            rank_zero_info(f"global_batch_rows was {size}, is {self.global_batch_rows} from row {row} on")
+        self._end_with_the_sources()
 
-    def _identity(self) -> dict[str, Any]:
-        """Return what the stream is a function of, as plain data."""
-        names = ("seed", "seq_len", "n_latents", "image_size", "image_fit")
-        found: dict[str, Any] = {name: getattr(self, name) for name in names}
-        found["ratio"] = list(self.ratio if self.ratio[3] else self.ratio[:3])  # as before there was a fourth corpus
-        found["tokenizer"] = self.tokenizer.fingerprint
-        for name, corpus in self.corpora.items():
-            assert corpus.manifest is not None
-            found[name] = [corpus.manifest[k] for k in ("documents", "tokens", "images")]
-            found[f"{name}.shards"] = f"{hash_key(json.dumps(corpus.manifest['shards_key'])):016x}"
-            found[f"{name}.val_share"] = self.configs[name].val_share
-            if self.configs[name].val_input is not None:
-                found[f"{name}.val_documents"] = self.val_plans[name].totals.documents
-        return found
+    def read_as(self, state_dict: dict[str, Any]) -> None:
+        """Deal past rows out as the run of a checkpoint did, whatever this configuration's shares are."""
+        self.history, _ = History.from_dict(state_dict).go_on(self.history, state_dict["next_row"], accept=True)
+
+    def rows_of_step(self, step: int) -> range:
+        """Return the rows of an optimizer step of a run from its start, the first step being 1 as in the log."""
+        return range((step - 1) * self.global_batch_rows, step * self.global_batch_rows)
+
+    def _wanted(self) -> History:
+        """Return what the configuration asks for from this run's first row on."""
+        totals = {name: source.train.plan.totals for name, source in self.opened.items()}
+        past = [(0, ratio) for step, ratio in self.ratios if step <= self._first_step][-1:]
+        future = [(self._row_of_step(step), ratio) for step, ratio in self.ratios if step > self._first_step]
+        stages = [shares(row, ratio, list(self.sources.values()), totals, self.unit) for row, ratio in [*past, *future]]
+        return History(self._rules(), {n: s.contents for n, s in self.opened.items()}, [Leg(0, tuple(stages))])
+
+    def _rules(self) -> dict[str, Any]:
+        names = ("seed", "seq_len", "n_latents", "image_size", "image_fit", "block_documents", "run_documents")
+        return {name: getattr(self, name) for name in names} | {"tokenizer": self.tokenizer.fingerprint}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -15,7 +15,6 @@ from kosmos_lit.batch import PromptBatch
 from kosmos_lit.images import ImageError, Pixels, decode
 from kosmos_lit.tokens import Ids, Tokenizer
 
-Documents = npt.NDArray[np.int64]
 BATCH = 16
 MOST = 1024
 """Questions of a corpus at most; of captions a quarter."""
@@ -24,10 +23,10 @@ ROOM = 64
 
 
 def ask_captions(
-    corpus: IndexedCorpus, documents: Documents, tokenizer: Tokenizer, image_size: int, prompt: str
+    corpus: IndexedCorpus, documents: Iterable[int], tokenizer: Tokenizer, image_size: int, prompt: str
 ) -> Iterator[PromptBatch]:
     """Yield questions about caption pairs' pictures; those that cannot be decoded are left out."""
-    asked = documents[: MOST // 4].tolist()
+    asked = list(islice(documents, MOST // 4))
     for first in range(0, len(asked), BATCH):
         images, answers = [], []
         for document in asked[first : first + BATCH]:
@@ -42,14 +41,14 @@ def ask_captions(
             )  # fmt: skip
 
 
-def ask_examples(corpus: IndexedCorpus, documents: Documents, r: Rendering, seq_len: int) -> Iterator[PromptBatch]:
+def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: Rendering, seq_len: int) -> Iterator[PromptBatch]:
     """Yield the prompt of each example, all before its last answer, in the very tokens of its row.
 
     Examples are left out whose prompt leaves no room for an answer, or a picture of which cannot be decoded.
     """
     kept: list[tuple[Ids, list[Pixels], str]] = []  # one batch at a time: there may be thousands of pictures
     n_long = 0
-    for document in documents[:MOST].tolist():
+    for document in islice(documents, MOST):
         ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
         assert said is not None
         start = 0 if said.all() else int(np.flatnonzero(~said)[-1]) + 1

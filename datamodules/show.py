@@ -17,7 +17,7 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
     picture counting as one, and </s>. `images` say where each picture's bytes lie; in a crawl that is its WARC record.
     `sha256` is of the picture itself.
     """
-    corpus = stream.corpora[CORPORA[row.corpus]]
+    corpus = stream.by_name[row.source].corpus
     documents, images = [], []
     for placed in row.documents:
         shard, name = corpus.shard_and_name(placed.document)
@@ -29,6 +29,7 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
     return {
         "row": row.number,
         "corpus": CORPORA[row.corpus],
+        "source": row.source,
         "epoch": row.epoch,
         "documents": documents,
         "tokens": row.tokens.tolist(),
@@ -40,10 +41,11 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
 
 def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer) -> str:
     """Return a row as text, each picture as one mark."""
-    corpus = stream.corpora[CORPORA[row.corpus]]
+    corpus = stream.by_name[row.source].corpus
+    kind = CORPORA[row.corpus] if row.source in CORPORA else f"{CORPORA[row.corpus]} {row.source}"
     n_targets = int((row.targets != IGNORE).sum())
     lines = [
-        f"row {row.number}: {CORPORA[row.corpus]}, epoch {row.epoch}, {len(row.documents)} documents, "
+        f"row {row.number}: {kind}, epoch {row.epoch}, {len(row.documents)} documents, "
         f"{row.n_real} of {len(row.tokens)} positions, {n_targets} supervised, {len(row.images)} pictures"
     ]
     image = 0

@@ -1,4 +1,4 @@
-"""The training stream as a pure function: row i = f(seed, corpora, ratio, T, L, i).
+"""The training stream as a pure function: row i = f(seed, sources, shares, T, L, i).
 
 Nothing else decides what the model sees: not ranks, not workers, not a crash in between. Optimizer step s is rows
 [s G, (s + 1) G) for a global batch of G rows, however they are shared out.
@@ -6,37 +6,50 @@ Nothing else decides what the model sees: not ranks, not workers, not a crash in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from datamodules.config import Unit
 from datamodules.corpus import IndexedCorpus, StoredImage
 from datamodules.plan import Plan
-from kosmos_lit.batch import CORPORA
+from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, Ids, SpecialTokens, expand_images
 
 
 class Schedule(Protocol):
-    """Says which corpus a stream row comes from; `Mixture` for training, `InOrder` for validation."""
+    """Says which source a stream row comes from; `Blend` for training, `InOrder` for validation."""
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return the corpus of stream row `row`, and its number among that corpus's rows."""
+        """Return the source of stream row `row`, and its number among that source's rows."""
 
 
 class InOrder:
-    """Each corpus's rows once, one corpus after another."""
+    """Each source's rows once, one source after another."""
 
     def __init__(self, counts: Sequence[int]) -> None:
         self._ends = np.cumsum(counts)
         self.n_rows = int(self._ends[-1])
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Return the corpus of row `row`, and its number there."""
-        corpus = int(np.searchsorted(self._ends, row, side="right"))
-        return corpus, row - (int(self._ends[corpus - 1]) if corpus else 0)
+        """Return the source of row `row`, and its number there."""
+        source = int(np.searchsorted(self._ends, row, side="right"))
+        return source, row - (int(self._ends[source - 1]) if source else 0)
+
+
+@dataclass(frozen=True)
+class PackedSource:
+    """A source with its rows."""
+
+    name: str
+    kind: int
+    """Index into CORPORA."""
+    corpus: IndexedCorpus
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,10 @@ class Row:
     number: int
     corpus: int
     """Index into CORPORA."""
+    source: str
+    """Name of the source; empty for a row of padding."""
     epoch: int
-    """How often the corpus had been read through before."""
+    """How often the source had been read through before."""
     tokens: Ids
     """(T,) input ids."""
     targets: Ids
@@ -93,38 +108,56 @@ class Row:
             numbers[placed.at : placed.at + placed.length] = n
         return numbers
 
+    def amount(self, unit: Unit) -> int:
+        """Return how much of a mixture's unit this row holds; a document counts where it begins."""
+        match unit:
+            case "tokens":
+                return len(self.tokens)
+            case "loss_tokens":
+                return int((self.targets != IGNORE).sum())
+            case "documents":
+                return sum(d.start == 0 for d in self.documents)
+
+    def digest(self) -> int:
+        """Return 63 bits that tell this row from any other: its number, where all of it comes from, and its tokens."""
+        found = blake2b(digest_size=8)
+        pictures = [(i.shard, i.offset, i.length, i.path) for i in self.images]
+        found.update(repr((self.number, self.source, self.epoch, self.documents, pictures)).encode())
+        found.update(self.tokens.astype("<i8").tobytes() + self.targets.astype("<i8").tobytes())
+        return int.from_bytes(found.digest(), "little") >> 1
+
 
 class Stream:
     """Rows by number."""
 
     def __init__(
-        self,
-        corpora: Mapping[str, IndexedCorpus],
-        plans: Mapping[str, Plan],
-        schedule: Schedule,
-        special: SpecialTokens,
-        seq_len: int,
+        self, sources: Sequence[PackedSource | None], schedule: Schedule, special: SpecialTokens, seq_len: int
     ) -> None:
-        """Take the corpora that the schedule names, by their names in CORPORA, and how each is packed."""
-        self.corpora, self.plans, self.schedule = corpora, plans, schedule
-        self.special, self.seq_len = special, seq_len
+        """Take the sources by their numbers in the schedule; None is one that past rows came from and that is gone."""
+        self.sources, self.schedule, self.special, self.seq_len = sources, schedule, special, seq_len
+        self.by_name = {source.name: source for source in sources if source is not None}
 
-    def locate(self, row: int) -> tuple[str, int, int]:
-        """Return the corpus of a stream row, its epoch there, and its row in the corpus's plan."""
-        corpus, number = self.schedule.locate(row)
-        name = CORPORA[corpus]
-        epoch, at = divmod(number, self.plans[name].n_rows)
-        return name, epoch, self.plans[name].row(epoch, at)
+    def locate(self, row: int) -> tuple[PackedSource, int, int]:
+        """Return the source of a stream row, its epoch there, and its row in the source's plan.
+
+        Raises: UserError if the source is not given any more.
+        """
+        at, number = self.schedule.locate(row)
+        source = self.sources[at]
+        if source is None:
+            raise UserError(f"row {row} came from a source that this run's config does not name any more; name it again")
+        epoch, number = divmod(number, source.plan.n_rows)
+        return source, epoch, source.plan.row(epoch, number)
 
     def n_targets(self, first: int, stop: int) -> int:
         """Return the supervised tokens of rows `first` up to `stop`, without reading them."""
         placed = (self.locate(row) for row in range(first, stop))
-        return sum(self.plans[name].n_targets(row) for name, _, row in placed)
+        return sum(source.plan.n_targets(row) for source, _, row in placed)
 
     def row(self, number: int) -> Row:
         """Return stream row `number`."""
-        name, epoch, at = self.locate(number)
-        corpus, n_latents = self.corpora[name], self.plans[name].n_latents
+        source, epoch, at = self.locate(number)
+        corpus, n_latents = source.corpus, source.plan.n_latents
         tokens = np.full(self.seq_len, PAD, dtype=np.int64)
         targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
         documents: list[PlacedDocument] = []
@@ -132,7 +165,7 @@ class Stream:
         owner: list[int] = []
         slots: list[int] = []
         position = 0
-        for document, start, end in self.plans[name].pieces(at):
+        for document, start, end in source.plan.pieces(at):
             stored, answers = corpus.document_tokens(document), corpus.document_supervised(document)
             read, wanted, first_slots = render(stored, start, end, self.special, n_latents, answers)
             stop = position + len(read)
@@ -144,7 +177,7 @@ class Stream:
             documents.append(PlacedDocument(document, start, end, position, len(read)))
             position = stop
         return Row(
-            number, CORPORA.index(name), epoch, tokens, targets, tuple(documents), tuple(images), tuple(owner),
+            number, source.kind, source.name, epoch, tokens, targets, tuple(documents), tuple(images), tuple(owner),
             np.array(slots, dtype=np.int64),
         )  # fmt: skip
 

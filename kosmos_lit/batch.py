@@ -16,6 +16,8 @@ from torch import Tensor
 
 CORPORA = ("text", "caption", "interleaved", "instruct")
 """The kinds of corpora, in the order of `KosmosBatch.corpus`."""
+DIGEST_MASK = (1 << 63) - 1
+"""Digests of rows are added up modulo 2 ** 63."""
 
 
 class _Movable:
@@ -64,6 +66,12 @@ class KosmosBatch(_Movable):
     """Positions that are not padding."""
     n_bad_images: int = 0
     """Pictures that could not be decoded: their documents are in the batch without targets."""
+    sources: tuple[str, ...] = ()
+    """The rows' sources by name."""
+    amounts: tuple[int, ...] = ()
+    """What each row counts in the mixture's unit: positions, supervised tokens or documents."""
+    digest: int = 0
+    """Sum of the rows' digests modulo 2 ** 63: the same rows give the same sum, however they are shared out."""
 
 
 @dataclass(kw_only=True, eq=False)  # not frozen: Lightning refuses to walk through frozen ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, replace
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from kosmos_lit.batch import KosmosBatch, PromptBatch
+from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, PromptBatch
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.generate import GenerationConfig, Prompt, encode_prompt, generate
@@ -29,6 +30,8 @@ class TokenData(Protocol):
     tokenizer: Tokenizer
     seq_len: int
     """Positions in a row."""
+    kinds: Mapping[str, int]
+    """The kind of each source, an index into CORPORA, by name, in the same order on all ranks."""
 
 
 class KosmosLit(L.LightningModule):
@@ -78,6 +81,8 @@ class KosmosLit(L.LightningModule):
         """Norm of the last step's gradient before clipping."""
         self.lr = 0.0
         """Learning rate of the last step."""
+        self.rows_digest = 0
+        """Sum of the digests of the rows that this rank has trained on, and of all before a resume on the first rank."""
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
@@ -100,6 +105,11 @@ class KosmosLit(L.LightningModule):
     def tokenizer(self) -> Tokenizer:
         """The data module's tokenizer."""
         return self._data.tokenizer
+
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """The kind of each of the data's sources."""
+        return self._data.kinds
 
     @property
     def _data(self) -> TokenData:
@@ -154,6 +164,7 @@ class KosmosLit(L.LightningModule):
         torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + batch.rows[0] * 0xD1B54A32D192ED03) & _MASK)
 
     def training_step(self, batch: KosmosBatch, batch_idx: int) -> Tensor:
+        self.rows_digest = (self.rows_digest + batch.digest) & DIGEST_MASK
         nll = self.net.nll(batch)
         self.step_loss.update(nll, batch)
         # Lightning divides by the micro-batches of a step, and the gradient's average over ranks by their number.
@@ -235,12 +246,15 @@ class KosmosLit(L.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the tokenizer into the checkpoint, so that it can be used on its own."""
+        """Add the tokenizer, so that a checkpoint can be used on its own, and the digest of all rows trained on."""
         checkpoint["trained"] = self._trained()
+        checkpoint["rows_digest"] = f"{self.total_digest():016x}"
         checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.to_bytes()), dtype=torch.uint8)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError if training is to go on with other parameters than those that the optimizer's state is of."""
+        first = self._trainer is None or self.trainer.global_rank == 0
+        self.rows_digest = int(checkpoint.get("rows_digest", "0"), 16) if first else 0
         there, here = checkpoint.get("trained"), self._trained()
         if self._trainer is None or not self.trainer.training or there is None or there == here:
             return
@@ -249,6 +263,13 @@ class KosmosLit(L.LightningModule):
             f"the checkpoint's run trained {len(there)} parameters, this one {len(here)}, {changed[0]} for one differs: "
             "resume with that run's model.freeze and vision.trainable, or start anew from its weights with model.init_from"
         )
+
+    def total_digest(self) -> int:
+        """Return the digest of all rows trained on, over all ranks: they must all ask."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return self.rows_digest
+        mine = torch.tensor(self.rows_digest, device=self.device)
+        return int(self.trainer.strategy.reduce(mine, reduce_op="sum")) & DIGEST_MASK
 
     def _trained(self) -> list[str]:
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from kosmos_lit.cli.verify import logged
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
@@ -35,10 +36,4 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def losses(folder: Path) -> dict[int, str]:
     """Return the training loss of each step over all starts of a run, as it was written."""
-    found = {}
-    for path in sorted((folder / "csv").glob("version_*/metrics.csv"), key=lambda p: int(p.parent.name.split("_")[1])):
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("train/loss"):
-                    found[int(float(row["step"]))] = row["train/loss"]
-    return found
+    return {step: row["train/loss"] for step, row in logged(folder).items()}

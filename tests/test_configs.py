@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from datamodules import InstructData
+from datamodules.sources import ReadOptions
 from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
 from kosmos_lit.config import ConnectorKind, DocumentAttention, Init, KosmosConfig, Norm, Positions, Trainable
 from kosmos_lit.model import Kosmos
@@ -21,7 +22,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "base.yaml")
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
 SIZES = sorted((CONFIGS / "model").glob("*.yaml"))
-OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in ABLATIONS)
+DATA = sorted((CONFIGS / "data").glob("*.yaml"))
+OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in (*ABLATIONS, *DATA))
 ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false", "--trainer.precision=32-true")
 
 
@@ -174,7 +176,7 @@ def test_the_public_weights_can_be_fine_tuned_whole_or_by_adapters() -> None:
     assert count(adapted, trained=True) == 16 * (24 * (4 * 4096 + 2 * 10_240) + 4 * 4096)
     assert adapters.model.init_from == "models/kosmos2"
     assert whole.model.config == parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "model" / "kosmos2.yaml").model.config
-    assert whole.datamodule.ratio == (0, 0, 0, 1)
+    assert whole.datamodule.ratios == [(0, (0, 0, 0, 1))]
 
 
 INSTRUCT = ("--data.instruct.format=instruct", "--data.instruct.input=[x.jsonl]", "--data.instruct.index=index")
@@ -185,7 +187,7 @@ def test_instruction_data_may_be_chosen_on_the_command_line() -> None:
     data = KosmosCLI([*INSTRUCT_DATA, *ON_CPU], run=False).datamodule
 
     assert type(data) is InstructData
-    assert data.ratio == (0, 0, 0, 1)
+    assert data.ratios == [(0, (0, 0, 0, 1))]
 
 
 def test_a_share_beside_that_of_the_examples_leaves_theirs() -> None:
@@ -193,12 +195,12 @@ def test_a_share_beside_that_of_the_examples_leaves_theirs() -> None:
 
     data = KosmosCLI([*INSTRUCT_DATA, *caption, "--data.ratio.caption=3", *ON_CPU], run=False).datamodule
 
-    assert data.ratio == (0, 3, 0, 1)
+    assert data.ratios == [(0, (0, 3, 0, 1))]
 
 
 def test_the_papers_run_mixes_by_the_papers_ratio() -> None:
-    assert parsed(CONFIGS / "kosmos1.yaml").datamodule.ratio == (5, 5, 2, 0)
-    assert parsed(CONFIGS / "quickstart.yaml").datamodule.ratio == (5, 5, 2, 0)
+    assert parsed(CONFIGS / "kosmos1.yaml").datamodule.ratios == [(0, (5, 5, 2, 0))]
+    assert parsed(CONFIGS / "quickstart.yaml").datamodule.ratios == [(0, (5, 5, 2, 0))]
 
 
 def test_the_papers_model_is_the_default_one() -> None:
@@ -228,9 +230,25 @@ def test_an_overlay_keeps_the_fields_beside_the_one_it_changes(tmp_path: Path) -
 
     data = parsed(CONFIGS / "kosmos1.yaml", overlay).datamodule
 
-    assert data.configs["caption"].val_share == 0.25
-    assert data.configs["caption"].index == "data/index/caption"
-    assert set(data.configs) == {"text", "caption", "interleaved"}
+    assert data.sources["caption"].config.val_share == 0.25
+    assert data.sources["caption"].config.index == "data/index/caption"
+    assert set(data.sources) == {"text", "caption", "interleaved"}
+
+
+SOURCE = "{format: jsonl, input: [FILE], index: NAME, read: {text_field: body}, weight: 3}"
+
+
+def test_an_overlay_keeps_the_sources_beside_the_one_it_changes(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    named = "\n".join(f"      {name}: {SOURCE.replace('NAME', name)}" for name in ("books", "news"))
+    first.write_text(f"data:\n  init_args:\n    sources:\n{named}\n", encoding="utf-8")
+    second.write_text("data: {init_args: {sources: {news: {weight: 7, read: {seed: 5}}}}}\n", encoding="utf-8")
+    files = [a for path in (CONFIGS / "kosmos1.yaml", first, second) for a in ("-c", str(path))]
+
+    data = KosmosCLI([*files, "--data.sources.books.weight=11", *ON_CPU], run=False).datamodule
+
+    assert [data.sources[name].config.weight for name in ("text", "books", "news")] == [1, 11, 7]
+    assert data.sources["news"].config.read == ReadOptions(text_field="body", seed=5)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
@@ -278,3 +296,18 @@ def test_every_switch_has_an_overlay_for_each_of_its_values_but_the_default() ->
     for field, values in switches.items():
         assert {value for key, value in named if key == field} == set(get_args(values)) - {get_args(values)[0]}
     assert {value for key, value in named if key == "model.kosmos.vision.trainable"} == set(get_args(Trainable))
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda p: p.stem)
+def test_an_overlay_of_corpora_changes_the_corpora_and_nothing_else(path: Path) -> None:
+    corpora = ("text", "caption", "interleaved", "sources")
+
+    assert {key.split(".")[2] for key in changes("kosmos1.yaml", path)} == set(corpora)
+
+
+def test_the_papers_corpora_are_weighted_as_in_its_table_20() -> None:
+    data = parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "data" / "kosmos1.yaml").datamodule
+    weights = {name: source.config.weight for name, source in data.sources.items() if source.config.format == "jsonl"}
+
+    assert list(weights.values()) == [21.8, 17.7, 16.2, 14.7, 10.6, 10.2, 5.4, 1.1, 1.0, 1.0, 0.2]
+    assert [source.config.format for source in data.sources.values()] == 11 * ["jsonl"] + 4 * ["img2dataset"] + ["warc"]

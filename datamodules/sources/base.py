@@ -50,6 +50,8 @@ class Source(ABC):
     """One format."""
 
     format: ClassVar[str]
+    kind: ClassVar[str]
+    """The kind of corpus that its documents make, one of `CORPORA`."""
     packing: ClassVar[str] = "whole"
     """`split`: documents follow one another and are cut where a row ends; `whole`: they are kept in one piece if they fit a
     row; `intact`: those that do not are left out."""

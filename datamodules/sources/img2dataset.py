@@ -29,6 +29,7 @@ class Img2Dataset(Source):
     """A document per sample: its picture, then its caption; its record is the byte offset of the picture's tar header."""
 
     format = "img2dataset"
+    kind = "caption"
 
     def documents(
         self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None

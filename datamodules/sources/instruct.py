@@ -39,6 +39,7 @@ class Instruct(JsonLines):
     """An example per line."""
 
     format = "instruct"
+    kind = "instruct"
     packing = "intact"
     columns = {"supervised": "|u1", "image_path_offsets": "<u8", "image_paths": "|u1"}  # noqa: RUF012
 

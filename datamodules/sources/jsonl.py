@@ -64,6 +64,7 @@ class Jsonl(JsonLines):
     """A text per line."""
 
     format = "jsonl"
+    kind = "text"
     packing = "split"
 
     def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:

@@ -20,6 +20,7 @@ class Parquet(Source):
     """A document per row; its record is the row's number, from 0."""
 
     format = "parquet"
+    kind = "text"
     packing = "split"
 
     def documents(

@@ -42,6 +42,7 @@ class Warc(Source):
     """A document per page; its record is the byte offset of the page's WARC record."""
 
     format = "warc"
+    kind = "interleaved"
     needs_survey = True
 
     def survey(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,13 +14,17 @@ from lightning.pytorch.callbacks import Callback
 from kosmos_lit.batch import CORPORA, KosmosBatch
 from kosmos_lit.lit import KosmosLit
 
+DIGEST_MODULUS = 1 << 24
+"""Logged numbers are float32, which holds so many integers exactly."""
+
 
 class StepLog(Callback):
     """Logs one row every `log_every_n_steps` optimizer steps.
 
     Losses are those of that step's global batch. Rates are means since the row before, over all ranks, validation and
-    checkpoints not counted; tokens are real positions (image slots are, padding is not). `mix` is each corpus's share of
-    the positions since the process started.
+    checkpoints not counted; tokens are real positions (image slots are, padding is not). `mix` is the share of each kind and
+    of each named source since the process started, in the mixture's unit. `rows` is 24 bits of the digest of all rows so
+    far: two runs that read the same rows have the same.
     """
 
     def __init__(self) -> None:
@@ -26,7 +32,7 @@ class StepLog(Callback):
         self._started = self._elapsed = 0.0
         self._waited = 0.0
         self._window = torch.zeros(4, dtype=torch.float64)  # real positions, all positions, pictures, bad pictures
-        self._mix = torch.zeros(len(CORPORA), dtype=torch.float64)
+        self._mix: Counter[str] = Counter()  # by source
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -44,8 +50,8 @@ class StepLog(Callback):
         self._window += torch.tensor(
             [batch.n_real, batch.tokens.numel(), len(batch.images), batch.n_bad_images], dtype=torch.float64
         )
-        kinds = torch.arange(len(CORPORA), device=batch.corpus.device)
-        self._mix = self._mix.to(kinds.device) + (batch.corpus[:, None] == kinds).sum(0)  # stays there until it is logged
+        for source, amount in zip(batch.sources, batch.amounts, strict=True):
+            self._mix[source] += amount
         if trainer.global_step == self._step:
             return  # the step's other micro-batches are still to come
         self._step = trainer.global_step
@@ -58,7 +64,8 @@ class StepLog(Callback):
         seconds = self._elapsed + time.monotonic() - self._started
         waited = _loader_wait(trainer) - self._waited
         real, positions, images, bad = self._sum(trainer, self._window)
-        mix = self._sum(trainer, self._mix)
+        mine = [pl_module.rows_digest % DIGEST_MODULUS, *(self._mix[source] for source in pl_module.kinds)]
+        digest, *amounts = self._sum(trainer, torch.tensor(mine, dtype=torch.float64))
         metrics = {f"train/{k}": v.float() for k, v in pl_module.step_loss.compute().items()} | {
             "step": float(self._step),
             "lr": pl_module.lr,
@@ -67,10 +74,11 @@ class StepLog(Callback):
             "padding": 1 - real / positions,
             "data_wait": waited / seconds,
             "bad_images": bad,
+            "rows": digest % DIGEST_MODULUS,
         }
         if pl_module.grad_norm is not None:
             metrics["grad_norm"] = pl_module.grad_norm
-        metrics |= {f"mix/{name}": mix[i] / sum(mix) for i, name in enumerate(CORPORA)}
+        metrics |= _shares(pl_module.kinds, amounts)
         pl_module.log_dict(metrics)
         self._reset(trainer)
 
@@ -83,6 +91,17 @@ class StepLog(Callback):
         if trainer.world_size > 1:
             values = trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="sum")
         return values.tolist()
+
+
+def _shares(kinds: Mapping[str, int], amounts: Sequence[float]) -> dict[str, float]:
+    """Return the share of each kind, and of each source that is not the only one of its kind."""
+    total = sum(amounts) or 1.0
+    found = {f"mix/{name}": 0.0 for name in CORPORA}
+    for (source, kind), amount in zip(kinds.items(), amounts, strict=True):
+        found[f"mix/{CORPORA[kind]}"] += amount / total
+        if source not in CORPORA:
+            found[f"mix/{CORPORA[kind]}/{source}"] = amount / total
+    return found
 
 
 def _loader_wait(trainer: L.Trainer) -> float:

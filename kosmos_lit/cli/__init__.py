@@ -16,6 +16,7 @@ VERBS = {
     "predict": "captions for held-out pictures, as JSON lines",
     "prepare": "make a tokenizer or an indexed corpus out of raw files",
     "rows": "print what the model gets at given rows of the stream",
+    "verify-resume": "compare the rows that two runs read, and their weights",
     "generate": "continue a prompt with pictures",
     "import": "turn weights of transformers, fairseq or open_clip into a model folder",
     "export": "write a trained model for transformers, or as safetensors",
@@ -23,7 +24,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one verb and return the exit code: 0, 1 for a negative answer, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -35,21 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}")
-        _runner(verb)(rest)
+        return _runner(verb)(rest) or 0
     except UserError as error:
         print(f"error: {_innermost(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there (fit: with --ckpt_path last)", file=sys.stderr)
         return 130
-    return 0
 
 
-def _runner(verb: str) -> Callable[[list[str]], None]:
-    if verb in ("prepare", "rows", "generate", "import", "export"):
+def _runner(verb: str) -> Callable[[list[str]], int | None]:
+    if verb in ("prepare", "rows", "verify-resume", "generate", "import", "export"):
         from kosmos_lit.cli import verbs
 
-        run: Callable[[list[str]], None] = getattr(verbs, "import_" if verb == "import" else verb)
+        run: Callable[[list[str]], int | None] = getattr(verbs, "import_" if verb == "import" else verb.replace("-", "_"))
         return run
     from kosmos_lit.cli.trainer import run_trainer
 
@@ -63,5 +63,5 @@ def _innermost(message: str) -> str:
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<10}{what}" for verb, what in VERBS.items()]
+    lines = [f"  {verb:<15}{what}" for verb, what in VERBS.items()]
     return "\n".join(["usage: main.py VERB ...", "", *lines, "", "main.py VERB --help says more."])

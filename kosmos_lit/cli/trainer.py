@@ -7,6 +7,7 @@ What differs from stock, and why:
 - Values that model and data share are linked; setting a linked target is refused instead of ignored.
 - The run's configuration wins over a checkpoint's; a checkpoint of another architecture is refused by name of the fields.
 - `--ckpt_path last` means the newest whole checkpoint of the run's folder; a new run does not write into an old one's.
+- Named sources are merged across files; the stock parser drops those that an overlay does not repeat.
 - `configs/base.yaml` is read before the files that are named.
 """
 
@@ -16,6 +17,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +39,7 @@ LINKS = {
     "model.kosmos.connector.n_latents": "data.init_args.n_latents",
     "model.kosmos.vision.image_size": "data.init_args.image_size",
 }
+SOURCES = ("data", "init_args", "sources")
 LAST = "last"
 NOISE = (
     ".*LeafSpec",  # Lightning's own use of torch
@@ -93,6 +96,7 @@ class KosmosCLI(LightningCLI):
         self.arguments = list(arguments)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
         _refuse_linked_targets(self.arguments)
+        self.arguments = _with_all_sources(self.arguments)
         kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         defaults = {"default_config_files": [str(BASE)]}
         each = dict.fromkeys(self.subcommands(), kwargs | defaults)
@@ -225,11 +229,34 @@ def _refuse_linked_targets(arguments: Sequence[str]) -> None:
             if argument.split("=")[0] in (f"--{target}", f"--{short}"):
                 raise UserError(f"{argument.split('=')[0]} cannot be set: {advice}")
         for path in _config_files(arguments):
-            node: Any = _read_yaml(path)
-            for key in target.split("."):
-                node = node.get(key) if isinstance(node, dict) else None
-            if node is not None:
+            if _value_at(_read_yaml(path), target.split(".")) is not None:
                 raise UserError(f"{path}: {target} cannot be set: {advice}")
+
+
+def _value_at(node: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _merged(one: Any, other: Any) -> Any:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return other
+    return one | {key: _merged(one.get(key), value) for key, value in other.items()}
+
+
+def _with_all_sources(arguments: list[str]) -> list[str]:
+    """Repeat, behind the last config file, the sources of all of them, where several name some."""
+    files = list(_config_files(arguments))
+    found = [sources for path in files if isinstance(sources := _value_at(_read_yaml(path), SOURCES), dict)]
+    if len(found) < 2:
+        return arguments
+    node = reduce(_merged, found)
+    for key in reversed(SOURCES):
+        node = {key: node}
+    last = max(i for i, a in enumerate(arguments) if a in ("-c", "--config") or a.startswith("--config="))
+    behind = last + (1 if arguments[last].startswith("--config=") else 2)
+    return [*arguments[:behind], f"--config={yaml.safe_dump(node)}", *arguments[behind:]]
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

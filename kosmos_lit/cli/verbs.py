@@ -1,4 +1,4 @@
-"""The verbs beside Lightning's: prepare, rows, generate, import, export."""
+"""The verbs beside Lightning's: prepare, rows, verify-resume, generate, import, export."""
 
 from __future__ import annotations
 
@@ -92,6 +92,8 @@ def rows_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="main.py rows", epilog="All other arguments are those of fit: -c CONFIG, overrides.")
     parser.add_argument("--start", type=int, default=0, help="first row")
     parser.add_argument("--count", type=int, default=1, help="number of rows")
+    parser.add_argument("--step", type=int, default=None, help="the rows of this optimizer step, the first being 1")
+    parser.add_argument("--ckpt_path", type=Path, default=None, help="a run whose shares changed on the way: its checkpoint")
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
@@ -102,6 +104,8 @@ def rows(arguments: list[str]) -> None:
     a, rest = rows_parser().parse_known_args(arguments)
     if a.start < 0 or a.count < 0:
         raise UserError(f"rows: --start {a.start} and --count {a.count} must not be negative")
+    if a.step is not None and (a.step < 1 or a.split != "train"):
+        raise UserError(f"rows: --step {a.step} must be at least 1, and is one of training")
     from datamodules.module import MixtureData
     from datamodules.show import describe_row, readable_row
     from kosmos_lit.cli.trainer import DataCLI
@@ -111,14 +115,45 @@ def rows(arguments: list[str]) -> None:
         raise UserError(f"rows: {type(data).__name__} has no rows")
     data.prepare_data()
     data.open()
+    if a.ckpt_path is not None:
+        from kosmos_lit.checkpoint import load_checkpoint
+
+        data.read_as(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
     stream = data.stream(a.split)
-    stop = a.start + a.count if a.split == "train" else min(a.start + a.count, data.n_val_rows())
-    for number in range(a.start, stop):
+    numbers = range(a.start, a.start + a.count)
+    if a.step is not None:
+        numbers = data.rows_of_step(a.step)
+    if a.split == "val":
+        numbers = numbers[: max(0, data.n_val_rows() - numbers.start)]
+    for number in numbers:
         row = stream.row(number)
         if a.json:
             print(json.dumps(describe_row(row, stream)))
         else:
             print(readable_row(row, stream, data.tokenizer))
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the options of `verify-resume`."""
+    parser = _Parser(prog="main.py verify-resume")
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, or a checkpoint")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="by how much weights may differ (other ranks)")
+    return parser
+
+
+def verify_resume(arguments: list[str]) -> int:
+    """Compare two runs' rows and weights; return 0 if they are the same, else 1."""
+    a = verify_parser().parse_args(arguments)
+    from kosmos_lit.cli.verify import compare, first_difference
+
+    found = compare(*a.runs)
+    for comparison in found:
+        print(comparison.describe())
+    if difference := first_difference(*a.runs):
+        print(f"in the log {difference[1]} differ{'s' * (difference[1] != 'rows')} first at step {difference[0]:,}")
+    same = [c.same_rows and c.distance <= a.tolerance for c in found]
+    print(f"{sum(same)} of {len(same)} common checkpoints are the same")
+    return 0 if all(same) else 1
 
 
 def generate_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,8 @@ from datamodules.corpus import IndexedCorpus
 from datamodules.mixture import Mixture
 from datamodules.plan import Layout, Plan
 from datamodules.split import Split
-from datamodules.stream import Row, Stream
+from datamodules.stream import PackedSource, Row, Stream
+from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import SpecialTokens
 
 INPUTS = {
@@ -226,6 +227,17 @@ def write_raw(folder: Path) -> None:
 # ---- streams
 
 
+def plan(name: str, corpus: IndexedCorpus, seq_len: int, n_latents: int, seed: int) -> Plan:
+    """A plan over all documents of a corpus."""
+    layout = Layout(seq_len=seq_len, n_latents=n_latents, seed=seed)
+    return Plan(name, corpus, Split(corpus, 0.0, None), "train", layout)
+
+
+def documents_of(plan: Plan) -> list[int]:
+    """The documents of a plan, each once."""
+    return sorted({document for row in range(plan.n_rows) for document, _, _ in plan.pieces(row)})
+
+
 def stream(
     corpora: Mapping[str, IndexedCorpus],
     special: SpecialTokens,
@@ -236,26 +248,16 @@ def stream(
     seed: int = 7,
 ) -> Stream:
     """A stream over all documents of the corpora."""
-    plans = {n: plan(c, n, seq_len=seq_len, n_latents=n_latents, seed=seed) for n, c in corpora.items()}
-    return Stream(corpora, plans, Mixture(ratio), special, seq_len)
-
-
-def plan(
-    corpus: IndexedCorpus, name: str = "text", *, seq_len: int = 101, n_latents: int = 3, seed: int = 7, shuffle: bool = True
-) -> Plan:
-    """A plan of all documents of a corpus."""
-    layout = Layout(seq_len=seq_len, n_latents=n_latents, seed=seed)
-    return Plan(name, corpus, Split(corpus, 0.0, None), "train", layout, shuffle=shuffle)
-
-
-def documents_of(plan: Plan) -> set[int]:
-    """The documents that stand in the rows of a plan."""
-    return {document for row in range(plan.n_rows) for document, _, _ in plan.pieces(row)}
+    packed: list[PackedSource | None] = [None] * len(CORPORA)
+    for name, corpus in corpora.items():
+        kind = CORPORA.index(name)
+        packed[kind] = PackedSource(name, kind, corpus, plan(name, corpus, seq_len, n_latents, seed))
+    return Stream(packed, Mixture.constant(ratio), special, seq_len)
 
 
 def plain(row: Row) -> tuple[object, ...]:
     """A row as values that `==` compares."""
     return (
-        row.number, row.corpus, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.documents, row.images,
+        row.number, row.corpus, row.source, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.documents, row.images,
         row.image_owner, row.slots.tolist(),
     )  # fmt: skip

@@ -6,7 +6,6 @@ import pytest
 from datamodules import collate as collate_module
 from datamodules.collate import Pictures, collate, empty_row
 from datamodules.prepare.index import prepare_corpus
-from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import IGNORE, PAD
 from tests.datamodules import made
@@ -42,13 +41,13 @@ def joined(rows, pixels, stream, tokenizer):
 
 def read(rows, stream):
     pictures = Pictures(SIDE, "crop", 0.5)
-    return [pictures.read(row, stream.corpora[CORPORA[row.corpus]]) for row in rows]
+    return [pictures.read(row, stream.by_name[row.source].corpus) for row in rows]
 
 
 def read_all(pictures, stream):
     """The pictures of an epoch of caption pairs."""
-    rows = (stream.row(i) for i in range(stream.plans["caption"].n_rows))
-    return [p for row in rows for p in pictures.read(row, stream.corpora["caption"])]
+    rows = (stream.row(i) for i in range(stream.by_name["caption"].plan.n_rows))
+    return [p for row in rows for p in pictures.read(row, stream.by_name["caption"].corpus)]
 
 
 def first_with_pictures(stream):
@@ -117,7 +116,7 @@ def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(str
 
 
 def test_pictures_that_cannot_be_decoded_are_counted(hollow, tokenizer):
-    rows = [hollow.row(i) for i in range(hollow.plans["caption"].n_rows)]
+    rows = [hollow.row(i) for i in range(hollow.by_name["caption"].plan.n_rows)]
     batch = joined(rows, read(rows, hollow), hollow, tokenizer)
     assert len(batch.images) == 31
     black = [not picture.any() for picture in batch.images]
@@ -139,7 +138,7 @@ def test_a_few_bad_pictures_do_not_stop_the_run(hollow):
 
 def test_a_shard_that_is_gone_is_named(stream, tmp_path):
     row = first_with_pictures(stream)
-    corpus = stream.corpora[CORPORA[row.corpus]]
+    corpus = stream.by_name[row.source].corpus
     gone = replace(row, images=tuple(replace(i, shard=0) for i in row.images))
 
     class Moved:

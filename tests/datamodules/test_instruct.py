@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,8 +15,6 @@ from PIL import Image
 from datamodules import InstructData
 from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.corpus import IndexedCorpus
-from datamodules.packing import TOO_LONG
-from datamodules.plan import Layout, Plan
 from datamodules.prepare.index import prepare_corpus
 from datamodules.sources.instruct import prompt_text
 from kosmos_lit.batch import CORPORA
@@ -76,11 +75,11 @@ def test_targets_are_the_answers_and_an_eos_behind_each(data, tokenizer):
         row = stream.row(number)
         for placed in row.documents:
             targets = row.targets[placed.at : placed.at + placed.length]
-            answers = answers_of(record_of(data.corpora["instruct"], placed.document))
+            answers = answers_of(record_of(data.opened["instruct"].corpus, placed.document))
             wanted = [id_ for answer in answers for id_ in (*tokenizer.encode(answer).tolist(), EOS)]
             assert targets[targets != IGNORE].tolist() == wanted
             seen += 1
-    assert seen == len(data.val_documents["instruct"]) > 5
+    assert seen == len(list(data.opened["instruct"].held_out())) > 5
 
 
 def test_no_eos_stands_in_the_input(data):
@@ -95,7 +94,7 @@ def test_the_targets_of_a_step_are_known_before_it(data):
 
 
 def test_no_example_is_split(data):
-    corpus = data.corpora["instruct"]
+    corpus = data.opened["instruct"].corpus
     lengths = np.diff(corpus.token_offsets)
     for number in range(29):
         for placed in data.stream().row(number).documents:
@@ -115,7 +114,7 @@ def test_a_picture_is_read_from_its_own_file(raw, examples):
 def test_a_batch_has_its_pictures_in_the_order_of_their_slots(data):
     batch = next(iter(data.train_dataloader()))
     row = data.stream().row(0)
-    first = Image.open(io.BytesIO(data.corpora["instruct"].image_bytes(row.images[0])))
+    first = Image.open(io.BytesIO(data.opened["instruct"].corpus.image_bytes(row.images[0])))
     corner = np.asarray(first.convert("RGB").resize((7, 7), Image.Resampling.BICUBIC, box=(2.5, 0, 69.5, 67)))
     assert batch.images[0].permute(1, 2, 0).numpy() == pytest.approx(corner, abs=1)
     assert batch.corpus.tolist() == [CORPORA.index("instruct")] * 2
@@ -128,26 +127,26 @@ def test_a_batch_has_its_pictures_in_the_order_of_their_slots(data):
 def test_examples_longer_than_a_row_are_left_out_and_counted(build, caplog):
     with caplog.at_level("INFO"):
         data = build(seq_len=48)
-    plans = data.train_plans["instruct"], data.val_plans["instruct"]
-    n_long = sum(plan.totals.dropped[TOO_LONG] for plan in plans)
-    placed = {document for plan in plans for document in made.documents_of(plan)}
+    plans = [data.opened["instruct"].train.plan, data.opened["instruct"].val.plan]
+    n_long = sum(sum(plan.totals.dropped.values()) for plan in plans)
+    placed = [document for plan in plans for document in made.documents_of(plan)]
     assert n_long > 0
     assert len(placed) == len(RECORDS) - n_long
-    assert "documents are left out, longer than a row of 48 positions; the first: " in caplog.text
+    assert re.search(r"instruct: \d+ train documents are left out: .*; the first: .*Rows have 48 positions", caplog.text)
     assert ", line " in caplog.text
 
 
 def test_rows_that_no_example_fits_are_refused(examples):
-    with pytest.raises(UserError, match=r"none of 32 documents fits rows of 11 positions; document 0, .*; raise"):
-        made.plan(examples, "instruct", seq_len=11, n_latents=LATENTS)
+    with pytest.raises(UserError, match=r"none of 32 documents fits rows of 11 positions; .*; raise"):
+        made.plan("instruct", examples, 11, LATENTS, 0)
 
 
 def test_a_file_may_be_held_out_as_a_whole(build):
     data = build(val="tuning/b.jsonl.gz")
-    corpus = data.corpora["instruct"]
-    assert {corpus.shard_and_name(d)[0][-2:] for d in data.val_documents["instruct"].tolist()} == {"gz"}
-    assert len(data.val_documents["instruct"]) == 13
-    assert made.documents_of(data.train_plans["instruct"]) == set(range(19))
+    corpus = data.opened["instruct"].corpus
+    assert {corpus.shard_and_name(d)[0][-2:] for d in data.opened["instruct"].held_out()} == {"gz"}
+    assert len(list(data.opened["instruct"].held_out())) == 13
+    assert made.documents_of(data.opened["instruct"].train.plan) == list(range(19))
 
 
 def test_a_held_out_file_that_was_not_prepared_is_named(build):
@@ -164,14 +163,13 @@ def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
     record = RECORDS[kind]
     text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
     read = encode_prompt(text, len(record.get("images", [])), tokenizer, LATENTS)
-    split = SimpleNamespace(share=lambda part: 1.0, documents=lambda first, stop, part: np.array([document]))
-    plan = Plan("instruct", examples, split, "train", Layout(seq_len=SEQ_LEN, n_latents=LATENTS, seed=0))
-    mixture = made.Mixture([0, 0, 0, 1])
-    row = made.Stream({"instruct": examples}, {"instruct": plan}, mixture, tokenizer.special, SEQ_LEN).row(0)
-    n = len(read.tokens)
-    assert read.tokens.tolist() == row.tokens[:n].tolist()
-    assert read.slots.tolist() == row.slots.tolist()
-    assert row.targets[n - 1 : row.n_real].tolist() == [*tokenizer.encode(answers_of(record)[-1]).tolist(), EOS]
+    stream = made.stream({"instruct": examples}, tokenizer.special, ratio=(0, 0, 0, 1), seq_len=SEQ_LEN, n_latents=LATENTS)
+    rows = [stream.row(i) for i in range(stream.by_name["instruct"].plan.n_rows)]
+    row, placed = next((r, d) for r in rows for d in r.documents if d.document == document)
+    n, here = len(read.tokens), slice(placed.at, placed.at + placed.length)
+    assert read.tokens.tolist() == row.tokens[here][:n].tolist()
+    assert read.slots.tolist() == [slot - placed.at for slot in row.slots.tolist() if here.start <= slot < here.stop]
+    assert row.targets[here][n - 1 :].tolist() == [*tokenizer.encode(answers_of(record)[-1]).tolist(), EOS]
 
 
 TALKS = [
@@ -220,9 +218,9 @@ def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
 
 def test_predict_asks_for_the_last_answer_with_the_tokens_of_the_row(data, tokenizer):
     batches = list(data.predict_dataloader())
-    corpus = data.corpora["instruct"]
+    corpus = data.opened["instruct"].corpus
     asked = [(ids, answer) for batch in batches for ids, answer in zip(batch.tokens, batch.answers, strict=True)]
-    for document, (ids, answer) in zip(data.val_documents["instruct"].tolist(), asked, strict=True):
+    for document, (ids, answer) in zip(data.opened["instruct"].held_out(), asked, strict=True):
         stored = corpus.document_tokens(document)
         assert stored[: len(ids)].tolist() == ids.tolist()
         assert answer == tokenizer.decode(stored[len(ids) :].tolist()) == answers_of(record_of(corpus, document))[-1]
@@ -234,7 +232,7 @@ def test_prompts_without_room_for_an_answer_are_not_asked(data, caplog, monkeypa
     monkeypatch.setattr(data, "seq_len", 101)
     with caplog.at_level("INFO"):
         asked = sum(len(batch.answers) for batch in data.predict_dataloader())
-    n_held_out = len(data.val_documents["instruct"])
+    n_held_out = len(list(data.opened["instruct"].held_out()))
     assert asked < n_held_out
     assert f"{n_held_out - asked} prompts are not asked: they leave less than 64 of 101 positions" in caplog.text
 
@@ -248,15 +246,15 @@ def test_prompts_that_all_lack_room_are_an_error_that_names_the_length(data, mon
 def test_pictures_are_read_batch_by_batch(data, monkeypatch):
     monkeypatch.setattr("datamodules.questions.BATCH", 2)
     read = []
-    once = data.corpora["instruct"].image_bytes
-    monkeypatch.setattr(data.corpora["instruct"], "image_bytes", lambda image: (read.append(image), once(image))[1])
+    once = data.opened["instruct"].corpus.image_bytes
+    monkeypatch.setattr(data.opened["instruct"].corpus, "image_bytes", lambda image: (read.append(image), once(image))[1])
     batches = iter(data.predict_dataloader())
     first = next(batches)
     assert len(read) == len(first.images)
     rest = list(batches)
     assert len(read) == len(first.images) + sum(len(batch.images) for batch in rest) > len(first.images)
     assert len(first.answers) == 2
-    assert sum(len(batch.answers) for batch in rest) == len(data.val_documents["instruct"]) - 2
+    assert sum(len(batch.answers) for batch in rest) == len(list(data.opened["instruct"].held_out())) - 2
 
 
 # ---- indexes

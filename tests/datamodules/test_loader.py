@@ -18,9 +18,9 @@ def stream(corpora, tokenizer):
 @pytest.fixture(scope="module")
 def held_out(stream):
     """A finite stream: every row of each plan once."""
-    plans = {n: made.plan(stream.corpora[n], n, shuffle=False) for n in made.INPUTS}
-    schedule = InOrder([plans[n].n_rows for n in made.INPUTS])
-    return Stream(stream.corpora, plans, schedule, stream.special, 101), schedule.n_rows
+    sources = list(stream.by_name.values())
+    schedule = InOrder([source.plan.n_rows for source in sources])
+    return Stream(sources, schedule, stream.special, 101), schedule.n_rows
 
 
 @pytest.fixture(scope="module")

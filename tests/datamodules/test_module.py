@@ -34,7 +34,7 @@ def build(corpus_configs, tokenizer_folder):
         data = MixtureData(tokenizer, **(corpus_configs | OPTIONS | changes))
         data.trainer = SimpleNamespace(
             world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate, global_step=step,
-            val_check_interval=val_check_interval, max_steps=37,
+            val_check_interval=val_check_interval, max_steps=37, state=SimpleNamespace(fn="fit"),
         )  # fmt: skip
         data.prepare_data()
         return data
@@ -104,7 +104,7 @@ def test_a_module_that_was_resumed_twice_counts_on(build):
         ({"seed": 7}, "seed was 5, is 7"),
         ({"seq_len": 97}, "seq_len was 101, is 97"),
         ({"n_latents": 2}, "n_latents was 3, is 2"),
-        ({"ratio": RatioConfig(text=3)}, r"ratio was \[5.0, 5.0, 2.0\], is \[3, 5.0, 2.0\]"),
+        ({"ratio": RatioConfig(text=3)}, r"shares of rows were from row 0: text 41.7%, .* they are from row 0: text 30.0%"),
     ],
 )
 def test_a_checkpoint_of_another_stream_is_refused_and_both_are_named(build, changes, named):
@@ -122,8 +122,11 @@ def test_a_checkpoint_knows_no_ranks_and_no_micro_batches(build):
 
 def test_training_and_validation_share_no_document(build):
     data = ready(build)
-    for name in data.corpora:
-        assert not made.documents_of(data.train_plans[name]) & made.documents_of(data.val_plans[name])
+    for source in data.opened.values():
+        train, val = set(made.documents_of(source.train.plan)), set(made.documents_of(source.val.plan))
+        assert train
+        assert val == set(source.held_out())
+        assert not train & val
 
 
 def test_validation_is_the_same_for_every_seed(build):
@@ -134,7 +137,7 @@ def test_validation_is_the_same_for_every_seed(build):
 def test_validation_takes_at_most_the_rows_asked_of_each_corpus(build):
     data = ready(build)
     corpora = [c for batch in data.val_dataloader() for c in batch.corpus.tolist() if c >= 0]
-    there = [data.val_plans[name].n_rows for name in made.INPUTS]
+    there = [data.opened[name].val.plan.n_rows for name in made.INPUTS]
     assert corpora == [c for c, n_rows in enumerate(there) for _ in range(min(2, n_rows))]
 
 
@@ -162,13 +165,13 @@ def test_no_corpus_at_all_is_refused(tokenizer_folder):
 def test_a_share_that_is_not_given_is_the_papers_for_the_corpora_that_are(tokenizer_folder, corpus_configs):
     two = {name: corpus_configs[name] for name in ("caption", "interleaved")}
     data = MixtureData(tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **two)
-    assert data.ratio == (0, 5, 2, 0)
-    assert list(data.configs) == ["caption", "interleaved"]
+    assert data.ratios == [(0, (0, 5, 2, 0))]
+    assert list(data.sources) == ["caption", "interleaved"]
 
 
 def test_a_corpus_without_a_share_is_not_opened(build):
     data = ready(build, ratio=RatioConfig(text=0, caption=3, interleaved=0))
-    assert set(data.corpora) == {"caption"}
+    assert set(data.opened) == {"caption"}
 
 
 @pytest.mark.parametrize("name", ["seq_len", "global_batch_rows", "micro_batch_rows"])
@@ -210,12 +213,12 @@ def test_a_module_describes_how_often_its_corpora_are_read(build):
     data = ready(build)
     table = [line.split() for line in data.describe(7).splitlines()]
     n_rows = {"text": 35, "caption": 35, "interleaved": 14}  # 7 steps of 12 rows at 5 : 5 : 2
-    epochs = {name: f"{n / data.train_plans[name].n_rows:.2f}" for name, n in n_rows.items()}
+    epochs = {name: f"{n / data.opened[name].train.plan.n_rows:.2f}" for name, n in n_rows.items()}
     assert {line[0]: line[-1] for line in table[1:]} == epochs
 
 
 def test_questions_are_about_held_out_captions(build, tokenizer):
     data = ready(build)
     answers = [answer for batch in data.predict_dataloader() for answer in batch.answers]
-    corpus = data.corpora["caption"]
-    assert answers == [tokenizer.decode(corpus.document_tokens(d).tolist()) for d in data.val_documents["caption"].tolist()]
+    source = data.opened["caption"]
+    assert answers == [tokenizer.decode(source.corpus.document_tokens(d).tolist()) for d in source.held_out()]

@@ -22,7 +22,7 @@ def row(request, stream):
 
 def test_a_described_row_has_every_field(row, stream):
     described = describe_row(row, stream)
-    assert list(described) == ["row", "corpus", "epoch", "documents", "tokens", "targets", "segments", "images"]
+    assert list(described) == ["row", "corpus", "source", "epoch", "documents", "tokens", "targets", "segments", "images"]
     assert {tuple(d) for d in described["documents"]} == {("source", "id", "tokens")}
     assert {tuple(i) for i in described["images"]} <= {("shard", "offset", "length", "sha256")}
 
@@ -55,7 +55,7 @@ def test_the_hash_of_a_described_picture_is_that_of_the_original(stream):
 
 
 def test_described_documents_say_where_they_come_from(row, stream):
-    corpus = stream.corpora[CORPORA[row.corpus]]
+    corpus = stream.by_name[row.source].corpus
     found = [(d["source"], d["id"]) for d in describe_row(row, stream)["documents"]]
     assert found == [corpus.shard_and_name(d.document) for d in row.documents]
 
@@ -69,7 +69,7 @@ def test_a_readable_row_marks_each_picture_once(row, stream, tokenizer):
 def test_a_readable_row_shows_its_documents_text(row, stream, tokenizer):
     shown = readable_row(row, stream, tokenizer)
     whole = [d for d in row.documents if d.start == 0 and row.targets[d.at + d.length - 1] == EOS]
-    corpus = stream.corpora[CORPORA[row.corpus]]
+    corpus = stream.by_name[row.source].corpus
     assert whole
     for placed in whole:
         last_line = tokenizer.decode(corpus.document_tokens(placed.document)).split("\n")[-1]

@@ -21,7 +21,7 @@ def stream(corpora, tokenizer):
 
 def rows_of(stream, name, epoch):
     """The rows that a stream of one corpus only has in an epoch."""
-    n = stream.plans[name].n_rows
+    n = stream.by_name[name].plan.n_rows
     return [stream.row(i) for i in range(epoch * n, (epoch + 1) * n)]
 
 
@@ -93,7 +93,7 @@ def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, ep
 @pytest.mark.parametrize("name", made.INPUTS)
 def test_an_epoch_is_a_permutation_of_the_one_before(corpora, tokenizer, name):
     stream = only(corpora, tokenizer, name)
-    first, second = ([made.plain(row)[3:] for row in rows_of(stream, name, epoch)] for epoch in (0, 1))
+    first, second = ([made.plain(row)[4:] for row in rows_of(stream, name, epoch)] for epoch in (0, 1))
     assert sorted(map(repr, first)) == sorted(map(repr, second))
     assert first != second
 
@@ -134,7 +134,7 @@ def test_a_picture_lies_in_the_document_that_owns_it(stream):
         for image, owner, slot in zip(row.images, row.image_owner, row.slots.tolist(), strict=True):
             placed = row.documents[owner]
             assert placed.at < slot < placed.at + placed.length
-            assert image in stream.corpora[CORPORA[row.corpus]].document_images(placed.document)
+            assert image in stream.by_name[row.source].corpus.document_images(placed.document)
 
 
 def test_segments_number_the_documents_and_leave_padding_zero(stream):

@@ -221,7 +221,9 @@ def test_a_resume_with_other_data(mistake: Mistake, trained: Path, tmp_path: Pat
 
     message = mistake(*tiny_run("fit", tmp_path / "run", tiny_world, "--ckpt_path=last", "--data.ratio.text=7"))
 
-    assert "ratio was [5.0, 5.0, 2.0], is [7.0, 5.0, 2.0]" in message
+    assert "shares of rows were from row 24: text 41.7%" in message
+    assert "they are from row 24: text 50.0%" in message
+    assert "Set data.accept_changes" in message
 
 
 # ---- prepare, generate, rows
