@@ -12,6 +12,7 @@ as rows do in the released loader. A piece never ends on a picture's marker: the
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +25,11 @@ from datamodules.corpus import IndexedCorpus
 from datamodules.hashing import hash_key, permutation
 
 WINDOW = 4096
-"""Pieces among which best-fit packing looks ahead."""
+"""Pieces among which packing looks ahead."""
+CROWDED = 16
+"""Rows that hold as many pieces on average are filled to the last position; rows of fewer pieces, by best fit."""
+SLACK = 3
+"""Positions that a row filled to the last may lack."""
 TOO_LONG = "longer than a row"
 TOO_MANY_PICTURES = "more pictures in succession than a row holds"
 REASONS = (TOO_LONG, TOO_MANY_PICTURES)
@@ -124,14 +129,15 @@ def _pack_split(order: Array, n_targets: Array, seq_len: int, n_latents: int) ->
 def _pack_whole(
     corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array, seq_len: int, n_latents: int
 ) -> Packed:
-    """Keep documents in one piece where they fit a row; fill rows by best fit."""
+    """Keep documents in one piece where they fit a row."""
     long = n_targets + (n_latents + 1) * n_images > seq_len
     whole = np.stack([order[~long], np.zeros_like(order[~long]), n_targets[~long], n_images[~long]])
     pieces = {number: _cut(corpus, number, seq_len, n_latents) for number in order[long].tolist()}
     cut = [(number, *piece) for number, found in pieces.items() for piece in found]
     columns = np.concatenate([whole, np.array(cut, dtype=np.int64).reshape(-1, 4).T], axis=1)
     columns = columns[:, permutation(columns.shape[1], hash_key("pieces"))] if long.any() else columns
-    row = best_fit(columns[2] - columns[1] + (n_latents + 1) * columns[3], seq_len)
+    widths = columns[2] - columns[1] + (n_latents + 1) * columns[3]
+    row = exact_fill(widths, seq_len) if widths.sum() * CROWDED <= seq_len * len(widths) else best_fit(widths, seq_len)
     by_row = np.argsort(row, kind="stable")
     row_starts = np.searchsorted(row[by_row], np.arange(row.max(initial=-1) + 2))
     document_of, start_of, end_of, images_of = columns[:, by_row]
@@ -145,7 +151,7 @@ def _pack_whole(
 def _pack_intact(
     corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array, seq_len: int, n_latents: int
 ) -> Packed:
-    """Leave out the documents that are longer than a row, and fill rows with the others by best fit."""
+    """Leave out the documents that are longer than a row."""
     fits = n_targets + (n_latents + 1) * n_images <= seq_len
     packed = _pack_whole(corpus, order[fits], n_targets[fits], n_images[fits], seq_len, n_latents)
     return replace(
@@ -224,3 +230,99 @@ def best_fit(widths: Array, capacity: int, window: int = WINDOW) -> Array:
                 rows_with_space.setdefault(left, []).append(row)
                 spaces |= 1 << left
     return row_of
+
+
+class _Ahead:
+    """Pieces that may be taken, oldest first of each width; two whose widths have a given sum are found by one shift."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.there = 0  # bit w is set when some piece has width w
+        self.mirrored = 0  # bit capacity - w
+        self._pieces: defaultdict[int, deque[int]] = defaultdict(deque)
+
+    def _toggle(self, width: int) -> None:
+        self.there ^= 1 << width
+        self.mirrored ^= 1 << (self.capacity - width)
+
+    def put(self, piece: int, width: int) -> None:
+        if not self._pieces[width]:
+            self._toggle(width)
+        self._pieces[width].append(piece)
+
+    def take(self, width: int) -> int:
+        pieces = self._pieces[width]
+        piece = pieces.popleft()
+        if not pieces:
+            self._toggle(width)
+        return piece
+
+    def widest(self, space: int) -> list[int]:
+        """Return the widest width that there is up to `space`, if there is one."""
+        width = (self.there & ((2 << space) - 1)).bit_length() - 1
+        return [width] if width > 0 else []
+
+    def two(self, total: int) -> list[int]:
+        """Return two widths of that sum, as alike as can be, or none."""
+        if total < 2:
+            return []
+        found = self.there & (self.mirrored >> (self.capacity - total)) & ((2 << total // 2) - 1)
+        while found:
+            narrow = found.bit_length() - 1
+            if 2 * narrow < total or len(self._pieces[narrow]) > 1:
+                return [narrow, total - narrow]
+            found ^= 1 << narrow
+        return []
+
+    def three(self, total: int) -> list[int]:
+        """Return three widths of that sum, as alike as can be, or none."""
+        if total < 3:
+            return []
+        third = total // 3
+        below = self.there & ((2 << third) - 1)
+        above = self.there ^ below
+        while below or above:
+            if below:
+                width = below.bit_length() - 1
+                below ^= 1 << width
+            else:
+                width = (above & -above).bit_length() - 1
+                above ^= 1 << width
+            two = self.two(total - width)
+            if two and len(self._pieces[width]) > two.count(width):
+                return [width, *two]
+        return []
+
+
+def exact_fill(widths: Array, capacity: int, window: int = WINDOW) -> Array:
+    """Assign each piece a row: pieces as they come, but that the last three are chosen to fill the row exactly.
+
+    As most are taken as they come, the pieces to choose from stay a fair sample, narrow and wide ones, to the end. Best fit
+    with its widest first leaves pieces of one width, and in each row a space in which no piece fits.
+    """
+    width_of: list[int] = widths.tolist()
+    row_of = [-1] * len(width_of)
+    enough = 5 * sum(width_of) // max(1, 2 * len(width_of))  # room for three: between 2.5 and 3.5 pieces
+    ahead = _Ahead(capacity)
+    oldest = newest = row = 0
+    while True:
+        space = capacity
+        while True:
+            while oldest < len(row_of) and row_of[oldest] >= 0:
+                oldest += 1
+            if oldest == len(row_of):
+                return np.array(row_of, dtype=np.int64)
+            while newest < min(len(row_of), oldest + window):
+                ahead.put(newest, width_of[newest])
+                newest += 1
+            width = width_of[oldest]
+            if space < capacity and space - width < enough:
+                break
+            row_of[ahead.take(width)] = row
+            space -= width
+        last = next((found for lack in range(SLACK + 1) if (found := ahead.three(space - lack))), [])
+        while last or (last := ahead.two(space) or ahead.widest(space)):
+            width = last.pop()
+            row_of[ahead.take(width)] = row
+            space -= width
+        row += 1

@@ -1,8 +1,12 @@
+from collections import Counter
+from itertools import combinations
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.packing import Packed, answer_targets, best_fit, pack
+from datamodules.packing import CROWDED, Packed, _Ahead, answer_targets, best_fit, exact_fill, pack
 from tests.datamodules.offsets import Offsets
 
 
@@ -44,11 +48,51 @@ def test_nothing_is_packed_into_no_row():
     assert plan.n_rows == len(plan.row_targets) == len(plan.row_positions) == 0
 
 
+@pytest.mark.parametrize("fill", [best_fit, exact_fill])
 @given(st.lists(st.integers(1, 17), min_size=1, max_size=101), st.integers(1, 13))
-def test_best_fit_fills_no_row_beyond_its_capacity(widths, window):
-    rows = best_fit(np.array(widths), 17, window)
+def test_no_row_is_filled_beyond_its_capacity_and_none_is_empty(fill, widths, window):
+    rows = fill(np.array(widths), 17, window)
+    assert len(rows) == len(widths)
     assert np.bincount(rows, widths).max() <= 17
     assert set(rows.tolist()) == set(range(rows.max() + 1))
+
+
+@pytest.mark.parametrize("fill", [best_fit, exact_fill])
+def test_pieces_of_one_width_fill_rows_as_far_as_they_can(fill):
+    assert np.bincount(fill(np.full(101, 78), 2048)).tolist() == [26] * 3 + [23]
+
+
+@pytest.mark.parametrize("fill", [best_fit, exact_fill])
+def test_pieces_as_wide_as_a_row_have_one_each(fill):
+    assert sorted(np.bincount(fill(np.array([17, 1, 17, 1, 1, 17]), 17)).tolist()) == [1, 1, 1, 3]
+
+
+@given(st.lists(st.integers(1, 17), min_size=1, max_size=101), st.integers(2, 51))
+def test_two_and_three_pieces_of_a_sum_are_found_where_there_are_some(widths, total):
+    ahead = _Ahead(51)
+    for piece, width in enumerate(widths):
+        ahead.put(piece, width)
+    for k, found in ((2, ahead.two(total)), (3, ahead.three(total))):
+        assert bool(found) == any(sum(some) == total for some in combinations(sorted(widths), k))
+        assert not found or (len(found), sum(found)) == (k, total)
+        assert not Counter(found) - Counter(widths)
+
+
+@pytest.mark.parametrize("sigma", [0.4, 0.6, 0.8])
+def test_less_than_a_thousandth_of_the_rows_of_caption_pairs_is_padding(sigma):
+    text = np.clip(np.rint(17 * np.exp(np.random.default_rng(3).normal(0, sigma, 50_021))), 1, 512).astype(np.int64)
+    rows = exact_fill(text + 67, 2048)
+    assert 1 - (text + 67).sum() / 2048 / (rows.max() + 1) < 1e-3  # a last row that holds one pair would be 5e-4
+
+
+def test_rows_of_few_pieces_are_packed_by_best_fit_and_rows_of_many_to_the_last_position():
+    lengths = 8 + np.arange(3001) * 7919 % 53  # captions of 8 to 60 tokens
+    documents = ["i" + "t" * n for n in lengths.tolist()]
+    wide, narrow = packed(documents, 1000, 64), packed(documents, 2048, 64)
+    assert wide.n_rows * CROWDED > 3001 > narrow.n_rows * CROWDED
+    assert wide.n_rows == best_fit(lengths + 67, 1000).max() + 1
+    assert np.sort(2048 - narrow.row_positions)[:-1].max() <= 70
+    assert (narrow.row_positions >= 2045).mean() > 0.97
 
 
 @given(st.data())
