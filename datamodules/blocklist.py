@@ -160,9 +160,8 @@ def _hashed(kind: Kind, name: str) -> int:
         case "digest":
             return int(name[:16], 16)  # a hash already
         case "url":
-            return hash_bytes(name.strip().partition("#")[0].encode("utf-8", "surrogatepass"))
-        case "key":
-            return hash_bytes(name.encode("utf-8", "surrogateescape"))
+            name = name.strip().partition("#")[0]
+    return hash_bytes(name.encode("utf-8", "surrogatepass"))
 
 
 def _read(path: Path, found: dict[Kind, array[int]]) -> None:

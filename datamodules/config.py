@@ -38,7 +38,7 @@ class CorpusConfig:
     val_input: list[str] | None = None
     """Patterns of files that are kept for validation as a whole; then `val_share` does not count."""
     max_bad_share: float = 0.1
-    """A shard with more broken records, or a run with more undecodable pictures, than this stops."""
+    """A shard with more broken records, or a run with more undecodable pictures of this corpus, than this stops."""
     read: ReadOptions = field(default_factory=ReadOptions)
     """How documents are cut out of the files."""
 

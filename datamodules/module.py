@@ -282,7 +282,7 @@ class MixtureData(L.LightningDataModule):
     def _rendering(self) -> Rendering:
         return Rendering(
             tokenizer=self.tokenizer, image_size=self.image_size, fit=self.image_fit,
-            n_latents=self.n_latents, max_bad_share=max(c.max_bad_share for c in self.configs.values()),
+            n_latents=self.n_latents, max_bad_share={name: c.max_bad_share for name, c in self.configs.items()},
         )  # fmt: skip
 
     # ---- resume: a row number, and what the rows are of

@@ -6,6 +6,7 @@ Pictures stay where they are: the index remembers the byte range of each inside 
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from kosmos_lit.images import ImageError, probe
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_JSON = 1 << 20
 """Bytes of a KEY.json that is read for its URL."""
+HEX = re.compile(r"(?:[0-9a-fA-F]{32}){1,2}")
 BLOCK = 512
 """Bytes of a tar header; a member's data starts right behind its header."""
 
@@ -146,11 +148,9 @@ def _origin(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
     if not isinstance(fields, dict):
         return (), ()
-    named = {name: fields[name] for name in ("url", "sha256", "md5") if isinstance(fields.get(name), str)}
-    return (
-        tuple(value for name, value in named.items() if name == "url"),
-        tuple(value for name, value in named.items() if name != "url"),
-    )
+    url = fields.get("url")
+    hashes = [fields[name] for name in ("sha256", "md5") if isinstance(fields.get(name), str)]
+    return (url,) if isinstance(url, str) else (), tuple(h for h in hashes if HEX.fullmatch(h))
 
 
 def _is_marked_end(path: Path, at: int) -> bool:
