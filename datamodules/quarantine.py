@@ -15,6 +15,8 @@ from pathlib import Path
 
 from kosmos_lit.errors import UserError
 
+BEGIN = b'{"source": "'
+"""How each line of a ledger begins."""
 MIN_PICTURES = 200
 """Pictures of a source that a process looks at before it judges the share of bad ones."""
 MAX_IN_A_ROW = 1000
@@ -67,11 +69,8 @@ class Ledger:
         line = sample.to_json().encode() + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                size = os.fstat(file).st_size
-                if size and os.pread(file, 1, size - 1) != b"\n":
-                    line = b"\n" + line  # the last writer was killed, or the disk was full
                 n_written = os.write(file, line)
             finally:
                 os.close(file)
@@ -84,25 +83,30 @@ class Ledger:
 def read_ledger(path: str | Path) -> Iterator[BadSample]:
     """Yield the samples of a ledger, each once: one met again in another row or epoch is the same.
 
-    Lines that broke off, as a killed writer leaves them, are passed over. It holds a hash of each sample in memory.
+    A line that broke off, as a killed writer or a full disk leaves it, is passed over; what was appended to it later is
+    not. It holds a hash of each sample in memory.
 
-    Raises: UserError if a line is JSON, but no bad sample.
+    Raises: UserError if a line is no bad sample.
     """
     seen: set[int] = set()
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                fields = json.loads(line)
-            except ValueError:
-                continue
-            try:
-                sample = BadSample(**fields)
-            except TypeError as error:
-                raise UserError(f"{path}, line {number}: no bad sample: {error}") from error
-            same = hash((sample.source, sample.shard, sample.key, sample.reason, sample.offset))
-            if same not in seen:
-                seen.add(same)
-                yield sample
+            head, *rest = line.split(BEGIN)  # quotes are escaped inside of a sample
+            if not BEGIN.startswith(head.strip()):
+                raise UserError(f"{path}, line {number}: no bad sample")
+            for sample in filter(None, map(_parsed, rest)):
+                same = hash((sample.source, sample.shard, sample.key, sample.reason, sample.offset))
+                if same not in seen:
+                    seen.add(same)
+                    yield sample
+
+
+def _parsed(rest: bytes) -> BadSample | None:
+    """Return the sample of a line behind its `BEGIN`; None: it broke off."""
+    try:
+        return BadSample(**json.loads(BEGIN + rest))
+    except ValueError:
+        return None
 
 
 class Budget:
