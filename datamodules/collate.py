@@ -1,57 +1,123 @@
-"""Rows to a KosmosBatch: pictures are read and decoded here, in the loader's processes."""
+"""Rows to a KosmosBatch: pictures are read and decoded here, in the loader's processes.
+
+What becomes of a sample that must not or cannot be learnt: it keeps its place, so that no other one moves. A document with
+a picture that cannot be decoded keeps its text, gets a black picture, and has no targets; a document on the blocklist has
+no text either (see `blocklist`). Each is a line of the ledger, every time that it is met.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from datamodules.blocklist import REASON, Blocklist
 from datamodules.config import Unit
-from datamodules.corpus import IndexedCorpus
+from datamodules.corpus import IndexedCorpus, StoredImage
+from datamodules.quarantine import BadSample, Budget, Ledger
 from datamodules.stream import Row
 from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, check_slots
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit, ImageError, Pixels, decode
-from kosmos_lit.tokens import IGNORE, PAD, Ids, Tokenizer
+from kosmos_lit.tokens import IGNORE, PAD, Ids, SpecialTokens, Tokenizer
 
-MIN_PICTURES = 200
-"""Pictures that a process looks at before it judges the share of bad ones."""
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row as a batch takes it up."""
+
+    row: Row
+    """Without the text of blocked documents."""
+    pixels: list[Pixels | None]
+    """Its pictures, None where one cannot be decoded; those of blocked documents are black."""
+    bad: tuple[tuple[str, str], ...] = ()
+    """(source, reason) of each picture that cannot be decoded, and of each blocked document."""
 
 
 class Pictures:
-    """Reads pictures for one process, and stops the run when too many cannot be read."""
+    """Reads rows' pictures for one process, strikes out blocked documents, and stops the run when too much is bad."""
 
-    def __init__(self, size: int, fit: Fit, max_bad_share: float) -> None:
-        self.size, self.fit, self.max_bad_share = size, fit, max_bad_share
-        self.n_read = self.n_bad = 0
+    def __init__(
+        self,
+        size: int,
+        fit: Fit,
+        special: SpecialTokens,
+        limits: Mapping[str, float],
+        *,
+        ledger: Ledger | None = None,
+        blocklist: Blocklist | None = None,
+        split: str | None = None,
+    ) -> None:
+        """Take what the pictures become, and what to do about bad ones.
 
-    def read(self, row: Row, corpus: IndexedCorpus) -> list[Pixels | None]:
-        """Return a row's pictures, None where one cannot be decoded.
-
-        Raises: UserError if more than `max_bad_share` of the pictures so far were bad, or a shard is gone.
+        Args:
+            size: side of a picture in pixels.
+            fit: how it becomes square.
+            special: of the tokenizer.
+            limits: per source the share of its pictures, among those that this process reads, that may be bad.
+            ledger: gets a line for each bad picture and blocked document.
+            blocklist: what must not be learnt.
+            split: `val` for held-out rows, for the ledger.
         """
-        pictures: list[Pixels | None] = []
-        for image in row.images:
-            self.n_read += 1
+        self.size, self.fit, self.special = size, fit, special
+        self.ledger, self.blocklist, self.split = ledger, blocklist, split
+        self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
+
+    def read(self, row: Row, corpus: IndexedCorpus) -> ReadRow:
+        """Return a row with its pictures.
+
+        Raises: UserError if too many of its source's pictures so far were bad, or a shard is gone.
+        """
+        source = row.source
+        blocked: dict[int, str] = {}
+        if self.blocklist is not None:
+            row, blocked = self.blocklist.apply(row, corpus, self.special)
+        bad = [(source, REASON)] * len(blocked)
+        for n, what in blocked.items():
+            self._note(row, source, *corpus.shard_and_name(row.documents[n].document), REASON, what)
+        pixels: list[Pixels | None] = []
+        for image, owner in zip(row.images, row.image_owner, strict=True):
+            if owner in blocked:
+                pixels.append(np.zeros((3, self.size, self.size), dtype=np.uint8))
+                continue
             try:
-                pictures.append(decode(corpus.image_bytes(image), self.size, self.fit))
+                pixels.append(decode(corpus.image_bytes(image), self.size, self.fit))
+                self.budgets[source].good()
             except ImageError as error:
-                self.n_bad += 1
-                pictures.append(None)
-                if self.n_read >= MIN_PICTURES and self.n_bad > self.max_bad_share * self.n_read:
-                    raise UserError(
-                        f"{self.n_bad} of {self.n_read} pictures cannot be decoded, more than max_bad_share "
-                        f"{self.max_bad_share:.1%}; the last one: {corpus.image_file(image)}, byte {image.offset}: {error}"
-                    ) from error
+                pixels.append(None)
+                bad.append((source, error.reason))
+                self._quarantine(row, source, corpus, row.documents[owner].document, image, error)
             except OSError as error:
                 raise UserError(f"row {row.number}: a picture cannot be read: {error}") from error
-        return pictures
+        return ReadRow(row, pixels, tuple(bad))
+
+    def _quarantine(
+        self, row: Row, source: str, corpus: IndexedCorpus, document: int, image: StoredImage, error: ImageError
+    ) -> None:
+        """Note a bad picture, under its own URL if it has one, and count it."""
+        shard, key = corpus.shard_and_name(document)
+        if url := corpus.image_url(image):
+            shard, key = str(corpus.image_file(image)), url
+        detail = f"{image.path}: {error}" if image.path else str(error)
+        self._note(row, source, shard, key, error.reason, detail, image.offset)
+        self.budgets[source].bad(error.reason, f"{corpus.image_file(image)}, byte {image.offset}: {error}.")
+
+    def _note(
+        self, row: Row, source: str, shard: str, key: str, reason: str, detail: str, offset: int | None = None
+    ) -> None:
+        if self.ledger is not None:
+            self.ledger.write(
+                BadSample(
+                    source=source, shard=shard, key=key, reason=reason, detail=detail[:500], row=row.number,
+                    split=self.split, offset=offset,
+                )
+            )  # fmt: skip
 
 
 def collate(
-    rows: Sequence[Row],
-    pixels: Sequence[Sequence[Pixels | None]],
+    read: Sequence[ReadRow],
     *,
     tokenizer: Tokenizer,
     image_size: int,
@@ -63,14 +129,15 @@ def collate(
 
     A document whose picture is missing (None) stays in its row with a black picture and without targets.
     """
+    rows = [r.row for r in read]
     targets = np.stack([row.targets for row in rows])
     n_bad = 0
     images: list[Pixels] = []
-    for b, (row, pictures) in enumerate(zip(rows, pixels, strict=True)):
-        for picture, owner in zip(pictures, row.image_owner, strict=True):
+    for b, r in enumerate(read):
+        for picture, owner in zip(r.pixels, r.row.image_owner, strict=True):
             if picture is None:
                 n_bad += 1
-                placed = row.documents[owner]
+                placed = r.row.documents[owner]
                 targets[b, placed.at : placed.at + placed.length] = IGNORE
                 picture = np.zeros((3, image_size, image_size), dtype=np.uint8)
             images.append(picture)
@@ -97,6 +164,7 @@ def collate(
         n_step_targets=n_step_targets,
         n_real=sum(row.n_real for row in rows),
         n_bad_images=n_bad,
+        bad=tuple(bad for r in read for bad in r.bad),
     )
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.sources import SOURCES
+from datamodules.sources import SOURCES, Labels
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import Tokenizer
 
@@ -168,6 +168,21 @@ class IndexedCorpus:
             return str(path), self.source.record_name(path, record)
         except OSError:
             return str(path), f"record {record}"  # the shard has moved: its documents keep their numbers
+
+    def labels(self, document: int) -> tuple[Path, Labels]:
+        """Return a document's shard, and the names by which it is known.
+
+        Raises: OSError if the shard is gone or has changed.
+        """
+        shard, record = split_place(int(self.records[document]))
+        return self.shards[shard], self.source.labels(self.shards[shard], record)
+
+    def image_url(self, image: StoredImage) -> str | None:
+        """Return the URL that the shard keeps with a picture, if it keeps one.
+
+        Raises: OSError as `image_bytes` does.
+        """
+        return self.source.image_url(self.image_file(image), image.offset, image.length)
 
     def image_bytes(self, image: StoredImage) -> bytes:
         """Read a picture's original bytes.

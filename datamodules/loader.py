@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from datamodules.collate import Pictures, collate, empty_row
+from datamodules.blocklist import Blocklist
+from datamodules.collate import Pictures, ReadRow, collate, empty_row
 from datamodules.config import Unit
-from datamodules.stream import Row, Stream
+from datamodules.quarantine import Ledger
+from datamodules.stream import Stream
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
@@ -59,7 +61,12 @@ class Rendering:
     image_size: int
     fit: Fit
     n_latents: int
-    max_bad_share: float
+    max_bad_share: Mapping[str, float]
+    """Per source the share of its pictures that may be bad."""
+    ledger: Ledger | None = None
+    """Gets a line for each bad picture and blocked document."""
+    blocklist: Blocklist | None = None
+    """What must not be learnt."""
     unit: Unit = "tokens"
     """What the mixture counts."""
 
@@ -75,15 +82,16 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         r = self.rendering
-        pictures = Pictures(r.image_size, r.fit, r.max_bad_share)
+        pictures = Pictures(
+            r.image_size, r.fit, r.tokenizer.special, r.max_bad_share, ledger=r.ledger, blocklist=r.blocklist,
+            split=None if self.n_rows is None else "val",
+        )  # fmt: skip
         counted, n_targets = range(0), 1
         for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
             if self.n_rows is None and (rows_of_step := self.share.step_rows(k)) != counted:
                 counted, n_targets = rows_of_step, self.stream.n_targets(rows_of_step.start, rows_of_step.stop)
-            rows = [self._row(number) for number in self.share.rows(k)]
             yield collate(
-                rows,
-                [pictures.read(row, self.stream.by_name[row.source].corpus) if row.images else [] for row in rows],
+                [self._read(number, pictures) for number in self.share.rows(k)],
                 tokenizer=r.tokenizer,
                 image_size=r.image_size,
                 n_latents=r.n_latents,
@@ -91,11 +99,12 @@ class MicroBatches(IterableDataset[KosmosBatch]):
                 unit=r.unit,
             )
 
-    def _row(self, number: int) -> Row:
+    def _read(self, number: int, pictures: Pictures) -> ReadRow:
         """A rank that has fewer rows of a finite stream than others gets empty ones: all ranks have equally many batches."""
         if self.n_rows is not None and number >= self.n_rows:
-            return empty_row(self.stream.seq_len)
-        return self.stream.row(number)
+            return ReadRow(empty_row(self.stream.seq_len), [])
+        row = self.stream.row(number)
+        return pictures.read(row, self.stream.by_name[row.source].corpus)
 
     @property
     def n_batches(self) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.blocklist import Blocklist
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerConfig, Unit
 from datamodules.history import History
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
 from datamodules.mixture import Relay
 from datamodules.opened import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
 from datamodules.plan import Layout
+from datamodules.quarantine import Ledger
 from datamodules.questions import ask_captions, ask_examples
 from datamodules.shares import Leg, name_sources, ratios_by_step, relay, shares
 from datamodules.stream import InOrder, Stream
@@ -61,6 +64,8 @@ class MixtureData(L.LightningDataModule):
         accept_changes: bool = False,
         block_documents: int = 1 << 17,
         run_documents: int = 1 << 12,
+        blocklist: list[str] | None = None,
+        quarantine: str | None = None,
     ) -> None:
         """Take the corpora and how to mix them.
 
@@ -88,6 +93,9 @@ class MixtureData(L.LightningDataModule):
             accept_changes: Go on although ratios, weights or the list of sources differ from the checkpoint's run.
             block_documents: Documents that are shuffled among each other; blocks follow one another in a drawn order.
             run_documents: Neighbouring documents that stay in one block, so that reads stay near each other.
+            blocklist: Patterns of files that name what must not be learnt: keys, URLs, hashes of pictures; applied as rows
+                are read, without touching shards or indexes.
+            quarantine: File that lists the bad samples met while training; None: quarantine.jsonl in the run's folder.
         """
         super().__init__()
         self.prepare_data_per_node = False
@@ -107,6 +115,8 @@ class MixtureData(L.LightningDataModule):
         self.val_rows, self.num_workers, self.prepare_workers = val_rows, num_workers, prepare_workers
         self.seed, self.prompt = seed, prompt
         self.block_documents, self.run_documents = block_documents, run_documents
+        self.blocklist = Blocklist.load(blocklist) if blocklist else None
+        self.quarantine = quarantine
         self._first_row = self._first_step = 0
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
 
@@ -265,11 +275,16 @@ class MixtureData(L.LightningDataModule):
             rank=rank, world_size=world,
         )  # fmt: skip
 
+    def _ledger(self) -> Ledger | None:
+        if self.quarantine is not None:
+            return Ledger(self.quarantine)
+        return Ledger(Path(self.trainer.default_root_dir) / "quarantine.jsonl") if self.trainer is not None else None
+
     def _rendering(self) -> Rendering:
         return Rendering(
             tokenizer=self.tokenizer, image_size=self.image_size, fit=self.image_fit,
-            n_latents=self.n_latents, max_bad_share=max(s.config.max_bad_share for s in self.sources.values()),
-            unit=self.unit,
+            n_latents=self.n_latents, max_bad_share={n: s.config.max_bad_share for n, s in self.sources.items()},
+            ledger=self._ledger(), blocklist=self.blocklist, unit=self.unit,
         )  # fmt: skip
 
     # ---- resume: a row number, and what the rows are of

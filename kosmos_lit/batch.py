@@ -66,6 +66,8 @@ class KosmosBatch(_Movable):
     """Positions that are not padding."""
     n_bad_images: int = 0
     """Pictures that could not be decoded: their documents are in the batch without targets."""
+    bad: tuple[tuple[str, str], ...] = ()
+    """(source, reason) of each of these pictures, and of each document that a blocklist strikes out."""
     sources: tuple[str, ...] = ()
     """The rows' sources by name."""
     amounts: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,17 @@ class ReadOptions:
         before, _, behind = self.turn_template.partition("{assistant}")
         if before.count("{user}") != 1 or behind or not self.turn_template.endswith("{assistant}"):
             raise UserError(f"turn_template must hold {{user}} once and end with {{assistant}}, got {self.turn_template!r}")
+
+
+class Labels(NamedTuple):
+    """The names by which a document is known outside of an index."""
+
+    key: str
+    """What `record_name` returns."""
+    urls: tuple[str, ...] = ()
+    """Of the page or of its only picture."""
+    digests: tuple[str, ...] = ()
+    """Hexadecimal sha256 or md5 of its only picture as it was downloaded, which it may not be in any more."""
 
 
 class Source(ABC):
@@ -87,6 +98,20 @@ class Source(ABC):
         """Return the name under which a person finds a record in its shard."""
         return str(record)
 
+    def labels(self, path: Path, record: int) -> Labels:
+        """Return a record's names, for a blocklist.
+
+        Raises: OSError if the file does not hold the record.
+        """
+        return Labels(self.record_name(path, record))
+
+    def image_url(self, path: Path, offset: int, length: int) -> str | None:
+        """Return the URL that the shard keeps with a picture, if it keeps one.
+
+        Raises: OSError if the file does not hold the picture.
+        """
+        return None
+
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
         """Return a picture's original bytes.
 
@@ -97,10 +122,15 @@ class Source(ABC):
 
 def read_at(path: Path, offset: int, length: int) -> bytes:
     """Read `length` bytes from `offset`, keeping the file open for the next picture."""
-    data = os.pread(_descriptor(str(path), os.getpid()), length, offset)
+    data = read_up_to(path, offset, length)
     if len(data) != length:
         raise OSError(f"{path} ends before byte {offset + length}; it has changed since it was prepared")
     return data
+
+
+def read_up_to(path: Path, offset: int, length: int) -> bytes:
+    """Read as `read_at` does, fewer bytes where the file ends before."""
+    return os.pread(_descriptor(str(path), os.getpid()), length, offset)
 
 
 class _Descriptor(int):

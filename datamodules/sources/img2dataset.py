@@ -6,6 +6,7 @@ Pictures stay where they are: the index remembers the byte range of each inside 
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import ReadOptions, Source, read_at
+from datamodules.sources.base import Labels, ReadOptions, Source, read_at
+from datamodules.sources.siblings import siblings
 from kosmos_lit.images import ImageError, probe
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+MAX_JSON = 1 << 20
+"""Bytes of a KEY.json that is read for its URL."""
+HEX = re.compile(r"(?:[0-9a-fA-F]{32}){1,2}")
 BLOCK = 512
 """Bytes of a tar header; a member's data starts right behind its header."""
 
@@ -73,6 +78,14 @@ class Img2Dataset(Source):
         header = read_at(path, record, BLOCK)
         return _key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
 
+    def labels(self, path: Path, record: int) -> Labels:
+        """Return the key, and URL and hash out of KEY.json; one that cannot be read says nothing."""
+        for name, offset, size in siblings(path, record, lambda name: _key(name)[0]):
+            key, extension = _key(name)
+            if extension == "json" and size <= MAX_JSON:
+                return Labels(key, *_origin(read_at(path, offset, size)))
+        return super().labels(path, record)
+
 
 def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, Sample]]:
     """Group neighbouring members by key. A member's name is a label only, never a path to write to or read from.
@@ -126,6 +139,19 @@ def _caption(tar: tarfile.TarFile, sample: Sample) -> str | None:
         caption = fields.get("caption") if isinstance(fields, dict) else None
         return " ".join(caption.split()) if isinstance(caption, str) else None
     return None
+
+
+def _origin(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the URLs and the hashes of a picture that a KEY.json names."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return (), ()
+    if not isinstance(fields, dict):
+        return (), ()
+    url = fields.get("url")
+    hashes = [fields[name] for name in ("sha256", "md5") if isinstance(fields.get(name), str)]
+    return (url,) if isinstance(url, str) else (), tuple(h for h in hashes if HEX.fullmatch(h))
 
 
 def _is_marked_end(path: Path, at: int) -> bool:

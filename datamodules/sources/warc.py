@@ -18,7 +18,7 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import SURVEY, VERDICTS, ReadOptions, Source, read_at
+from datamodules.sources.base import SURVEY, VERDICTS, Labels, ReadOptions, Source, read_at
 from datamodules.sources.pages import Link, PageError, compose, extract, url_hash
 from kosmos_lit.images import ImageError, open_rgb
 
@@ -81,12 +81,24 @@ class Warc(Source):
             file.seek(record)
             return str(next(iter(ArchiveIterator(file))).rec_headers.get_header("WARC-Target-URI"))
 
+    def labels(self, path: Path, record: int) -> Labels:
+        url = self.record_name(path, record)
+        return Labels(url, (url,))
+
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
-        try:
-            record = next(iter(ArchiveIterator(io.BytesIO(read_at(path, offset, length)))))
-            return _body(record)
-        except (ArchiveLoadFailed, StopIteration, zlib.error) as error:
-            raise OSError(f"{path}: no WARC record at byte {offset}; it has changed since it was prepared") from error
+        return _read(path, offset, length)[1]
+
+    def image_url(self, path: Path, offset: int, length: int) -> str | None:
+        return _read(path, offset, length)[0]
+
+
+def _read(path: Path, offset: int, length: int) -> tuple[str, bytes]:
+    """Return a record's URL and payload."""
+    try:
+        record = next(iter(ArchiveIterator(io.BytesIO(read_at(path, offset, length)))))
+        return str(record.rec_headers.get_header("WARC-Target-URI")), _body(record)
+    except (ArchiveLoadFailed, StopIteration, zlib.error) as error:
+        raise OSError(f"{path}: no WARC record at byte {offset}; it has changed since it was prepared") from error
 
 
 def _pages(path: Path, tally: Tally) -> Iterator[tuple[Response, list[str | Link]]]:

@@ -1,11 +1,13 @@
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from datamodules import collate as collate_module
-from datamodules.collate import Pictures, collate, empty_row
+from datamodules import quarantine
+from datamodules.collate import Pictures, ReadRow, collate, empty_row
 from datamodules.prepare.index import prepare_corpus
+from datamodules.quarantine import Ledger, read_ledger
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import IGNORE, PAD
 from tests.datamodules import made
@@ -32,22 +34,23 @@ def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
     return made.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0))
 
 
-def joined(rows, pixels, stream, tokenizer):
-    return collate(
-        rows, pixels, tokenizer=tokenizer, image_size=SIDE, n_latents=3,
-        n_step_targets=7,
-    )  # fmt: skip
+def joined(read, tokenizer, n_latents=3):
+    return collate(read, tokenizer=tokenizer, image_size=SIDE, n_latents=n_latents, n_step_targets=7)
+
+
+def reader(stream, max_bad_share=0.5, **options):
+    return Pictures(SIDE, "crop", stream.special, dict.fromkeys(stream.by_name, max_bad_share), **options)
 
 
 def read(rows, stream):
-    pictures = Pictures(SIDE, "crop", 0.5)
+    pictures = reader(stream)
     return [pictures.read(row, stream.by_name[row.source].corpus) for row in rows]
 
 
-def read_all(pictures, stream):
-    """The pictures of an epoch of caption pairs."""
-    rows = (stream.row(i) for i in range(stream.by_name["caption"].plan.n_rows))
-    return [p for row in rows for p in pictures.read(row, stream.by_name["caption"].corpus)]
+def read_all(pictures, stream, epochs=1):
+    """Epochs of caption pairs."""
+    rows = (stream.row(i) for i in range(epochs * stream.by_name["caption"].plan.n_rows))
+    return [pictures.read(row, stream.by_name["caption"].corpus) for row in rows]
 
 
 def first_with_pictures(stream):
@@ -56,7 +59,7 @@ def first_with_pictures(stream):
 
 def test_a_batch_holds_its_rows_as_they_are(stream, tokenizer):
     rows = [stream.row(i) for i in range(5)]
-    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    batch = joined(read(rows, stream), tokenizer)
     assert batch.tokens.tolist() == [row.tokens.tolist() for row in rows]
     assert batch.targets.tolist() == [row.targets.tolist() for row in rows]
     assert batch.rows == (0, 1, 2, 3, 4)
@@ -68,7 +71,7 @@ def test_a_batch_holds_its_rows_as_they_are(stream, tokenizer):
 
 def test_slots_say_row_and_place_of_each_picture(stream, tokenizer):
     rows = [stream.row(i) for i in range(11)]
-    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    batch = joined(read(rows, stream), tokenizer)
     assert len(batch.images) == len(batch.slots) == sum(len(row.images) for row in rows) > 0
     for b, first in batch.slots.tolist():
         assert batch.tokens[b, first - 1 : first + 4].tolist() == [stream.special.image] * 4 + [stream.special.image_end]
@@ -76,26 +79,26 @@ def test_slots_say_row_and_place_of_each_picture(stream, tokenizer):
 
 def test_pictures_lie_in_the_order_of_their_slots(stream, tokenizer):
     rows = [stream.row(i) for i in range(7)]
-    pixels = read(rows, stream)
-    batch = joined(rows, pixels, stream, tokenizer)
-    assert batch.images.tolist() == [p.tolist() for row in pixels for p in row]
+    found = read(rows, stream)
+    batch = joined(found, tokenizer)
+    assert batch.images.tolist() == [p.tolist() for row in found for p in row.pixels]
 
 
 def test_positions_begin_anew_at_each_document(stream, tokenizer):
     rows = [stream.row(i) for i in range(5)]
-    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    batch = joined(read(rows, stream), tokenizer)
     assert batch.positions.flatten().tolist() == [p for length in batch.lengths for p in range(length)]
 
 
 def test_loss_positions_are_those_with_a_target(stream, tokenizer):
     rows = [stream.row(i) for i in range(5)]
-    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    batch = joined(read(rows, stream), tokenizer)
     assert batch.loss_at.tolist() == np.flatnonzero(batch.targets.numpy() != IGNORE).tolist()
 
 
 def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
     rows = [stream.row(i) for i in range(5)]
-    batch = joined(rows, read(rows, stream), stream, tokenizer)
+    batch = joined(read(rows, stream), tokenizer)
     wanted = [tokenizer.count_bytes(row.tokens, row.targets).sum() for row in rows]
     assert batch.n_bytes.tolist() == wanted
     assert all(n > 0 for n in wanted)
@@ -103,9 +106,9 @@ def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
 
 def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
     row = first_with_pictures(stream)
-    [pixels] = read([row], stream)
-    pixels[1] = None
-    batch = joined([row], [pixels], stream, tokenizer)
+    [found] = read([row], stream)
+    found.pixels[1] = None
+    batch = joined([found], tokenizer)
     placed = row.documents[row.image_owner[1]]
     inside = np.zeros(101, dtype=bool)
     inside[placed.at : placed.at + placed.length] = True
@@ -117,23 +120,63 @@ def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(str
 
 def test_pictures_that_cannot_be_decoded_are_counted(hollow, tokenizer):
     rows = [hollow.row(i) for i in range(hollow.by_name["caption"].plan.n_rows)]
-    batch = joined(rows, read(rows, hollow), hollow, tokenizer)
+    batch = joined(read(rows, hollow), tokenizer)
     assert len(batch.images) == 31
     black = [not picture.any() for picture in batch.images]
     assert batch.n_bad_images == sum(black) == N_HOLLOW
+    assert batch.bad == (("caption", "picture cannot be decoded"),) * N_HOLLOW
 
 
-def test_too_many_bad_pictures_stop_the_run_and_name_shard_and_share(hollow, monkeypatch):
-    monkeypatch.setattr(collate_module, "MIN_PICTURES", 5)
-    pictures = Pictures(SIDE, "crop", 0.05)
-    with pytest.raises(UserError, match=r"\d+ of \d+ pictures .* max_bad_share 5\.0%.*00000\.tar, byte \d+"):
+def test_too_many_bad_pictures_stop_the_run_and_name_source_share_reasons_and_ledger(hollow, monkeypatch, tmp_path):
+    monkeypatch.setattr(quarantine, "MIN_PICTURES", 5)
+    pictures = reader(hollow, 0.05, ledger=Ledger(tmp_path / "bad.jsonl"))
+    with pytest.raises(UserError) as caught:
         read_all(pictures, hollow)
+    said = r"caption: (\d+) of (\d+) .* max_bad_share 5\.0%: picture cannot be decoded: (\d+)\. .*bad\.jsonl\."
+    n_bad, n_read, n_of_reason = map(int, re.search(said, str(caught.value)).groups())
+    assert re.search(r"00000\.tar, byte \d+", str(caught.value))
+    assert n_bad == n_of_reason == len(list(read_ledger(tmp_path / "bad.jsonl")))
+    assert n_bad > 0.05 * n_read
 
 
 def test_a_few_bad_pictures_do_not_stop_the_run(hollow):
-    pictures = Pictures(SIDE, "crop", 0.0)
+    pictures = reader(hollow, 0.0)
     found = read_all(pictures, hollow)
-    assert (pictures.n_read, pictures.n_bad, sum(p is None for p in found)) == (31, N_HOLLOW, N_HOLLOW)
+    budget = pictures.budgets["caption"]
+    assert (budget.n_read, budget.n_bad) == (31, N_HOLLOW)
+    assert sum(p is None for row in found for p in row.pixels) == N_HOLLOW
+
+
+def test_bad_pictures_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_path):
+    ledger = Ledger(tmp_path / "run/bad.jsonl")
+    found = read_all(reader(hollow, ledger=ledger), hollow)
+    samples = list(read_ledger(ledger.path))
+    assert {s.key for s in samples} == {f"{i:09d}" for i in range(0, 2 * N_HOLLOW, 2)}
+    assert len(samples) == N_HOLLOW
+    corpus = hollow.by_name["caption"].corpus
+    for sample in samples:
+        row = found[sample.row].row
+        [(image, owner)] = [
+            (i, o) for i, o in zip(row.images, row.image_owner, strict=True) if i.offset == sample.offset
+        ]
+        assert corpus.shard_and_name(row.documents[owner].document) == (sample.shard, sample.key)
+        assert corpus.image_bytes(image) == made.hollow_png()
+        assert (sample.source, sample.reason, sample.split) == ("caption", "picture cannot be decoded", None)
+
+
+def test_a_picture_met_in_two_epochs_is_written_twice_and_read_once(hollow, tmp_path):
+    ledger = Ledger(tmp_path / "bad.jsonl")
+    read_all(reader(hollow, ledger=ledger), hollow, epochs=2)
+    assert len(ledger.path.read_text().splitlines()) == 2 * N_HOLLOW
+    assert len(list(read_ledger(ledger.path))) == N_HOLLOW
+
+
+def test_a_run_without_bad_pictures_has_no_ledger(stream, tmp_path):
+    ledger = Ledger(tmp_path / "run/bad.jsonl")
+    rows = [stream.row(i) for i in range(11)]
+    pictures = reader(stream, ledger=ledger)
+    assert sum(len(pictures.read(r, stream.by_name[r.source].corpus).pixels) for r in rows) > 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shard_that_is_gone_is_named(stream, tmp_path):
@@ -148,27 +191,24 @@ def test_a_shard_that_is_gone_is_named(stream, tmp_path):
             return corpus.source.image_bytes(self.shards[image.shard], image.offset, image.length)
 
     with pytest.raises(UserError, match=rf"row {row.number}: a picture cannot be read: .*gone\.tar"):
-        Pictures(SIDE, "crop", 0.5).read(gone, Moved())
+        reader(stream).read(gone, Moved())
 
 
 def test_slots_that_do_not_fit_the_latents_are_refused(stream, tokenizer):
     row = first_with_pictures(stream)
     with pytest.raises(ValueError, match="latents"):
-        collate(
-            [row], read([row], stream), tokenizer=tokenizer, image_size=SIDE,
-            n_latents=5, n_step_targets=7,
-        )  # fmt: skip
+        joined(read([row], stream), tokenizer, n_latents=5)
 
 
 def test_a_batch_without_pictures_has_tensors_for_none(stream, tokenizer):
     row = next(row for row in map(stream.row, range(31)) if not row.images)
-    batch = joined([row], [[]], stream, tokenizer)
+    batch = joined([ReadRow(row, [])], tokenizer)
     assert tuple(batch.images.shape) == (0, 3, SIDE, SIDE)
     assert tuple(batch.slots.shape) == (0, 2)
 
 
 def test_an_empty_row_is_padding_and_of_no_corpus(stream, tokenizer):
-    batch = joined([empty_row(101)], [[]], stream, tokenizer)
+    batch = joined([ReadRow(empty_row(101), [])], tokenizer)
     assert set(batch.tokens.flatten().tolist()) == {PAD}
     assert batch.loss_at.tolist() == []
     assert batch.corpus.tolist() == [-1]

@@ -43,8 +43,9 @@ def build(raw, tokenizer_folder, tmp_path_factory):
         )  # fmt: skip
         data = InstructData(config, tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **(OPTIONS | changes))
         data.trainer = SimpleNamespace(
-            world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=0, val_check_interval=None, max_steps=7
-        )
+            world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=0, val_check_interval=None, max_steps=7,
+            default_root_dir=str(tokenizer_folder.parent / "run"),
+        )  # fmt: skip
         data.prepare_data()
         data.setup("fit")
         return data

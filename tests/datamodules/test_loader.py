@@ -4,6 +4,7 @@ import pytest
 
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
 from datamodules.stream import InOrder, Stream
+from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import IGNORE
 from tests.datamodules import made
 
@@ -25,7 +26,7 @@ def held_out(stream):
 
 @pytest.fixture(scope="module")
 def rendering(tokenizer):
-    return Rendering(tokenizer=tokenizer, image_size=5, fit="crop", n_latents=3, max_bad_share=0.1)
+    return Rendering(tokenizer=tokenizer, image_size=5, fit="crop", n_latents=3, max_bad_share=dict.fromkeys(CORPORA, 0.1))
 
 
 def share(rank, world, m, first_row=0):

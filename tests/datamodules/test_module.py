@@ -35,6 +35,7 @@ def build(corpus_configs, tokenizer_folder):
         data.trainer = SimpleNamespace(
             world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate, global_step=step,
             val_check_interval=val_check_interval, max_steps=37, state=SimpleNamespace(fn="fit"),
+            default_root_dir=str(tokenizer_folder.parent / "run"),
         )  # fmt: skip
         data.prepare_data()
         return data

@@ -1,0 +1,195 @@
+"""What must not be learnt, struck out where rows are read: shards and indexes stay as they are.
+
+A blocklist is text, plain, .gz or .zst, with one entry a line; blank lines and lines that begin with # say nothing:
+
+    9f86d081884c7d659a2feaa0c55ad015...   64 hexadecimal digits: sha256 of a picture's bytes
+    098f6bcd4621d373cade4e832627b4f6      32 of them: md5
+    https://site.example/cat.jpg          http:// or https://: URL of a picture or a page; what follows a # does not count
+    000001234                             anything else: a sample's key, as `rows` prints it
+    00003.tar:000001234                   the same in shards of this file name only
+    c.jsonl.zst:line 17                   as a line of text is named
+
+A hash is compared with the picture's bytes in the shard, and with those that img2dataset notes of the download in
+KEY.json; a URL with the page's, the pictures' own, and the one in KEY.json. One blocked picture blocks its document.
+
+A blocked document keeps its place: its text becomes <pad>, its pictures black, and nothing of it is a target. So no other
+document moves or changes, and a step's count of targets, by which the loss is divided, stays that of the plan.
+
+Entries are kept as 64-bit hashes, 8 bytes each. A lookup among n of them is wrong with a chance of n / 2^64: among 10^7
+entries, 10^9 lookups block one document too many with a chance of 5 in 10,000. None is ever missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from array import array
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import zstandard
+
+from datamodules.corpus import IndexedCorpus
+from datamodules.hashing import U64, hash_bytes
+from datamodules.prepare.files import expand
+from datamodules.sources.jsonl import lines
+from datamodules.stream import Row
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokens import IGNORE, PAD, SpecialTokens
+
+REASON = "blocked"
+"""What a ledger says of a document that a blocklist strikes out."""
+DIGEST = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{32}")
+NO_KEY = re.compile(r"(line|row) \d+")
+"""A name that every file has."""
+
+Kind = Literal["digest", "url", "key"]
+
+
+class Blocklist:
+    """Entries of some files, in memory once: forked processes share them, an unpickled one reads the files anew."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Take the files, which are read when the first document is looked up; `load` reads them at once."""
+        self.files = list(files)
+
+    @classmethod
+    def load(cls, patterns: Sequence[str]) -> Blocklist:
+        """Read the files that the patterns match.
+
+        Raises: UserError naming the pattern that matches nothing, or the file and line that cannot be read.
+        """
+        blocklist = cls(expand(patterns, "data.blocklist"))
+        _ = blocklist._entries
+        return blocklist
+
+    def __len__(self) -> int:
+        """Return the number of different entries."""
+        return sum(map(len, self._entries.values()))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"files": self.files}
+
+    @cached_property
+    def _entries(self) -> dict[Kind, U64]:
+        """Per kind the sorted hashes."""
+        found: dict[Kind, array[int]] = {"digest": array("Q"), "url": array("Q"), "key": array("Q")}
+        for path in self.files:
+            _read(path, found)
+        return {kind: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for kind, hashes in found.items()}
+
+    def _has(self, kind: Kind, name: str) -> bool:
+        entries, wanted = self._entries[kind], np.uint64(_hashed(kind, name))
+        at = int(np.searchsorted(entries, wanted))
+        return at < len(entries) and bool(entries[at] == wanted)
+
+    def match(self, corpus: IndexedCorpus, document: int) -> str | None:
+        """Return what of a document is on the list, as a person would look for it; None: nothing is.
+
+        Only what the list has entries of is read: without hashes no picture is, without keys and URLs no name.
+
+        Raises: OSError if a shard is gone or has changed.
+        """
+        images = corpus.document_images(document)
+        digests: tuple[str, ...] = ()
+        if len(self._entries["key"]) or len(self._entries["url"]) or (images and len(self._entries["digest"])):
+            shard, labels = corpus.labels(document)
+            digests = labels.digests
+            for name in (labels.key, f"{shard.name}:{labels.key}"):
+                if self._has("key", name):
+                    return f"key {name}"
+            for url in labels.urls:
+                if self._has("url", url):
+                    return f"URL {url}"
+        if len(self._entries["url"]):
+            for url in filter(None, map(corpus.image_url, images)):
+                if self._has("url", url):
+                    return f"picture's URL {url}"
+        if len(self._entries["digest"]):
+            for digest in digests:
+                if self._has("digest", digest):
+                    return f"picture's hash {digest}"
+            for image in images:
+                data = corpus.image_bytes(image)
+                for digest in (hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()):
+                    if self._has("digest", digest):
+                        return f"picture's hash {digest}"
+        return None
+
+    def apply(self, row: Row, corpus: IndexedCorpus, special: SpecialTokens) -> tuple[Row, dict[int, str]]:
+        """Return a row without the text of blocked documents, and what blocks them, by their index in the row.
+
+        The pictures of those documents are still in the row, as places: what reads them must leave them out.
+
+        Raises: UserError if what it takes to know a document cannot be read.
+        """
+        try:
+            found = {n: self.match(corpus, placed.document) for n, placed in enumerate(row.documents)}
+        except OSError as error:
+            raise UserError(f"row {row.number}: a document cannot be compared with the blocklist: {error}") from error
+        blocked = {n: what for n, what in found.items() if what is not None}
+        return without(row, blocked, special), blocked
+
+
+def without(row: Row, blocked: Collection[int], special: SpecialTokens) -> Row:
+    """Return a row with <pad> instead of the text of some documents, and none of their targets; slots stay.
+
+    Args:
+        row: a row as it is in the stream.
+        blocked: indexes into its documents.
+        special: says which ids mark pictures.
+    """
+    if not blocked:
+        return row
+    tokens, targets = row.tokens.copy(), row.targets.copy()
+    for n in blocked:
+        place = slice(row.documents[n].at, row.documents[n].at + row.documents[n].length)
+        marks = (tokens[place] == special.image) | (tokens[place] == special.image_end)
+        tokens[place] = np.where(marks, tokens[place], PAD)
+        targets[place] = IGNORE
+    return replace(row, tokens=tokens, targets=targets)
+
+
+def _hashed(kind: Kind, name: str) -> int:
+    match kind:
+        case "digest":
+            return int(name[:16], 16)  # a hash already
+        case "url":
+            name = name.strip().partition("#")[0]
+    return hash_bytes(name.encode("utf-8", "surrogatepass"))
+
+
+def _read(path: Path, found: dict[Kind, array[int]]) -> None:
+    """Add a file's entries.
+
+    Raises: UserError naming the line.
+    """
+    number = 0
+    try:
+        for number, line in enumerate(lines(path), start=1):
+            entry = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not entry or entry.startswith("#"):
+                continue
+            if DIGEST.fullmatch(entry):
+                kind: Kind = "digest"
+            elif entry.startswith(("http://", "https://")):
+                kind = "url"
+            elif NO_KEY.fullmatch(entry):
+                raise UserError(
+                    f"blocklist {path}, line {number}: every file has a {entry!r}; say of which shard, as in "
+                    f"'some.jsonl.zst:{entry}'"
+                )
+            else:
+                kind = "key"
+            found[kind].append(_hashed(kind, entry))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"blocklist {path}, line {number}: it is not UTF-8 ({error.reason}); give text, .gz or .zst, one entry a line"
+        ) from error
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"blocklist {path} cannot be read after line {number}: {error}") from error
