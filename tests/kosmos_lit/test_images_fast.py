@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
+from benchmarks import pictures as benchmark
 from kosmos_lit import images
 from kosmos_lit.images import ImageError, decode, decode_plain, open_rgb
 
@@ -136,6 +137,13 @@ def test_threads_do_not_change_pixels():
     torch.set_num_threads(before)
 
     assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(("width", "height"), [(61, 37), (37, 61)])
+def test_the_benchmark_measures_against_the_plain_way(width, height):
+    data = benchmark.made(width, height, 90, seed=0)
+
+    assert np.array_equal(benchmark.pillow(data), decode_plain(data, benchmark.SIDE, "crop"))
 
 
 # ---- orientation
