@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -61,7 +61,7 @@ class Mixture:
 
         Raises: UserError if the stages are not in order or differ in options, or a weight is too small a share.
         """
-        check_order(stages)
+        check_order([stage.first_row for stage in stages])
         if len(sizes := {len(s.weights) for s in stages}) != 1:
             raise UserError(f"every stage needs a weight for each option, got stages with {sorted(sizes)} weights")
         parts = [to_parts(s.weights) for s in stages]
@@ -140,9 +140,8 @@ class _Pattern:
         return self.first_row + rounds * self.period + at
 
 
-def check_order(stages: Sequence[Stage] | Sequence[BlendStage]) -> None:
-    """Raise UserError if the stages do not begin at row 0, or do not follow one another."""
-    rows = [stage.first_row for stage in stages]
+def check_order(rows: Sequence[int]) -> None:
+    """Raise UserError if the first rows of stages do not begin at row 0, or do not follow one another."""
     if not rows or rows[0] != 0:
         raise UserError(f"the first stage of a mixture must begin at row 0, got stages that begin at {rows}")
     for n in range(1, len(rows)):
@@ -210,7 +209,7 @@ class Blend:
 
         Raises: UserError if a weight is impossible, or a kind with a share has no source with a weight.
         """
-        check_order(stages)
+        check_order([stage.first_row for stage in stages])
         self.kind_of, self.n_kinds, self.stages = list(kind_of), n_kinds, list(stages)
         self._sources = [[s for s, k in enumerate(kind_of) if k == kind] for kind in range(n_kinds)]
         self._place = [self._sources[kind].index(s) for s, kind in enumerate(kind_of)]
@@ -270,3 +269,71 @@ class Blend:
         within = self._within[kind]
         assert within is not None, f"kind {kind} has rows but no sources"
         return within
+
+
+# ---- a change that nobody saw coming
+
+
+class Relay:
+    """Blends one after another: a run that goes on with other ratios, or with more sources, than it began with.
+
+    A `Blend` knows its stages in advance, and the rows before a border depend on what follows it. Rows that a run has
+    read already cannot: they stay as the blend of that time dealt them, and the next blend begins anew, its first row
+    being the row of the change. So the bounds of a `Blend` hold for each leg, counted from the leg's first row.
+    """
+
+    def __init__(self, legs: Sequence[tuple[int, Blend]]) -> None:
+        """Take each leg's first row, in order from row 0, and its blend; a later one may have more sources at the end.
+
+        Raises: UserError if the legs are not in order, or one has fewer sources than the one before.
+        """
+        check_order([row for row, _ in legs])
+        self.first_rows, self.blends = [row for row, _ in legs], [blend for _, blend in legs]
+        n_sources = [len(blend.kind_of) for blend in self.blends]
+        if n_sources != sorted(n_sources):
+            raise UserError(
+                f"a source that is no longer read keeps its place with weight 0, got {n_sources} sources in turn"
+            )
+        self._before = [[0] * n_sources[-1]]
+        for n, first in enumerate(self.first_rows[1:]):
+            self._before.append(self._after(n, first - self.first_rows[n]))
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the source of row `row`, and its number among that source's rows."""
+        leg = self._leg(row)
+        source, number = self.blends[leg].locate(row - self.first_rows[leg])
+        return source, self._before[leg][source] + number
+
+    def counts(self, n_rows: int) -> list[int]:
+        """Return how many of the first `n_rows` rows come from each source."""
+        leg = self._leg(n_rows)
+        return self._after(leg, n_rows - self.first_rows[leg])
+
+    def shares(self, row: int) -> list[Fraction]:
+        """Return the share of row `row` that is asked for each source; they add up to 1."""
+        leg = self._leg(row)
+        shares = self.blends[leg].shares(row - self.first_rows[leg])
+        return shares + [Fraction(0)] * (len(self._before[0]) - len(shares))
+
+    def row_of(self, source: int, number: int) -> int | None:
+        """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
+        leg = bisect_right(self._before, number, key=lambda before: before[source]) - 1
+        blend = self.blends[leg]
+        if source >= len(blend.kind_of):
+            return None
+        row = blend.row_of(source, number - self._before[leg][source])
+        return None if row is None else self.first_rows[leg] + row
+
+    def _leg(self, row: int) -> int:
+        return bisect_right(self.first_rows, row) - 1
+
+    def _after(self, leg: int, n_rows: int) -> list[int]:
+        """Return the rows of each source before the `n_rows`-th of a leg."""
+        counts = self.blends[leg].counts(n_rows)
+        return [b + c for b, c in zip(self._before[leg], counts + [0] * (len(self._before[leg]) - len(counts)), strict=True)]
+
+
+def seen_from(stages: Sequence[BlendStage], row: int) -> list[BlendStage]:
+    """Return the stages of a blend whose first row is row `row` of these: the one that holds there, and those to come."""
+    later = bisect_right(stages, row, key=lambda s: s.first_row)
+    return [replace(stage, first_row=max(0, stage.first_row - row)) for stage in stages[max(0, later - 1) :]]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Stage
+from datamodules.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Relay, Stage, seen_from
 from kosmos_lit.errors import UserError
 
 ratios = st.lists(st.integers(0, 29), min_size=1, max_size=5).filter(any)
@@ -318,3 +318,45 @@ def test_a_kind_with_a_share_needs_a_source_with_a_weight():
     stages = [BlendStage(0, (1, 1), (1, 1, 1)), BlendStage(500, (1, 1), (1, 1, 0))]
     with pytest.raises(UserError, match=r"from row 500 on: weights of the sources of kind 1 must be positive .* got \[0\]"):
         Blend((0, 0, 1), stages, 2)
+
+
+# ---- changes on the way
+
+
+@settings(deadline=None)
+@given(blends(), blends(), st.integers(1, 150))
+def test_rows_before_an_unforeseen_change_stay_as_they_were_dealt(before, after, change):
+    old = Blend(KIND_OF, before, 3)
+    relay = Relay([(0, old), (change, Blend(KIND_OF, after, 3))])
+    assert [relay.locate(row) for row in range(change)] == [old.locate(row) for row in range(change)]
+
+
+@settings(deadline=None)
+@given(blends(), blends(), st.integers(1, 150))
+def test_sources_go_on_where_they_were_after_an_unforeseen_change(before, after, change):
+    more = Blend((*KIND_OF, 0), [BlendStage(s.first_row, s.ratio, (*s.weights, 2)) for s in after], 3)
+    relay, rows = Relay([(0, Blend(KIND_OF, before, 3)), (change, more)]), [0] * 7
+    for row in range(change + 100):
+        assert relay.counts(row) == rows
+        source, number = relay.locate(row)
+        assert (number, relay.row_of(source, number)) == (rows[source], row)
+        rows[source] += 1
+
+
+@settings(deadline=None)
+@given(blends(), st.integers(0, 300))
+def test_a_schedule_seen_from_a_row_asks_for_the_same_shares_from_there_on(stages, row):
+    whole, rest = Blend(KIND_OF, stages, 3), Blend(KIND_OF, seen_from(stages, row), 3)
+    assert [rest.shares(n) for n in range(100)] == [whole.shares(row + n) for n in range(100)]
+
+
+def test_shares_of_a_source_that_is_added_later_are_zero_before():
+    relay = Relay([(0, Blend((0,), [BlendStage(0, (1,), (1,))], 1)), (9, Blend((0, 0), [BlendStage(0, (1,), (3, 1))], 1))])
+    assert relay.shares(8) == [1, 0]
+    assert relay.shares(9) == [Fraction(3, 4), Fraction(1, 4)]
+
+
+def test_a_source_cannot_be_taken_out_of_a_relay():
+    one, two = Blend((0,), [BlendStage(0, (1,), (1,))], 1), Blend((0, 0), [BlendStage(0, (1,), (3, 1))], 1)
+    with pytest.raises(UserError, match=r"keeps its place with weight 0, got \[2, 1\] sources"):
+        Relay([(0, two), (9, one)])
