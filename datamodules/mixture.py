@@ -172,7 +172,7 @@ def to_parts(weights: Sequence[Weight], *, exactly: bool = False) -> list[int]:
         rounded[k] += 1
     if lost := [weights[k] for k in range(len(parts)) if whole[k] and not rounded[k]]:
         raise UserError(
-            f"weight {lost[0]} is less than 1 part in {MAX_PERIOD} of {_plain(weights)}; raise it, or set it to 0"
+            f"weight {_plain(lost)} is less than 1 part in {MAX_PERIOD} of {_plain(weights)}; raise it, or set it to 0"
         )
     return rounded
 
@@ -182,7 +182,7 @@ def _exact(weight: Weight) -> Fraction:
 
 
 def _plain(weights: Sequence[Weight]) -> str:
-    return f"[{', '.join(map(str, weights))}]"
+    return f"[{', '.join(f'{float(w):g}' if isinstance(w, Fraction) else str(w) for w in weights)}]"
 
 
 # ---- two levels

@@ -103,7 +103,7 @@ def test_a_ratio_without_a_short_period_is_rounded_to_the_longest():
 
 
 def test_a_share_that_rounding_would_make_zero_is_refused():
-    with pytest.raises(UserError, match=r"weight 1e-07 is less than 1 part in 100000 of \[1, 1e-07\]"):
+    with pytest.raises(UserError, match=r"weight \[1e-07\] is less than 1 part in 100000 of \[1, 1e-07\]"):
         Mixture.constant((1, 1e-7))
 
 
