@@ -21,7 +21,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RUNS = sorted(p for p in CONFIGS.glob("*.yaml") if p.name != "base.yaml")
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
 SIZES = sorted((CONFIGS / "model").glob("*.yaml"))
-OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in ABLATIONS)
+DATA = sorted((CONFIGS / "data").glob("*.yaml"))
+OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in (*ABLATIONS, *DATA))
 ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false", "--trainer.precision=32-true")
 
 
@@ -278,3 +279,18 @@ def test_every_switch_has_an_overlay_for_each_of_its_values_but_the_default() ->
     for field, values in switches.items():
         assert {value for key, value in named if key == field} == set(get_args(values)) - {get_args(values)[0]}
     assert {value for key, value in named if key == "model.kosmos.vision.trainable"} == set(get_args(Trainable))
+
+
+@pytest.mark.parametrize("path", DATA, ids=lambda p: p.stem)
+def test_an_overlay_of_corpora_changes_the_corpora_and_nothing_else(path: Path) -> None:
+    corpora = ("text", "caption", "interleaved", "sources")
+
+    assert {key.split(".")[2] for key in changes("kosmos1.yaml", path)} == set(corpora)
+
+
+def test_the_papers_corpora_are_weighted_as_in_its_table_20() -> None:
+    data = parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "data" / "kosmos1.yaml").datamodule
+    weights = {name: source.config.weight for name, source in data.sources.items() if source.config.format == "jsonl"}
+
+    assert list(weights.values()) == [21.8, 17.7, 16.2, 14.7, 10.6, 10.2, 5.4, 1.1, 1.0, 1.0, 0.2]
+    assert [source.config.format for source in data.sources.values()] == 11 * ["jsonl"] + 4 * ["img2dataset"] + ["warc"]
