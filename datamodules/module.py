@@ -117,6 +117,7 @@ class MixtureData(L.LightningDataModule):
         self.block_documents, self.run_documents = block_documents, run_documents
         self.blocklist = Blocklist.load(blocklist) if blocklist else None
         self.quarantine = quarantine
+        self.opened: dict[str, OpenedSource] = {}
         self._first_row = self._first_step = 0
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
 
@@ -134,7 +135,7 @@ class MixtureData(L.LightningDataModule):
             prepare_source(source, self.tokenizer_config.path, self.prepare_workers)
         self._open_sources(self.prepare_workers)
 
-    def _open_sources(self, workers: int = 1) -> None:
+    def _open_sources(self, workers: int) -> None:
         self.tokenizer = open_tokenizer(self.tokenizer_config)
         layout = Layout(
             seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed,
@@ -147,7 +148,8 @@ class MixtureData(L.LightningDataModule):
 
         Raises: UserError if one is missing or was made for something else.
         """
-        self._open_sources()
+        if not self.opened:  # the process that prepared them has them open
+            self._open_sources(1)
         self.history = self._wanted()
 
     def setup(self, stage: str) -> None:
