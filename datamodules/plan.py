@@ -37,8 +37,6 @@ COUNTS = np.dtype(
     + [("dropped", "<i8", (len(REASONS),)), ("first_dropped", "<i8", (len(REASONS),))]
 )  # fmt: skip
 """What is known of each block; `first_dropped` is a document, or -1."""
-IDENTITY = ("format", "tokenizer", "options", "shards_key", "documents", "tokens", "images")
-"""What of an index's manifest decides its documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +72,7 @@ class Blocks:
     @property
     def key(self) -> str:
         """Return a hash of all that decides the blocks and their rows."""
-        manifest = self.corpus.manifest
-        assert manifest is not None
-        parts = [VERSION, {k: manifest[k] for k in IDENTITY}, self.split.key, self.part, asdict(self.layout)]
-        return f"{hash_key(json.dumps(parts, sort_keys=True)):016x}"
+        return f"{hash_key(VERSION, self.split.key, self.part, json.dumps(asdict(self.layout))):016x}"
 
     @property
     def n_runs(self) -> int:

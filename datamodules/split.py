@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,8 @@ from kosmos_lit.errors import UserError
 
 CHUNK = 1 << 16
 """Documents that are looked at together."""
+IDENTITY = ("format", "tokenizer", "options", "documents", "tokens", "images")
+"""What of an index's manifest decides its documents, beside the shards."""
 
 Array = npt.NDArray[np.int64]
 Part = Literal["train", "val"]
@@ -38,10 +41,15 @@ class Split:
         self._below = np.uint64(min(val_share * 2.0**64, 2.0**64 - 2048))
         self._held_out = None if val_input is None else _named_shards(corpus, val_input)
 
-    @property
-    def key(self) -> list[Any]:
-        """What the split is a function of, as plain data."""
-        return [self.val_share] if self._held_out is None else np.flatnonzero(self._held_out).tolist()
+    @cached_property
+    def key(self) -> str:
+        """A hash of the corpus's documents and of which are held out, wherever the files lie."""
+        manifest = self.corpus.manifest
+        assert manifest is not None
+        about = json.dumps([manifest[name] for name in IDENTITY], sort_keys=True)
+        shards = "".join(f"{shard['path'].rpartition('/')[2]} {shard['bytes']}\n" for shard in manifest["shards"])
+        held_out = self.val_share if self._held_out is None else np.packbits(self._held_out).tobytes().hex()
+        return f"{hash_key(about, shards, str(held_out)):016x}"
 
     def share(self, part: Part) -> float:
         """Return the share of the corpus's documents that are of `part`, as asked for or as it is."""
