@@ -4,8 +4,8 @@
 
 Writes a synthetic index of caption pairs with LAION-like lengths (its columns of tokens and pictures are sparse: nothing
 reads them), plans it, and opens it again in fresh processes. Opening is measured from an imported program to an answer:
-the index, the plans of training and validation, and the pieces of one row. Memory is what that adds to the process,
-mapped pages included. Padding is given for these lengths, for the `--index` folders, and for wider and narrower lengths.
+the index, the plans of training and validation, and the pieces of one row. Memory is what that adds to the process.
+Padding is given for these lengths, for wider and narrower ones, and for the corpora whose `--index` is given.
 
 Lengths are 67 positions (<s>, <image>, 64 slots, </image>) and a log-normal number of text tokens of median 17, at most 512.
 """
@@ -83,10 +83,12 @@ def make_plans(folder: Path, workers: int) -> list[Plan]:
     return [train, Plan("caption", corpus, split, "val", LAYOUT, shuffle=False, workers=workers)]
 
 
-def resident() -> int:
-    """Return the bytes of this process that are in memory, mapped files among them."""
+def resident() -> tuple[float, float]:
+    """Return the MB of this process that are in memory: its own, and those of mapped files, which all processes share."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
+    found = dict(line.split(":") for line in lines)
+    own, mapped = (int(found[name].split()[0]) * 1024 / 1e6 for name in ("RssAnon", "RssFile"))
+    return own, mapped
 
 
 def cpu_seconds() -> float:
@@ -97,13 +99,17 @@ def cpu_seconds() -> float:
 
 def open_and_read(folder: Path, number: int) -> dict[str, float]:
     """Open an index that was planned, and find the pieces of a row."""
-    before, began = resident(), time.perf_counter()
+    own, mapped = resident()
+    began = time.perf_counter()
     plan = make_plans(folder, 1)[0]
-    opened, memory = time.perf_counter(), resident()
+    opened, opened_own, opened_mapped = time.perf_counter(), *resident()
     n = len(plan.pieces(plan.row(0, number)))
-    read = time.perf_counter()
+    read, read_own, read_mapped = time.perf_counter(), *resident()
     assert n
-    return {"open": opened - began, "row": read - opened, "open_bytes": memory - before, "bytes": resident() - before}
+    return {
+        "open": opened - began, "open_own": opened_own - own, "open_mapped": opened_mapped - mapped,
+        "row": read - opened, "row_own": read_own - own, "row_mapped": read_mapped - mapped,
+    }  # fmt: skip
 
 
 def padding(widths: Array) -> str:
@@ -144,17 +150,17 @@ def report_scale(folder: Path, n: int, workers: int) -> None:
     totals = plan.totals
     kept = sum(file.stat().st_size for file in folder.glob("plans/*.npz"))
     print(
-        f"planned in {seconds:.0f} s by {workers} processes, {busy:.0f} s of CPU: {n / busy:,.0f} documents a second of CPU; "
-        f"{plan.n_rows:,} rows, "
-        f"padding {1 - totals.positions / totals.rows / SEQ_LEN:.4%}; validation {val.n_rows:,} rows, "
+        f"planned in {seconds:.0f} s by {workers} processes, {n / busy:,.0f} documents a second of CPU: {plan.n_rows:,} "
+        f"rows, padding {1 - totals.positions / totals.rows / SEQ_LEN:.4%}; validation {val.n_rows:,} rows, "
         f"padding {1 - val.totals.positions / val.totals.rows / SEQ_LEN:.3%}; {kept:,} bytes kept\n{plan.window()}"
     )
     for number in (0, 10**6, plan.n_rows - 1, 0, 10**6, plan.n_rows - 1):
         command = [sys.executable, __file__, "--open", str(folder), "--row", str(min(number, plan.n_rows - 1))]
         found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
         print(
-            f"row {number:>9,}: opened in {found['open']:.2f} s with {found['open_bytes'] / 1e6:.0f} MB; its block packed "
-            f"in {found['row']:.2f} s, {found['bytes'] / 1e6:.0f} MB in all"
+            f"row {number:>9,}: opened in {found['open']:.2f} s with {found['open_own']:.0f} MB and "
+            f"{found['open_mapped']:.0f} MB mapped; its block packed in {found['row']:.2f} s, "
+            f"{found['row_own']:.0f} MB and {found['row_mapped']:.0f} MB mapped in all"
         )
     times = TARGET / n
     print(
