@@ -315,7 +315,7 @@ class MixtureData(L.LightningDataModule):
         for name, corpus in self.corpora.items():
             assert corpus.manifest is not None
             found[name] = [corpus.manifest[k] for k in ("documents", "tokens", "images")]
-            found[f"{name}.shards"] = f"{hash_key(json.dumps(corpus.manifest['shards_key'])):016x}"
+            found[f"{name}.shards"] = f"{hash_key(json.dumps(corpus.shards_key)):016x}"
             found[f"{name}.val_share"] = self.configs[name].val_share
             if self.configs[name].val_input is not None:
                 found[f"{name}.val_documents"] = len(self.val_documents[name])

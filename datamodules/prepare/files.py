@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 
 from kosmos_lit.errors import UserError
 
@@ -40,8 +41,7 @@ def matches(patterns: Sequence[str]) -> list[Path]:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a folder to write into, which becomes `target` when everything is on disk, or leaves no trace."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target.parent / f".{target.name}.{token_hex(4)}.tmp"  # machines may have processes of equal numbers
     temporary.mkdir()
     try:
         yield temporary
@@ -57,7 +57,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
     temporary.write_bytes(data)
     sync(temporary)
     os.replace(temporary, path)
