@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +165,21 @@ def identify(
     format: str, tokenizer: Tokenizer, options: ReadOptions, files: Sequence[Path], output: Path
 ) -> dict[str, Any]:
     """Return what an index in `output` is made of, as its manifest keeps it."""
-    folders = {folder: os.path.relpath(folder, output) for folder in {file.parent for file in files}}
+
+    @cache  # there may be 200,000 files
+    def relative(folder: str) -> str:
+        return os.path.relpath(folder or ".", output)
+
+    def path(file: Path) -> str:
+        folder, name = os.path.split(file)
+        return name if relative(folder) == "." else f"{relative(folder)}/{name}"
+
     return {
         "version": VERSION,
         "format": format,
         "tokenizer": tokenizer.fingerprint,
         "options": asdict(options),
-        "shards": [
-            {"path": os.path.normpath(os.path.join(folders[f.parent], f.name)), "bytes": os.stat(f).st_size} for f in files
-        ],
+        "shards": [{"path": path(file), "bytes": os.stat(file).st_size} for file in files],
     }
 
 
@@ -199,7 +206,7 @@ def _differences(there: dict[str, Any], identity: dict[str, Any], *, shards: boo
         for key in ("format", "tokenizer", "options")
         if known[key] != identity[key]
     ]
-    if shards:
+    if shards and there["shards"] != identity["shards"]:
         old, new = ({(name, size) for name, size in shards_key(x["shards"])} for x in (there, identity))
         if old != new or shards_key(there["shards"]) != shards_key(identity["shards"]):
             added, gone = (sorted(name for name, _ in s)[:3] for s in (new - old, old - new))

@@ -92,7 +92,7 @@ class TarReader:
         while True:
             header = self.read(at, BLOCK)
             if len(header) < BLOCK:
-                raise TarError(at, "the file ends without an end-of-archive mark")
+                raise TarError(min(at, self.size), "the file ends without an end-of-archive mark")
             if not header[0] and not any(header):
                 if name is not None or pax:
                     raise TarError(at, "a long name without its member")

@@ -52,7 +52,7 @@ def prepare_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--output", type=Path, required=True, metavar="DIR")
     corpus.add_argument("--workers", type=int, default=1, help="processes")
     corpus.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N",
+        "--part", type=_part, default="1/1", metavar="I/N",
         help="only shards I, I + N, ...: machines that share DIR do one part each, and the last one joins them",
     )  # fmt: skip
     corpus.add_argument("--max-bad-share", type=float, default=0.1, help="a shard with more broken records stops it")
