@@ -6,7 +6,7 @@
 Three tables. Caption pairs a second of `prepare corpus --format img2dataset`. Text a second of `--format jsonl`, end to
 end from compressed files to an index on disk, beside what SentencePiece alone does with the same texts in memory (all lines
 of them, as they are encoded; and each text in one piece, which loses the lines), and beside datatrove's DocumentTokenizer
-on the same files with a Hugging Face BPE tokenizer of the same size trained on the same text (training a Unigram one there
+on the same files with a byte-level BPE tokenizer of the same size trained on the same text (training a Unigram one there
 takes many minutes). Runs of all sides alternate, pinned to one core; figures are medians of CPU time, as a machine may have
 other work to do. Last, a sparse index of many documents is opened in a fresh process, and what 2 x 10^9 take is worked out.
 
@@ -28,6 +28,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +140,17 @@ def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple
         from datatrove.executor import LocalPipelineExecutor
         from datatrove.pipeline.readers import JsonlReader
         from datatrove.pipeline.tokens import DocumentTokenizer
-        from datatrove.utils.logging import logger
     except ImportError as error:
         return None, f"not compared: {error}; pip install -e '.[bench]'"
     from importlib.metadata import version
 
     from tokenizers import Tokenizer as HuggingFace
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
-    logger.remove()
-    model = HuggingFace(models.BPE(unk_token="<unk>"))
-    model.normalizer, model.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    model = HuggingFace(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<unk>"], max_token_length=16, limit_alphabet=1000, show_progress=False
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     model.train_from_iterator(texts, trainer)
     model.save(str(folder / "tokenizer.json"))
@@ -164,9 +163,10 @@ def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple
                 save_final_metadata=False,
             ),
         ]  # fmt: skip
-        LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=str(folder / f"logs-{number}")).run()
+        with redirect_stderr(io.StringIO()):  # a page of log
+            LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=str(folder / f"logs-{number}")).run()
 
-    return run, f"datatrove {version('datatrove')}, BPE of {model.get_vocab_size():,} pieces"
+    return run, f"datatrove {version('datatrove')}, byte-level BPE of {model.get_vocab_size():,} pieces"
 
 
 def measure_pairs(patterns: list[str], tokenizer: Path, folder: Path, n_runs: int) -> dict[str, Any]:
