@@ -140,6 +140,7 @@ def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple
         from datatrove.executor import LocalPipelineExecutor
         from datatrove.pipeline.readers import JsonlReader
         from datatrove.pipeline.tokens import DocumentTokenizer
+        from datatrove.utils.logging import logger
     except ImportError as error:
         return None, f"not compared: {error}; pip install -e '.[bench]'"
     from importlib.metadata import version
@@ -147,6 +148,7 @@ def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple
     from tokenizers import Tokenizer as HuggingFace
     from tokenizers import models, pre_tokenizers, trainers
 
+    logger.remove()
     model = HuggingFace(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
