@@ -113,12 +113,12 @@ def test_a_shard_that_has_become_shorter_is_noticed(tokenizer_folder, tmp_path):
 # ---- at scale
 
 
-def test_opening_a_hundred_million_documents_takes_less_than_200_megabytes(tmp_path):
+def test_opening_a_hundred_million_documents_takes_less_than_100_megabytes(tmp_path):
     """In a fresh process, with 200,000 shards in the manifest; the columns are holes in files."""
     sparse_index(tmp_path / "index", 10**8, 200_000)
     done = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path / "index")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["MB after 1000 documents"] < 200
+    assert json.loads(done.stdout)["MB opened"] < 100  # 63 were measured: the manifest
 
 
 def test_the_paths_of_shards_are_those_of_the_manifest(corpora):
