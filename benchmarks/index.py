@@ -282,7 +282,8 @@ def show(found: dict[str, Any], n_runs: int) -> None:
     print(f"  {text['datatrove']}")
     print(f"\nopening: {opening['documents']:,} pairs in {opening['shards']:,} shards, a fresh process")
     print(f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
-          f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it, pages of the mapped files among them")  # fmt: skip
+          f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
+          "(mapped pages of the files, which the kernel takes back, among them)")  # fmt: skip
     total = sum(opening["bytes a pair"].values())
     sizes = ", ".join(f"{name} {size}" for name, size in opening["bytes a pair"].items())
     print(f"  bytes a pair, all of them mapped and none read: {sizes}; {total} together")
