@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from datamodules.corpus import PLACE_BITS
+from datamodules.corpus import PLACE_BITS, IndexedCorpus
 from datamodules.plan import Layout, Plan
 from datamodules.split import Part, Split
 
@@ -25,6 +25,7 @@ class Offsets:
     folder: Path = Path("offsets")
     shards: list[Path] = field(default_factory=lambda: [Path("0.tar"), Path("1.tar"), Path("2.tar")])
     extra: dict[str, Any] = field(default_factory=dict)
+    answer_targets = IndexedCorpus.answer_targets
 
     def __post_init__(self) -> None:
         n, S = len(self.documents), len(self.shards)

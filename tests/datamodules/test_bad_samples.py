@@ -67,7 +67,7 @@ def test_workers_and_the_process_itself_write_the_same_ledger(tmp_path, tokenize
     bad = set(Random(3).sample(range(307), 31))
     pictures = [made.broken_within(i) if i in bad else made.png(i, 19, 17) for i in range(307)]
     stream = stream_of(pictures, tmp_path, tokenizer_folder, tokenizer)
-    n_batches = -(-stream.plans["caption"].n_rows // 5)
+    n_batches = -(-stream.by_name["caption"].plan.n_rows // 5)
     for workers in (0, 2):
         ledger = Ledger(tmp_path / f"{workers}.jsonl")
         found = list(islice(batches(stream, tokenizer, ledger, 0.5, 5, workers), n_batches))
@@ -91,7 +91,7 @@ def test_a_hundred_thousand_rows_with_broken_pictures_need_no_more_memory_and_li
     broken = [made.broken_within(kind) for kind in range(4)]
     pictures = [broken[i % 4] if i in bad else sound[i % 101] for i in range(n)]
     stream = stream_of(pictures, tmp_path, tokenizer_folder, tokenizer)
-    n_rows = max(100_000, stream.plans["caption"].n_rows)
+    n_rows = max(100_000, stream.by_name["caption"].plan.n_rows)
     ledger = Ledger(tmp_path / "run/quarantine.jsonl")
     reader = batches(stream, tokenizer, ledger, 0.1, m)
     n_bad = n_read = 0
