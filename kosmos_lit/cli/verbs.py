@@ -138,7 +138,7 @@ def rows(arguments: list[str]) -> None:
     if a.split == "val":
         numbers = numbers[: max(0, data.n_val_rows() - numbers.start)]
     for number in numbers:
-        row = stream.row(number)
+        row = data.as_trained(stream.row(number))
         if a.json:
             print(json.dumps(describe_row(row, stream)))
         else:
