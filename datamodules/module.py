@@ -320,6 +320,8 @@ class MixtureData(L.LightningDataModule):
         self.history, changes = before.go_on(self._wanted(), row, accept=self.accept_changes)
         for change in changes:
             rank_zero_info(f"from row {row:,} on: {change}")
+        if changes:
+            rank_zero_info(self.describe(self.trainer.max_steps))
         if (size := state_dict["global_batch_rows"]) != self.global_batch_rows:
             rank_zero_info(f"global_batch_rows was {size}, is {self.global_batch_rows} from row {row} on")
         self._end_with_the_sources()
