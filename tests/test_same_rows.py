@@ -114,11 +114,12 @@ def _rows(batches: list[KosmosBatch]) -> dict[int, tuple[str, list[int], list[in
     }
 
 
-def _rank(rank: int, files: Files) -> None:
+def _rank(rank: int, files: Files, port: int) -> None:
     """One of four processes: take part in every way of sharing out that has a place for this rank."""
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # loaders' processes begin as in a run, not as this one did
-    dist.init_process_group("gloo", init_method=f"file://{files.out / 'store'}", rank=rank, world_size=max(RANKS))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=max(RANKS))
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
     net, data = model(files), opened(files)
     for ranks, workers, accumulation in WAYS:
@@ -154,7 +155,9 @@ def alone(files: Files) -> list[Step]:
 @pytest.fixture(scope="module")
 def shared_out(files: Files) -> dict[tuple[int, int, int], list[Step]]:
     """The steps of every way of sharing them out."""
-    mp.spawn(_rank, (files,), nprocs=max(RANKS))
+    # A store in a file would be locked by the loaders' processes, which inherit it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_rank, (files, store.port), nprocs=max(RANKS))
     return {
         way: [Step(**step) for step in torch.load(files.out / f"{way[0]}-{way[1]}-{way[2]}.pt", weights_only=True)]
         for way in WAYS
