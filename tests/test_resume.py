@@ -158,6 +158,13 @@ def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple
     return [(moment, 0 if left == "-" else int(left[5:13])) for moment, left, _ in deaths]
 
 
+def assert_same_log(whole: Path, parts: Path, left: list[int], rel: float = 0.0) -> None:
+    """A step is logged right behind its checkpoint: only the last step before a death may be missing."""
+    there, here = losses(whole), losses(parts)
+    assert there.keys() - here.keys() <= set(left)
+    assert {s: float(loss) for s, loss in here.items()} == pytest.approx({s: float(there[s]) for s in here}, rel=rel, abs=0)
+
+
 @pytest.fixture(scope="module")
 def world_stream(tiny_world: Path) -> Stream:
     """The rows that these runs read."""
@@ -183,7 +190,7 @@ def test_a_run_killed_at_20_moments_reads_the_same_rows_and_gets_the_same_weight
     assert [c.step for c in compared] == list(range(3, 153, 3))
     assert set(left) - {0} <= {c.step for c in compared}
     assert [c.describe() for c in compared if not c.same()] == []
-    assert losses(whole) == losses(parts)
+    assert_same_log(whole, parts, left)
 
 
 @pytest.mark.slow
@@ -191,14 +198,13 @@ def test_a_run_killed_twice_in_one_epoch_and_at_epochs_edges_is_the_run_that_was
     tmp_path: Path, tiny_world: Path, world_stream: Stream
 ) -> None:
     G = 4
-    text, caption = (world_stream.by_name[name] for name in ("text", "caption"))
-    edges = [row_of(world_stream, source.name, source.plan.n_rows) for source in (text, caption)]
-    in_edges = [row // G + 1 for row in edges]  # the steps, the first being 1, that read the second epochs' first rows
+    n = world_stream.by_name["caption"].plan.n_rows
+    edges = [row_of(world_stream, "caption", epoch * n) for epoch in (1, 2)]
+    assert [epochs(world_stream, range(edge - G, edge + 1), "caption")[-2:] for edge in edges] == [[0, 1], [1, 2]]
+    at_edges = [edge // G + 1 for edge in edges]  # the steps, the first being 1, that read the new epochs' first rows
     twice = [5, 9]
-    die_in = sorted({*twice, *in_edges, in_edges[0] + 2})
-    assert {world_stream.locate(row)[1] for step in twice for row in range((step - 1) * G, step * G)} == {0}
-    assert [epochs(world_stream, range(edge - 2 * G, edge + 1), name)[-2:] for edge, name in zip(
-        edges, ("text", "caption"), strict=True)] == [[0, 1], [0, 1]]  # fmt: skip
+    assert set(epochs(world_stream, range(twice[-1] * G), "caption")) == {0}
+    die_in = [*twice, at_edges[0], at_edges[0] + 2, at_edges[1]]
     steps = f"--trainer.max_steps={die_in[-1] + 3}"
     whole, parts = tmp_path / "whole", tmp_path / "killed"
     assert run(keeping_all(whole, tiny_world, steps, every=1)).returncode == 0
@@ -229,6 +235,7 @@ def test_a_killed_run_goes_on_with_other_ranks_and_reads_the_same_rows(tmp_path:
     one, changing = tmp_path / "one", tmp_path / "changing"
     assert run(keeping_all(one, tiny_world, *plain)).returncode == 0
     arguments = keeping_all(changing, tiny_world, *plain)
+    left = []
     for ranks in (1, 2, 4):
         before = len(list((changing / "checkpoints").glob("*.ckpt")))
         process = start([*arguments, *on_ranks(ranks)], start_new_session=True)
@@ -236,6 +243,7 @@ def test_a_killed_run_goes_on_with_other_ranks_and_reads_the_same_rows(tmp_path:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
+        left.append(int(max((changing / "checkpoints").glob("*.ckpt")).stem[5:]))
 
     end = run(arguments)
 
@@ -245,7 +253,7 @@ def test_a_killed_run_goes_on_with_other_ranks_and_reads_the_same_rows(tmp_path:
     assert all(c.same_rows for c in compared)
     # fp32 sums in another order, 24 Adam steps at up to 3e-3
     assert compared[-1].distance < 3e-3
-    assert list(map(float, losses(changing).values())) == pytest.approx(list(map(float, losses(one).values())), rel=2e-4)
+    assert_same_log(one, changing, left, rel=2e-4)
 
 
 def on_ranks(ranks: int) -> list[str]:
