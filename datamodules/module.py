@@ -156,6 +156,7 @@ class MixtureData(L.LightningDataModule):
         self.open()
         if self.trainer is not None and stage == "fit":
             self._set_accumulation()
+            self._asked_steps = self.trainer.max_steps
             self._end_with_the_sources()
             rank_zero_info(self.describe(self.trainer.max_steps))
 
@@ -225,21 +226,24 @@ class MixtureData(L.LightningDataModule):
     def _end_with_the_sources(self) -> None:
         """Let training end with the last whole step before a source has been read `max_epochs` times."""
         assert self.trainer is not None
-        schedule = self._schedule()
-        for at, name in enumerate(self.history.kinds):
-            if name not in self.opened or (limit := self.opened[name].config.max_epochs) is None:
-                continue
-            row = schedule.row_of(at, math.floor(limit * self.opened[name].train.plan.n_rows))
+        limits = {n: s.config.max_epochs for n, s in self.opened.items() if s.config.max_epochs is not None}
+        if not limits:
+            return
+        schedule, loop, why = self._schedule(), self.trainer.fit_loop.epoch_loop, ""
+        told, loop.max_steps = loop.max_steps, self._asked_steps  # a resume may find that a source lasts longer
+        for name, limit in limits.items():
+            number = math.floor(limit * self.opened[name].train.plan.n_rows)
+            row = schedule.row_of(list(self.history.kinds).index(name), number)
             if row is None:
                 continue
             last = self._first_step + (row - self._first_row) // self.global_batch_rows
-            loop = self.trainer.fit_loop.epoch_loop
             if loop.max_steps < 0 or last < loop.max_steps:
-                rank_zero_info(
-                    f"training ends with step {last:,}, not {loop.max_steps:,}: then source {name} has been read "
-                    f"{limit:g} times, its max_epochs; the learning rate decays until there"
-                )
-                loop.max_steps = max(0, last)
+                loop.max_steps, why = max(0, last), f"then source {name} has been read {limit:g} times, its max_epochs"
+        if why and loop.max_steps != told:
+            rank_zero_info(
+                f"training ends with step {loop.max_steps:,}, not {self._asked_steps:,}: {why}; the learning rate decays "
+                "until there"
+            )
 
     # ---- loaders
 

@@ -15,7 +15,8 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
 
     `documents` say where each document comes from, and which of its targets [start, end) stand in the row: its tokens, a
     picture counting as one, and </s>. `images` say where each picture's bytes lie; in a crawl that is its WARC record.
-    `sha256` is of the picture itself.
+    `sha256` is of the picture itself. The digests of all rows that a run has read add up, modulo 2 ** 63, to its
+    checkpoint's `rows_digest`.
     """
     corpus = stream.by_name[row.source].corpus
     documents, images = [], []
@@ -31,6 +32,7 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
         "corpus": CORPORA[row.corpus],
         "source": row.source,
         "epoch": row.epoch,
+        "digest": f"{row.digest():016x}",
         "documents": documents,
         "tokens": row.tokens.tolist(),
         "targets": row.targets.tolist(),

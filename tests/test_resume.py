@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count, islice
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 import yaml
 
+from datamodules import MixtureData
+from datamodules.stream import Stream
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
+from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.cli.verify import compare
 from tests.running import ROOT, TINY, losses, run, start, tiny_run
 
@@ -128,42 +133,99 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(tmp_path: Path, tiny_wor
     assert "Traceback" not in err
 
 
-def keeping_all(folder: Path, tiny_world: Path, *more: str) -> list[str]:
-    """Return the arguments of a run of 90 steps, several epochs of each corpus, that keeps all its checkpoints."""
+# ---- killed
+
+
+def keeping_all(folder: Path, tiny_world: Path, *more: str, every: int = 3, die_in: list[int] | None = None) -> list[str]:
+    """Return the arguments of a run that keeps all its checkpoints and goes on from the last one."""
     folder.mkdir()
     callbacks = yaml.safe_load(Path(TINY).read_text(encoding="utf-8"))["trainer"]["callbacks"]
-    callbacks[-1]["init_args"] |= {"dirpath": str(folder / "checkpoints"), "keep": -1}
+    callbacks[-1]["init_args"] |= {"dirpath": str(folder / "checkpoints"), "keep": -1, "every_n_train_steps": every}
+    if die_in:
+        callbacks.append({"class_path": "tests.killing.DieInSteps", "init_args": {"steps": die_in}})
     (folder / "keep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}), encoding="utf-8")
-    steps = ["--trainer.max_steps=90", "--trainer.val_check_interval=13", "--data.num_workers=1", "--ckpt_path=last"]
+    steps = ["--trainer.val_check_interval=17", "--data.num_workers=1", "--ckpt_path=last"]
     return [*tiny_run("fit", folder, tiny_world, "-c", str(folder / "keep.yaml")), *steps, *more]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Path:
-    """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    end = run(keeping_all(folder, tiny_world))
+def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple[str, int]]:
+    """Run to the end through deaths at `moments`; return how each came about, and the last checkpoint's step (0: none)."""
+    command = [sys.executable, "-m", "tests.killing", str(folder), "5", ",".join(moments), "--", *arguments]
+    end = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert end.returncode == 0, end.stderr
-    return folder
+    deaths = [line.split() for line in end.stdout.splitlines()]
+    assert [(moment, how) for moment, _, how in deaths] == [(moment, "killed") for moment in moments]
+    return [(moment, 0 if left == "-" else int(left[5:13])) for moment, left, _ in deaths]
+
+
+def assert_same_log(whole: Path, parts: Path, left: list[int], rel: float = 0.0) -> None:
+    """A step is logged right behind its checkpoint: only the last step before a death may be missing."""
+    there, here = losses(whole), losses(parts)
+    assert there.keys() - here.keys() <= set(left)
+    assert {s: float(loss) for s, loss in here.items()} == pytest.approx({s: float(there[s]) for s in here}, rel=rel, abs=0)
+
+
+@pytest.fixture(scope="module")
+def world_stream(tiny_world: Path) -> Stream:
+    """The rows that these runs read."""
+    data = DataCLI(tiny_run("fit", tiny_world, tiny_world)[1:]).datamodule
+    assert isinstance(data, MixtureData)
+    data.open()
+    return data.stream()
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_20_moments_reads_the_same_rows_and_ends_with_the_same_weights(
-    whole: Path, tmp_path: Path, tiny_world: Path
-) -> None:
-    killed = tmp_path / "killed"
-    arguments = keeping_all(killed, tiny_world)
-    command = [sys.executable, "-m", "tests.killing", str(killed), "5", "20", "--", *arguments]
-    end = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
+def test_a_run_killed_at_20_moments_reads_the_same_rows_and_gets_the_same_weights(tmp_path: Path, tiny_world: Path) -> None:
+    steps = "--trainer.max_steps=150"
+    whole, parts = tmp_path / "whole", tmp_path / "killed"
+    end = run(keeping_all(whole, tiny_world, steps))
     assert end.returncode == 0, end.stderr
-    deaths = [line.split() for line in end.stdout.splitlines()]
-    assert [how for _, how in deaths] == ["killed"] * 20
-    compared = compare(whole, killed)
-    assert [c.step for c in compared] == list(range(3, 93, 3))
-    assert [c.step for c in compared if not c.same_rows or c.distance] == []
-    assert {int(name[5:13]) for name, _ in deaths} <= {c.step for c in compared}
-    assert losses(whole) == losses(killed)
+    draw = Random(5)
+    moments = ["starting", "writing", *draw.choices(["starting", "writing", "1", "2"], [2, 3, 10, 3], k=18)]
+    draw.shuffle(moments)
+
+    left = [step for _, step in killed(parts, moments, keeping_all(parts, tiny_world, steps))]
+
+    compared = compare(whole, parts)
+    assert [c.step for c in compared] == list(range(3, 153, 3))
+    assert set(left) - {0} <= {c.step for c in compared}
+    assert [c.describe() for c in compared if not c.same()] == []
+    assert_same_log(whole, parts, left)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twice_in_one_epoch_and_at_epochs_edges_is_the_run_that_was_not(
+    tmp_path: Path, tiny_world: Path, world_stream: Stream
+) -> None:
+    G = 4
+    n = world_stream.by_name["caption"].plan.n_rows
+    edges = [row_of(world_stream, "caption", epoch * n) for epoch in (1, 2)]
+    assert [epochs(world_stream, range(edge - G, edge + 1), "caption")[-2:] for edge in edges] == [[0, 1], [1, 2]]
+    at_edges = [edge // G + 1 for edge in edges]  # the steps, the first being 1, that read the new epochs' first rows
+    twice = [5, 9]
+    assert set(epochs(world_stream, range(twice[-1] * G), "caption")) == {0}
+    die_in = [*twice, at_edges[0], at_edges[0] + 2, at_edges[1]]
+    steps = f"--trainer.max_steps={die_in[-1] + 3}"
+    whole, parts = tmp_path / "whole", tmp_path / "killed"
+    assert run(keeping_all(whole, tiny_world, steps, every=1)).returncode == 0
+
+    left = killed(parts, ["own"] * len(die_in), keeping_all(parts, tiny_world, steps, every=1, die_in=die_in))
+
+    assert [step for _, step in left] == [step - 1 for step in die_in]
+    compared = compare(whole, parts)
+    assert [c.step for c in compared] == list(range(1, die_in[-1] + 4))
+    assert [c.describe() for c in compared if not c.same()] == []
+
+
+def row_of(stream: Stream, name: str, number: int) -> int:
+    """Return the stream row that is a source's `number`-th."""
+    mine = (row for row in count() if stream.locate(row)[0].name == name)
+    return next(islice(mine, number, None))
+
+
+def epochs(stream: Stream, rows: range, name: str) -> list[int]:
+    """Return the epoch of each of a source's rows."""
+    return [epoch for source, epoch, _ in map(stream.locate, rows) if source.name == name]
 
 
 @pytest.mark.slow
@@ -173,15 +235,17 @@ def test_a_killed_run_goes_on_with_other_ranks_and_reads_the_same_rows(tmp_path:
     one, changing = tmp_path / "one", tmp_path / "changing"
     assert run(keeping_all(one, tiny_world, *plain)).returncode == 0
     arguments = keeping_all(changing, tiny_world, *plain)
-    for ranks in (2, 1, 2):
+    left = []
+    for ranks in (1, 2, 4):
         before = len(list((changing / "checkpoints").glob("*.ckpt")))
-        more = [f"--trainer.devices={ranks}", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"] if ranks > 1 else []
-        process = start([*arguments, *more], start_new_session=True)
+        process = start([*arguments, *on_ranks(ranks)], start_new_session=True)
         _wait_for_checkpoint(changing, before + 1)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        left.append(int(max((changing / "checkpoints").glob("*.ckpt")).stem[5:]))
 
-    end = run([*arguments, "--trainer.devices=4", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"])
+    end = run(arguments)
 
     assert end.returncode == 0, end.stderr
     compared = compare(one, changing)
@@ -189,12 +253,18 @@ def test_a_killed_run_goes_on_with_other_ranks_and_reads_the_same_rows(tmp_path:
     assert all(c.same_rows for c in compared)
     # fp32 sums in another order, 24 Adam steps at up to 3e-3
     assert compared[-1].distance < 3e-3
+    assert_same_log(one, changing, left, rel=2e-4)
+
+
+def on_ranks(ranks: int) -> list[str]:
+    return [f"--trainer.devices={ranks}", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"] if ranks > 1 else []
 
 
 def _wait_for_checkpoint(folder: Path, n: int = 1) -> None:
     """Wait until a run has come some way."""
-    for _ in range(600):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         if len(list((folder / "checkpoints").glob("*.ckpt"))) >= n:
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise AssertionError(f"no checkpoint appears in {folder}")

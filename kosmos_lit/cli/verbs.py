@@ -147,23 +147,36 @@ def rows(arguments: list[str]) -> None:
 
 def verify_parser() -> argparse.ArgumentParser:
     """Return the options of `verify-resume`."""
-    parser = _Parser(prog="main.py verify-resume")
+    parser = _Parser(
+        prog="main.py verify-resume",
+        description="Compare two runs at every step of which both have a checkpoint: the digest of all rows that they have "
+        "trained on, their weights and their optimizer's state. Exit code 0: all are the same; 1: some are not.",
+        epilog="A run that was killed and resumed must be the same as one that was not, bit by bit; on another number of "
+        "ranks, or with other micro-batches, the rows are the same, all else is up to rounding. Only checkpoints that are "
+        "still there can be compared: see `keep` of kosmos_lit.callbacks.Checkpoints.",
+    )
     parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, or a checkpoint")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="by how much weights may differ (other ranks)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="by how much weights, optimizer state and logged losses may differ"
+    )
     return parser
 
 
 def verify_resume(arguments: list[str]) -> int:
     """Compare two runs' rows and weights; return 0 if they are the same, else 1."""
     a = verify_parser().parse_args(arguments)
+    if not a.tolerance >= 0:
+        raise UserError(f"verify-resume: --tolerance must not be negative, got {a.tolerance}")
     from kosmos_lit.cli.verify import compare, first_difference
 
     found = compare(*a.runs)
     for comparison in found:
         print(comparison.describe())
-    if difference := first_difference(*a.runs):
-        print(f"in the log {difference[1]} differ{'s' * (difference[1] != 'rows')} first at step {difference[0]:,}")
-    same = [c.same_rows and c.distance <= a.tolerance for c in found]
+    if difference := first_difference(*a.runs, a.tolerance):
+        print(difference)
+    same = [comparison.same(a.tolerance) for comparison in found]
+    if different := [comparison.step for comparison in found if not comparison.same(a.tolerance)]:
+        print(f"the first checkpoints that differ are those of step {different[0]:,}")
     print(f"{sum(same)} of {len(same)} common checkpoints are the same")
     return 0 if all(same) else 1
 

@@ -1,9 +1,10 @@
-"""`verify-resume A B`: did two runs read the same rows, and end with the same weights?"""
+"""`verify-resume A B`: did two runs read the same rows, and get the same weights and optimizer state from them?"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,27 @@ class Comparison:
     next_rows: tuple[int, int]
     digests: tuple[str, str]
     distance: float
-    """Largest absolute difference of any weight; infinite where names or shapes differ."""
+    """Largest absolute difference of any weight; infinite where names or shapes differ, or one is not a number."""
+    optimizer_distance: float
+    """The same of the optimizer's state."""
 
     @property
     def same_rows(self) -> bool:
         return self.next_rows[0] == self.next_rows[1] and self.digests[0] == self.digests[1]
 
+    def same(self, tolerance: float = 0.0) -> bool:
+        """Tell whether the rows are the same, and weights and optimizer state too, up to `tolerance`."""
+        return self.same_rows and max(self.distance, self.optimizer_distance) <= tolerance
+
     def describe(self) -> str:
         rows = f"rows to {self.next_rows[0]:,}, digest {self.digests[0]}"
         if not self.same_rows:
             rows = f"ROWS DIFFER: to {self.next_rows[0]:,} and {self.next_rows[1]:,}, digests {' and '.join(self.digests)}"
-        weights = "weights equal bit by bit" if not self.distance else f"weights differ by up to {self.distance:.3g}"
-        return f"step {self.step:>8,}  {rows}, {weights}"
+        parts = {"weights": self.distance, "optimizer state": self.optimizer_distance}
+        equal = [name for name, distance in parts.items() if not distance]
+        told = [f"{' and '.join(equal)} equal bit by bit"] if equal else []
+        told += [f"{name} differ{'s' * (name != 'weights')} by up to {d:.3g}" for name, d in parts.items() if d]
+        return f"step {self.step:>8,}  {rows}, {', '.join(told)}"
 
 
 def compare(one: Path, other: Path) -> list[Comparison]:
@@ -49,16 +59,19 @@ def compare(one: Path, other: Path) -> list[Comparison]:
             f"{one} has checkpoints of the steps {sorted(mine)}, {other} of {sorted(theirs)}: none in common; keep more of "
             "them (Checkpoints.keep), or let both runs end with the same step"
         )
-    return [_compare(step, load_checkpoint(mine[step]), load_checkpoint(theirs[step])) for step in steps]
+    return [_compare(step, _load(mine[step]), _load(theirs[step])) for step in steps]
 
 
-def first_difference(one: Path, other: Path) -> tuple[int, str] | None:
-    """Return the first logged step at which two runs' rows or losses differ, and which of them; None: all are equal."""
+def first_difference(one: Path, other: Path, tolerance: float = 0.0) -> str | None:
+    """Say at which logged step two runs first differ in rows, or in the loss by more than `tolerance`; None: nowhere."""
     mine, theirs = logged(one), logged(other)
     for step in sorted(mine.keys() & theirs.keys()):
-        for name in ("rows", "train/loss"):
-            if mine[step].get(name) != theirs[step].get(name):
-                return step, "rows" if name == "rows" else "the loss"
+        a, b = mine[step], theirs[step]
+        if a.get("rows") != b.get("rows"):
+            return f"in the log the rows differ first at step {step:,}"
+        losses = float(a["train/loss"]), float(b["train/loss"])
+        if not abs(losses[0] - losses[1]) <= tolerance:
+            return f"in the log the loss differs first at step {step:,}: {losses[0]:.7g} and {losses[1]:.7g}"
     return None
 
 
@@ -83,25 +96,45 @@ def _checkpoints(run: Path) -> dict[int, Path]:
     return {load_checkpoint(path)["global_step"]: path for path in files}
 
 
+def _load(path: Path) -> dict[str, Any]:
+    found = load_checkpoint(path)
+    if "rows_digest" not in found:
+        raise UserError(f"{path} is of a version that kept no digest of rows, so its rows cannot be compared")
+    return found
+
+
 def _compare(step: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Comparison:
-    if missing := [c for c in (mine, theirs) if "rows_digest" not in c]:
-        raise UserError(f"step {step}: {len(missing)} of the checkpoints are of a version that kept no digest of rows")
     return Comparison(
         step,
         (_next_row(mine), _next_row(theirs)),
         (mine["rows_digest"], theirs["rows_digest"]),
-        max(_distances(mine["state_dict"], theirs["state_dict"]), default=0.0),
+        _distance(mine["state_dict"], theirs["state_dict"]),
+        _distance(_optimizer_state(mine), _optimizer_state(theirs)),
     )
+
+
+def _optimizer_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what the optimizer keeps of each parameter."""
+    return {
+        f"{number}.{parameter}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(checkpoint.get("optimizer_states", ()))
+        for parameter, kept in optimizer["state"].items()
+        for name, value in kept.items()
+    }
 
 
 def _next_row(checkpoint: Mapping[str, Any]) -> int:
     return next((int(v["next_row"]) for v in checkpoint.values() if isinstance(v, dict) and "next_row" in v), -1)
 
 
-def _distances(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[float]:
-    for name in mine.keys() | theirs.keys():
-        a, b = mine.get(name), theirs.get(name)
-        if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-            yield float("inf")
-        elif not torch.equal(a, b):
-            yield float((a.double() - b.double()).abs().max())
+def _distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    return max((_between(mine.get(name), theirs.get(name)) for name in mine.keys() | theirs.keys()), default=0.0)
+
+
+def _between(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return float("inf")
+    if torch.equal(a, b):
+        return 0.0
+    found = float((a.double() - b.double()).abs().max())
+    return float("inf") if math.isnan(found) else found

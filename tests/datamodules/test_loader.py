@@ -1,3 +1,8 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
 from itertools import islice
 
 import pytest
@@ -105,6 +110,31 @@ def test_validation_reads_each_row_once_and_equally_many_batches_on_each_rank(he
     assert {len(b) for b in batches} == {len(loaders[0])}
     rows = [row for rank in batches for batch in rank for row in batch.rows if row >= 0]
     assert sorted(rows) == list(range(n_rows))
+
+
+def test_a_loaders_process_heeds_only_the_process_that_it_works_for(stream, rendering):
+    batches = iter(Loader(MicroBatches(stream, share(0, 1, 3), rendering), 1))
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a scheduler does, to all processes of a run
+    os.kill(worker.pid, signal.SIGINT)
+    assert next(batches).rows == (3, 4, 5)
+    time.sleep(0.2)
+    assert worker.is_alive()
+    batches.close()
+    assert not worker.is_alive()
+
+
+def test_a_loaders_process_that_is_left_over_can_be_ended(stream, rendering):
+    batches = iter(Loader(MicroBatches(stream, share(0, 1, 3), rendering), 1))
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    pytorchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # takes the end of a loader's process for an accident
+    worker.terminate()  # as Python does on its way out, before it waits for it
+    worker.join(timeout=20)
+    signal.signal(signal.SIGCHLD, pytorchs)
+    assert not worker.is_alive()
+    batches.close()
 
 
 def test_validation_is_in_the_same_order_with_workers(held_out, rendering):

@@ -22,7 +22,8 @@ def row(request, stream):
 
 def test_a_described_row_has_every_field(row, stream):
     described = describe_row(row, stream)
-    assert list(described) == ["row", "corpus", "source", "epoch", "documents", "tokens", "targets", "segments", "images"]
+    names = ["row", "corpus", "source", "epoch", "digest", "documents", "tokens", "targets", "segments", "images"]
+    assert list(described) == names
     assert {tuple(d) for d in described["documents"]} == {("source", "id", "tokens")}
     assert {tuple(i) for i in described["images"]} <= {("shard", "offset", "length", "sha256")}
 

@@ -1,0 +1,114 @@
+"""The digest of a row tells it from any other, and those of many rows add up however they are shared out."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from datamodules.collate import ReadRow, collate
+from datamodules.corpus import StoredImage
+from datamodules.stream import PlacedDocument, Row, Stream
+from kosmos_lit.batch import DIGEST_MASK
+from kosmos_lit.tokens import IGNORE
+from tests.datamodules import made
+
+NUMBERS = st.integers(0, 2**40)
+
+
+@st.composite
+def rows(draw) -> Row:
+    """Rows of three documents, each of 7 positions and with a picture."""
+    ids = st.lists(st.integers(0, 2**31), min_size=21, max_size=21)
+    starts = [draw(NUMBERS) for _ in range(3)]
+    documents = tuple(PlacedDocument(draw(NUMBERS), start, start + 7, 7 * n, 7) for n, start in enumerate(starts))
+    offsets = draw(st.lists(NUMBERS, min_size=3, max_size=3, unique=True))
+    images = tuple(StoredImage(draw(st.integers(0, 99)), offset, draw(NUMBERS), 2, "") for offset in offsets)
+    return Row(
+        draw(NUMBERS), draw(st.integers(0, 3)), draw(st.sampled_from(["text", "books", "pairs"])), draw(st.integers(0, 99)),
+        np.array(draw(ids)), np.array(draw(ids)), documents, images, (0, 1, 2), np.array([2, 9, 16]),
+    )  # fmt: skip
+
+
+OTHER = {
+    "number": lambda row, n: replace(row, number=row.number + n),
+    "source": lambda row, n: replace(row, source=row.source + "s" * n),
+    "epoch": lambda row, n: replace(row, epoch=row.epoch + n),
+    "a token": lambda row, n: replace(row, tokens=_changed(row.tokens, n)),
+    "a target": lambda row, n: replace(row, targets=_changed(row.targets, n)),
+    "a target that is left out": lambda row, n: replace(row, targets=np.where(np.arange(21) == n % 21, IGNORE, row.targets)),
+    **{
+        f"a document's {name}": lambda row, n, name=name: replace(row, documents=_moved(row.documents, n, name))
+        for name in ("document", "start", "end", "at", "length")
+    },
+    **{
+        f"a picture's {name}": lambda row, n, name=name: replace(row, images=_moved(row.images, n, name))
+        for name in ("shard", "offset", "length")
+    },
+    "a picture's file": lambda row, n: replace(row, images=(*row.images[:2], replace(row.images[2], path="a" * n))),
+    "fewer documents": lambda row, n: replace(row, documents=row.documents[: n % 3]),
+    "fewer pictures": lambda row, n: replace(row, images=row.images[: n % 3]),
+    "pictures in another order": lambda row, n: replace(row, images=row.images[::-1]),
+}
+"""What may be different in a row, by n."""
+
+
+def _changed(ids, n):
+    return np.concatenate([ids[: n % 21], [ids[n % 21] + n], ids[n % 21 + 1 :]])
+
+
+def _moved(parts, n, name):
+    at = n % len(parts)
+    return (*parts[:at], replace(parts[at], **{name: getattr(parts[at], name) + n}), *parts[at + 1 :])
+
+
+@pytest.mark.parametrize("what", OTHER)
+@settings(max_examples=50)
+@given(row=rows(), n=st.integers(1, 1000))
+def test_a_row_that_differs_in_anything_has_another_digest(what, row, n):
+    other = OTHER[what](row, n)
+    if made.plain(other) != made.plain(row):
+        assert other.digest() != row.digest()
+
+
+@given(rows())
+def test_a_digest_has_63_bits_and_depends_on_the_row_alone(row):
+    again = replace(row, tokens=row.tokens.copy(), targets=row.targets.astype(np.int64))
+    assert again.digest() == row.digest()
+    assert 0 <= row.digest() <= DIGEST_MASK
+
+
+def test_every_field_of_a_row_decides_its_digest_or_follows_from_those_that_do():
+    followed_by = {"corpus": "source", "image_owner": "documents", "slots": "tokens"}
+    decided = {"number", "source", "epoch", "tokens", "targets", "documents", "images"}
+    assert {f.name for f in fields(Row)} == decided | followed_by.keys()
+
+
+@pytest.fixture(scope="module")
+def stream(corpora, tokenizer) -> Stream:
+    return made.stream(corpora, tokenizer.special)
+
+
+def test_no_two_rows_of_a_stream_have_the_same_digest(stream):
+    assert len({stream.row(n).digest() for n in range(307)}) == 307
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 4), min_size=31, max_size=31), st.randoms(use_true_random=False))
+def test_digests_add_up_to_the_same_however_rows_are_shared_out(stream, tokenizer, parts, random):
+    numbers = list(range(17, 17 + len(parts)))
+    whole = sum(stream.row(n).digest() for n in numbers) & DIGEST_MASK
+    random.shuffle(numbers)
+
+    total = 0
+    for part in range(5):
+        mine = [stream.row(n) for n, p in zip(numbers, parts, strict=True) if p == part]
+        if mine:
+            read = [ReadRow(row, [None] * len(row.images)) for row in mine]
+            batch = collate(read, tokenizer=tokenizer, image_size=5, n_latents=3, n_step_targets=1)
+            total = (total + batch.digest) & DIGEST_MASK
+
+    assert total == whole
