@@ -21,7 +21,7 @@ SHAPES = {"256 px": (256, 256, 95), "640 x 427": (640, 427, 90)}
 """Width, height and JPEG quality: as img2dataset resizes by default, and as the web's photographs lie in tars of originals."""
 DISTINCT = 32
 """Different pictures; a pair's picture is one of them, with bytes of its own in the tar."""
-CAPTION_WORDS = 9.0
+CAPTION_WORDS = 14.0
 """Median; with the tokenizer below some 17 tokens, as in LAION."""
 TEXT_WORDS = 300.0
 """Median of the texts."""
