@@ -175,10 +175,10 @@ def _read(path: Path, found: dict[Kind, array[int]]) -> None:
             entry = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if not entry or entry.startswith("#"):
                 continue
-            if DIGEST.fullmatch(entry):
-                kind: Kind = "digest"
-            elif entry.startswith(("http://", "https://")):
-                kind = "url"
+            if entry.startswith(("http://", "https://")):
+                kind: Kind = "url"
+            elif len(entry) in (32, 64) and DIGEST.fullmatch(entry):
+                kind = "digest"
             elif NO_KEY.fullmatch(entry):
                 raise UserError(
                     f"blocklist {path}, line {number}: every file has a {entry!r}; say of which shard, as in "

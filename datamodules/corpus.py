@@ -8,6 +8,7 @@
     DIR/image_places.npy         (images) uint64: shard << 40 | byte offset
     DIR/image_lengths.npy        (images) uint32: bytes
     DIR/image_positions.npy      (images) uint32: index of its marker among its document's tokens
+    DIR/quarantine.jsonl         the broken records, one a line (see `quarantine`); absent if there are none
 
 and for instruction data, whose prompts carry no loss and whose pictures are files of their own:
 
@@ -15,18 +16,20 @@ and for instruction data, whose prompts carry no loss and whose pictures are fil
     DIR/image_path_offsets.npy   (images + 1) uint64: where each picture's path begins
     DIR/image_paths.npy          uint8: the paths in UTF-8, relative to their shard's folder
 
-That is 24 bytes a document and 16 a picture beside the tokens. Pictures are read from the original shards, whose paths
-are kept relative to DIR.
+That is 24 bytes a document and 16 a picture beside the tokens, 40 for a caption pair. Pictures are read from the original
+shards, whose paths are kept relative to DIR.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +40,13 @@ from kosmos_lit.tokens import Tokenizer
 
 VERSION = 1
 MANIFEST = "manifest.json"
+LEDGER = "quarantine.jsonl"
 PLACE_BITS = 40
 """Low bits of a place: shards of up to 1 TiB, and 16 million of them."""
+STATS = 1000
+"""Shards that a thread looks at in one go."""
+DOCUMENTS = 1 << 14
+"""Documents whose tokens are looked at in one go."""
 COLUMNS = {
     "token_offsets": "<u8",
     "image_offsets": "<u8",
@@ -102,23 +110,37 @@ class IndexedCorpus:
         return self.source.packing
 
     @cached_property
-    def shards(self) -> list[Path]:
+    def shards(self) -> Sequence[Path]:
         """Paths of the original shards."""
         assert self.manifest is not None
-        return [Path(os.path.normpath(self.folder / shard["path"])) for shard in self.manifest["shards"]]
+        return _ShardPaths(self.folder, self.manifest["shards"])
+
+    @property
+    def shards_key(self) -> list[list[Any]]:
+        """Name and bytes of each shard: what a run's rows depend on, wherever the files lie."""
+        assert self.manifest is not None
+        return shards_key(self.manifest["shards"])
 
     def check_pictures(self) -> None:
         """Raises: UserError if a shard that holds pictures is gone or of another size than when it was prepared."""
         assert self.manifest is not None
         if not self.manifest["images"]:
             return
-        sizes = [shard["bytes"] for shard in self.manifest["shards"]]
-        wrong = [p for p, n in zip(self.shards, sizes, strict=True) if not p.is_file() or p.stat().st_size != n]
+        stretches = [range(at, min(at + STATS, len(self.shards))) for at in range(0, len(self.shards), STATS)]
+        with ThreadPoolExecutor(16) as pool:  # a network's file system answers slowly, but many at a time
+            wrong = [path for found in pool.map(self._changed, stretches) for path in found]
         if wrong:
             raise UserError(
                 f"the index in {self.folder} reads pictures from {len(wrong)} shards that are gone or have changed, "
                 f"{wrong[0]} for one; put them back, or prepare the corpus again without them"
             )
+
+    def _changed(self, shards: Iterable[int]) -> list[Path]:
+        assert self.manifest is not None
+        known = self.manifest["shards"]
+        return [
+            self.shards[i] for i in shards if _size(os.path.join(self.folder, known[i]["path"])) != known[i]["bytes"]
+        ]
 
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
         """Return a document's ids, one marker per picture, without <s> and </s>."""
@@ -149,16 +171,21 @@ class IndexedCorpus:
         start, end = self.token_offsets[document : document + 2]
         return self.extra["supervised"][int(start) : int(end)].astype(np.bool_)
 
-    @cached_property
-    def n_answer_targets(self) -> npt.NDArray[np.int64] | None:
-        """Per document the supervised tokens, and one </s> behind each run of them; None: all text is supervised."""
+    def answer_targets(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """Return per document its supervised tokens, and one </s> behind each run of them; None: all text is supervised."""
         if "supervised" not in self.extra:
             return None
-        said = self.extra["supervised"].astype(np.bool_)
-        goes_on = np.append(said[1:], False)
-        goes_on[self.token_offsets[1:].astype(np.int64) - 1] = False
-        counts = said.astype(np.int64) + (said & ~goes_on)
-        return np.add.reduceat(counts, self.token_offsets[:-1].astype(np.int64))  # no document is empty
+        counts = np.zeros(len(documents), dtype=np.int64)
+        for at in range(0, len(documents), DOCUMENTS):
+            chunk = documents[at : at + DOCUMENTS]
+            start = self.token_offsets[chunk].astype(np.int64)
+            length = self.token_offsets[chunk + 1].astype(np.int64) - start
+            first = np.cumsum(length) - length  # no document is empty
+            said = self.extra["supervised"][np.repeat(start - first, length) + np.arange(length.sum())].astype(np.bool_)
+            goes_on = np.append(said[1:], False)
+            goes_on[first + length - 1] = False
+            counts[at : at + DOCUMENTS] = np.add.reduceat(said + (said & ~goes_on).astype(np.int64), first)
+        return counts
 
     def shard_and_name(self, document: int) -> tuple[str, str]:
         """Return the path of a document's shard, and its name there: a key, a URL, a line."""
@@ -195,6 +222,38 @@ class IndexedCorpus:
         """Return the file that holds a picture: its shard, or one of its own."""
         shard = self.shards[image.shard]
         return Path(os.path.normpath(shard.parent / image.path)) if image.path else shard
+
+
+class _ShardPaths(Sequence[Path]):
+    """Paths out of a manifest, made when they are asked for: there may be 200,000."""
+
+    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+        self._folder, self._shards = folder, shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Path(os.path.normpath(os.path.join(self._folder, self._shards[index]["path"])))
+
+
+def _size(path: str) -> int | None:
+    """Return a file's bytes; None if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def shards_key(shards: Iterable[dict[str, Any]]) -> list[list[Any]]:
+    """Return name and bytes of each shard of a manifest."""
+    return [[s["path"].rpartition("/")[2], s["bytes"]] for s in shards]
 
 
 def place(shard: int, at: int) -> int:

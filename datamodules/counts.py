@@ -47,8 +47,6 @@ class Counted(Protocol):
 def count_parts(blocks: Counted, title: str, workers: int) -> Counts:
     """Return what is known of each block, (n_blocks,), from the index's folder if it is there."""
     n = blocks.n_blocks
-    if n == 1:
-        return blocks.count(0)[0]
     folder = Path(blocks.corpus.folder) / "plans"
     kept, parts = folder / f"{blocks.key}.npz", folder / f"{blocks.key}.parts"
     if (counts := _read(kept, n)) is not None:

@@ -6,7 +6,8 @@ Everything on disk becomes this, and everything after it (index, plan, rows) kno
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -25,6 +26,8 @@ class ImageRef:
 
 
 Part = str | ImageRef
+OnBroken = Callable[[str, str, str], None]
+"""Takes the reason, the key in its shard and what the reader said of a broken record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +55,22 @@ class Tally:
     """What was noticed below the level of records, by reason: dead links, small pictures ..."""
     examples: dict[str, str] = field(default_factory=dict)
     """For each reason the first place where it was met."""
+    on_broken: OnBroken | None = field(default=None, compare=False)
+    """Gets every broken record."""
 
-    def miss(self, reason: str, place: object) -> None:
-        """Count a broken record."""
-        self._count(self.broken, reason, place)
+    def miss(self, reason: str, key: str, detail: str = "", *, file: str = "") -> None:
+        """Count a broken record.
+
+        Args:
+            reason: a short phrase for counting.
+            key: what finds the record in its shard.
+            detail: what the reader said.
+            file: the shard's name, where the key says nothing without it.
+        """
+        if self.on_broken is not None:
+            self.on_broken(reason, key, detail)
+        place = ", ".join(filter(None, (file, key)))
+        self._count(self.broken, reason, f"{place}: {detail}" if detail else place)
 
     def leave(self, reason: str, place: object) -> None:
         """Count a record left out by rule."""
@@ -78,7 +93,8 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; `dataclasses.asdict` does not keep a Counter."""
-        return {f.name: dict(v) if isinstance(v := getattr(self, f.name), dict) else v for f in fields(self)}
+        counters = {name: dict(getattr(self, name)) for name in ("broken", "left_out", "notes", "examples")}
+        return {"documents": self.documents} | counters
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Tally:

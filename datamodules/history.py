@@ -86,7 +86,7 @@ def contents(source: NamedSource, corpus: IndexedCorpus, n_held_out: int | None)
     assert manifest is not None
     found: dict[str, Any] = {"kind": CORPORA[source.kind]}
     found |= {key: manifest[key] for key in ("format", "options", "documents", "tokens", "images")}
-    found["shards"] = f"{hash_key(json.dumps(manifest['shards_key'])):016x}"
+    found["shards"] = f"{hash_key(json.dumps(corpus.shards_key)):016x}"
     found["val_share"] = source.config.val_share
     if n_held_out is not None:
         found["val_documents"] = n_held_out

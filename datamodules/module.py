@@ -21,7 +21,7 @@ from datamodules.plan import Layout
 from datamodules.quarantine import Ledger
 from datamodules.questions import ask_captions, ask_examples
 from datamodules.shares import Leg, name_sources, ratios_by_step, relay, shares
-from datamodules.stream import InOrder, Stream
+from datamodules.stream import InOrder, Row, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
@@ -117,6 +117,7 @@ class MixtureData(L.LightningDataModule):
         self.block_documents, self.run_documents = block_documents, run_documents
         self.blocklist = Blocklist.load(blocklist) if blocklist else None
         self.quarantine = quarantine
+        self.opened: dict[str, OpenedSource] = {}
         self._first_row = self._first_step = 0
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
 
@@ -134,7 +135,7 @@ class MixtureData(L.LightningDataModule):
             prepare_source(source, self.tokenizer_config.path, self.prepare_workers)
         self._open_sources(self.prepare_workers)
 
-    def _open_sources(self, workers: int = 1) -> None:
+    def _open_sources(self, workers: int) -> None:
         self.tokenizer = open_tokenizer(self.tokenizer_config)
         layout = Layout(
             seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed,
@@ -147,7 +148,8 @@ class MixtureData(L.LightningDataModule):
 
         Raises: UserError if one is missing or was made for something else.
         """
-        self._open_sources()
+        if not self.opened:  # the process that prepared them has them open
+            self._open_sources(1)
         self.history = self._wanted()
 
     def setup(self, stage: str) -> None:
@@ -195,6 +197,11 @@ class MixtureData(L.LightningDataModule):
             packed = [self.opened[n].train if n in self.opened else None for n in self.history.kinds]
             return Stream(packed, self._schedule(), self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
+
+    def as_trained(self, row: Row) -> Row:
+        """Return a row as the model gets it: without what the blocklist names."""
+        corpus = self.opened[row.source].corpus
+        return row if self.blocklist is None else self.blocklist.apply(row, corpus, self.tokenizer.special)[0]
 
     def n_val_rows(self) -> int:
         """Return the rows of the `val` stream."""
@@ -254,12 +261,17 @@ class MixtureData(L.LightningDataModule):
     def caption_questions(self) -> Iterator[PromptBatch]:
         """Yield questions about held-out captions' pictures, if there are any."""
         for source in self._of_kind("caption"):
-            yield from ask_captions(source.corpus, source.held_out(), self.tokenizer, self.image_size, self.prompt)
+            yield from ask_captions(source.corpus, self._held_out(source), self.tokenizer, self.image_size, self.prompt)
 
     def instruct_questions(self) -> Iterator[PromptBatch]:
         """Yield the prompts of held-out examples, if there are any."""
         for source in self._of_kind("instruct"):
-            yield from ask_examples(source.corpus, source.held_out(), self._rendering(), self.seq_len)
+            yield from ask_examples(source.corpus, self._held_out(source), self._rendering(), self.seq_len)
+
+    def _held_out(self, source: OpenedSource) -> Iterator[int]:
+        for document in source.held_out():
+            if self.blocklist is None or self.blocklist.match(source.corpus, document) is None:
+                yield document
 
     def _of_kind(self, kind: str) -> list[OpenedSource]:
         return [source for source in self.opened.values() if source.kind == CORPORA.index(kind)]

@@ -16,7 +16,6 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +33,6 @@ TOO_LONG = "longer than a row"
 TOO_MANY_PICTURES = "more pictures in succession than a row holds"
 REASONS = (TOO_LONG, TOO_MANY_PICTURES)
 """Why a document may be left out."""
-NEAR = 1000
-"""Documents fewer numbers apart than this are read in one go."""
 
 Array = npt.NDArray[np.int64]
 
@@ -156,29 +153,8 @@ def _pack_intact(
     packed = _pack_whole(corpus, order[fits], n_targets[fits], n_images[fits], seq_len, n_latents)
     return replace(
         packed, dropped={} if fits.all() else {TOO_LONG: np.sort(order[~fits])},
-        n_answer_targets=answer_targets(corpus, packed.document),
+        n_answer_targets=corpus.answer_targets(packed.document),
     )  # fmt: skip
-
-
-def answer_targets(corpus: IndexedCorpus, documents: Array) -> Array | None:
-    """Return for each document its supervised tokens, and one </s> behind each run of them; None: all text is supervised."""
-    if "supervised" not in corpus.extra:
-        return None
-    numbers, back = np.unique(documents, return_inverse=True)
-    counts = np.empty(len(numbers), dtype=np.int64)
-    cuts = [0, *(np.flatnonzero(np.diff(numbers) > NEAR) + 1).tolist(), len(numbers)]
-    for begin, end in pairwise(cuts):
-        if begin == end:
-            continue
-        first = int(numbers[begin])
-        offsets = corpus.token_offsets[first : int(numbers[end - 1]) + 2].astype(np.int64)
-        said = corpus.extra["supervised"][offsets[0] : offsets[-1]].astype(np.bool_)
-        offsets -= offsets[0]
-        goes_on = np.append(said[1:], False)
-        goes_on[offsets[1:] - 1] = False
-        per_document = np.add.reduceat(said + (said & ~goes_on).astype(np.int64), offsets[:-1])  # no document is empty
-        counts[begin:end] = per_document[numbers[begin:end] - first]
-    return counts[back]
 
 
 def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:

@@ -37,8 +37,6 @@ COUNTS = np.dtype(
     + [("dropped", "<i8", (len(REASONS),)), ("first_dropped", "<i8", (len(REASONS),))]
 )  # fmt: skip
 """What is known of each block; `first_dropped` is a document, or -1."""
-IDENTITY = ("format", "tokenizer", "options", "shards_key", "documents", "tokens", "images")
-"""What of an index's manifest decides its documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +72,7 @@ class Blocks:
     @property
     def key(self) -> str:
         """Return a hash of all that decides the blocks and their rows."""
-        manifest = self.corpus.manifest
-        assert manifest is not None
-        parts = [VERSION, {k: manifest[k] for k in IDENTITY}, self.split.key, self.part, asdict(self.layout)]
-        return f"{hash_key(json.dumps(parts, sort_keys=True)):016x}"
+        return f"{hash_key(VERSION, self.split.key, self.part, json.dumps(asdict(self.layout))):016x}"
 
     @property
     def n_runs(self) -> int:
@@ -116,15 +111,20 @@ class Blocks:
     def count(self, block: int) -> tuple[npt.NDArray[np.void], int]:
         """Return what is known of a block, (1,) of `COUNTS`, and its number of documents."""
         packed, n_documents = self.packed(block)
-        dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
-        counts = np.zeros(1, COUNTS)
-        counts["documents"] = n_documents
-        counts["begun"] = np.count_nonzero(packed.start == 0)
-        counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
-        counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
-        counts["dropped"] = [len(found) for found in dropped]
-        counts["first_dropped"] = [found[0] if found else -1 for found in dropped]
-        return counts, n_documents
+        return count_block(packed, n_documents), n_documents
+
+
+def count_block(packed: Packed, n_documents: int) -> npt.NDArray[np.void]:
+    """Return what is known of a packed block, (1,) of `COUNTS`."""
+    dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
+    counts = np.zeros(1, COUNTS)
+    counts["documents"] = n_documents
+    counts["begun"] = np.count_nonzero(packed.start == 0)
+    counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
+    counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
+    counts["dropped"] = [len(found) for found in dropped]
+    counts["first_dropped"] = [found[0] if found else -1 for found in dropped]
+    return counts
 
 
 def _unless_first(block: int) -> tuple[int, ...]:
@@ -192,10 +192,11 @@ class Plan:
         if corpus.image_offsets[-1] and L + 4 > T:
             raise UserError(f"seq_len {T} has no room for a picture of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
-        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(lambda block: self.blocks.packed(block)[0])
+        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(self.blocks.packed)
         self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
         self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
-        counts = count_parts(self.blocks, f"plan {name}, {part}", workers)
+        one = self.blocks.n_blocks == 1
+        counts = count_block(*self._packed(0)) if one else count_parts(self.blocks, f"planning {name}, {part}", workers)
         self._n_rows = counts["rows"].astype(np.int64)
         self._firsts = np.cumsum(self._n_rows) - self._n_rows
         self.totals = _totals(counts)
@@ -235,7 +236,7 @@ class Plan:
 
     def _find(self, row: int) -> tuple[Packed, int]:
         block = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        return self._packed(block), row - int(self._firsts[block])
+        return self._packed(block)[0], row - int(self._firsts[block])
 
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
         """Return the pieces of the row with id `row` as (document, start, end)."""

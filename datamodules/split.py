@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from fnmatch import fnmatch
-from functools import cached_property
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Sequence
+from fnmatch import translate
+from functools import cached_property, lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,8 @@ from kosmos_lit.errors import UserError
 
 CHUNK = 1 << 16
 """Documents that are looked at together."""
+IDENTITY = ("format", "tokenizer", "options", "documents", "tokens", "images")
+"""What of an index's manifest decides its documents, beside the shards."""
 
 Array = npt.NDArray[np.int64]
 Part = Literal["train", "val"]
@@ -38,10 +42,15 @@ class Split:
         self._below = np.uint64(min(val_share * 2.0**64, 2.0**64 - 2048))
         self._held_out = None if val_input is None else _named_shards(corpus, val_input)
 
-    @property
-    def key(self) -> list[Any]:
-        """What the split is a function of, as plain data."""
-        return [self.val_share] if self._held_out is None else np.flatnonzero(self._held_out).tolist()
+    @cached_property
+    def key(self) -> str:
+        """A hash of the corpus's documents and of which are held out, wherever the files lie."""
+        manifest = self.corpus.manifest
+        assert manifest is not None
+        about = json.dumps([manifest[name] for name in IDENTITY], sort_keys=True)
+        shards = "".join(f"{shard['path'].rpartition('/')[2]} {shard['bytes']}\n" for shard in manifest["shards"])
+        held_out = self.val_share if self._held_out is None else np.packbits(self._held_out).tobytes().hex()
+        return f"{hash_key(about, shards, str(held_out)):016x}"
 
     def share(self, part: Part) -> float:
         """Return the share of the corpus's documents that are of `part`, as asked for or as it is."""
@@ -90,12 +99,18 @@ class Split:
 
 
 def _named_shards(corpus: IndexedCorpus, val_input: Sequence[str]) -> npt.NDArray[np.bool_]:
-    named = {path.resolve() for path in matches(val_input)}
-    patterns = [os.path.abspath(os.path.expanduser(pattern)) for pattern in val_input]
-    held_out = [
-        path.resolve() in named or any(fnmatch(os.path.abspath(path), pattern) for pattern in patterns)
-        for path in corpus.shards
-    ]
-    if not any(held_out):
+    patterns = [translate(os.path.abspath(os.path.expanduser(pattern))) for pattern in val_input]
+    fits = re.compile("|".join(patterns)).match
+    named = {os.path.realpath(path) for path in matches(val_input)}
+    paths = [os.path.abspath(path) for path in corpus.shards]
+
+    def held_out(real: Callable[[str], str]) -> npt.NDArray[np.bool_]:
+        return np.array([real(path) in named or fits(path) is not None for path in paths], dtype=np.bool_)
+
+    folder = lru_cache(os.path.realpath)
+    found = held_out(lambda path: os.path.join(folder(os.path.dirname(path)), os.path.basename(path)))
+    if found.sum() < len(named):  # shards may be links: it takes 20 s to follow 200,000 of them
+        found = held_out(os.path.realpath)
+    if not found.any():
         raise UserError(f"{corpus.folder}: val_input {list(val_input)} names none of the files that were prepared")
-    return np.array(held_out)
+    return found

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import files, xlm_roberta
@@ -192,17 +191,24 @@ class Tokenizer:
         # What cannot be written as UTF-8 (lone surrogates out of JSON escapes) becomes "?".
         if self._pieces.reads_newlines:
             return [numbers + len(LEADING) for numbers in self._pieces.encode([_writable(text) for text in texts])]
-        lines = [clean(text).split("\n") for text in texts]
-        numbers = self._pieces.encode([line for text in lines for line in text])
-        line_end = [self.special.line_end - len(LEADING)]
-        encoded, at = [], 0
-        for text in lines:
-            parts: list[npt.ArrayLike] = []
-            for line in numbers[at : at + len(text)]:
-                parts += [line, line_end]
-            encoded.append(np.concatenate(parts[:-1]).astype(np.int64) + len(LEADING))
-            at += len(text)
-        return encoded
+        return self._encode_lines([clean(text).split("\n") for text in texts])
+
+    def _encode_lines(self, texts: Sequence[Sequence[str]]) -> list[Ids]:
+        """Return the ids of texts given as lines; each line is read once, however often it occurs."""
+        number_of = {line: i for i, line in enumerate(dict.fromkeys(line for lines in texts for line in lines))}
+        numbers, lengths = self._pieces.encode_flat(list(number_of))
+        starts = np.cumsum(lengths) - lengths
+        line = np.array([number_of[line] for lines in texts for line in lines], dtype=np.int64)
+        length = lengths[line] + 1  # and </line>
+        end = np.cumsum(length)
+        ids = np.empty(end[-1] if len(end) else 0, dtype=np.int64)
+        source = np.repeat(starts[line] - (end - length), length) + np.arange(len(ids))
+        source[end - 1] = 0  # no number, and perhaps behind the last one
+        ids[:] = (numbers[source] if len(numbers) else 0) + len(LEADING)
+        ids[end - 1] = self.special.line_end
+        last_line = np.cumsum([len(lines) for lines in texts])
+        ends = end[last_line - 1].tolist() if len(texts) else []
+        return [ids[start : end - 1] for start, end in zip([0, *ends], ends, strict=False)]
 
     def continuation(self, text: str) -> str:
         """Return how `encode` must be given a text that follows another one: without a space that it puts there itself."""

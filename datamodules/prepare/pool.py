@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -15,6 +17,9 @@ from tqdm import tqdm
 T = TypeVar("T")
 Progress = Callable[[int], None]
 """Takes how many more documents or pictures are done."""
+AHEAD = 4
+"""Tasks that are handed out for each process: waiting for all of 100,000 at a time would take longer than their work."""
+
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
@@ -35,6 +40,15 @@ _report_progress: Progress = lambda n: None  # noqa: E731  # set in each worker 
 def _start_worker(queue: Any) -> None:
     global _report_progress
     _report_progress = queue.put
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: nobody would hold the folder's lock for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(job: Callable[[T, Progress], None], task: T) -> None:
@@ -74,9 +88,11 @@ def run_all(
             return
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         queue = context.SimpleQueue()
+        following, n_ahead = iter(tasks), AHEAD * workers
+        running: set[Future[None]]
         with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (queue,)) as pool:
             with starting_workers():
-                running: set[Future[None]] = {pool.submit(_work, job, task) for task in tasks}
+                running = {pool.submit(_work, job, task) for task in islice(following, n_ahead)}
             try:
                 while running:
                     done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -85,6 +101,8 @@ def run_all(
                     for future in done:
                         future.result()
                         bar.update()
+                    with starting_workers():
+                        running |= {pool.submit(_work, job, task) for task in islice(following, n_ahead - len(running))}
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # what runs may finish: the lock is held until then
                 raise

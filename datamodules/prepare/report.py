@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datamodules.corpus import IndexedCorpus
+from datamodules.corpus import LEDGER, IndexedCorpus
 from datamodules.document import Tally
 
 
@@ -27,4 +27,6 @@ def describe(corpus: IndexedCorpus) -> str:
     head = [f"{corpus.folder}: {manifest['format']}, {len(manifest['shards'])} shards"]
     head += [f"  {key:<18}{manifest[key]:>12,}" for key in ("documents", "tokens", "images")]
     skipped = report(Tally.from_dict(manifest["tally"]), Tally.from_dict(manifest["pictures"]))
-    return "\n".join([*head, skipped] if skipped else head)
+    ledger = corpus.folder / LEDGER
+    listed = [f"  each broken record is listed in {ledger}"] if ledger.is_file() else []
+    return "\n".join([*head, *([skipped] if skipped else []), *listed])

@@ -20,6 +20,8 @@ SURVEY = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length
 """One picture that a crawl holds: hash of its URL, where its record lies, and an index into `VERDICTS`."""
 TURN_TEMPLATE = "Question: {user} Answer: {assistant}"
 """The prompt of the paper's evaluations; its instruction tuning's own template is not known."""
+CUT_OFF = "shard cut off or corrupt"
+"""Reason of a shard that cannot be read to its end."""
 VERDICTS = ("usable", "picture too small", "picture of one colour", "broken picture", "not a raster picture")
 
 

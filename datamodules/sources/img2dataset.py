@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,18 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import Labels, ReadOptions, Source, read_at
+from datamodules.sources.base import CUT_OFF, Labels, ReadOptions, Source, read_at
 from datamodules.sources.siblings import siblings
+from datamodules.sources.tar import Member, TarError, TarReader
 from kosmos_lit.images import ImageError, probe
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_JSON = 1 << 20
 """Bytes of a KEY.json that is read for its URL."""
 HEX = re.compile(r"(?:[0-9a-fA-F]{32}){1,2}")
-BLOCK = 512
-"""Bytes of a tar header; a member's data starts right behind its header."""
 
-Sample = dict[str, tarfile.TarInfo]
+Sample = dict[str, Member]
 """The members of one key, by extension."""
 
 
@@ -40,43 +38,23 @@ class Img2Dataset(Source):
         self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
     ) -> Iterator[Document]:
         try:
-            with tarfile.open(path, "r:") as tar:
-                for key, sample in _samples(tar):
-                    yield from self._document(tar, f"{path.name}, {key}", sample, shard, tally)
-                if not _is_marked_end(path, tar.offset):
-                    raise tarfile.ReadError(f"no end-of-archive mark at byte {tar.offset}")
-        except (tarfile.TarError, OSError, EOFError) as error:
-            tally.miss("shard cut off or corrupt", f"{path.name}: {error}")
-
-    def _document(
-        self, tar: tarfile.TarFile, place: str, sample: Sample, shard: int, tally: Tally
-    ) -> Iterator[Document]:
-        picture = next((sample[e] for e in sample if e in PICTURES), None)
-        if picture is None:
-            tally.miss("no picture", place)
-            return
-        try:
-            caption = _caption(tar, sample)
-        except (ValueError, RecursionError) as error:
-            tally.miss("caption cannot be read", f"{place}: {error}")
-            return
-        if caption is None:
-            tally.miss("no caption", place)
-            return
-        if not caption:
-            tally.leave("empty caption", place)
-            return
-        try:
-            probe(_read(tar, picture))
-        except ImageError as error:
-            tally.miss(error.reason, f"{place}: {error}")
-            return
-        ref = ImageRef(shard, picture.offset_data, picture.size)
-        yield Document(picture.offset_data - BLOCK, (ref, caption))
+            with TarReader(path) as tar:
+                for key, sample, is_whole in _samples(tar):
+                    # What the last sample of a tar that is cut off lacks was lost in the cut, which counts once.
+                    document = _document(tar, path.name, key, sample, shard, tally if is_whole else Tally())
+                    if document is not None:
+                        yield document
+        except TarError as error:
+            tally.miss(CUT_OFF, f"byte {error.at}", error.what, file=path.name)
+        except OSError as error:
+            tally.miss(CUT_OFF, "", str(error), file=path.name)
 
     def record_name(self, path: Path, record: int) -> str:
-        header = read_at(path, record, BLOCK)
-        return _key(tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name)[0]
+        with TarReader(path) as tar:
+            try:
+                return _key(next(tar.members(record)).name)[0]
+            except (TarError, StopIteration) as error:
+                raise OSError(f"{path}: no file at byte {record}; it has changed since it was prepared") from error
 
     def labels(self, path: Path, record: int) -> Labels:
         """Return the key, and URL and hash out of KEY.json; one that cannot be read says nothing."""
@@ -87,33 +65,54 @@ class Img2Dataset(Source):
         return super().labels(path, record)
 
 
-def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, Sample]]:
-    """Group neighbouring members by key. A member's name is a label only, never a path to write to or read from.
+def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, tally: Tally) -> Document | None:
+    picture = next((sample[e] for e in sample if e in PICTURES), None)
+    if picture is None:
+        tally.miss("no picture", key, file=file)
+        return None
+    try:
+        caption = _caption(tar, sample)
+    except (ValueError, RecursionError) as error:
+        tally.miss("caption cannot be read", key, str(error), file=file)
+        return None
+    if caption is None:
+        tally.miss("no caption", key, file=file)
+        return None
+    if not caption:
+        tally.leave("empty caption", f"{file}, {key}")
+        return None
+    try:
+        probe(tar.read(picture.offset, picture.size))
+    except ImageError as error:
+        tally.miss(error.reason, key, str(error), file=file)
+        return None
+    return Document(picture.header, (ImageRef(shard, picture.offset, picture.size), caption))
 
-    Raises: tarfile.TarError where the archive breaks off, after the samples before it.
+
+def _samples(tar: TarReader) -> Iterator[tuple[str, Sample, bool]]:
+    """Group neighbouring members by key; yield the key, the sample, and whether all of it can be there.
+
+    Raises: TarError where the archive breaks off, after the samples before it.
     """
     current, sample = "", Sample()
-    broken: tarfile.TarError | None = None
+    members = tar.members()
     while True:
         try:
-            member = tar.next()
-        except tarfile.TarError as error:
-            member, broken = None, error
+            member = next(members, None)
+        except TarError:
+            if sample:
+                yield current, sample, False
+            raise
         if member is None:
             break
-        tar.members.clear()  # type: ignore[attr-defined]  # else tarfile keeps every header of the shard
-        if not member.isreg():
-            continue
         key, extension = _key(member.name)
         if key != current or extension in sample:
             if sample:
-                yield current, sample
+                yield current, sample, True
             current, sample = key, Sample()
         sample[extension] = member
     if sample:
-        yield current, sample
-    if broken is not None:
-        raise broken
+        yield current, sample, True
 
 
 def _key(name: str) -> tuple[str, str]:
@@ -123,19 +122,11 @@ def _key(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    data = file.read() if file else b""
-    if len(data) != member.size:
-        raise tarfile.ReadError(f"{member.name} ends after {len(data)} of {member.size} bytes")
-    return data
-
-
-def _caption(tar: tarfile.TarFile, sample: Sample) -> str | None:
+def _caption(tar: TarReader, sample: Sample) -> str | None:
     if "txt" in sample:
-        return " ".join(_read(tar, sample["txt"]).decode("utf-8").split())
+        return " ".join(tar.read(sample["txt"].offset, sample["txt"].size).decode("utf-8").split())
     if "json" in sample:
-        fields = json.loads(_read(tar, sample["json"]))
+        fields = json.loads(tar.read(sample["json"].offset, sample["json"].size))
         caption = fields.get("caption") if isinstance(fields, dict) else None
         return " ".join(caption.split()) if isinstance(caption, str) else None
     return None
@@ -152,8 +143,3 @@ def _origin(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
     url = fields.get("url")
     hashes = [fields[name] for name in ("sha256", "md5") if isinstance(fields.get(name), str)]
     return (url,) if isinstance(url, str) else (), tuple(h for h in hashes if HEX.fullmatch(h))
-
-
-def _is_marked_end(path: Path, at: int) -> bool:
-    """Tell whether a zero block ends the archive: tarfile itself takes a file that merely stops for a whole one."""
-    return not any(read_at(path, at, BLOCK))

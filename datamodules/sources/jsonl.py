@@ -15,7 +15,7 @@ import numpy.typing as npt
 import zstandard
 
 from datamodules.document import Document, Tally
-from datamodules.sources.base import ReadOptions, Source
+from datamodules.sources.base import CUT_OFF, ReadOptions, Source
 
 CHUNK = 1 << 20
 
@@ -28,7 +28,7 @@ class RecordError(ValueError):
     """A record that makes no document; `reason` is a short phrase for counting."""
 
     def __init__(self, reason: str, detail: str = "", *, is_bad: bool = True) -> None:
-        super().__init__(f": {detail}" if detail else "")
+        super().__init__(detail)
         self.reason, self.is_bad = reason, is_bad
 
 
@@ -45,9 +45,12 @@ class JsonLines(Source):
                     try:
                         yield self.read(_parsed(line, number), number, path.parent, shard, options)
                     except RecordError as error:
-                        (tally.miss if error.is_bad else tally.leave)(error.reason, f"{path.name}, line {number}{error}")
+                        if error.is_bad:
+                            tally.miss(error.reason, f"line {number}", str(error), file=path.name)
+                        else:
+                            tally.leave(error.reason, f"{path.name}, line {number}")
         except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            tally.miss("shard cut off or corrupt", f"{path.name}, after line {number}: {error}")
+            tally.miss(CUT_OFF, f"after line {number}", str(error), file=path.name)
 
     @abstractmethod
     def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
@@ -94,12 +97,16 @@ def lines(path: Path) -> Iterator[bytes]:
 
     Raises: TruncatedError or the decompressor's error where the file breaks off, after all lines before it.
     """
-    rest = b""
+    rest: list[bytes] = []
     for chunk in _chunks(path):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+        head, *whole = chunk.split(b"\n")
+        rest.append(head)
+        if whole:
+            yield b"".join(rest)
+            yield from whole[:-1]
+            rest = whole[-1:]
+    if last := b"".join(rest):
+        yield last
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

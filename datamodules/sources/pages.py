@@ -20,6 +20,11 @@ from datamodules.sources.base import ReadOptions
 MAX_PAGE_BYTES = 10_000_000
 """Larger pages are left out: parsing time grows with them, and hostile pages are large."""
 
+MAX_TAG_WORDS = 20_000
+"""Pages with more words in one tag are left out: the parser compares each attribute with all before it."""
+LONG_TAG = 1 << 16
+"""Bytes of a tag that is worth counting; a picture in an attribute is one word, however long."""
+
 _BLOCKS = frozenset(
     "address article blockquote body caption center dd details div dl dt figcaption figure h1 h2 h3 h4 h5 h6 header hr li "
     "main ol p pre section summary table tbody tfoot thead tr ul".split()
@@ -56,6 +61,9 @@ def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
     """
     if len(page) > MAX_PAGE_BYTES:
         raise PageError("page too large")
+    tags = (piece[piece.find(b"<") :] for piece in page.split(b">") if len(piece) > LONG_TAG)
+    if any(len(tag.split()) > MAX_TAG_WORDS for tag in tags):
+        raise PageError("tag with too many attributes")
     try:
         root = html.document_fromstring(page, parser=_parser(charset))
     except (etree.LxmlError, ValueError, AssertionError) as error:

@@ -18,11 +18,10 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import SURVEY, VERDICTS, Labels, ReadOptions, Source, read_at
+from datamodules.sources.base import CUT_OFF, SURVEY, VERDICTS, Labels, ReadOptions, Source, read_at
 from datamodules.sources.pages import Link, PageError, compose, extract, url_hash
 from kosmos_lit.images import ImageError, open_rgb
 
-BROKEN = "shard cut off or corrupt"
 READ_ERRORS = (ArchiveLoadFailed, OSError, EOFError, zlib.error, ValueError, AttributeError)
 """AttributeError: what warcio stumbles over where a record's header breaks off."""
 
@@ -132,7 +131,7 @@ def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]
             if archive.offset != path.stat().st_size:
                 raise EOFError("the file ends in the middle of a record")
         except READ_ERRORS as error:
-            tally.miss(BROKEN, f"{path.name}, after byte {archive.offset}: {error}")
+            tally.miss(CUT_OFF, f"after byte {archive.offset}", str(error), file=path.name)
 
 
 def _body(record: Any) -> bytes:
@@ -173,7 +172,7 @@ def _judge(response: Response, options: ReadOptions, tally: Tally) -> str:
         try:
             image = open_rgb(response.body)
         except ImageError as error:
-            tally.miss(error.reason, response.url)
+            tally.miss(error.reason, response.url, str(error))
             return "broken picture"
         if min(image.size) < options.min_image_side:
             verdict = "picture too small"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {_innermost(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `rows ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor will Python's last flush complain
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there (fit: with --ckpt_path last)", file=sys.stderr)
         return 130

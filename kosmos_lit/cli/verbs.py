@@ -51,6 +51,10 @@ def prepare_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
     corpus.add_argument("--output", type=Path, required=True, metavar="DIR")
     corpus.add_argument("--workers", type=int, default=1, help="processes")
+    corpus.add_argument(
+        "--part", type=_part, default="1/1", metavar="I/N",
+        help="only shards I, I + N, ...: machines that share DIR do one part each, and the last one joins them",
+    )  # fmt: skip
     corpus.add_argument("--max-bad-share", type=float, default=0.1, help="a shard with more broken records stops it")
     o = ReadOptions()
     corpus.add_argument("--text-field", default=o.text_field, help="jsonl, parquet: field of the text")
@@ -67,7 +71,7 @@ def prepare_parser() -> argparse.ArgumentParser:
 def prepare(arguments: list[str]) -> None:
     """Make a tokenizer or an indexed corpus."""
     a = prepare_parser().parse_args(arguments)
-    from datamodules.prepare.index import prepare_corpus
+    from datamodules.prepare.index import Unfinished, prepare_part
     from datamodules.prepare.report import describe
     from datamodules.prepare.tokenizer import train_tokenizer
     from datamodules.sources import ReadOptions
@@ -80,11 +84,19 @@ def prepare(arguments: list[str]) -> None:
         text_field=a.text_field, min_image_side=a.min_image_side, max_images=a.max_images,
         keep_single_image=a.keep_single_image, seed=a.seed, turn_template=a.turn_template,
     )  # fmt: skip
-    done = prepare_corpus(
-        format=a.format, inputs=a.input, tokenizer=a.tokenizer, output=a.output, options=options, workers=a.workers,
-        max_bad_share=a.max_bad_share,
+    done = prepare_part(
+        part=a.part, format=a.format, inputs=a.input, tokenizer=a.tokenizer, output=a.output, options=options,
+        workers=a.workers, max_bad_share=a.max_bad_share,
     )  # fmt: skip
-    print(describe(done))
+    print(done if isinstance(done, Unfinished) else describe(done))
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Read I/N."""
+    number, _, n = text.partition("/")
+    if not (number.isdecimal() and n.isdecimal() and 1 <= int(number) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 3/8")
+    return int(number), int(n)
 
 
 def rows_parser() -> argparse.ArgumentParser:
@@ -126,7 +138,7 @@ def rows(arguments: list[str]) -> None:
     if a.split == "val":
         numbers = numbers[: max(0, data.n_val_rows() - numbers.start)]
     for number in numbers:
-        row = stream.row(number)
+        row = data.as_trained(stream.row(number))
         if a.json:
             print(json.dumps(describe_row(row, stream)))
         else:

@@ -88,6 +88,10 @@ class HuggingFacePieces:
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         return [self._numbers[np.asarray(self._ids(text), dtype=np.int64)] for text in texts]
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        numbers = self.encode(texts)
+        return np.concatenate([np.empty(0, dtype=np.int64), *numbers]), np.array([len(n) for n in numbers], dtype=np.int64)
+
     def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
         # Decoders treat the first token specially, so they are given another one in front.
         before = self._backend.decode(self._anchor, skip_special_tokens=False)

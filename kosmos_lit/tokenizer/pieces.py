@@ -6,6 +6,7 @@ KOSMOS models have, and Hugging Face tokenizers (`hugging_face`).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal, Protocol
@@ -44,6 +45,9 @@ class Pieces(Protocol):
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the numbers of each text."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        """Return the numbers of all texts one after another, and how many belong to each."""
 
     def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
         """Return the text of `numbers`; the space that encoding puts in front of a text is left out if it `begins` here."""
@@ -93,8 +97,16 @@ class SentencePieces:
         return numbers
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        encoded: list[list[int]] = self._pieces.encode(list(texts))
-        return [self._number_of_piece[np.asarray(text, dtype=np.int64)] for text in encoded]
+        numbers, lengths = self.encode_flat(texts)
+        return np.split(numbers, np.cumsum(lengths)[:-1]) if len(texts) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Ids, Ids]:
+        encoded: list[list[int]] = self._pieces.encode(list(texts), num_threads=1)
+        pieces = array("i")
+        for text in encoded:
+            pieces.fromlist(text)
+        numbers = self._number_of_piece[np.frombuffer(pieces, dtype=np.intc)] if pieces else np.empty(0, dtype=np.int64)
+        return numbers, np.array([len(text) for text in encoded], dtype=np.int64)
 
     def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
         pieces = [n + N_CONTROL_PIECES if n != UNKNOWN else 0 for n in numbers]

@@ -97,6 +97,21 @@ def hollow_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"no deflate stream") + chunk(b"IEND", b"")
 
 
+def broken_within(kind: int) -> bytes:
+    """A small picture whose header and end are sound, and whose middle is not, in one of four ways: only decoding tells."""
+    data = encoded(picture(3, 19, 17), ("PNG", "WEBP", "JPEG", "JPEG")[kind % 4])
+    match kind % 4:
+        case 0:
+            start, stop = data.index(b"IDAT") + 16, data.index(b"IDAT") + 28  # inside the deflate stream
+        case 1:
+            start, stop = 32, len(data) - 2  # behind the size
+        case 2:
+            start, stop = data.index(b"\xff\xc4") + 5, data.index(b"\xff\xc4") + 21  # how long Huffman codes are
+        case _:
+            return data[: data.index(b"\xff\xda")] + b"\xff\xd9"  # no pixels at all
+    return data[:start] + bytes(byte ^ 0xFF for byte in data[start:stop]) + data[stop:]
+
+
 # ---- files
 
 

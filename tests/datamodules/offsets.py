@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from datamodules.corpus import PLACE_BITS
+from datamodules.corpus import PLACE_BITS, IndexedCorpus
 from datamodules.plan import Layout, Plan
 from datamodules.split import Part, Split
 
@@ -25,6 +25,7 @@ class Offsets:
     folder: Path = Path("offsets")
     shards: list[Path] = field(default_factory=lambda: [Path("0.tar"), Path("1.tar"), Path("2.tar")])
     extra: dict[str, Any] = field(default_factory=dict)
+    answer_targets = IndexedCorpus.answer_targets
 
     def __post_init__(self) -> None:
         n, S = len(self.documents), len(self.shards)
@@ -34,8 +35,9 @@ class Offsets:
         self.image_positions = np.array([p for d in self.documents for p, c in enumerate(d) if c == "i"], dtype="<u4")
         self.records = (np.arange(n) * S // max(1, n) << PLACE_BITS).astype("<u8")
         self.manifest = {
-            "format": self.packing, "tokenizer": "letters", "options": {}, "shards_key": [str(s) for s in self.shards],
-            "documents": n, "tokens": int(self.token_offsets[-1]), "images": int(self.image_offsets[-1]),
+            "format": self.packing, "tokenizer": "letters", "options": {}, "documents": n,
+            "shards": [{"path": str(s), "bytes": 7} for s in self.shards],
+            "tokens": int(self.token_offsets[-1]), "images": int(self.image_offsets[-1]),
         }  # fmt: skip
 
 

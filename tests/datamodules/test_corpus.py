@@ -1,15 +1,20 @@
 import json
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.index import PROBE, sparse_index
 from datamodules.corpus import MANIFEST, IndexedCorpus, place, read_manifest, split_place
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.errors import UserError
 from tests.datamodules import made
+from tests.running import ROOT
 
 
 @pytest.fixture
@@ -103,3 +108,61 @@ def test_a_shard_that_has_become_shorter_is_noticed(tokenizer_folder, tmp_path):
     (tmp_path / "0.tar").write_bytes(b"short")
     with pytest.raises(OSError, match="has changed since it was prepared"):
         corpus.image_bytes(corpus.document_images(2)[0])
+
+
+# ---- at scale
+
+
+def test_opening_a_hundred_million_documents_takes_less_than_100_megabytes(tmp_path):
+    """In a fresh process, with 200,000 shards in the manifest; the columns are holes in files."""
+    sparse_index(tmp_path / "index", 10**8, 200_000)
+    done = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path / "index")], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["MB opened"] < 100  # 63 were measured: the manifest
+
+
+def test_the_paths_of_shards_are_those_of_the_manifest(corpora):
+    corpus = corpora["text"]
+    assert [path.name for path in corpus.shards] == ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
+    assert corpus.shards[-1] == corpus.shards[2] == corpus.shards[1:][1]
+    assert all(path.is_file() for path in corpus.shards)
+    with pytest.raises(IndexError):
+        corpus.shards[3]
+
+
+def test_a_manifest_of_before_still_opens(copy, corpora):
+    """It repeated the names and sizes of the shards."""
+    manifest = json.loads((copy / MANIFEST).read_text())
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"shards_key": corpora["text"].shards_key}))
+    assert IndexedCorpus(copy).shards_key == [[p.name, p.stat().st_size] for p in corpora["text"].shards]
+
+
+def test_every_shard_that_is_gone_is_counted_among_many(tokenizer_folder, tmp_path, monkeypatch):
+    for n in range(7):
+        made.write_tar(tmp_path / f"raw/{n}.tar", made.pairs(1, n))
+    corpus = prepare_corpus(
+        format="img2dataset", inputs=[str(tmp_path / "raw/*.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
+    )
+    monkeypatch.setattr("datamodules.corpus.STATS", 2)
+    corpus.check_pictures()
+    for n in (2, 5):
+        (tmp_path / f"raw/{n}.tar").unlink()
+    with pytest.raises(UserError, match=r"2 shards that are gone or have changed, .*2\.tar for one"):
+        corpus.check_pictures()
+
+
+def test_answer_targets_are_counted_for_the_documents_that_are_asked_for(examples, monkeypatch):
+    def plain(document):
+        said = examples.document_supervised(document).astype(int)
+        return int(said.sum() + (np.diff(said, append=0) == -1).sum())
+
+    wanted = np.array([11, 3, 3, 0, 31, 7])
+    monkeypatch.setattr("datamodules.corpus.DOCUMENTS", 2)
+    assert examples.answer_targets(wanted).tolist() == [plain(d) for d in wanted]
+    every = np.arange(examples.n_documents)
+    assert examples.answer_targets(every).tolist() == [plain(d) for d in every.tolist()]
+    assert examples.answer_targets(wanted[:0]).tolist() == []
+
+
+def test_text_has_no_count_of_answer_targets(corpora):
+    assert corpora["text"].answer_targets(np.arange(3)) is None

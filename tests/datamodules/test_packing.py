@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.packing import CROWDED, Packed, _Ahead, answer_targets, best_fit, exact_fill, pack
+from datamodules.packing import CROWDED, Packed, _Ahead, best_fit, exact_fill, pack
 from tests.datamodules.offsets import Offsets
 
 
@@ -93,20 +93,3 @@ def test_rows_of_few_pieces_are_packed_by_best_fit_and_rows_of_many_to_the_last_
     assert wide.n_rows == best_fit(lengths + 67, 1000).max() + 1
     assert np.sort(2048 - narrow.row_positions)[:-1].max() <= 70
     assert (narrow.row_positions >= 2045).mean() > 0.97
-
-
-@given(st.data())
-def test_supervised_tokens_of_documents_are_counted_alike_alone_and_together(data):
-    said = data.draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=23))
-    corpus = Offsets(["t" * len(marks) for marks in said], extra={"supervised": np.concatenate(said).astype(np.uint8)})
-    documents = data.draw(st.lists(st.integers(0, len(said) - 1), min_size=1, max_size=11))
-    runs = [sum(here and not after for here, after in zip(m, [*m[1:], False], strict=True)) for m in said]
-    found = answer_targets(corpus, np.array(documents))  # type: ignore[arg-type]
-    assert found.tolist() == [sum(said[d]) + runs[d] for d in documents]
-
-
-def test_supervised_tokens_of_documents_far_apart_are_counted_without_those_between():
-    n = 5003
-    marks = (np.arange(n * 3) % 3 != 1).astype(np.uint8)  # say, listen, say
-    corpus = Offsets(["ttt"] * n, extra={"supervised": marks})
-    assert answer_targets(corpus, np.array([4999, 3, 2500, 3])).tolist() == [4, 4, 4, 4]  # type: ignore[arg-type]

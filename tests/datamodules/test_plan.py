@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from datamodules.hashing import hash_key, permutation
 from datamodules.packing import TOO_LONG, TOO_MANY_PICTURES, pack
-from datamodules.plan import Layout
+from datamodules.plan import Blocks, Layout
 from kosmos_lit.errors import UserError
 from tests.datamodules.offsets import Case, Offsets, cases
 
@@ -145,10 +145,10 @@ def test_a_row_is_the_same_read_first_or_last(case, random):
 
 def test_a_row_far_into_an_epoch_is_found_without_packing_other_blocks(several, monkeypatch):
     several.plan()
-    plan = several.plan()
     packed = []
-    original = type(plan.blocks).packed
-    monkeypatch.setattr(type(plan.blocks), "packed", lambda self, block: packed.append(block) or original(self, block))
+    original = Blocks.packed
+    monkeypatch.setattr(Blocks, "packed", lambda self, block: packed.append(block) or original(self, block))
+    plan = several.plan()
     plan.pieces(plan.row(10**9, plan.n_rows * 2 // 3))
     assert len(packed) == 1
 

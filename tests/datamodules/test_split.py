@@ -53,6 +53,15 @@ def test_documents_of_the_named_files_are_held_out():
     assert split(11, val_input=["1.tar"]).documents(0, 11, "val").tolist() == [4, 5, 6, 7]
 
 
+def test_a_file_is_held_out_by_whatever_name_it_has(tmp_path):
+    (tmp_path / "0.tar").write_text("a shard")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/1.tar").symlink_to(tmp_path / "0.tar")
+    corpus = Offsets(["t"] * 11, shards=[tmp_path / "linked/1.tar", tmp_path / "gone.tar"])
+    for name in ("0.tar", "linked/1.tar", "linked/../0.tar"):
+        assert Split(corpus, 0.0, [str(tmp_path / name)]).documents(0, 11, "val").tolist() == [0, 1, 2, 3, 4, 5]  # type: ignore[arg-type]
+
+
 def test_the_share_of_the_named_files_is_counted():
     assert split(11, val_input=["1.tar"]).share("val") == pytest.approx(4 / 11)
     assert split(11, val_input=["1.tar"]).share("train") == pytest.approx(7 / 11)

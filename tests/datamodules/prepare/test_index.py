@@ -1,12 +1,12 @@
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 
 import numpy as np
 import pytest
 
 from datamodules.corpus import COLUMNS, MANIFEST, IndexedCorpus, read_manifest
-from datamodules.prepare import index
+from datamodules.prepare import columns, index, join
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
@@ -224,7 +224,7 @@ def test_a_resumed_index_is_the_one_of_an_uninterrupted_run(prepare, monkeypatch
 
 def test_a_shard_whose_part_was_lost_is_indexed_again_alone(prepare, monkeypatch, indexed, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_join", stop)
+        patch.setattr(index, "join", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare()
     shutil.rmtree(tmp_path / "index/parts/000001")
@@ -234,11 +234,11 @@ def test_a_shard_whose_part_was_lost_is_indexed_again_alone(prepare, monkeypatch
 
 
 def test_a_part_that_was_not_finished_leaves_no_trace(prepare, monkeypatch, tmp_path):
-    def full(path, data):
+    def full(writer, values):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_write_json", full)
+        patch.setattr(columns.ColumnWriter, "append", full)
         with pytest.raises(OSError, match="no space left"):
             prepare()
     assert [p.name for p in (tmp_path / "index/parts").iterdir()] == ["identity.json"]
@@ -246,7 +246,7 @@ def test_a_part_that_was_not_finished_leaves_no_trace(prepare, monkeypatch, tmp_
 
 def test_an_interruption_while_joining_keeps_every_shard(prepare, monkeypatch, indexed, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_sum_tallies", stop)  # the columns are joined by then, the manifest is not written
+        patch.setattr(join, "write_whole", stop)  # the columns are joined by then, the manifest is not written
         with pytest.raises(KeyboardInterrupt):
             prepare()
     assert read_manifest(tmp_path / "index") is None
@@ -276,14 +276,14 @@ def test_a_finished_index_is_opened_and_not_made_again(prepare, indexed, tmp_pat
 
 def test_a_process_that_waited_for_another_one_takes_its_index(prepare, monkeypatch, indexed):
     @contextmanager
-    def meanwhile(output):
+    def meanwhile(output, part):
         with monkeypatch.context() as patch:
-            patch.setattr(index, "_locked", locked)
+            patch.setattr(index, "locked", locked)
             prepare()
-        yield
+        yield nullcontext
 
-    locked = index._locked
-    monkeypatch.setattr(index, "_locked", meanwhile)
+    locked = index.locked
+    monkeypatch.setattr(index, "locked", meanwhile)
     prepare()
     assert indexed == [0, 1, 2]
 

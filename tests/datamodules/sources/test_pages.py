@@ -114,6 +114,24 @@ def test_a_page_that_is_too_large_is_an_error(monkeypatch):
         extract(b"<p>" + b"x" * 101, URL, None)
 
 
+def test_a_tag_of_200_000_attributes_is_an_error():
+    attributes = b" ".join(b"a%d=1" % i for i in range(200_000))  # libxml2 would take minutes
+    with pytest.raises(PageError, match="too many attributes"):
+        extract(b"<p " + attributes + b">text</p>", URL, None)
+
+
+def test_a_picture_inside_an_attribute_does_not_cost_the_page():
+    page = b"<p>before</p><img src='data:image/png;base64," + b"iVBOR" * 200_000 + b"'><p>behind</p>"
+    assert extract(page, URL, None) == ["before\nbehind"]
+
+
+@pytest.mark.parametrize("tag", [b"<div>a ", b"<b>a ", b"<table><tr><td>a ", b"<nav>"])
+def test_100_000_nested_elements_are_read_as_far_as_the_parser_goes(tag):
+    found = extract(b"<p>before</p>" + tag * 100_000 + b"deep", URL, None)
+    assert found[0].startswith("before")
+    assert len("".join(found)) < 10_000
+
+
 def test_the_headers_charset_is_used():
     assert extract("<p>größer</p>".encode("latin-1"), URL, "iso-8859-1") == ["größer"]
 

@@ -1,0 +1,296 @@
+"""How fast corpora are indexed on one core, and what opening a large index costs.
+
+    pip install -e '.[bench]'    # datatrove, for the row that compares with it
+    python benchmarks/index.py [--pairs 'data/caption/*.tar'] [--text 'data/text/*.jsonl.zst'] [--tokenizer DIR] [--json F]
+
+Three tables. Caption pairs a second of `prepare corpus --format img2dataset`. Text a second of `--format jsonl`, end to
+end from compressed files to an index on disk, beside what SentencePiece alone does with the same texts in memory (all lines
+of them, as they are encoded; and each text in one piece, which loses the lines), and beside datatrove's DocumentTokenizer
+on the same files with a byte-level BPE tokenizer of the same size trained on the same text (training a Unigram one there
+takes many minutes). Runs of all sides alternate, pinned to one core; figures are medians of CPU time, as a machine may have
+other work to do. Last, a sparse index of many documents is opened in a fresh process, and what 2 x 10^9 take is worked out.
+
+Without --pairs and --text, pictures and sentences are made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datamodules.corpus import COLUMNS, MANIFEST, VERSION
+from datamodules.document import Tally
+from datamodules.prepare.index import prepare_corpus
+from datamodules.prepare.tokenizer import train_tokenizer
+from datamodules.sources import SOURCES, ReadOptions
+from kosmos_lit.tokens import Tokenizer, clean
+
+N_PAIRS, N_TEXTS, SIDE = 20_000, 4_000, 256
+VOCAB = 8_000
+BATCH = 256
+PROBE = """
+import json, re, sys, time
+from datamodules.corpus import IndexedCorpus
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+before, start = resident(), time.perf_counter()
+corpus = IndexedCorpus(sys.argv[1])
+seconds, opened = time.perf_counter() - start, resident() - before
+for document in range(0, corpus.n_documents, corpus.n_documents // 1000):
+    corpus.document_tokens(document), corpus.document_images(document), corpus.shards[document % len(corpus.shards)]
+print(json.dumps({"seconds": seconds, "MB opened": opened, "MB after 1000 documents": resident() - before}))
+"""
+
+
+# ---- inputs
+
+
+def make_pairs(folder: Path) -> None:
+    """Write tars of JPEGs of 256 pixels with captions."""
+    draw = np.random.default_rng(7)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    pictures = []
+    for i in range(61):
+        waves = np.stack([np.sin(x / (5 + i) + c) + np.cos(y / (3 + c * i)) for c in range(3)], axis=2)
+        noise = draw.normal(0, 0.15, waves.shape)
+        data = io.BytesIO()
+        Image.fromarray(np.clip(127 + 60 * (waves + noise), 0, 255).astype(np.uint8)).save(data, "JPEG", quality=85)
+        pictures.append(data.getvalue())
+    words = made_words(random.Random(5))
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(shard, N_PAIRS, 2):
+                caption = " ".join(random.Random(i).choices(words, k=11))
+                members = (("jpg", pictures[i % 61]), ("txt", caption.encode()), ("json", json.dumps({"key": i}).encode()))
+                for ending, data in members:
+                    member = tarfile.TarInfo(f"{i:09d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+
+
+def make_text(folder: Path) -> None:
+    """Write documents of lines of made-up words, some of them more frequent than others."""
+    draw = random.Random(3)
+    words = made_words(draw)
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(N_TEXTS):
+            lines = [" ".join(draw.choices(words, weights, k=draw.randrange(5, 90))) for _ in range(draw.randrange(1, 30))]
+            file.write(json.dumps({"text": "\n".join(lines)}) + "\n")
+
+
+def made_words(draw: random.Random) -> list[str]:
+    """Return made-up words."""
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
+    return ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3, 4)))) for _ in range(20_000)]
+
+
+def sparse_index(folder: Path, n_documents: int, n_shards: int, tokenizer: str = "none") -> None:
+    """Write an index of caption pairs whose columns are holes in files: it takes no disk, and opens as a real one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = {"token_offsets": n_documents + 1, "image_offsets": n_documents + 1, "tokens": 17 * n_documents}
+    for name, dtype in ({"tokens": "<u2"} | COLUMNS).items():
+        length = lengths.get(name, n_documents)
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": (length,)})
+            file.truncate(file.tell() + length * np.dtype(dtype).itemsize)
+    shards = [{"path": f"../../laion/part-{i // 1000:04d}/{i:06d}.tar", "bytes": 300_000_000 + i} for i in range(n_shards)]
+    manifest = {
+        "version": VERSION, "format": "img2dataset", "tokenizer": tokenizer, "options": {}, "shards": shards,
+        "documents": n_documents, "tokens": 16 * n_documents, "images": n_documents,
+        "tally": Tally().to_dict(), "pictures": Tally().to_dict(),
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+# ---- measuring
+
+
+def medians(sides: dict[str, Callable[[int], object]], n_runs: int) -> dict[str, float]:
+    """Return each side's median CPU seconds over alternating runs; a side gets the number of its run."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for run in range(n_runs):
+        for name, side in sides.items():
+            start = time.process_time()
+            side(run)
+            taken[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple[Callable[[int], object] | None, str]:
+    """Return a run of datatrove's tokenizing pipeline on the files in `folder`/text, or why there is none."""
+    try:
+        from datatrove.executor import LocalPipelineExecutor
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.tokens import DocumentTokenizer
+        from datatrove.utils.logging import logger
+    except ImportError as error:
+        return None, f"not compared: {error}; pip install -e '.[bench]'"
+    from importlib.metadata import version
+
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import models, pre_tokenizers, trainers
+
+    logger.remove()
+    model = HuggingFace(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    model.save(str(folder / "tokenizer.json"))
+
+    def run(number: int) -> None:
+        pipeline = [
+            JsonlReader(str(folder / "text"), glob_pattern="*.jsonl*"),
+            DocumentTokenizer(
+                str(folder / f"tokens-{number}"), str(folder / "tokenizer.json"), shuffle_documents=False,
+                save_final_metadata=False,
+            ),
+        ]  # fmt: skip
+        with redirect_stderr(io.StringIO()):  # a page of log
+            LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=str(folder / f"logs-{number}")).run()
+
+    return run, f"datatrove {version('datatrove')}, byte-level BPE of {model.get_vocab_size():,} pieces"
+
+
+def measure_pairs(patterns: list[str], tokenizer: Path, folder: Path, n_runs: int) -> dict[str, Any]:
+    """Return caption pairs a second."""
+    counts = []
+
+    def run(number: int) -> None:
+        output = folder / f"pairs-{number}"
+        counts.append(prepare_corpus(format="img2dataset", inputs=patterns, tokenizer=tokenizer, output=output).n_documents)
+
+    seconds = medians({"ours": run}, n_runs)["ours"]
+    n_bytes = sum(os.path.getsize(path) for pattern in patterns for path in glob.glob(pattern))
+    columns = [(folder / "pairs-0" / f"{name}.npy").stat().st_size for name in COLUMNS]
+    return {
+        "pairs": counts[0], "kB a pair": n_bytes / counts[0] / 1000, "pairs/s": counts[0] / seconds,
+        "bytes a pair beside tokens": sum(columns) / counts[0],
+    }  # fmt: skip
+
+
+def measure_text(files: list[str], tokenizer: Path, folder: Path, n_runs: int) -> dict[str, Any]:
+    """Return the rates of text of all sides, in MB of UTF-8 a second; and ours in tokens."""
+    known = Tokenizer.load(tokenizer)
+    texts = [t for f in files for t in SOURCES["jsonl"].texts(Path(f), ReadOptions(), Tally())]
+    (folder / "text").mkdir()
+    for file in files:
+        (folder / "text" / Path(file).name).symlink_to(os.path.abspath(file))
+    pieces = known._pieces._pieces  # type: ignore[attr-defined]  # SentencePiece itself
+    whole = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
+    lines = [[line for text in batch for line in clean(text).split("\n")] for batch in whole]
+    made = []
+
+    def ours(number: int) -> None:
+        output = folder / f"text-{number}"
+        made.append(prepare_corpus(format="jsonl", inputs=files, tokenizer=tokenizer, output=output))
+
+    sides: dict[str, Callable[[int], object]] = {
+        "ours, files to index": ours,
+        "SentencePiece alone, the lines in memory": lambda _: [pieces.encode(batch, num_threads=1) for batch in lines],
+        "SentencePiece alone, whole texts in memory": lambda _: [pieces.encode(batch, num_threads=1) for batch in whole],
+    }
+    other, what = datatrove_side(texts, known.n_pieces, folder)
+    if other is not None:
+        sides["datatrove, files to tokens"] = other
+    seconds = medians(sides, n_runs)
+    megabytes = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
+    rates = {name: megabytes / taken for name, taken in seconds.items()}
+    first = rates["ours, files to index"]
+    assert made[0].manifest is not None
+    n_tokens = made[0].manifest["tokens"]
+    return {
+        "MB": megabytes, "tokens": n_tokens, "tokens/s": n_tokens / seconds["ours, files to index"], "MB/s": rates,
+        "ours over": {name: first / rate for name, rate in rates.items()}, "datatrove": what,
+    }  # fmt: skip
+
+
+def measure_opening(folder: Path, n_documents: int, n_shards: int) -> dict[str, Any]:
+    """Return seconds and megabytes of opening a sparse index in a fresh process, and the size of its parts."""
+    sparse_index(folder, n_documents, n_shards)
+    done = subprocess.run([sys.executable, "-c", PROBE, str(folder)], check=True, capture_output=True, text=True)
+    per_document = {name: np.dtype(dtype).itemsize for name, dtype in COLUMNS.items()}
+    return json.loads(done.stdout) | {
+        "documents": n_documents, "shards": n_shards, "manifest MB": (folder / MANIFEST).stat().st_size / 1e6,
+        "bytes a pair": per_document,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", nargs="+", help="img2dataset tars; default: 20,000 made pairs of 256 pixels")
+    parser.add_argument("--text", nargs="+", help="JSON lines; default: 4,000 made documents")
+    parser.add_argument("--tokenizer", type=Path, help="a SentencePiece tokenizer's folder; default: trained on the text")
+    parser.add_argument("--runs", type=int, default=3, help="of each side")
+    parser.add_argument("--documents", type=int, default=10**8, help="of the sparse index")
+    parser.add_argument("--shards", type=int, default=200_000, help="in its manifest")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    a = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pairs, text = a.pairs or [str(folder / "*.tar")], a.text or [str(folder / "text.jsonl")]
+        if not a.pairs:
+            make_pairs(folder)
+        if not a.text:
+            make_text(folder)
+        files = sorted(path for pattern in text for path in glob.glob(pattern))
+        tokenizer = a.tokenizer or folder / "tokenizer"
+        if not a.tokenizer:
+            train_tokenizer(files, VOCAB, tokenizer)
+        found = {
+            "pairs": measure_pairs(pairs, tokenizer, folder, a.runs),
+            "text": measure_text(files, tokenizer, folder, a.runs),
+            "opening": measure_opening(folder / "sparse", a.documents, a.shards),
+        }
+    show(found, a.runs)
+    if a.json:
+        a.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def show(found: dict[str, Any], n_runs: int) -> None:
+    """Print what was measured."""
+    pairs, text, opening = found["pairs"], found["text"], found["opening"]
+    print(f"one core, CPU seconds, median of {n_runs} alternating runs")
+    print(f"\ncaptions: {pairs['pairs']:,} pairs of {pairs['kB a pair']:.1f} kB in tars")
+    print(f"  {pairs['pairs/s']:,.0f} pairs/s; {pairs['bytes a pair beside tokens']:.1f} bytes a pair beside its tokens")
+    print(f"\ntext: {text['MB']:.1f} MB, {text['tokens']:,} tokens; ours {text['tokens/s']:,.0f} tokens/s")
+    for name, rate in text["MB/s"].items():
+        print(f"  {name:<44}{rate:8.2f} MB/s{text['ours over'][name]:12.2f} = ours over it")
+    print(f"  {text['datatrove']}")
+    print(f"\nopening: {opening['documents']:,} pairs in {opening['shards']:,} shards, a fresh process")
+    print(f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
+          f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
+          "(mapped pages of the files, which the kernel takes back, among them)")  # fmt: skip
+    total = sum(opening["bytes a pair"].values())
+    sizes = ", ".join(f"{name} {size}" for name, size in opening["bytes a pair"].items())
+    print(f"  bytes a pair, all of them mapped and none read: {sizes}; {total} together")
+    print(f"  2 x 10^9 pairs: {2e9 * total / 1e9:.0f} GB of columns mapped, {2e9 * 2 * 17 / 1e9:.0f} GB of tokens at 17 a "
+          f"pair; resident is the manifest alone, {opening['manifest MB']:.1f} MB of JSON for {opening['shards']:,} "
+          "shards, whatever the number of documents")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

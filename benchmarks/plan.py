@@ -1,0 +1,191 @@
+"""Planning at scale, and how full its rows are.
+
+    python benchmarks/plan.py [--documents 100000000] [--workers 2] [--folder DIR] [--index INDEX ...]
+
+Writes a synthetic index of caption pairs with LAION-like lengths (its columns of tokens and pictures are sparse: nothing
+reads them), plans it, and opens it again in fresh processes. Opening is measured from an imported program to an answer:
+the index, the plans of training and validation, and the pieces of one row. Memory is what that adds to the process.
+Padding is given for these lengths, for wider and narrower ones, and for the corpora whose `--index` is given.
+
+Lengths are 67 positions (<s>, <image>, 64 slots, </image>) and a log-normal number of text tokens of median 17, at most 512.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datamodules.corpus import COLUMNS, MANIFEST, PLACE_BITS, VERSION, IndexedCorpus
+from datamodules.packing import CROWDED, Array, best_fit, exact_fill
+from datamodules.plan import Layout, Plan
+from datamodules.split import Split
+from kosmos_lit.callbacks.caption_report import machine
+
+SEQ_LEN, N_LATENTS, MEDIAN, SIGMA, MOST = 2048, 64, 17, 0.6, 512
+LAYOUT = Layout(seq_len=SEQ_LEN, n_latents=N_LATENTS, seed=0)
+VAL_SHARE = 0.001
+SHARD = 10_000
+"""Pairs in a shard."""
+CHUNK = 1 << 22
+TARGET = 2 * 10**9
+"""Documents of the corpus that figures are carried over to."""
+
+
+def text_lengths(n: int, seed: int, sigma: float = SIGMA) -> Array:
+    """Return the text tokens of n captions."""
+    drawn = MEDIAN * np.exp(np.random.default_rng(seed).normal(0, sigma, n))
+    return np.clip(np.rint(drawn), 1, MOST).astype(np.int64)
+
+
+def write_index(folder: Path, n: int) -> None:
+    """Write an index of n caption pairs whose tokens and pictures are holes."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def column(name: str, length: int, dtype: str) -> np.memmap:
+        return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (length,))
+
+    tokens, images, records = (
+        column(c, n + extra, COLUMNS[c]) for c, extra in (("token_offsets", 1), ("image_offsets", 1), ("records", 0))
+    )
+    for name in ("image_places", "image_lengths", "image_positions"):
+        column(name, n, COLUMNS[name])
+    at = 0
+    for first in range(0, n, CHUNK):
+        numbers = np.arange(first, min(first + CHUNK, n))
+        ends = at + np.cumsum(text_lengths(len(numbers), first) + 1)
+        tokens[numbers[0] + 1 : numbers[-1] + 2], at = ends, int(ends[-1])
+        images[numbers[0] + 1 : numbers[-1] + 2] = numbers + 1
+        records[numbers[0] : numbers[-1] + 1] = (numbers // SHARD << PLACE_BITS) + numbers % SHARD
+    column("tokens", at, "<u2")
+    shards = [{"path": f"pairs/{i:08d}.tar", "bytes": 1} for i in range(-(-n // SHARD))]
+    manifest = {
+        "version": VERSION, "format": "img2dataset", "tokenizer": "none", "options": {}, "shards": shards,
+        "documents": n, "tokens": at, "images": n,
+    }  # fmt: skip
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def make_plans(folder: Path, workers: int) -> list[Plan]:
+    """Return the plans of training and of validation."""
+    corpus = IndexedCorpus(folder)
+    split = Split(corpus, VAL_SHARE, None)
+    train = Plan("caption", corpus, split, "train", LAYOUT, workers=workers)
+    return [train, Plan("caption", corpus, split, "val", LAYOUT, shuffle=False, workers=workers)]
+
+
+def resident() -> tuple[float, float]:
+    """Return the MB of this process that are in memory: its own, and those of mapped files, which all processes share."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    found = dict(line.split(":") for line in lines)
+    own, mapped = (int(found[name].split()[0]) * 1024 / 1e6 for name in ("RssAnon", "RssFile"))
+    return own, mapped
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def open_and_read(folder: Path, number: int) -> dict[str, float]:
+    """Open an index that was planned, and find the pieces of a row."""
+    own, mapped = resident()
+    began = time.perf_counter()
+    plan = make_plans(folder, 1)[0]
+    opened, opened_own, opened_mapped = time.perf_counter(), *resident()
+    n = len(plan.pieces(plan.row(0, number)))
+    read, read_own, read_mapped = time.perf_counter(), *resident()
+    assert n
+    return {
+        "open": opened - began, "open_own": opened_own - own, "open_mapped": opened_mapped - mapped,
+        "row": read - opened, "row_own": read_own - own, "row_mapped": read_mapped - mapped,
+    }  # fmt: skip
+
+
+def padding(widths: Array) -> str:
+    """Return how much of the rows is padding: of all, and of all but the least full one, which there is once a block."""
+    crowded = widths.mean() * CROWDED <= SEQ_LEN
+    found = []
+    for fill in (best_fit, exact_fill) if crowded else (best_fit,):
+        rows = np.sort(np.bincount(fill(widths, SEQ_LEN), widths))
+        all_, but_last = (1 - r.mean() / SEQ_LEN for r in (rows, rows[1:]))
+        found.append(f"{fill.__name__} {all_:.3%}, {but_last:.3%} without the last row")
+    return "; ".join(found)
+
+
+def report_padding(folders: Sequence[Path]) -> None:
+    for n in (3500, 1 << 17):
+        for sigma in (0.4, SIGMA, 0.8):
+            text = text_lengths(n, 1, sigma)
+            print(f"padding  {n:>7,} pairs, median {MEDIAN} text tokens, sigma {sigma}: {padding(text + N_LATENTS + 3)}")
+    for folder in folders:
+        corpus = IndexedCorpus(folder)
+        plan = Plan("real", corpus, Split(corpus, 0.0, None), "train", LAYOUT)
+        filled = np.sort(plan.blocks.packed(0)[0].row_positions) / SEQ_LEN
+        print(
+            f"padding  {folder}: {plan.totals.begun:,} documents in {plan.n_rows:,} rows: {1 - filled.mean():.3%}, "
+            f"{1 - filled[1:].mean():.3%} without the last row; {plan.totals.dropped or 'none'} dropped"
+        )
+
+
+def report_scale(folder: Path, n: int, workers: int) -> None:
+    began = time.perf_counter()
+    write_index(folder, n)
+    print(f"\n{n:,} caption pairs: index written in {time.perf_counter() - began:.0f} s")
+    for kept in folder.glob("plans/*.npz"):
+        kept.unlink()
+    began, cpu = time.perf_counter(), cpu_seconds()
+    plan, val = make_plans(folder, workers)
+    seconds, busy = time.perf_counter() - began, cpu_seconds() - cpu
+    totals = plan.totals
+    kept = sum(file.stat().st_size for file in folder.glob("plans/*.npz"))
+    print(
+        f"planned in {seconds:.0f} s by {workers} processes, {n / busy:,.0f} documents a second of CPU: {plan.n_rows:,} "
+        f"rows, padding {1 - totals.positions / totals.rows / SEQ_LEN:.4%}; validation {val.n_rows:,} rows, "
+        f"padding {1 - val.totals.positions / val.totals.rows / SEQ_LEN:.3%}; {kept:,} bytes kept\n{plan.window()}"
+    )
+    for number in 2 * (0, min(10**6, plan.n_rows // 2), plan.n_rows - 1):
+        command = [sys.executable, __file__, "--open", str(folder), "--row", str(number)]
+        found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        print(
+            f"row {number:>9,}: opened in {found['open']:.2f} s with {found['open_own']:.0f} MB and "
+            f"{found['open_mapped']:.0f} MB mapped; its block packed in {found['row']:.2f} s, "
+            f"{found['row_own']:.0f} MB and {found['row_mapped']:.0f} MB mapped in all"
+        )
+    times = TARGET / n
+    print(
+        f"{TARGET:,} documents: {plan.blocks.n_blocks * times:,.0f} blocks, {plan.blocks.n_runs * times:,.0f} runs, "
+        f"{kept * times / 1e6:.1f} MB of counts, {busy * times / 3600:.2f} hours of CPU to plan"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=10**8)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the index is written; default: a folder that is deleted again")
+    parser.add_argument("--index", type=Path, nargs="*", default=[], help="prepared corpora whose padding is measured")
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--row", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.open:
+        print(json.dumps(open_and_read(options.open, options.row)))
+        return
+    print(machine(torch.device("cpu")))
+    report_padding(options.index)
+    with tempfile.TemporaryDirectory() as passing:
+        report_scale(options.folder or Path(passing), options.documents, options.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The parts of all shards to one index. Nothing here holds a whole column, or more than one part's file open."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.corpus import COLUMNS, LEDGER, MANIFEST
+from datamodules.document import Tally
+from datamodules.prepare.columns import SLICE, ColumnWriter, join_columns
+from datamodules.prepare.files import sync, write_whole
+from datamodules.prepare.report import report
+from datamodules.prepare.shard import PICTURES, Task, pictures_file, read_tally
+from datamodules.sources import SOURCES
+from datamodules.sources.base import SURVEY
+from kosmos_lit.errors import UserError
+
+
+def join_surveys(output: Path, tasks: Sequence[Task]) -> None:
+    """Write one list of all shards' pictures, sorted by URL; of equal URLs the first usable one.
+
+    It is made by ranges of the URLs' hashes, each small enough for memory.
+    """
+    surveys = [task.survey / PICTURES for task in tasks]
+    total = sum(len(np.load(path, mmap_mode="r")) for path in surveys)
+    n_ranges = -(-total // SLICE) or 1
+    bounds = [(i << 64) // n_ranges for i in range(n_ranges + 1)]
+    temporary = pictures_file(output).with_name(f".{PICTURES}")
+    with closing(ColumnWriter(temporary, SURVEY)) as writer:
+        for low, high in pairwise(bounds):
+            rows = np.concatenate([np.empty(0, SURVEY), *(_between(path, low, high) for path in surveys)])
+            rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["verdict"], rows["url"]))]
+            first = np.ones(len(rows), dtype=bool)
+            first[1:] = rows["url"][1:] != rows["url"][:-1]
+            writer.append(rows[first])
+    sync(temporary)
+    os.replace(temporary, pictures_file(output))
+
+
+def _between(path: Path, low: int, high: int) -> npt.NDArray[np.void]:
+    """Return the rows of one sorted survey whose URL hashes lie in [low, high)."""
+    rows = np.load(path, mmap_mode="r")
+    start = int(np.searchsorted(rows["url"], np.uint64(low)))
+    end = len(rows) if high == 1 << 64 else int(np.searchsorted(rows["url"], np.uint64(high)))
+    return np.array(rows[start:end])
+
+
+def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dtype: str) -> None:
+    """Join the parts into the corpus's files, the manifest last, and remove the parts.
+
+    Raises: UserError if there is no document.
+    """
+    source = SOURCES[identity["format"]]
+    tally = _sum_tallies(task.part for task in tasks)
+    pictures = _sum_tallies(task.survey for task in tasks) if source.needs_survey else Tally()
+    if not tally.documents:
+        raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, pictures)}")
+    lengths = {}
+    for column, dtype in ({"tokens": token_dtype} | COLUMNS | dict(source.columns)).items():
+        temporary = output / f".{column}.npy"
+        parts = (task.part / f"{column}.npy" for task in tasks)
+        lengths[column] = join_columns(parts, temporary, dtype, offsets=column.endswith("_offsets"))
+        sync(temporary)
+        os.replace(temporary, output / f"{column}.npy")
+    _join_ledgers(output, tasks)
+    manifest = identity | {
+        "documents": tally.documents,
+        "tokens": lengths["tokens"] - lengths["image_places"],
+        "images": lengths["image_places"],
+        "tally": tally.to_dict(),
+        "pictures": pictures.to_dict(),
+    }
+    for left in output.glob(".*.tmp"):  # of a run that was killed while it wrote the manifest
+        left.unlink()
+    write_whole(output / MANIFEST, json.dumps(manifest).encode())
+    shutil.rmtree(output / "parts", ignore_errors=True)
+
+
+def _join_ledgers(output: Path, tasks: Sequence[Task]) -> None:
+    """Write the broken records of all shards into one file, in their order; none if there are none."""
+    temporary = output / f".{LEDGER}"
+    with temporary.open("wb") as joined:
+        for task in tasks:
+            for folder in (task.survey, task.part):
+                if (folder / LEDGER).exists():
+                    with (folder / LEDGER).open("rb") as ledger:
+                        shutil.copyfileobj(ledger, joined)
+    if temporary.stat().st_size:
+        sync(temporary)
+        os.replace(temporary, output / LEDGER)
+    else:
+        temporary.unlink()
+        (output / LEDGER).unlink(missing_ok=True)
+
+
+def _sum_tallies(parts: Iterable[Path]) -> Tally:
+    total = Tally()
+    for part in parts:
+        total.add(read_tally(part))
+    return total
