@@ -18,7 +18,7 @@ from datamodules import MixtureData
 from datamodules.config import CorpusConfig, Format, TokenizerConfig
 
 SHAPES = {"256 px": (256, 256, 95), "640 x 427": (640, 427, 90)}
-"""Width, height and JPEG quality: as img2dataset resizes by default, and as the web's photographs lie in tars of originals."""
+"""Width, height, JPEG quality: as img2dataset resizes by default, and as photographs lie in tars of originals."""
 DISTINCT = 32
 """Different pictures; a pair's picture is one of them, with bytes of its own in the tar."""
 CAPTION_WORDS = 14.0
@@ -45,7 +45,8 @@ class Words:
     def text(self, median: float) -> str:
         """Return words whose number is drawn log-normally."""
         n = max(1, round(float(self.draw.lognormal(np.log(median), SPREAD))))
-        return " ".join(self.words[min(int(k), len(self.words) - 1)] for k in np.searchsorted(self.ends, self.draw.random(n)))
+        drawn = np.searchsorted(self.ends, self.draw.random(n)).clip(max=len(self.words) - 1)
+        return " ".join(self.words[k] for k in drawn.tolist())
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,8 @@ class Inputs:
         """Return the data module of an indexed corpus by itself, opened."""
         format_: Format = "jsonl" if name == "text" else "img2dataset"
         ending = "jsonl" if name == "text" else "tar"
-        corpus = CorpusConfig(
-            format=format_, input=[str(self.folder / name / f"*.{ending}")], index=str(self.folder / "index" / name), val_share=0
-        )
+        files, index = self.folder / name / f"*.{ending}", self.folder / "index" / name
+        corpus = CorpusConfig(format=format_, input=[str(files)], index=str(index), val_share=0)
         kind = "text" if name == "text" else "caption"
         tokenizer = TokenizerConfig(path=str(self.folder / "tokenizer"), vocab_size=VOCAB_SIZE)
         data = MixtureData(tokenizer, **{kind: corpus}, **settings)  # type: ignore[arg-type]

@@ -7,19 +7,15 @@ into them, with one padded row of tokens for each pair.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -39,7 +35,7 @@ Count = tuple[int, int]
 """Pictures and rows of a batch."""
 
 
-class Missing(RuntimeError):
+class MissingError(RuntimeError):
     """A side that cannot be measured here; the message says why."""
 
 
@@ -76,12 +72,12 @@ def ours(data: MixtureData, workers: int, first_row: int = 0) -> Iterator[Count]
 # ---- webdataset
 
 
-def _padded(batch: list[tuple[Any, list[int]]], stack: Callable[[list[Any]], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(batch: list[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     pictures, captions = zip(*batch, strict=True)
     tokens = torch.full((len(captions), max(map(len, captions))), PAD)
     for row, ids in zip(tokens, captions, strict=True):
         row[: len(ids)] = torch.as_tensor(ids)
-    return stack(list(pictures)), tokens
+    return torch.stack(pictures), tokens
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -102,7 +98,7 @@ def _scaled() -> list[Any]:
 
 def _webdataset(task: Task, own_decoder: bool) -> Iterator[Count]:
     if importlib.util.find_spec("webdataset") is None:
-        raise Missing("webdataset is not installed: pip install -e '.[bench]'")
+        raise MissingError("webdataset is not installed: pip install -e '.[bench]'")
     import webdataset as wds
 
     pipeline = wds.WebDataset(task.tars, shardshuffle=100, seed=0, repeat=True).shuffle(SHUFFLED, initial=SHUFFLED)
@@ -112,7 +108,7 @@ def _webdataset(task: Task, own_decoder: bool) -> Iterator[Count]:
     else:
         transform = Compose([*_scaled(), ToTensor(), Normalize(MEAN, STD)])
         pipeline = pipeline.decode("pil").to_tuple("jpg", "txt").map_tuple(transform, tokens)
-    pipeline = pipeline.batched(task.batch_pairs, collation_fn=partial(_padded, stack=torch.stack))
+    pipeline = pipeline.batched(task.batch_pairs, collation_fn=_padded)
     loader = DataLoader(pipeline, batch_size=None, num_workers=task.workers, prefetch_factor=4 if task.workers else None)
     for pictures, _ in loader:
         yield len(pictures), len(pictures)
@@ -134,7 +130,7 @@ def webdataset_own_decoder(task: Task) -> Iterator[Count]:
 def energon(task: Task) -> Iterator[Count]:
     """Read caption samples with megatron-energon: its default image decoder, and the same transform."""
     if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.energon") is None:
-        raise Missing("megatron-energon is not installed: pip install megatron-energon")
+        raise MissingError("megatron-energon is not installed: pip install megatron-energon")
     from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset, stateless
 
     transform = Compose([*_scaled(), Normalize(MEAN, STD)])  # its decoder has made floats in [0, 1]
@@ -146,7 +142,7 @@ def energon(task: Task) -> Iterator[Count]:
             return transform(sample.image), tokens(sample.caption)
 
         def batch(self, samples: list[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-            return _padded(samples, torch.stack)
+            return _padded(samples)
 
     folder = Path(task.tars[0]).parent
     _prepare_energon(folder)
@@ -162,10 +158,10 @@ def _prepare_energon(folder: Path) -> None:
     if (folder / ".nv-meta" / "dataset.yaml").exists():
         return
     command = [
-        str(Path(sys.executable).with_name("energon")), "prepare", str(folder), "--non-interactive", "--split-ratio", "1,0,0",
-        "--sample-type", "CaptioningSample", "--field-map", '{"image": "jpg", "caption": "txt"}', "--num-workers", "1",
-        "--no-progress",
+        str(Path(sys.executable).with_name("energon")), "prepare", str(folder), "--non-interactive", "--no-progress",
+        "--split-ratio", "1,0,0", "--num-workers", "1",
+        "--sample-type", "CaptioningSample", "--field-map", '{"image": "jpg", "caption": "txt"}',
     ]  # fmt: skip
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise Missing(f"energon prepare failed: {done.stdout.strip().splitlines()[-1]}")
+        raise MissingError(f"energon prepare failed: {done.stdout.strip().splitlines()[-1]}")
