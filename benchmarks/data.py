@@ -118,13 +118,13 @@ def texts(inputs: Inputs, n_rounds: int) -> dict[str, object]:
     return {"rows/s": round(per_second), "ms a row": round(1000 / per_second, 2)}
 
 
-def first_batches(inputs: Inputs, n_rounds: int) -> list[dict[str, object]]:
+def first_batches(inputs: Inputs, n_starts: int) -> list[dict[str, object]]:
     """Return the seconds from opening to the first batch in fresh processes, at both rows in turn."""
     lines = []
     totals = inputs.data("many").opened["caption"].train.plan.totals
     for workers in (0, 2):
         seconds: dict[int, list[float]] = {0: [], FAR: []}
-        for _ in range(n_rounds):
+        for _ in range(n_starts):
             for row, kept in seconds.items():
                 command = [sys.executable, "-c", FIRST_BATCH, str(inputs.folder), str(workers), str(row)]
                 done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=200_000, help="of the corpus whose start-up is measured")
     parser.add_argument("--batches", type=int, default=8, help="of a side in a round; with workers twice as many")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--starts", type=int, default=3, help="fresh processes for each row and number of workers")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_data", help="where the made files are kept")
     parser.add_argument("--json", type=Path, help="where the figures go, if not to the terminal")
     a = parser.parse_args()
@@ -187,7 +188,7 @@ def main() -> None:
         for line in compare(inputs, shape, workers, a.batches * (2 if workers else 1), a.rounds)
     ]
     figures["texts"] = texts(inputs, a.rounds)
-    figures["first batch"] = first_batches(inputs, a.rounds)
+    figures["first batch"] = first_batches(inputs, a.starts)
 
     print(where)
     for lines in (figures["pairs"], [figures["texts"]], figures["first batch"], [figures["memory"]]):
