@@ -15,6 +15,7 @@ to the first batch, at row 0 and at row 1,000,000.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ FAR = 1_000_000
 """The row at which resuming is tried."""
 BARS = {"webdataset": 2.0, "webdataset, our decoder": 1.0}
 """Ratios that are asked for."""
+SIDES = {"webdataset": webdataset, "webdataset, our decoder": webdataset_own_decoder, "megatron-energon": energon}
+"""Beside ours."""
 FIRST_BATCH = """
 import sys, time
 from pathlib import Path
@@ -87,12 +91,8 @@ def compare(inputs: Inputs, shape: str, workers: int, n_batches: int, n_rounds: 
     data = inputs.data(shape)
     totals = data.opened["caption"].train.plan.totals
     task = Task(inputs.tars(shape), data.tokenizer, round(totals.images / totals.rows), workers)
-    sides: dict[str, Side] = {
-        "ours": lambda: ours(data, workers),
-        "webdataset": lambda: webdataset(task),
-        "webdataset, our decoder": lambda: webdataset_own_decoder(task),
-        "megatron-energon": lambda: energon(task),
-    }
+    sides: dict[str, Side] = {"ours": lambda: ours(data, workers)}
+    sides |= {name: partial(side, task) for name, side in SIDES.items()}
     found, reasons = rates(sides, n_batches, n_rounds, workers)
     lines: list[dict[str, object]] = []
     for name in sides:
@@ -158,7 +158,7 @@ def show(lines: Sequence[dict[str, object]]) -> None:
     for line, row in zip(shown, cells, strict=True):
         text = "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         print(f"{text.rstrip()}  {line['skipped']}" if "skipped" in line else text)
-    print()
+    print(flush=True)
 
 
 def main() -> None:
@@ -176,23 +176,18 @@ def main() -> None:
     torch.set_num_threads(1)
 
     inputs = make(a.folder, a.pairs, a.texts, a.documents)
-    where = machine(torch.device("cpu"))
-    figures: dict[str, Any] = {"machine": where, "rounds": a.rounds}
-    # Memory first: what the others take would hide it.
-    figures["memory"] = memory(inputs, 20)
-    cores = [0] if (os.cpu_count() or 1) < 2 else [0, 2]
-    figures["pairs"] = [
-        line
-        for workers in cores
-        for shape in SHAPES
-        for line in compare(inputs, shape, workers, a.batches * (2 if workers else 1), a.rounds)
-    ]
+    figures: dict[str, Any] = {"machine": machine(torch.device("cpu")), "rounds": a.rounds}
+    print(figures["machine"])
+    figures["memory"] = memory(inputs, 20)  # first: what the others take would hide it
+    show([figures["memory"]])
     figures["texts"] = texts(inputs, a.rounds)
+    show([figures["texts"]])
+    figures["pairs"] = []
+    for workers, shape in itertools.product([0] if (os.cpu_count() or 1) < 2 else [0, 2], SHAPES):
+        figures["pairs"] += compare(inputs, shape, workers, a.batches * (2 if workers else 1), a.rounds)
+        show(figures["pairs"][-len(SIDES) - 1 :])
     figures["first batch"] = first_batches(inputs, a.starts)
-
-    print(where)
-    for lines in (figures["pairs"], [figures["texts"]], figures["first batch"], [figures["memory"]]):
-        show(lines)
+    show(figures["first batch"])
     text = json.dumps(figures, indent=1)
     if a.json is None:
         print(text)

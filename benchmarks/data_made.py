@@ -54,6 +54,7 @@ class Inputs:
     """A folder of made files, with the data modules that read their indexes."""
 
     folder: Path
+    vocab_size: int = VOCAB_SIZE
 
     def tars(self, name: str) -> list[str]:
         """Return the tars of a shape, or of the corpus for start-up."""
@@ -66,14 +67,14 @@ class Inputs:
         files, index = self.folder / name / f"*.{ending}", self.folder / "index" / name
         corpus = CorpusConfig(format=format_, input=[str(files)], index=str(index), val_share=0)
         kind = "text" if name == "text" else "caption"
-        tokenizer = TokenizerConfig(path=str(self.folder / "tokenizer"), vocab_size=VOCAB_SIZE)
+        tokenizer = TokenizerConfig(path=str(self.folder / "tokenizer"), vocab_size=self.vocab_size)
         data = MixtureData(tokenizer, **{kind: corpus}, **settings)  # type: ignore[arg-type]
         data.prepare_data()
         data.setup("validate")
         return data
 
 
-def make(folder: Path, n_pairs: int, n_texts: int, n_documents: int) -> Inputs:
+def make(folder: Path, n_pairs: int, n_texts: int, n_documents: int, vocab_size: int = VOCAB_SIZE) -> Inputs:
     """Write what is missing in `folder`, and index it.
 
     Args:
@@ -81,9 +82,10 @@ def make(folder: Path, n_pairs: int, n_texts: int, n_documents: int) -> Inputs:
         n_pairs: caption pairs of each shape.
         n_texts: texts.
         n_documents: caption pairs of the corpus for start-up, which are links to the tars of 256 px.
+        vocab_size: SentencePiece pieces of the tokenizer, which is trained on the texts.
     """
     folder = folder / f"{n_pairs}-{n_texts}-{n_documents}"
-    inputs = Inputs(folder)
+    inputs = Inputs(folder, vocab_size)
     if not (folder / "made").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _write_texts(folder / "text" / "0.jsonl", n_texts)
@@ -107,14 +109,14 @@ def _write_texts(path: Path, n_texts: int) -> None:
 def _write_pairs(folder: Path, name: str, n_pairs: int) -> None:
     """Write the three members of each pair that img2dataset writes."""
     width, height, quality = SHAPES[name]
-    pictures = [made(width, height, quality, seed) for seed in range(DISTINCT)]
+    pictures = [made(width, height, quality, seed) for seed in range(min(DISTINCT, n_pairs))]
     digests = [hashlib.sha256(picture).hexdigest() for picture in pictures]
     words = Words(seed=2)
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, n_pairs, PAIRS_PER_TAR):
         with tarfile.open(folder / f"{first // PAIRS_PER_TAR:05d}.tar", "w") as tar:
             for number in range(first, min(first + PAIRS_PER_TAR, n_pairs)):
-                key, caption, at = f"{number:09d}", words.text(CAPTION_WORDS), number % DISTINCT
+                key, caption, at = f"{number:09d}", words.text(CAPTION_WORDS), number % len(pictures)
                 about = {
                     "caption": caption, "url": f"https://pictures.example/{key}.jpg", "key": key, "status": "success",
                     "error_message": None, "width": width, "height": height, "original_width": width,

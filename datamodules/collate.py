@@ -186,4 +186,5 @@ def empty_row(seq_len: int) -> Row:
 
 def _positions(row: Row) -> Ids:
     lengths = np.array(row.lengths)
-    return np.arange(len(row.tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    firsts: Ids = np.cumsum(lengths) - lengths
+    return np.arange(len(row.tokens)) - np.repeat(firsts, lengths)

@@ -45,7 +45,7 @@ class InOrder:
 
     def counts(self, n_rows: int) -> list[int]:
         """Return how many of the first `n_rows` rows come from each source."""
-        return np.diff(np.minimum(self._ends, n_rows), prepend=0).tolist()
+        return [int(n) for n in np.diff(np.minimum(self._ends, n_rows), prepend=0)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Row:
         pictures = [(i.shard, i.offset, i.length, i.path) for i in self.images]
         found.update(repr((self.number, self.source, self.epoch, self.documents, pictures)).encode())
         for ids in (self.tokens, self.targets):
-            found.update(np.ascontiguousarray(ids, dtype="<i8"))
+            found.update(np.ascontiguousarray(ids, dtype="<i8").data)
         return int.from_bytes(found.digest(), "little") >> 1
 
 
