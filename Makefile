@@ -10,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench bench-generation bench-plan check clean
+.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench bench-generation bench-data bench-plan check clean
 
 setup: $(READY)
 
@@ -68,6 +68,9 @@ bench: $(READY)
 
 bench-generation: $(READY)
 	$(BIN)/python benchmarks/generation.py $(ARGS)
+
+bench-data: $(READY)
+	$(BIN)/python -m benchmarks.data $(ARGS)
 
 bench-plan: $(READY)
 	$(BIN)/python benchmarks/plan.py $(ARGS)

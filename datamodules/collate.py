@@ -65,8 +65,8 @@ class Pictures:
         self.ledger, self.blocklist, self.split = ledger, blocklist, split
         self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
 
-    def read(self, row: Row, corpus: IndexedCorpus) -> ReadRow:
-        """Return a row with its pictures.
+    def read(self, row: Row, corpus: IndexedCorpus, out: Pixels | None = None) -> ReadRow:
+        """Return a row with its pictures, which lie in `out`, (n_images, 3, size, size), if it is given.
 
         Raises: UserError if too many of its source's pictures so far were bad, or a shard is gone.
         """
@@ -78,12 +78,14 @@ class Pictures:
         for n, what in blocked.items():
             self._note(row, source, *corpus.shard_and_name(row.documents[n].document), REASON, what)
         pixels: list[Pixels | None] = []
-        for image, owner in zip(row.images, row.image_owner, strict=True):
+        out = no_pixels(len(row.images), self.size) if out is None else out
+        for image, owner, place in zip(row.images, row.image_owner, out, strict=True):
             if owner in blocked:
-                pixels.append(np.zeros((3, self.size, self.size), dtype=np.uint8))
+                place[:] = 0
+                pixels.append(place)
                 continue
             try:
-                pixels.append(decode(corpus.image_bytes(image), self.size, self.fit))
+                pixels.append(decode(corpus.image_bytes(image), self.size, self.fit, place))
                 self.budgets[source].good()
             except ImageError as error:
                 pixels.append(None)
@@ -116,6 +118,11 @@ class Pictures:
             )  # fmt: skip
 
 
+def no_pixels(n_images: int, size: int) -> Pixels:
+    """Return (n_images, 3, size, size) that are still to be written."""
+    return np.empty((n_images, 3, size, size), dtype=np.uint8)
+
+
 def collate(
     read: Sequence[ReadRow],
     *,
@@ -124,36 +131,39 @@ def collate(
     n_latents: int,
     n_step_targets: int,
     unit: Unit = "tokens",
+    images: Pixels | None = None,
 ) -> KosmosBatch:
     """Join rows, with the pictures of each, into one micro-batch.
 
-    A document whose picture is missing (None) stays in its row with a black picture and without targets.
+    A document whose picture is missing (None) stays in its row with a black picture and without targets. `images`,
+    (N, 3, H, W), is where the pictures of all rows lie already, so that they need not be copied.
     """
     rows = [r.row for r in read]
     targets = np.stack([row.targets for row in rows])
+    pixels = [(b, owner, p) for b, r in enumerate(read) for p, owner in zip(r.pixels, r.row.image_owner, strict=True)]
     n_bad = 0
-    images: list[Pixels] = []
-    for b, r in enumerate(read):
-        for picture, owner in zip(r.pixels, r.row.image_owner, strict=True):
-            if picture is None:
-                n_bad += 1
-                placed = r.row.documents[owner]
-                targets[b, placed.at : placed.at + placed.length] = IGNORE
-                picture = np.zeros((3, image_size, image_size), dtype=np.uint8)
-            images.append(picture)
+    joined = no_pixels(len(pixels), image_size) if images is None else images
+    for place, (b, owner, picture) in zip(joined, pixels, strict=True):
+        if picture is None:
+            n_bad += 1
+            placed = rows[b].documents[owner]
+            targets[b, placed.at : placed.at + placed.length] = IGNORE
+            place[:] = 0
+        elif images is None:
+            place[:] = picture
     tokens = np.stack([row.tokens for row in rows])
     slots = torch.tensor(
         [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
     ).view(-1, 2)
     special = tokenizer.special
-    check_slots(torch.from_numpy(tokens), slots, len(images), n_latents, special.image, special.image_end)
+    check_slots(torch.from_numpy(tokens), slots, len(joined), n_latents, special.image, special.image_end)
     return KosmosBatch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(np.stack([_positions(row) for row in rows])),
         lengths=tuple(length for row in rows for length in row.lengths),
         loss_at=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
-        images=torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, image_size, image_size), np.uint8)),
+        images=torch.from_numpy(joined),
         slots=slots,
         corpus=torch.tensor([row.corpus for row in rows]),
         n_bytes=torch.from_numpy(tokenizer.count_bytes(tokens, targets).sum(1)),
@@ -175,4 +185,6 @@ def empty_row(seq_len: int) -> Row:
 
 
 def _positions(row: Row) -> Ids:
-    return np.concatenate([np.arange(length) for length in row.lengths])
+    lengths = np.array(row.lengths)
+    firsts: Ids = np.cumsum(lengths) - lengths
+    return np.arange(len(row.tokens)) - np.repeat(firsts, lengths)

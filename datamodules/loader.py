@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.blocklist import Blocklist
-from datamodules.collate import Pictures, ReadRow, collate, empty_row
+from datamodules.collate import Pictures, ReadRow, collate, empty_row, no_pixels
 from datamodules.config import Unit
 from datamodules.quarantine import Ledger
-from datamodules.stream import Stream
+from datamodules.stream import Row, Stream
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.errors import UserError
-from kosmos_lit.images import Fit
+from kosmos_lit.images import Fit, Pixels
 from kosmos_lit.tokens import Tokenizer
 
 
@@ -93,21 +94,27 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
             if self.n_rows is None and (rows_of_step := self.share.step_rows(k)) != counted:
                 counted, n_targets = rows_of_step, self.stream.n_targets(rows_of_step.start, rows_of_step.stop)
+            rows = [self._row(number) for number in self.share.rows(k)]
+            ends = np.cumsum([len(row.images) for row in rows])
+            images = no_pixels(int(ends[-1]), r.image_size)
             yield collate(
-                [self._read(number, pictures) for number in self.share.rows(k)],
+                [self._read(row, pictures, out) for row, out in zip(rows, np.split(images, ends[:-1]), strict=True)],
                 tokenizer=r.tokenizer,
                 image_size=r.image_size,
                 n_latents=r.n_latents,
                 n_step_targets=max(1, n_targets),
                 unit=r.unit,
+                images=images,
             )
 
-    def _read(self, number: int, pictures: Pictures) -> ReadRow:
+    def _row(self, number: int) -> Row:
         """A rank that has fewer rows of a finite stream than others gets empty ones: all ranks have equally many batches."""
         if self.n_rows is not None and number >= self.n_rows:
-            return ReadRow(empty_row(self.stream.seq_len), [])
-        row = self.stream.row(number)
-        return pictures.read(row, self.stream.by_name[row.source].corpus)
+            return empty_row(self.stream.seq_len)
+        return self.stream.row(number)
+
+    def _read(self, row: Row, pictures: Pictures, out: Pixels) -> ReadRow:
+        return pictures.read(row, self.stream.by_name[row.source].corpus, out) if row.source else ReadRow(row, [])
 
     @property
     def n_batches(self) -> int:

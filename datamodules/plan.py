@@ -248,6 +248,20 @@ class Plan:
         packed, at = self._find(row)
         return int(packed.row_targets[at])
 
+    def n_targets_of(self, first: int, stop: int) -> int:
+        """Return the supervised tokens of rows [first, stop) as they are read, epochs following one another."""
+        found = 0
+        while first < stop:
+            epoch, number = divmod(first, self.n_rows)
+            order, ends = self._block_order(epoch)
+            place = int(np.searchsorted(ends, number, side="right"))
+            block, n_left = int(order[place]), min(int(ends[place]) - number, stop - first)
+            at = number - int(ends[place]) + int(self._n_rows[block])
+            rows = self._row_order(block, epoch)[at : at + n_left]
+            found += int(self._packed(block)[0].row_targets[rows].sum())
+            first += n_left
+        return found
+
     def window(self) -> Window:
         """Return among how many others a row is drawn."""
         n = self.blocks.n_blocks

@@ -27,6 +27,9 @@ class Schedule(Protocol):
     def locate(self, row: int) -> tuple[int, int]:
         """Return the source of stream row `row`, and its number among that source's rows."""
 
+    def counts(self, n_rows: int) -> list[int]:
+        """Return how many of the first `n_rows` rows come from each source."""
+
 
 class InOrder:
     """Each source's rows once, one source after another."""
@@ -39,6 +42,10 @@ class InOrder:
         """Return the source of row `row`, and its number there."""
         source = int(np.searchsorted(self._ends, row, side="right"))
         return source, row - (int(self._ends[source - 1]) if source else 0)
+
+    def counts(self, n_rows: int) -> list[int]:
+        """Return how many of the first `n_rows` rows come from each source."""
+        return [int(n) for n in np.diff(np.minimum(self._ends, n_rows), prepend=0)]
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ class Row:
         found = blake2b(digest_size=8)
         pictures = [(i.shard, i.offset, i.length, i.path) for i in self.images]
         found.update(repr((self.number, self.source, self.epoch, self.documents, pictures)).encode())
-        found.update(self.tokens.astype("<i8").tobytes() + self.targets.astype("<i8").tobytes())
+        for ids in (self.tokens, self.targets):
+            found.update(np.ascontiguousarray(ids, dtype="<i8").data)
         return int.from_bytes(found.digest(), "little") >> 1
 
 
@@ -151,56 +159,70 @@ class Stream:
 
     def n_targets(self, first: int, stop: int) -> int:
         """Return the supervised tokens of rows `first` up to `stop`, without reading them."""
-        placed = (self.locate(row) for row in range(first, stop))
-        return sum(source.plan.n_targets(row) for source, _, row in placed)
+        found = 0
+        for source, before, after in zip(self.sources, *map(self.schedule.counts, (first, stop)), strict=False):
+            if source is not None:
+                found += source.plan.n_targets_of(before, after)
+            elif after > before:
+                for row in range(first, stop):
+                    self.locate(row)  # says which row it is
+        return found
 
     def row(self, number: int) -> Row:
         """Return stream row `number`."""
         source, epoch, at = self.locate(number)
-        corpus, n_latents = source.corpus, source.plan.n_latents
+        corpus, pieces = source.corpus, source.plan.pieces(at)
+        inputs, wanted = zip(
+            *(
+                pairs(corpus.document_tokens(document), start, end, self.special, corpus.document_supervised(document))
+                for document, start, end in pieces
+            ),
+            strict=True,
+        )
+        n_latents = source.plan.n_latents
+        read, learnt, slots, last = render(np.concatenate(inputs), np.concatenate(wanted), self.special, n_latents)
         tokens = np.full(self.seq_len, PAD, dtype=np.int64)
         targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
+        tokens[: len(read)], targets[: len(read)] = read, learnt
         documents: list[PlacedDocument] = []
         images: list[StoredImage] = []
         owner: list[int] = []
-        slots: list[int] = []
-        position = 0
-        for document, start, end in source.plan.pieces(at):
-            stored, answers = corpus.document_tokens(document), corpus.document_supervised(document)
-            read, wanted, first_slots = render(stored, start, end, self.special, n_latents, answers)
-            stop = position + len(read)
-            tokens[position:stop], targets[position:stop] = read, wanted
-            slots += (first_slots + position).tolist()
-            seen = [i for i in corpus.document_images(document) if start <= i.position < end] if len(first_slots) else []
+        stops = (last[np.cumsum([len(ids) for ids in inputs]) - 1] + 1).tolist()
+        for (document, start, end), position, stop in zip(pieces, [0, *stops[:-1]], stops, strict=True):
+            seen = [i for i in corpus.document_images(document) if start <= i.position < end] if len(slots) else []
             images += seen
             owner += [len(documents)] * len(seen)
-            documents.append(PlacedDocument(document, start, end, position, len(read)))
-            position = stop
+            documents.append(PlacedDocument(document, start, end, position, stop - position))
         return Row(
-            number, source.kind, source.name, epoch, tokens, targets, tuple(documents), tuple(images), tuple(owner),
-            np.array(slots, dtype=np.int64),
-        )  # fmt: skip
+            number, source.kind, source.name, epoch, tokens, targets, tuple(documents), tuple(images), tuple(owner), slots
+        )
 
 
-def render(
-    stored: Ids, start: int, end: int, special: SpecialTokens, n_latents: int, answers: npt.NDArray[np.bool_] | None = None
-) -> tuple[Ids, Ids, Ids]:
-    """Write out piece [start, end) of a document's targets as the model reads it (see `plan`).
+def pairs(
+    stored: Ids, start: int, end: int, special: SpecialTokens, answers: npt.NDArray[np.bool_] | None = None
+) -> tuple[Ids, Ids]:
+    """Return piece [start, end) of a document's targets (see `plan`): what is read, and what is to be predicted from it.
 
-    Loss is on text only: neither <image>, nor slots, nor </image> is ever a target (released caption loader). With
-    `answers`, which of the tokens are to be learnt, it is on those, and </s> is the target behind each run of them: where
-    a conversation goes on, the input does so without a </s>, and what comes next is given.
-
-    Returns: input ids, targets, and each picture's first slot.
+    Loss is on text only: a picture's marker is never a target. With `answers`, which of the tokens are to be learnt, it is
+    on those, and </s> is the target behind each run of them: where a conversation goes on, the input does so without a
+    </s>, and what comes next is given.
     """
-    inputs = np.concatenate([[BOS], stored[start : end - 1]])
-    wanted = np.append(stored, EOS)
+    inputs, wanted = np.empty(end - start, dtype=np.int64), np.append(stored, EOS)
+    inputs[0], inputs[1:] = BOS, stored[start : end - 1]
     if answers is not None:
         says = np.append(answers, answers[-1:])
         ends = np.append(False, says[:-1] & ~says[1:])
         wanted = np.where(says, wanted, np.where(ends, EOS, IGNORE))
-    wanted = wanted[start:end]
+    wanted[wanted == special.image] = IGNORE
+    return inputs, wanted[start:end]
+
+
+def render(inputs: Ids, wanted: Ids, special: SpecialTokens, n_latents: int) -> tuple[Ids, Ids, Ids, Ids]:
+    """Write pairs out as the model reads them; neither slots nor </image> are targets (released caption loader).
+
+    Returns: input ids; targets; each picture's first slot; for each of `inputs` its last position.
+    """
     tokens, last, slots = expand_images(inputs, special, n_latents)
     targets = np.full(len(tokens), IGNORE, dtype=np.int64)
-    targets[last] = np.where(wanted == special.image, IGNORE, wanted)
-    return tokens, targets, slots
+    targets[last] = wanted
+    return tokens, targets, slots, last

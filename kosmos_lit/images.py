@@ -78,19 +78,23 @@ def probe(data: bytes) -> ImageInfo:
     return info
 
 
-def decode(data: bytes, size: int, fit: Fit) -> Pixels:
-    """Return a picture as (3, size, size) uint8 RGB, resized bicubically.
+def decode(data: bytes, size: int, fit: Fit, out: Pixels | None = None) -> Pixels:
+    """Return a picture as (3, size, size) uint8 RGB, resized bicubically, in `out` if it is given.
 
     Equal to `decode_plain` within 2 of 255 (fit `crop` of a JPEG that has to be resized), and exactly otherwise.
 
     Raises: ImageError as `probe` does, or if its pixels cannot be decoded, or if a JPEG's data stop before its end.
     """
     pixels = _jpeg_pixels(data)
+    out = np.empty((3, size, size), dtype=np.uint8) if out is None else out
     if pixels is None:
-        return decode_plain(data, size, fit)
-    if fit == "crop":
-        return _cropped(pixels, size)
-    return _fitted(Image.fromarray(pixels), size, fit) if pixels.shape[:2] != (size, size) else _planes(pixels)
+        out[:] = decode_plain(data, size, fit)
+    elif fit == "crop":
+        out[:] = _cropped(pixels, size)
+    else:
+        fits = pixels.shape[:2] == (size, size)
+        out[:] = pixels.transpose(2, 0, 1) if fits else _fitted(Image.fromarray(pixels), size, fit)
+    return out
 
 
 def decode_plain(data: bytes, size: int, fit: Fit) -> Pixels:
@@ -307,15 +311,15 @@ def _fitted(image: Image.Image, size: int, fit: Fit) -> Pixels:
 
 
 def _cropped(pixels: Pixels, size: int) -> Pixels:
-    """Return what `_fitted` does with fit `crop`, from (H, W, 3)."""
+    """Return what `_fitted` does with fit `crop`, from (H, W, 3), as a view of what was computed."""
     import torch  # preparing a corpus opens pictures too, and has no need of torch
 
     height, width, _ = pixels.shape
     wide, tall, left, top = _middle(width, height, size)
     cut = slice(top, top + size), slice(left, left + size)
     if min(width, height) == size:
-        return _planes(pixels[cut])
+        return pixels[cut].transpose(2, 0, 1)
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), no copy
     scaled = torch.nn.functional.interpolate(image, size=(tall, wide), mode="bicubic", antialias=True)
-    found: Pixels = scaled[0][:, *cut].contiguous().numpy()
+    found: Pixels = scaled[0][:, *cut].numpy()
     return found

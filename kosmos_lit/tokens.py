@@ -176,7 +176,7 @@ class Tokenizer:
         A piece in the middle of a document begins with <s> like a whole one, and may be counted one byte short. A word
         behind an appended control token counts with the space that `decode` writes there.
         """
-        starts = np.isin(tokens, (BOS, self.special.image_end, self.special.line_end))
+        starts = (tokens == BOS) | (tokens == self.special.image_end) | (tokens == self.special.line_end)
         supervised = targets != IGNORE
         return np.where(supervised, self.token_bytes[starts.astype(np.int64), np.where(supervised, targets, 0)], 0)
 

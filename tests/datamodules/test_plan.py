@@ -120,6 +120,15 @@ def test_totals_are_those_of_the_rows_counted_one_by_one(case):
 
 
 @properties
+@given(cases(), st.integers(0, 40), st.integers(0, 60))
+def test_targets_of_a_stretch_of_rows_are_those_of_its_rows_also_across_blocks_and_epochs(case, first, n_rows):
+    for plan in case.plans.values():
+        numbers = (divmod(number, plan.n_rows) for number in range(first, first + n_rows))
+
+        assert plan.n_targets_of(first, first + n_rows) == sum(plan.n_targets(plan.row(*at)) for at in numbers)
+
+
+@properties
 @given(cases())
 def test_a_document_that_fits_a_row_stays_whole(case):
     assume(case.corpus.packing != "split")  # there, text is cut where a row ends

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.stream import InOrder, render
+from datamodules.stream import InOrder, pairs, render
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, SpecialTokens
 from tests.datamodules import made
@@ -17,6 +17,11 @@ IMAGE, END = SPECIAL.image, SPECIAL.image_end
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer):
     return made.stream(corpora, tokenizer.special)
+
+
+def rendered(stored, start, end, n_latents, answers=None):
+    """Input ids, targets and slots of a piece by itself."""
+    return render(*pairs(stored, start, end, SPECIAL, answers), SPECIAL, n_latents)[:3]
 
 
 def rows_of(stream, name, epoch):
@@ -31,14 +36,14 @@ def only(corpora, tokenizer, name, **options):
 
 
 def test_a_picture_is_read_as_marker_slots_and_end_and_is_never_a_target():
-    tokens, targets, slots = render(np.array([10, IMAGE, 11, 12]), 0, 5, SPECIAL, 3)
+    tokens, targets, slots = rendered(np.array([10, IMAGE, 11, 12]), 0, 5, 3)
     assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, IMAGE, IMAGE, END, 11, 12]
     assert targets.tolist() == [10, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, 11, 12, EOS]
     assert slots.tolist() == [3]
 
 
 def test_a_piece_from_the_middle_begins_with_bos_and_ends_on_its_last_target():
-    tokens, targets, slots = render(np.array([10, IMAGE, 11, 12, 13]), 2, 4, SPECIAL, 3)
+    tokens, targets, slots = rendered(np.array([10, IMAGE, 11, 12, 13]), 2, 4, 3)
     assert tokens.tolist() == [BOS, 11]
     assert targets.tolist() == [11, 12]
     assert slots.tolist() == []
@@ -46,26 +51,26 @@ def test_a_piece_from_the_middle_begins_with_bos_and_ends_on_its_last_target():
 
 @given(st.lists(st.sampled_from([10, 11, 12, IMAGE]), min_size=1, max_size=23), st.sampled_from([1, 2, 3, 7]))
 def test_targets_are_the_documents_text_and_eos_in_order(stored, n_latents):
-    _, targets, _ = render(np.array(stored), 0, len(stored) + 1, SPECIAL, n_latents)
+    _, targets, _ = rendered(np.array(stored), 0, len(stored) + 1, n_latents)
     assert targets[targets != IGNORE].tolist() == [*(t for t in stored if t != IMAGE), EOS]
 
 
 @given(st.lists(st.sampled_from([10, 11, 12, IMAGE]), min_size=1, max_size=23), st.sampled_from([1, 2, 3, 7]))
 def test_a_target_is_the_input_that_follows(stored, n_latents):
-    tokens, targets, _ = render(np.array(stored), 0, len(stored) + 1, SPECIAL, n_latents)
+    tokens, targets, _ = rendered(np.array(stored), 0, len(stored) + 1, n_latents)
     follows = np.append(tokens[1:], EOS)
     assert (targets == follows)[targets != IGNORE].all()
 
 
 def test_only_answers_are_targets_and_each_ends_with_eos():
     stored, said = np.array([10, IMAGE, 11, 12, 13, 14, 15, 16]), np.array([0, 0, 0, 1, 1, 0, 0, 1], dtype=bool)
-    tokens, targets, _ = render(stored, 0, 9, SPECIAL, 1, said)
+    tokens, targets, _ = rendered(stored, 0, 9, 1, said)
     assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, END, 11, 12, 13, 14, 15, 16]
     assert targets.tolist() == [*[IGNORE] * 5, 12, 13, EOS, IGNORE, 16, EOS]
 
 
 def test_a_picture_right_behind_an_answer_leaves_its_eos():
-    tokens, targets, _ = render(np.array([10, IMAGE, 11, 12]), 0, 5, SPECIAL, 1, np.array([1, 0, 0, 1], dtype=bool))
+    tokens, targets, _ = rendered(np.array([10, IMAGE, 11, 12]), 0, 5, 1, np.array([1, 0, 0, 1], dtype=bool))
     assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, END, 11, 12]
     assert targets.tolist() == [10, EOS, IGNORE, IGNORE, IGNORE, 12, EOS]
 

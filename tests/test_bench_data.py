@@ -1,0 +1,54 @@
+"""What benchmarks/data.py is made of runs on a handful of pairs; webdataset and energon may be missing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from benchmarks import data as benchmark
+from benchmarks.data_made import Inputs, make
+from benchmarks.data_sides import MissingError
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make(tmp_path_factory.mktemp("bench"), n_pairs=2, n_texts=61, n_documents=256, vocab_size=311)
+
+
+def test_made_pairs_come_back_as_rows_of_ours(inputs: Inputs) -> None:
+    ours, *others = benchmark.compare(inputs, "256 px", workers=0, n_batches=2, n_rounds=1)
+
+    assert ours["side"] == "ours"
+    assert float(str(ours["pictures/s"])) > float(str(ours["rows/s"])) > 0
+    assert all(line.get("ours over it") or "not installed" in str(line["skipped"]) for line in others)
+
+
+def test_texts_are_measured_without_pictures(inputs: Inputs) -> None:
+    assert float(str(benchmark.texts(inputs, n_rounds=1)["rows/s"])) > 0
+
+
+def test_sides_take_turns_and_a_missing_one_is_named() -> None:
+    turns: list[str] = []
+
+    def side(name: str, pictures: int):
+        for _ in itertools.count():
+            turns.append(name)
+            yield pictures, 1
+
+    def missing():
+        raise MissingError("no such library")
+        yield
+
+    sides = {"a": lambda: side("a", 7), "b": missing, "c": lambda: side("c", 5)}
+    found, reasons = benchmark.rates(sides, n_batches=3, n_rounds=2, workers=0)
+
+    assert "".join(turns) == "aaaa" "cccc" "aaa" "ccc" "aaa" "ccc"  # one batch more to begin with
+    assert reasons == {"b": "no such library"}
+    assert [round(pictures / rows, 9) for pictures, rows in found["a"] + found["c"]] == [7, 7, 5, 5]
+
+
+def test_the_table_shows_reasons_in_place_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.show([{"side": "a", "rows/s": 3}, {"side": "b", "skipped": "not here"}])
+
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["b", "not", "here"]
