@@ -10,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8
 
-.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench bench-generation bench-data bench-plan check clean
+.PHONY: setup quickstart finetune test test-all lint type format golden golden-torchscale bench bench-data bench-generation bench-index bench-pictures bench-plan check clean
 
 setup: $(READY)
 
@@ -66,14 +66,20 @@ $(GOLDEN_VENV)/.ready: tests/golden/make_torchscale.py
 bench: $(READY)
 	$(BIN)/python benchmarks/full_size_step.py $(ARGS)
 
-bench-generation: $(READY)
-	$(BIN)/python benchmarks/generation.py $(ARGS)
+bench-generation bench-plan bench-pictures: $(READY)
+	$(BIN)/python -m benchmarks.$(@:bench-%=%) $(ARGS)
 
-bench-data: $(READY)
-	$(BIN)/python -m benchmarks.data $(ARGS)
+# Beside the libraries that they are compared with.
+bench-data bench-index: $(VENV)/.bench-ready
+	$(BIN)/python -m benchmarks.$(@:bench-%=%) $(ARGS)
 
-bench-plan: $(READY)
-	$(BIN)/python benchmarks/plan.py $(ARGS)
+$(VENV)/.bench-ready: $(READY)
+	@if command -v uv >/dev/null; then \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'; \
+	else \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'; \
+	fi
+	@touch $@
 
 check: lint type test-all
 

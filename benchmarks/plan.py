@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from datamodules.corpus import COLUMNS, MANIFEST, PLACE_BITS, VERSION, IndexedCorpus
-from datamodules.packing import CROWDED, Array, best_fit, exact_fill
 from datamodules.plan import Layout, Plan
-from datamodules.split import Split
+from datamodules.plan.packing import CROWDED, Array, best_fit, exact_fill
+from datamodules.plan.split import Split
 from kosmos_lit.callbacks.caption_report import machine
 
 SEQ_LEN, N_LATENTS, MEDIAN, SIGMA, MOST = 2048, 64, 17, 0.6, 512

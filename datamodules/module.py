@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.blocklist import Blocklist
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerConfig, Unit
-from datamodules.history import History
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
 from datamodules.mixture import Relay
+from datamodules.mixture.history import History
+from datamodules.mixture.shares import Leg, name_sources, ratios_by_step, relay, shares
 from datamodules.opened import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
 from datamodules.plan import Layout
 from datamodules.quarantine import Ledger
 from datamodules.questions import ask_captions, ask_examples
-from datamodules.shares import Leg, name_sources, ratios_by_step, relay, shares
 from datamodules.stream import InOrder, Row, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError

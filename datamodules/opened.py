@@ -9,14 +9,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.config import TokenizerConfig
 from datamodules.corpus import IndexedCorpus, read_manifest
-from datamodules.history import contents
+from datamodules.mixture.history import contents
+from datamodules.mixture.shares import NamedSource
 from datamodules.plan import Layout, Plan
+from datamodules.plan.split import Split
 from datamodules.prepare.files import matches
 from datamodules.prepare.index import check_same, identify, prepare_corpus
 from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
-from datamodules.shares import NamedSource
-from datamodules.split import Split
 from datamodules.stream import PackedSource
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError

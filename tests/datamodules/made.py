@@ -23,7 +23,7 @@ from warcio.warcwriter import WARCWriter
 from datamodules.corpus import IndexedCorpus
 from datamodules.mixture import Mixture
 from datamodules.plan import Layout, Plan
-from datamodules.split import Split
+from datamodules.plan.split import Split
 from datamodules.stream import PackedSource, Row, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import SpecialTokens

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules import counts
 from datamodules.corpus import IndexedCorpus
-from datamodules.plan import COUNTS, Blocks, Layout, Plan
-from datamodules.split import Split
-from tests.datamodules.offsets import Case, Offsets
+from datamodules.plan import counts
+from datamodules.plan.plan import COUNTS, Blocks, Layout, Plan
+from datamodules.plan.split import Split
+from tests.datamodules.plan.offsets import Case, Offsets
 
 LAYOUT = Layout(seq_len=23, n_latents=3, seed=5, block_documents=11, run_documents=3)
 N = 997

@@ -14,7 +14,7 @@ from typing import Any
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.hashing import hash_key
-from datamodules.shares import Leg, NamedSource, describe_shares, go_on
+from datamodules.mixture.shares import Leg, NamedSource, describe_shares, go_on
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage
-from datamodules.shares import Leg, NamedSource, Shares, amount, go_on, name_sources, ratios_by_step, relay, shares
+from datamodules.mixture.shares import Leg, NamedSource, Shares, amount, go_on, name_sources, ratios_by_step, relay, shares
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 

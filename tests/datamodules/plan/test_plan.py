@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from datamodules.hashing import hash_key, permutation
-from datamodules.packing import TOO_LONG, TOO_MANY_PICTURES, pack
-from datamodules.plan import Blocks, Layout
+from datamodules.plan.packing import TOO_LONG, TOO_MANY_PICTURES, pack
+from datamodules.plan.plan import Blocks, Layout
 from kosmos_lit.errors import UserError
-from tests.datamodules.offsets import Case, Offsets, cases
+from tests.datamodules.plan.offsets import Case, Offsets, cases
 
 properties = settings(deadline=None, max_examples=100)
 

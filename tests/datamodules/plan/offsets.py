@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from datamodules.corpus import PLACE_BITS, IndexedCorpus
 from datamodules.plan import Layout, Plan
-from datamodules.split import Part, Split
+from datamodules.plan.split import Part, Split
 
 
 @dataclass

@@ -2,8 +2,8 @@ from fractions import Fraction
 
 import pytest
 
-from datamodules.history import History
-from datamodules.shares import Leg, Shares
+from datamodules.mixture.history import History
+from datamodules.mixture.shares import Leg, Shares
 from kosmos_lit.errors import UserError
 
 RULES = {"seed": 3, "seq_len": 101}

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, Unit
-from datamodules.mixture import Blend, BlendStage, Relay
-from datamodules.plan import Totals
+from datamodules.mixture.mixture import Blend, BlendStage, Relay
+from datamodules.plan.plan import Totals
 from datamodules.sources import SOURCES
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.packing import CROWDED, Packed, _Ahead, best_fit, exact_fill, pack
-from tests.datamodules.offsets import Offsets
+from datamodules.plan.packing import CROWDED, Packed, _Ahead, best_fit, exact_fill, pack
+from tests.datamodules.plan.offsets import Offsets
 
 
 def packed(documents, seq_len, n_latents, packing="whole") -> Packed:

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.corpus import PLACE_BITS, IndexedCorpus
-from datamodules.counts import count_parts
 from datamodules.hashing import hash_key, permutation
-from datamodules.packing import REASONS, Array, Packed, pack
-from datamodules.split import Part, Split
+from datamodules.plan.counts import count_parts
+from datamodules.plan.packing import REASONS, Array, Packed, pack
+from datamodules.plan.split import Part, Split
 from kosmos_lit.errors import UserError
 
 VERSION = 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Relay, Stage, seen_from
+from datamodules.mixture.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Relay, Stage, seen_from
 from kosmos_lit.errors import UserError
 
 ratios = st.lists(st.integers(0, 29), min_size=1, max_size=5).filter(any)

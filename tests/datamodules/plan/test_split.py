@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.split import Split
+from datamodules.plan.split import Split
 from kosmos_lit.errors import UserError
-from tests.datamodules.offsets import Offsets
+from tests.datamodules.plan.offsets import Offsets
 
 
 def split(n_documents, val_share=0.0, val_input=None):
