@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1024, help="of each shape")
     parser.add_argument("--texts", type=int, default=4000)
     parser.add_argument("--documents", type=int, default=200_000, help="of the corpus whose start-up is measured")
-    parser.add_argument("--batches", type=int, default=8, help="of a side in a round; with workers twice as many")
+    parser.add_argument("--batches", type=int, default=8, help="of a side in a round; with workers six times as many")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--starts", type=int, default=3, help="fresh processes for each row and number of workers")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_data", help="where the made files are kept")
@@ -184,7 +184,7 @@ def main() -> None:
     show([figures["texts"]])
     figures["pairs"] = []
     for workers, shape in itertools.product([0] if (os.cpu_count() or 1) < 2 else [0, 2], SHAPES):
-        figures["pairs"] += compare(inputs, shape, workers, a.batches * (2 if workers else 1), a.rounds)
+        figures["pairs"] += compare(inputs, shape, workers, a.batches * (6 if workers else 1), a.rounds)
         show(figures["pairs"][-len(SIDES) - 1 :])
     figures["first batch"] = first_batches(inputs, a.starts)
     show(figures["first batch"])
