@@ -157,10 +157,11 @@ def verify_resume(arguments: list[str]) -> int:
         raise UserError(f"verify-resume: --tolerance must not be negative, got {a.tolerance}")
     from kosmos_lit.cli.verify import compare, first_difference
 
-    found = compare(*a.runs)
+    one, other = a.runs
+    found = compare(one, other)
     for comparison in found:
         print(comparison.describe())
-    if difference := first_difference(*a.runs, a.tolerance):
+    if difference := first_difference(one, other, a.tolerance):
         print(difference)
     same = [comparison.same(a.tolerance) for comparison in found]
     if different := [comparison.step for comparison in found if not comparison.same(a.tolerance)]:
