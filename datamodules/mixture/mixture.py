@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -248,16 +248,6 @@ class Blend:
                     found[source] = count
         return found
 
-    def shares(self, row: int) -> list[Fraction]:
-        """Return the share of row `row` that is asked for each source; they add up to 1."""
-        stage = self.stages[bisect_right(self.stages, row, key=lambda s: s.first_row) - 1]
-        ratio, weights = [_exact(w) for w in stage.ratio], [_exact(w) for w in stage.weights]
-        of_kind = [sum((weights[s] for s in sources), Fraction(0)) for sources in self._sources]
-        return [
-            ratio[kind] / sum(ratio) * weights[source] / of_kind[kind] if ratio[kind] else Fraction(0)
-            for source, kind in enumerate(self.kind_of)
-        ]
-
     def row_of(self, source: int, number: int) -> int | None:
         """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
         kind = self.kind_of[source]
@@ -309,12 +299,6 @@ class Relay:
         leg = self._leg(n_rows)
         return self._after(leg, n_rows - self.first_rows[leg])
 
-    def shares(self, row: int) -> list[Fraction]:
-        """Return the share of row `row` that is asked for each source; they add up to 1."""
-        leg = self._leg(row)
-        shares = self.blends[leg].shares(row - self.first_rows[leg])
-        return shares + [Fraction(0)] * (len(self._before[0]) - len(shares))
-
     def row_of(self, source: int, number: int) -> int | None:
         """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
         leg = bisect_right(self._before, number, key=lambda before: before[source]) - 1
@@ -331,9 +315,3 @@ class Relay:
         """Return the rows of each source before the `n_rows`-th of a leg."""
         counts = self.blends[leg].counts(n_rows)
         return [b + c for b, c in zip(self._before[leg], counts + [0] * (len(self._before[leg]) - len(counts)), strict=True)]
-
-
-def seen_from(stages: Sequence[BlendStage], row: int) -> list[BlendStage]:
-    """Return the stages of a blend whose first row is row `row` of these: the one that holds there, and those to come."""
-    later = bisect_right(stages, row, key=lambda s: s.first_row)
-    return [replace(stage, first_row=max(0, stage.first_row - row)) for stage in stages[max(0, later - 1) :]]

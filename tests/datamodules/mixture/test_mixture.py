@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.mixture.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Relay, Stage, seen_from
+from datamodules.mixture.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Relay, Stage
 from kosmos_lit.errors import UserError
 
 ratios = st.lists(st.integers(0, 29), min_size=1, max_size=5).filter(any)
@@ -298,14 +298,6 @@ def test_with_one_source_per_kind_a_blend_is_the_mixture_of_kinds(stages):
     assert [blend.locate(row) for row in range(n_rows)] == [mixture.locate(row) for row in range(n_rows)]
 
 
-def test_shares_are_those_asked_for_at_the_row():
-    stages = [BlendStage(0, (5, 5, 2), (1, 3, 1, 1, 2, 9)), BlendStage(7, (1, 0, 0), (0, 1, 0, 0, 0, 0))]
-    blend = Blend(KIND_OF, stages, 3)
-    asked = [Fraction(5, 48), Fraction(15, 48), Fraction(5, 48), Fraction(5, 48), Fraction(10, 48), Fraction(2, 12)]
-    assert blend.shares(6) == asked
-    assert blend.shares(7) == [0, 1, 0, 0, 0, 0]
-
-
 def test_a_source_that_never_comes_again_has_no_row():
     blend = Blend((0, 0, 1), [BlendStage(0, (1, 1), (1, 1, 1)), BlendStage(8, (1, 0), (1, 0, 0))], 2)
     counts = blend.counts(100)
@@ -349,19 +341,6 @@ def test_sources_go_on_where_they_were_after_an_unforeseen_change(before, after,
         source, number = relay.locate(row)
         assert (number, relay.row_of(source, number)) == (rows[source], row)
         rows[source] += 1
-
-
-@settings(deadline=None)
-@given(blends(), st.integers(0, 300))
-def test_a_schedule_seen_from_a_row_asks_for_the_same_shares_from_there_on(stages, row):
-    whole, rest = Blend(KIND_OF, stages, 3), Blend(KIND_OF, seen_from(stages, row), 3)
-    assert [rest.shares(n) for n in range(100)] == [whole.shares(row + n) for n in range(100)]
-
-
-def test_shares_of_a_source_that_is_added_later_are_zero_before():
-    relay = Relay([(0, Blend((0,), [BlendStage(0, (1,), (1,))], 1)), (9, Blend((0, 0), [BlendStage(0, (1,), (3, 1))], 1))])
-    assert relay.shares(8) == [1, 0]
-    assert relay.shares(9) == [Fraction(3, 4), Fraction(1, 4)]
 
 
 def test_a_source_cannot_be_taken_out_of_a_relay():
