@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -192,9 +193,7 @@ class Plan:
         if corpus.image_offsets[-1] and L + 4 > T:
             raise UserError(f"seq_len {T} has no room for a picture of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
-        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(self.blocks.packed)
-        self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
-        self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
+        self._keep_at_hand()
         one = self.blocks.n_blocks == 1
         counts = count_block(*self._packed(0)) if one else count_parts(self.blocks, f"planning {name}, {part}", workers)
         self._n_rows = counts["rows"].astype(np.int64)
@@ -205,6 +204,19 @@ class Plan:
             raise UserError(f"{corpus.folder}: no document to plan; the corpus is too small for its val_share")
         if not self.n_rows:
             self._refuse()
+
+    def _keep_at_hand(self) -> None:
+        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(self.blocks.packed)
+        self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
+        self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is kept at hand: a process that is spawned packs for itself."""
+        return {k: v for k, v in vars(self).items() if k not in ("_packed", "_block_order", "_row_order")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._keep_at_hand()
 
     def _refuse(self) -> None:
         corpus, T = self.blocks.corpus, self.blocks.layout.seq_len

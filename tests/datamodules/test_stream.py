@@ -1,3 +1,4 @@
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -80,6 +81,11 @@ def test_a_picture_right_behind_an_answer_leaves_its_eos():
 def test_a_row_is_the_same_however_it_is_reached(corpora, tokenizer, stream, numbers):
     fresh = made.stream(corpora, tokenizer.special)
     assert [made.plain(fresh.row(n)) for n in numbers] == [made.plain(stream.row(n)) for n in numbers]
+
+
+def test_a_stream_reads_the_same_rows_in_a_process_that_is_spawned(stream):
+    other = pickle.loads(pickle.dumps(stream))
+    assert [made.plain(other.row(n)) for n in range(23)] == [made.plain(stream.row(n)) for n in range(23)]
 
 
 @pytest.mark.parametrize("name", made.INPUTS)
