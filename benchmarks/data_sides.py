@@ -101,7 +101,9 @@ def _webdataset(task: Task, own_decoder: bool) -> Iterator[Count]:
         raise MissingError("webdataset is not installed: pip install -e '.[bench]'")
     import webdataset as wds
 
-    pipeline = wds.WebDataset(task.tars, shardshuffle=100, seed=0, repeat=True).shuffle(SHUFFLED, initial=SHUFFLED)
+    # Shards without end: else the buffer would hold all of a small corpus, and nothing be read while it is emptied.
+    shards = wds.WebDataset(task.tars, resampled=True, shardshuffle=False, seed=0)
+    pipeline = shards.shuffle(SHUFFLED, initial=SHUFFLED)
     tokens = partial(_ids, task.tokenizer)
     if own_decoder:
         pipeline = pipeline.to_tuple("jpg", "txt").map_tuple(_decoded, lambda data: tokens(_text(data)))
