@@ -26,6 +26,19 @@ from kosmos_lit.images import Fit, Pixels
 from kosmos_lit.tokens import Tokenizer
 
 
+def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
+    """Return the micro-batches of one rank in one optimizer step.
+
+    Raises: UserError if the rows do not divide.
+    """
+    G, m, W = global_rows, micro_rows, world_size
+    if G % (m * W):
+        fits = [d for d in range(1, G // W + 1) if G % (d * W) == 0]
+        advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
+        raise UserError(f"global_batch_rows {G} is not divisible by {W} ranks x {m} micro_batch_rows; {advice}")
+    return G // (m * W)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """How the rows of each optimizer step are shared out.
@@ -44,7 +57,7 @@ class Share:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one rank in one optimizer step."""
-        return self.global_batch_rows // (self.micro_batch_rows * self.world_size)
+        return micro_batches(self.global_batch_rows, self.micro_batch_rows, self.world_size)
 
     def rows(self, k: int) -> range:
         """Return the rows of this rank's micro-batch k."""

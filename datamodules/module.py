@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.blocklist import Blocklist
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerConfig, Unit
-from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share
-from datamodules.mixture import Relay
+from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share, micro_batches
 from datamodules.mixture.history import History
 from datamodules.mixture.shares import Leg, name_sources, ratios_by_step, relay, shares
+from datamodules.mixture.steps import Steps
 from datamodules.opened import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
 from datamodules.plan import Layout
+from datamodules.plan.plan import VERSION
 from datamodules.quarantine import Ledger
 from datamodules.questions import ask_captions, ask_examples
 from datamodules.stream import InOrder, Row, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
-
-
-class Batches(Protocol):
-    """What a loader is to Lightning."""
-
-    def __iter__(self) -> Iterator[Any]: ...
 
 
 class MixtureData(L.LightningDataModule):
@@ -118,7 +113,8 @@ class MixtureData(L.LightningDataModule):
         self.blocklist = Blocklist.load(blocklist) if blocklist else None
         self.quarantine = quarantine
         self.opened: dict[str, OpenedSource] = {}
-        self._first_row = self._first_step = 0
+        self.steps = Steps.of(global_batch_rows)
+        self._loaded: Any = None  # the checkpoint whose stream goes on
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
 
     @property
@@ -150,20 +146,17 @@ class MixtureData(L.LightningDataModule):
         """
         if not self.opened:  # the process that prepared them has them open
             self._open_sources(1)
-        self.history = self._wanted()
+        self._deal(self._wanted())
 
     def setup(self, stage: str) -> None:
         self.open()
         if self.trainer is not None and stage == "fit":
             self._set_accumulation()
-            self._asked_steps = self.trainer.max_steps
-            self._end_with_the_sources()
-            rank_zero_info(self.describe(self.trainer.max_steps))
 
     def describe(self, n_steps: int) -> str:
         """Return a table of what the sources give, and how much of it `n_steps` optimizer steps read."""
-        n_rows = self._row_of_step(max(0, n_steps))
-        read = dict(zip(self.history.kinds, self._schedule().counts(n_rows), strict=True))
+        n_rows = self.steps.row(max(0, n_steps))
+        read = dict(zip(self.history.kinds, self.schedule.counts(n_rows), strict=True))
         return describe_sources(self.opened, read, n_rows, self.seq_len)
 
     def _set_accumulation(self) -> None:
@@ -173,11 +166,7 @@ class MixtureData(L.LightningDataModule):
         """
         assert self.trainer is not None
         G, m, W = self.global_batch_rows, self.micro_batch_rows, self.trainer.world_size
-        if G % (m * W):
-            fits = [d for d in range(1, G // W + 1) if G % (d * W) == 0]
-            advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
-            raise UserError(f"global_batch_rows {G} is not divisible by {W} ranks x {m} micro_batch_rows; {advice}")
-        wanted = G // (m * W)
+        wanted = micro_batches(G, m, W)
         if self.trainer is self._accumulates:
             return  # a second fit of the same trainer
         if self.trainer.accumulate_grad_batches != 1:
@@ -196,7 +185,7 @@ class MixtureData(L.LightningDataModule):
         """Return the rows of `train` (endless) or `val` (each held-out row once, source by source)."""
         if split == "train":
             packed = [self.opened[n].train if n in self.opened else None for n in self.history.kinds]
-            return Stream(packed, self._schedule(), self.tokenizer.special, self.seq_len)
+            return Stream(packed, self.schedule, self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
 
     def as_trained(self, row: Row) -> Row:
@@ -216,47 +205,56 @@ class MixtureData(L.LightningDataModule):
         schedule = InOrder([min(c, most_rows) if most_rows is not None else c for c in counts])
         return Stream(held_out, schedule, self.tokenizer.special, self.seq_len), schedule.n_rows
 
-    def _schedule(self) -> Relay:
-        return relay(self.history.legs, self.history.kinds)
-
-    def _row_of_step(self, step: int) -> int:
-        """Return the first row of an optimizer step of this run: not of one before the checkpoint that it resumed."""
-        return self._first_row + (step - self._first_step) * self.global_batch_rows
+    def _deal(self, history: History) -> None:
+        self.history, self.schedule = history, relay(history.legs, history.kinds)
 
     def _end_with_the_sources(self) -> None:
-        """Let training end with the last whole step before a source has been read `max_epochs` times."""
+        """Let training end with the last whole step before a source has been read `max_epochs` times.
+
+        Raises: UserError if that was so before the run began, or goes on.
+        """
         assert self.trainer is not None
-        limits = {n: s.config.max_epochs for n, s in self.opened.items() if s.config.max_epochs is not None}
-        if not limits:
+        ends = []
+        for at, name in enumerate(self.history.kinds):
+            if name in self.opened and (limit := self.opened[name].config.max_epochs) is not None:
+                row = self.schedule.row_of(at, math.floor(limit * self.opened[name].train.plan.n_rows))
+                ends += [] if row is None else [(self.steps.step(row), f"source {name} has been read {limit:g} times")]
+        if not ends:
             return
-        schedule, loop, why = self._schedule(), self.trainer.fit_loop.epoch_loop, ""
-        told, loop.max_steps = loop.max_steps, self._asked_steps  # a resume may find that a source lasts longer
-        for name, limit in limits.items():
-            number = math.floor(limit * self.opened[name].train.plan.n_rows)
-            row = schedule.row_of(list(self.history.kinds).index(name), number)
-            if row is None:
-                continue
-            last = self._first_step + (row - self._first_row) // self.global_batch_rows
-            if loop.max_steps < 0 or last < loop.max_steps:
-                loop.max_steps, why = max(0, last), f"then source {name} has been read {limit:g} times, its max_epochs"
-        if why and loop.max_steps != told:
-            rank_zero_info(
-                f"training ends with step {loop.max_steps:,}, not {self._asked_steps:,}: {why}; the learning rate decays "
-                "until there"
-            )
+        (last, why), at, loop = min(ends), self.trainer.global_step, self.trainer.fit_loop.epoch_loop
+        if last < max(1, at):
+            raise UserError(f"after step {last:,} {why}, its max_epochs, and the run is at step {at:,}; raise max_epochs")
+        if loop.max_steps < 0 or last < loop.max_steps:
+            rank_zero_info(f"training ends with step {last:,}, not {loop.max_steps:,}: then {why}, its max_epochs")
+            loop.max_steps = last
 
     # ---- loaders
 
-    def train_dataloader(self) -> Batches:
-        return Loader(MicroBatches(self.stream(), self._share(self._first_row), self._rendering()), self.num_workers)
+    def train_dataloader(self) -> Iterable[Any]:
+        """Begin with the rows of the next step.
 
-    def val_dataloader(self) -> Batches:
+        Raises: UserError if the trainer goes on from a checkpoint whose rows are not known.
+        """
+        first = 0
+        if self.trainer is not None:
+            path = getattr(self.trainer, "ckpt_path", None)
+            if path is not None and path != self._loaded:
+                raise UserError(
+                    f"{path} is of a run with another kind of data than {type(self).__name__}: resume with that run's data, "
+                    "or start anew from its weights with model.init_from"
+                )
+            self._end_with_the_sources()
+            rank_zero_info(self.describe(self.trainer.max_steps))
+            first = self.steps.row(self.trainer.global_step)
+        return Loader(MicroBatches(self.stream(), self._share(first), self._rendering()), self.num_workers)
+
+    def val_dataloader(self) -> Iterable[Any]:
         return self._finite(self.val_rows)
 
-    def test_dataloader(self) -> Batches:
+    def test_dataloader(self) -> Iterable[Any]:
         return self._finite(None)
 
-    def predict_dataloader(self) -> Batches:
+    def predict_dataloader(self) -> Iterable[Any]:
         """Yield questions about the pictures of held-out caption pairs, and the prompts of held-out examples."""
         if not any(source.val is not None for kind in ("caption", "instruct") for source in self._of_kind(kind)):
             raise UserError("predict asks about held-out caption pairs and examples, but there are none")
@@ -278,7 +276,7 @@ class MixtureData(L.LightningDataModule):
                 yield document
 
     def _of_kind(self, kind: str) -> list[OpenedSource]:
-        return [source for source in self.opened.values() if source.kind == CORPORA.index(kind)]
+        return [source for source in self.opened.values() if CORPORA[source.kind] == kind]
 
     def _finite(self, most_rows: int | None) -> FiniteLoader:
         stream, n_rows = self._val_stream(most_rows)
@@ -308,44 +306,42 @@ class MixtureData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         step = self.trainer.global_step
-        place = {"next_row": self._row_of_step(step), "step": step, "global_batch_rows": self.global_batch_rows}
+        place = {"step": step, "next_row": self.steps.row(step), "steps": self.steps.to_list()}
         return place | self.history.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises: UserError if the rows to come are not those that the checkpoint's run would have read, unless accepted."""
+        """Raises: UserError if the rows to come are not those of the checkpoint's run, unless the change is accepted."""
         assert self.trainer is not None
         if self.trainer.state.fn != "fit":
             return  # held-out rows and questions may be of any data
-        if "rules" not in state_dict:
+        if "steps" not in state_dict:
             raise UserError("the checkpoint's data stream is of an earlier version; start anew with model.init_from")
-        before = History.from_dict(state_dict)
-        row, self._first_step = state_dict["next_row"], state_dict["step"]
-        self._first_row = row
-        self.history, changes = before.go_on(self._wanted(), row, accept=self.accept_changes)
-        for change in changes:
+        self._loaded = getattr(self.trainer, "ckpt_path", None)
+        row, size = state_dict["next_row"], state_dict["steps"][-1][2]
+        for change in self._take_up(state_dict, accept=self.accept_changes):
             rank_zero_info(f"from row {row:,} on: {change}")
-        if changes:
-            rank_zero_info(self.describe(self.trainer.max_steps))
-        if (size := state_dict["global_batch_rows"]) != self.global_batch_rows:
-            rank_zero_info(f"global_batch_rows was {size}, is {self.global_batch_rows} from row {row} on")
-        self._end_with_the_sources()
+        if size != (now := self.global_batch_rows):
+            rank_zero_info(f"from row {row:,} on: a step reads {now} rows (global_batch_rows), not {size}")
 
     def read_as(self, state_dict: dict[str, Any]) -> None:
         """Deal past rows out as the run of a checkpoint did, whatever this configuration's shares are."""
-        self.history, _ = History.from_dict(state_dict).go_on(self.history, state_dict["next_row"], accept=True)
+        self._take_up(state_dict, accept=True)
 
-    def rows_of_step(self, step: int) -> range:
-        """Return the rows of an optimizer step of a run from its start, the first step being 1 as in the log."""
-        return range((step - 1) * self.global_batch_rows, step * self.global_batch_rows)
+    def _take_up(self, state_dict: dict[str, Any], *, accept: bool) -> list[str]:
+        self.steps = Steps.from_list(state_dict["steps"]).go_on(state_dict["step"], self.global_batch_rows)
+        before = History.from_dict(state_dict)
+        history, changes = before.go_on(self._wanted(), state_dict["next_row"], accept=accept)
+        self._deal(history)
+        return changes
 
     def _wanted(self) -> History:
-        """Return what the configuration asks for from this run's first row on."""
+        """Return what the configuration asks for."""
         totals = {name: source.train.plan.totals for name, source in self.opened.items()}
-        past = [(0, ratio) for step, ratio in self.ratios if step <= self._first_step][-1:]
-        future = [(self._row_of_step(step), ratio) for step, ratio in self.ratios if step > self._first_step]
-        stages = [shares(row, ratio, list(self.sources.values()), totals, self.unit) for row, ratio in [*past, *future]]
-        return History(self._rules(), {n: s.contents for n, s in self.opened.items()}, [Leg(0, tuple(stages))])
+        sources = list(self.sources.values())
+        stages = tuple(shares(self.steps.row(step), ratio, sources, totals, self.unit) for step, ratio in self.ratios)
+        return History(self._rules(), {n: s.contents for n, s in self.opened.items()}, [Leg(0, stages)])
 
     def _rules(self) -> dict[str, Any]:
         names = ("seed", "seq_len", "n_latents", "image_size", "image_fit", "block_documents", "run_documents")
-        return {name: getattr(self, name) for name in names} | {"tokenizer": self.tokenizer.fingerprint}
+        found = {name: getattr(self, name) for name in names}
+        return found | {"tokenizer": self.tokenizer.fingerprint, "packing": VERSION}

@@ -91,9 +91,7 @@ class OpenedSource:
         if next(self.held_out(), None) is not None:
             plan = Plan(self.name, self.corpus, self.split, "val", held_out, shuffle=False, workers=workers)
             self.val = self._packed(plan)
-        # Whole files are held out by name, a share by document number: the latter is known by itself.
-        by_name = config.val_input is not None and self.val is not None
-        self.contents = contents(source, self.corpus, self.val.plan.totals.documents if by_name and self.val else None)
+        self.contents = contents(source, self.corpus, self.split.key)
         for part in (self.train, self.val):
             if part is not None:
                 self._tell_dropped(part.plan)

@@ -80,16 +80,14 @@ class History:
         return found
 
 
-def contents(source: NamedSource, corpus: IndexedCorpus, n_held_out: int | None) -> dict[str, Any]:
-    """Return what identifies a source's training documents; `n_held_out` if whole files are."""
+def contents(source: NamedSource, corpus: IndexedCorpus, held_out: Sequence[Any]) -> dict[str, Any]:
+    """Return what identifies a source's training documents; `held_out` is what the split is a function of."""
     manifest = corpus.manifest
     assert manifest is not None
     found: dict[str, Any] = {"kind": CORPORA[source.kind]}
     found |= {key: manifest[key] for key in ("format", "options", "documents", "tokens", "images")}
     found["shards"] = f"{hash_key(json.dumps(corpus.shards_key)):016x}"
-    found["val_share"] = source.config.val_share
-    if n_held_out is not None:
-        found["val_documents"] = n_held_out
+    found["held_out"] = f"{hash_key(json.dumps(held_out)):016x}"
     return found
 
 

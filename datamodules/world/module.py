@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -13,7 +13,7 @@ import torch
 from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.hashing import hash_key
 from datamodules.loader import Questions
-from datamodules.module import Batches, MixtureData
+from datamodules.module import MixtureData
 from datamodules.sources import ReadOptions
 from datamodules.world.language import PROMPT, canonical
 from datamodules.world.scene import Rules, Scene, held_out_scenes, paint
@@ -75,7 +75,7 @@ class WorldData(MixtureData):
             write_task(self.task, self.world)
         super().prepare_data()
 
-    def predict_dataloader(self) -> Batches:
+    def predict_dataloader(self) -> Iterable[Any]:
         """Yield one question for each held-out combination, with a drawing that no one has seen."""
         return Questions(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
 

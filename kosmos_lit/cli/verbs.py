@@ -134,7 +134,7 @@ def rows(arguments: list[str]) -> None:
     stream = data.stream(a.split)
     numbers = range(a.start, a.start + a.count)
     if a.step is not None:
-        numbers = data.rows_of_step(a.step)
+        numbers = data.steps.rows(a.step)
     if a.split == "val":
         numbers = numbers[: max(0, data.n_val_rows() - numbers.start)]
     for number in numbers:

@@ -121,6 +121,35 @@ def test_a_checkpoint_knows_no_ranks_and_no_micro_batches(build):
     assert next(iter(other.train_dataloader())).rows == (26, 27)
 
 
+def test_other_files_held_out_are_other_documents_though_as_many(build, raw, corpus_configs):
+    def holding_out(name):
+        return {"text": replace(corpus_configs["text"], val_share=0.01, val_input=[str(raw / name)])}
+
+    state = ready(build, **holding_out("text/a.jsonl")).state_dict()
+    with pytest.raises(UserError, match="source text held other documents: held_out was"):
+        ready(build, **holding_out("text/b.jsonl.gz")).load_state_dict(state)
+
+
+def test_steps_are_found_again_where_a_run_went_on_with_a_larger_batch(build):
+    state = ready(build, step=10).state_dict()
+    resumed = ready(build, step=10, global_batch_rows=24)
+    resumed.load_state_dict(state)
+    assert next(iter(resumed.train_dataloader())).rows == (120, 121, 122)
+    resumed.trainer.global_step = 13
+    later = ready(build)
+    later.read_as(resumed.state_dict())
+    assert [later.steps.rows(step) for step in (1, 10, 11, 13)] == [
+        range(12), range(108, 120), range(120, 144), range(168, 192)
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_of_another_kind_of_data_is_refused_before_the_first_row(build):
+    data = ready(build, step=2)
+    data.trainer.ckpt_path = "run/checkpoints/step=00000002.ckpt"  # and nobody has loaded the data's state
+    with pytest.raises(UserError, match=r"step=00000002\.ckpt is of a run with another kind of data than MixtureData"):
+        data.train_dataloader()
+
+
 def test_training_and_validation_share_no_document(build):
     data = ready(build)
     for source in data.opened.values():
