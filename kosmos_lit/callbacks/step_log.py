@@ -23,8 +23,9 @@ class StepLog(Callback):
 
     Losses are those of that step's global batch. Rates are means since the row before, over all ranks, validation and
     checkpoints not counted; tokens are real positions (image slots are, padding is not). `mix` is the share of each kind and
-    of each named source since the process started, in the mixture's unit. `rows` is 24 bits of the digest of all rows so
-    far: two runs that read the same rows have the same.
+    of each named source since the process started, in the mixture's unit; `bad` counts each source's bad pictures and
+    blocked documents since then (the ledger says which and why). `rows` is 24 bits of the digest of all rows so far: two
+    runs that read the same rows have the same.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class StepLog(Callback):
         self._waited = 0.0
         self._window = torch.zeros(4, dtype=torch.float64)  # real positions, all positions, pictures, bad pictures
         self._mix: Counter[str] = Counter()  # by source
+        self._bad: Counter[str] = Counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -52,6 +54,7 @@ class StepLog(Callback):
         )
         for source, amount in zip(batch.sources, batch.amounts, strict=True):
             self._mix[source] += amount
+        self._bad.update(source for source, _ in batch.bad)
         if trainer.global_step == self._step:
             return  # the step's other micro-batches are still to come
         self._step = trainer.global_step
@@ -64,8 +67,11 @@ class StepLog(Callback):
         seconds = self._elapsed + time.monotonic() - self._started
         waited = _loader_wait(trainer) - self._waited
         real, positions, images, bad = self._sum(trainer, self._window)
-        mine = [pl_module.rows_digest % DIGEST_MODULUS, *(self._mix[source] for source in pl_module.kinds)]
-        digest, *amounts = self._sum(trainer, torch.tensor(mine, dtype=torch.float64))
+        sources = list(pl_module.kinds)
+        counted = [count[name] for count in (self._mix, self._bad) for name in sources]
+        mine = [pl_module.rows_digest % DIGEST_MODULUS, *counted]
+        digest, *counts = self._sum(trainer, torch.tensor(mine, dtype=torch.float64))
+        amounts, bad_samples = counts[: len(sources)], counts[len(sources) :]
         metrics = {f"train/{k}": v.float() for k, v in pl_module.step_loss.compute().items()} | {
             "step": float(self._step),
             "lr": pl_module.lr,
@@ -79,6 +85,7 @@ class StepLog(Callback):
         if pl_module.grad_norm is not None:
             metrics["grad_norm"] = pl_module.grad_norm
         metrics |= _shares(pl_module.kinds, amounts)
+        metrics |= {f"bad/{name}": count for name, count in zip(sources, bad_samples, strict=True)}
         pl_module.log_dict(metrics)
         self._reset(trainer)
 
@@ -94,7 +101,7 @@ class StepLog(Callback):
 
 
 def _shares(kinds: Mapping[str, int], amounts: Sequence[float]) -> dict[str, float]:
-    """Return the share of each kind, and of each source that is not the only one of its kind."""
+    """Return the share of each kind, and of each source that is not named after its kind."""
     total = sum(amounts) or 1.0
     found = {f"mix/{name}": 0.0 for name in CORPORA}
     for (source, kind), amount in zip(kinds.items(), amounts, strict=True):

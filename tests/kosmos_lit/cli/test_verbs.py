@@ -29,9 +29,9 @@ def test_fit_leaves_checkpoints_logs_and_its_configuration(trained: Path) -> Non
 def test_fit_logs_what_people_steer_by(trained: Path) -> None:
     header = (trained / "csv" / "version_0" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
 
-    wanted = {"lr", "grad_norm", "tokens_per_second", "images_per_second", "padding", "data_wait", "bad_images"}
+    wanted = {"lr", "grad_norm", "tokens_per_second", "images_per_second", "padding", "data_wait", "bad_images", "rows"}
     for corpus in ("text", "caption", "interleaved"):
-        wanted |= {f"{p}/{corpus}" for p in ("mix", "train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte")}
+        wanted |= {f"{p}/{corpus}" for p in ("mix", "bad", "train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte")}
     assert wanted <= set(header)
 
 
