@@ -112,7 +112,7 @@ class Pictures:
         if self.ledger is not None:
             self.ledger.write(
                 BadSample(
-                    source=source, shard=shard, key=key, reason=reason, detail=detail[:500], row=row.number,
+                    source=source, shard=shard, key=key, reason=reason, detail=detail, row=row.number,
                     split=self.split, offset=offset,
                 )
             )  # fmt: skip
