@@ -30,8 +30,8 @@ class ReadRow:
 
     row: Row
     """Without the text of blocked documents."""
-    pixels: list[Pixels | None]
-    """Its pictures, None where one cannot be decoded; those of blocked documents are black."""
+    undecodable: tuple[int, ...] = ()
+    """For each picture that cannot be decoded: which of the row's documents it is in."""
     bad: tuple[tuple[str, str], ...] = ()
     """(source, reason) of each picture that cannot be decoded, and of each blocked document."""
 
@@ -65,11 +65,23 @@ class Pictures:
         self.ledger, self.blocklist, self.split = ledger, blocklist, split
         self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
 
-    def read(self, row: Row, corpus: IndexedCorpus, out: Pixels | None = None) -> ReadRow:
-        """Return a row with its pictures, which lie in `out`, (n_images, 3, size, size), if it is given.
+    def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[ReadRow], Pixels]:
+        """Return the rows of a batch and their pictures, one row's after another's: (N, 3, size, size).
 
-        Raises: UserError if too many of its source's pictures so far were bad, or a shard is gone.
+        A picture that cannot be decoded, or is of a blocked document, is black. `corpora` are those of the sources, by name.
+
+        Raises: UserError if too many of a source's pictures so far were bad, or a shard is gone.
         """
+        ends = np.cumsum([len(row.images) for row in rows])
+        images = np.empty((int(ends[-1]), 3, self.size, self.size), dtype=np.uint8)
+        places = np.split(images, ends[:-1])
+        read = [
+            self._read(row, corpora[row.source], out) if row.source else ReadRow(row)
+            for row, out in zip(rows, places, strict=True)
+        ]
+        return read, images
+
+    def _read(self, row: Row, corpus: IndexedCorpus, out: Pixels) -> ReadRow:
         source = row.source
         blocked: dict[int, str] = {}
         if self.blocklist is not None:
@@ -77,23 +89,22 @@ class Pictures:
         bad = [(source, REASON)] * len(blocked)
         for n, what in blocked.items():
             self._note(row, source, *corpus.shard_and_name(row.documents[n].document), REASON, what)
-        pixels: list[Pixels | None] = []
-        out = no_pixels(len(row.images), self.size) if out is None else out
+        undecodable = []
         for image, owner, place in zip(row.images, row.image_owner, out, strict=True):
             if owner in blocked:
                 place[:] = 0
-                pixels.append(place)
                 continue
             try:
-                pixels.append(decode(corpus.image_bytes(image), self.size, self.fit, place))
+                decode(corpus.image_bytes(image), self.size, self.fit, place)
                 self.budgets[source].good()
             except ImageError as error:
-                pixels.append(None)
+                place[:] = 0
+                undecodable.append(owner)
                 bad.append((source, error.reason))
                 self._quarantine(row, source, corpus, row.documents[owner].document, image, error)
             except OSError as error:
                 raise UserError(f"row {row.number}: a picture cannot be read: {error}") from error
-        return ReadRow(row, pixels, tuple(bad))
+        return ReadRow(row, tuple(undecodable), tuple(bad))
 
     def _quarantine(
         self, row: Row, source: str, corpus: IndexedCorpus, document: int, image: StoredImage, error: ImageError
@@ -112,58 +123,44 @@ class Pictures:
         if self.ledger is not None:
             self.ledger.write(
                 BadSample(
-                    source=source, shard=shard, key=key, reason=reason, detail=detail[:500], row=row.number,
+                    source=source, shard=shard, key=key, reason=reason, detail=detail, row=row.number,
                     split=self.split, offset=offset,
                 )
             )  # fmt: skip
 
 
-def no_pixels(n_images: int, size: int) -> Pixels:
-    """Return (n_images, 3, size, size) that are still to be written."""
-    return np.empty((n_images, 3, size, size), dtype=np.uint8)
-
-
 def collate(
     read: Sequence[ReadRow],
+    images: Pixels,
     *,
     tokenizer: Tokenizer,
-    image_size: int,
     n_latents: int,
     n_step_targets: int,
     unit: Unit = "tokens",
-    images: Pixels | None = None,
 ) -> KosmosBatch:
-    """Join rows, with the pictures of each, into one micro-batch.
+    """Join rows, and the pictures of all of them, (N, 3, H, W), into one micro-batch; the pictures are not copied.
 
-    A document whose picture is missing (None) stays in its row with a black picture and without targets. `images`,
-    (N, 3, H, W), is where the pictures of all rows lie already, so that they need not be copied.
+    A document with a picture that cannot be decoded stays in its row without targets.
     """
     rows = [r.row for r in read]
     targets = np.stack([row.targets for row in rows])
-    pixels = [(b, owner, p) for b, r in enumerate(read) for p, owner in zip(r.pixels, r.row.image_owner, strict=True)]
-    n_bad = 0
-    joined = no_pixels(len(pixels), image_size) if images is None else images
-    for place, (b, owner, picture) in zip(joined, pixels, strict=True):
-        if picture is None:
-            n_bad += 1
-            placed = rows[b].documents[owner]
-            targets[b, placed.at : placed.at + placed.length] = IGNORE
-            place[:] = 0
-        elif images is None:
-            place[:] = picture
+    for r, wanted in zip(read, targets, strict=True):
+        for owner in r.undecodable:
+            placed = r.row.documents[owner]
+            wanted[placed.at : placed.at + placed.length] = IGNORE
     tokens = np.stack([row.tokens for row in rows])
     slots = torch.tensor(
         [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
     ).view(-1, 2)
     special = tokenizer.special
-    check_slots(torch.from_numpy(tokens), slots, len(joined), n_latents, special.image, special.image_end)
+    check_slots(torch.from_numpy(tokens), slots, len(images), n_latents, special.image, special.image_end)
     return KosmosBatch(
         tokens=torch.from_numpy(tokens),
         targets=torch.from_numpy(targets),
         positions=torch.from_numpy(np.stack([_positions(row) for row in rows])),
         lengths=tuple(length for row in rows for length in row.lengths),
         loss_at=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
-        images=torch.from_numpy(joined),
+        images=torch.from_numpy(images),
         slots=slots,
         corpus=torch.tensor([row.corpus for row in rows]),
         n_bytes=torch.from_numpy(tokenizer.count_bytes(tokens, targets).sum(1)),
@@ -173,7 +170,7 @@ def collate(
         digest=sum(row.digest() for row in rows if row.number >= 0) & DIGEST_MASK,
         n_step_targets=n_step_targets,
         n_real=sum(row.n_real for row in rows),
-        n_bad_images=n_bad,
+        n_bad_images=sum(len(r.undecodable) for r in read),
         bad=tuple(bad for r in read for bad in r.bad),
     )
 

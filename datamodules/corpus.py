@@ -40,7 +40,6 @@ from kosmos_lit.tokens import Tokenizer
 
 VERSION = 1
 MANIFEST = "manifest.json"
-LEDGER = "quarantine.jsonl"
 PLACE_BITS = 40
 """Low bits of a place: shards of up to 1 TiB, and 16 million of them."""
 STATS = 1000

@@ -11,18 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.blocklist import Blocklist
-from datamodules.collate import Pictures, ReadRow, collate, empty_row, no_pixels
+from datamodules.collate import Pictures, collate, empty_row
 from datamodules.config import Unit
 from datamodules.quarantine import Ledger
 from datamodules.stream import Row, Stream
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.errors import UserError
-from kosmos_lit.images import Fit, Pixels
+from kosmos_lit.images import Fit
 from kosmos_lit.tokens import Tokenizer
 
 
@@ -103,21 +102,14 @@ class MicroBatches(IterableDataset[KosmosBatch]):
             r.image_size, r.fit, r.tokenizer.special, r.max_bad_share, ledger=r.ledger, blocklist=r.blocklist,
             split=None if self.n_rows is None else "val",
         )  # fmt: skip
+        corpora = {name: source.corpus for name, source in self.stream.by_name.items()}
         counted, n_targets = range(0), 1
         for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
             if self.n_rows is None and (rows_of_step := self.share.step_rows(k)) != counted:
                 counted, n_targets = rows_of_step, self.stream.n_targets(rows_of_step.start, rows_of_step.stop)
-            rows = [self._row(number) for number in self.share.rows(k)]
-            ends = np.cumsum([len(row.images) for row in rows])
-            images = no_pixels(int(ends[-1]), r.image_size)
+            rows, images = pictures.read([self._row(number) for number in self.share.rows(k)], corpora)
             yield collate(
-                [self._read(row, pictures, out) for row, out in zip(rows, np.split(images, ends[:-1]), strict=True)],
-                tokenizer=r.tokenizer,
-                image_size=r.image_size,
-                n_latents=r.n_latents,
-                n_step_targets=max(1, n_targets),
-                unit=r.unit,
-                images=images,
+                rows, images, tokenizer=r.tokenizer, n_latents=r.n_latents, n_step_targets=max(1, n_targets), unit=r.unit
             )
 
     def _row(self, number: int) -> Row:
@@ -125,9 +117,6 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         if self.n_rows is not None and number >= self.n_rows:
             return empty_row(self.stream.seq_len)
         return self.stream.row(number)
-
-    def _read(self, row: Row, pictures: Pictures, out: Pixels) -> ReadRow:
-        return pictures.read(row, self.stream.by_name[row.source].corpus, out) if row.source else ReadRow(row, [])
 
     @property
     def n_batches(self) -> int:
@@ -166,11 +155,14 @@ def _leave_interrupts_to_main(worker: int) -> None:
     """Let signals that reach all processes of a run count for the training process alone: it needs its last batches.
 
     That process itself may end this one, as it does on its way out with those that are left; or it would wait for ever.
+    Only Linux tells whose signal it is; elsewhere none counts.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _obey(parent: int) -> None:

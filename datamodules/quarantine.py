@@ -1,7 +1,7 @@
 """The ledger of bad samples: where each lies, what is wrong with it, and how many of them a run puts up with.
 
-What becomes of a bad sample while training: its document stays in its row with a black picture and without targets, so
-that no other sample moves.
+It lists broken records, while a corpus is prepared, and while a run reads it pictures that cannot be decoded and documents
+on the blocklist. Either stays in its row without targets, so that no other sample moves (see `collate`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from pathlib import Path
 
 from kosmos_lit.errors import UserError
 
+LEDGER = "quarantine.jsonl"
+"""Name of the file, beside an index and in a run's folder."""
+MAX_DETAIL = 500
+"""Characters of what a reader said that a line keeps."""
 BEGIN = b'{"source": "'
 """How each line of a ledger begins."""
 MIN_PICTURES = 200
@@ -44,11 +48,11 @@ class BadSample:
     offset: int | None = None
     """First byte of the picture in the shard, in a crawl that of its record; None: the sample as a whole."""
 
-    def to_json(self) -> str:
-        """Return one line without its end, which every encoding of Unicode can hold."""
+    def to_line(self) -> bytes:
+        """Return one line of UTF-8 with its end, and `detail` cut to MAX_DETAIL."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
-        line = json.dumps(fields, ensure_ascii=False)
-        return line.encode("utf-8", "backslashreplace").decode()  # names out of tars may hold halves of characters
+        line = json.dumps(fields | {"detail": self.detail[:MAX_DETAIL]}, ensure_ascii=False)
+        return line.encode("utf-8", "backslashreplace") + b"\n"  # names out of tars may hold halves of characters
 
 
 class Ledger:
@@ -66,7 +70,7 @@ class Ledger:
 
         Raises: UserError if the file cannot be written.
         """
-        line = sample.to_json().encode() + b"\n"
+        line = sample.to_line()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -22,7 +22,7 @@ from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, Ids, SpecialTokens, expand_
 
 
 class Schedule(Protocol):
-    """Says which source a stream row comes from; `Blend` for training, `InOrder` for validation."""
+    """Says which source a stream row comes from; `Relay` for training, `InOrder` for validation."""
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the source of stream row `row`, and its number among that source's rows."""
@@ -174,8 +174,8 @@ class Stream:
         corpus, pieces = source.corpus, source.plan.pieces(at)
         inputs, wanted = zip(
             *(
-                pairs(corpus.document_tokens(document), start, end, self.special, corpus.document_supervised(document))
-                for document, start, end in pieces
+                inputs_and_targets(corpus.document_tokens(n), start, end, self.special, corpus.document_supervised(n))
+                for n, start, end in pieces
             ),
             strict=True,
         )
@@ -198,7 +198,7 @@ class Stream:
         )
 
 
-def pairs(
+def inputs_and_targets(
     stored: Ids, start: int, end: int, special: SpecialTokens, answers: npt.NDArray[np.bool_] | None = None
 ) -> tuple[Ids, Ids]:
     """Return piece [start, end) of a document's targets (see `plan`): what is read, and what is to be predicted from it.
@@ -218,7 +218,7 @@ def pairs(
 
 
 def render(inputs: Ids, wanted: Ids, special: SpecialTokens, n_latents: int) -> tuple[Ids, Ids, Ids, Ids]:
-    """Write pairs out as the model reads them; neither slots nor </image> are targets (released caption loader).
+    """Write inputs and targets as the model reads them; neither slots nor </image> are targets (released caption loader).
 
     Returns: input ids; targets; each picture's first slot; for each of `inputs` its last position.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from datamodules import InstructData
 from datamodules.sources import ReadOptions
 from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
 from kosmos_lit.config import ConnectorKind, DocumentAttention, Init, KosmosConfig, Norm, Positions, Trainable
+from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -249,6 +251,39 @@ def test_an_overlay_keeps_the_sources_beside_the_one_it_changes(tmp_path: Path) 
 
     assert [data.sources[name].config.weight for name in ("text", "books", "news")] == [1, 11, 7]
     assert data.sources["news"].config.read == ReadOptions(text_field="body", seed=5)
+
+
+@pytest.fixture
+def sources_of(tmp_path: Path) -> Callable[..., dict[str, float]]:
+    """Return the weights of the sources that files with these sources leave; flags may stand among the files."""
+
+    def parse(*files: str) -> dict[str, float]:
+        arguments = ["-c", str(CONFIGS / "quickstart.yaml")]
+        for n, text in enumerate(files):
+            if not text.startswith("--"):
+                (tmp_path / f"{n}.yaml").write_text(f"data: {{init_args: {{sources: {text}}}}}\n", encoding="utf-8")
+            arguments += [text] if text.startswith("--") else ["-c", str(tmp_path / f"{n}.yaml")]
+        cli = ParserOnly([*arguments, *ON_CPU], run=False)
+        return {n: source["weight"] for n, source in (cli.config.as_dict()["data"]["init_args"]["sources"] or {}).items()}
+
+    return parse
+
+
+def test_sources_that_a_file_sets_to_null_are_gone(sources_of: Callable[..., dict[str, float]]) -> None:
+    books, news = (f"{{{name}: {SOURCE.replace('NAME', name)}}}" for name in ("books", "news"))
+
+    assert sources_of(books, news) == {"books": 3, "news": 3}
+    assert sources_of(books, news, "null") == {}
+    assert sources_of(books, "null", news) == {"news": 3}
+    assert sources_of(books, "null", news, "{news: {weight: 5}}") == {"news": 5}
+
+
+def test_a_flag_for_sources_counts_behind_the_files_that_name_some(sources_of: Callable[..., dict[str, float]]) -> None:
+    books, news = (f"{{{name}: {SOURCE.replace('NAME', name)}}}" for name in ("books", "news"))
+
+    assert sources_of(books, news, "--data.sources.books.weight=11") == {"books": 11, "news": 3}
+    with pytest.raises(UserError, match=r"--data\.sources\.books\.weight is given before .*2\.yaml, which names"):
+        sources_of(books, "--data.sources.books.weight=11", news)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)

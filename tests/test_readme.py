@@ -1,4 +1,4 @@
-"""Every command that README and docs print can be run: verbs, flags, files and make targets exist."""
+"""Every command that README and docs print can be run, and every file they name exists."""
 
 from __future__ import annotations
 
@@ -21,6 +21,20 @@ def commands(page: Path) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = {target for rule in re.findall(r"^([a-z -]+):", MAKEFILE, re.MULTILINE) for target in rule.split()}
+
+
+OURS = r"(?:(?:benchmarks|datamodules|kosmos_lit|tests)/[\w/]+|\btest_\w+)\.py\b"
+"""Python files of this project; other projects' are named too."""
+
+
+def inline(page: Path) -> list[str]:
+    """What a page writes in code within a line."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
+
+
 COMMANDS = [(page.name, command) for page in PAGES for command in commands(page)]
 
 
@@ -32,8 +46,7 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
 
     match words:
         case ["make", *targets]:
-            known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-            assert {t for t in targets if "=" not in t} <= set(known)
+            assert {t for t in targets if "=" not in t} <= TARGETS
         case [".venv/bin/python" | "python", "main.py", verb, *rest]:
             assert_parses(verb, rest)
         case [".venv/bin/python" | "python", script, *_] if script.startswith("benchmarks/"):
@@ -66,6 +79,32 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
     files = [link for link in links if "://" not in link]
 
     assert [file for file in files if not (page.parent / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_within_a_line_exists(page: Path) -> None:
+    named = [word for code in inline(page) if code.startswith("make ") for word in shlex.split(code)[1:2]]
+
+    assert [target for target in named if target not in TARGETS] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_file_within_a_line_exists(page: Path) -> None:
+    names = [name for code in inline(page) for name in re.findall(OURS, code)]
+
+    assert [name for name in names if not exists(name)] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a file is there: by its path, or a test by its name alone."""
+    return (ROOT / name).is_file() or (name.startswith("test_") and any((ROOT / "tests").rglob(name)))
+
+
+def test_pages_name_targets_and_files_within_lines() -> None:
+    found = [code for page in PAGES for code in inline(page)]
+
+    assert any(code.startswith("make ") for code in found)
+    assert any(re.search(OURS, code) for code in found)
 
 
 def test_readme_starts_with_its_two_commands() -> None:

@@ -36,15 +36,15 @@ class Stage:
     weights: tuple[Weight, ...]
 
     def __post_init__(self) -> None:
-        check_weights(f"from row {self.first_row} on: weights", self.weights)
+        check_weights(f"from row {self.first_row} on", self.weights)
 
 
-def check_weights(what: str, weights: Sequence[Weight]) -> None:
-    """Raise UserError, naming `what`, if a weight is negative or not finite, or none is positive."""
+def check_weights(where: str, weights: Sequence[Weight], advice: str = "") -> None:
+    """Raise UserError unless all weights are finite, none is negative and one is positive; `advice` is for the last."""
     if not all(math.isfinite(w) and w >= 0 for w in weights):
-        raise UserError(f"{what} must be finite and not negative, got {_plain(weights)}")
+        raise UserError(f"{where}: weights must be finite and not negative, got {_plain(weights)}")
     if not any(weights):
-        raise UserError(f"{what} must be positive for at least one, got {_plain(weights)}")
+        raise UserError(f"{where}: at least one weight must be positive, got {_plain(weights)}{advice}")
 
 
 class Mixture:
@@ -158,9 +158,9 @@ def to_parts(weights: Sequence[Weight], *, exactly: bool = False) -> list[int]:
 
     Raises: UserError if a weight that is not 0 would be rounded to 0.
     """
-    exact = [_exact(w) for w in weights]
-    scale = math.lcm(*(w.denominator for w in exact))
-    whole = [int(w * scale) for w in exact]
+    fractions = [exact(w) for w in weights]
+    scale = math.lcm(*(f.denominator for f in fractions))
+    whole = [int(f * scale) for f in fractions]
     shared = math.gcd(*whole)
     whole = [w // shared for w in whole]
     if sum(whole) <= MAX_PERIOD and not exactly:
@@ -177,7 +177,8 @@ def to_parts(weights: Sequence[Weight], *, exactly: bool = False) -> list[int]:
     return rounded
 
 
-def _exact(weight: Weight) -> Fraction:
+def exact(weight: Weight) -> Fraction:
+    """Return a weight as it is written: 0.1 is a tenth."""
     return weight if isinstance(weight, Fraction) else Fraction(str(float(weight)))
 
 
@@ -228,7 +229,7 @@ class Blend:
         for stage in self.stages:
             if stage.ratio[kind]:
                 weights = tuple(stage.weights[s] for s in self._sources[kind])
-                check_weights(f"from row {stage.first_row} on: weights of the sources of kind {kind}", weights)
+                check_weights(f"from row {stage.first_row} on, sources of kind {kind}", weights)
                 first = self.kinds.counts(stage.first_row)[kind] if found else 0
                 found[first] = Stage(first, weights)  # of stages without a row in between, the later one counts
         return Mixture(list(found.values())) if found else None
@@ -265,7 +266,7 @@ class Blend:
 
 
 class Relay:
-    """Blends one after another: a run that goes on with other ratios, or with more sources, than it began with.
+    """Blends of the same sources one after another: a run that goes on with other ratios or weights than it began with.
 
     A `Blend` knows its stages in advance, and the rows before a border depend on what follows it. Rows that a run has
     read already cannot: they stay as the blend of that time dealt them, and the next blend begins anew, its first row
@@ -273,18 +274,13 @@ class Relay:
     """
 
     def __init__(self, legs: Sequence[tuple[int, Blend]]) -> None:
-        """Take each leg's first row, in order from row 0, and its blend; a later one may have more sources at the end.
+        """Take each leg's first row, in order from row 0, and its blend; a source that it does not read has weight 0 there.
 
-        Raises: UserError if the legs are not in order, or one has fewer sources than the one before.
+        Raises: UserError if the legs are not in order.
         """
         check_order([row for row, _ in legs])
         self.first_rows, self.blends = [row for row, _ in legs], [blend for _, blend in legs]
-        n_sources = [len(blend.kind_of) for blend in self.blends]
-        if n_sources != sorted(n_sources):
-            raise UserError(
-                f"a source that is no longer read keeps its place with weight 0, got {n_sources} sources in turn"
-            )
-        self._before = [[0] * n_sources[-1]]
+        self._before = [[0] * len(self.blends[0].kind_of)]
         for n, first in enumerate(self.first_rows[1:]):
             self._before.append(self._after(n, first - self.first_rows[n]))
 
@@ -302,10 +298,7 @@ class Relay:
     def row_of(self, source: int, number: int) -> int | None:
         """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
         leg = bisect_right(self._before, number, key=lambda before: before[source]) - 1
-        blend = self.blends[leg]
-        if source >= len(blend.kind_of):
-            return None
-        row = blend.row_of(source, number - self._before[leg][source])
+        row = self.blends[leg].row_of(source, number - self._before[leg][source])
         return None if row is None else self.first_rows[leg] + row
 
     def _leg(self, row: int) -> int:
@@ -313,5 +306,4 @@ class Relay:
 
     def _after(self, leg: int, n_rows: int) -> list[int]:
         """Return the rows of each source before the `n_rows`-th of a leg."""
-        counts = self.blends[leg].counts(n_rows)
-        return [b + c for b, c in zip(self._before[leg], counts + [0] * (len(self._before[leg]) - len(counts)), strict=True)]
+        return [b + c for b, c in zip(self._before[leg], self.blends[leg].counts(n_rows), strict=True)]

@@ -6,14 +6,13 @@ fewer rows: shares in rows are shares in the unit times rows per unit, which the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, Unit
-from datamodules.mixture.mixture import Blend, BlendStage, Relay
+from datamodules.mixture.mixture import Blend, BlendStage, Relay, check_weights, exact
 from datamodules.plan.plan import Totals
 from datamodules.sources import SOURCES
 from kosmos_lit.batch import CORPORA
@@ -67,16 +66,10 @@ def ratios_by_step(
         if stage.from_step <= found[-1][0]:
             raise UserError(f"data.ratio_stages: from_step must rise, got {stage.from_step} behind {found[-1][0]}")
         found.append((stage.from_step, stage.ratio.weights(found[-1][1], [True] * len(CORPORA))))
+    given = ", ".join(name for name, g in zip(CORPORA, there, strict=True) if g) or "no corpus"
     for step, weights in found:
         where = "data.ratio" if not step else f"data.ratio_stages from step {step}"
-        if not all(math.isfinite(w) and w >= 0 for w in weights):
-            raise UserError(f"{where}: weights must be finite and not negative, got {list(weights)}")
-        if not any(weights):
-            given = ", ".join(name for name, g in zip(CORPORA, there, strict=True) if g) or "no corpus"
-            raise UserError(
-                f"{where}: at least one weight must be positive, got {list(weights)}, and {given} given; "
-                "give a corpus and its share"
-            )
+        check_weights(where, weights, f", and {given} given; give a corpus and its share")
         for kind, weight in enumerate(weights):
             name = CORPORA[kind]
             if weight and not there[kind]:
@@ -117,18 +110,14 @@ def shares(
 ) -> Shares:
     """Turn a ratio and weights that count `unit` into shares in rows."""
     counted = [s for s in sources if ratio[s.kind] and s.config.weight]
-    weight_of_kind = {k: sum(_exact(s.config.weight) for s in counted if s.kind == k) for k in _KINDS}
+    weight_of_kind = {k: sum(exact(s.config.weight) for s in counted if s.kind == k) for k in _KINDS}
     rows = {}
     for s in counted:
-        in_unit = _exact(ratio[s.kind]) * _exact(s.config.weight) / weight_of_kind[s.kind]
+        in_unit = exact(ratio[s.kind]) * exact(s.config.weight) / weight_of_kind[s.kind]
         rows[s.name] = in_unit * Fraction(totals[s.name].rows, max(1, amount(totals[s.name], unit)))
     of_kind = [sum((rows[s.name] for s in counted if s.kind == k), _NONE) for k in _KINDS]
     weights = {s.name: rows[s.name] / of_kind[s.kind] for s in counted}
     return Shares(first_row, tuple(r / sum(of_kind) for r in of_kind), weights)
-
-
-def _exact(value: float) -> Fraction:
-    return Fraction(str(float(value)))
 
 
 @dataclass(frozen=True)

@@ -246,19 +246,10 @@ class Plan:
         key = hash_key("rows", self.seed, self.name, epoch, *_unless_first(block))
         return permutation(n, key) if self.shuffle else np.arange(n)
 
-    def _find(self, row: int) -> tuple[Packed, int]:
-        block = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        return self._packed(block)[0], row - int(self._firsts[block])
-
     def pieces(self, row: int) -> list[tuple[int, int, int]]:
         """Return the pieces of the row with id `row` as (document, start, end)."""
-        packed, at = self._find(row)
-        return packed.pieces(at)
-
-    def n_targets(self, row: int) -> int:
-        """Return the supervised tokens of the row with id `row`."""
-        packed, at = self._find(row)
-        return int(packed.row_targets[at])
+        block = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return self._packed(block)[0].pieces(row - int(self._firsts[block]))
 
     def n_targets_of(self, first: int, stop: int) -> int:
         """Return the supervised tokens of rows [first, stop) as they are read, epochs following one another."""

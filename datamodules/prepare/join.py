@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.corpus import COLUMNS, LEDGER, MANIFEST
+from datamodules.corpus import COLUMNS, MANIFEST
 from datamodules.document import Tally
 from datamodules.prepare.columns import SLICE, ColumnWriter, join_columns
 from datamodules.prepare.files import sync, write_whole
 from datamodules.prepare.report import report
 from datamodules.prepare.shard import PICTURES, Task, pictures_file, read_tally
+from datamodules.quarantine import LEDGER
 from datamodules.sources import SOURCES
 from datamodules.sources.base import SURVEY
 from kosmos_lit.errors import UserError

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from datamodules.corpus import LEDGER, IndexedCorpus
+from datamodules.corpus import IndexedCorpus
 from datamodules.document import Tally
+from datamodules.quarantine import LEDGER
 
 
 def report(tally: Tally, pictures: Tally) -> str:

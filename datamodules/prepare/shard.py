@@ -17,7 +17,7 @@ from datamodules.document import Document, ImageRef, Part, Tally
 from datamodules.prepare.columns import ColumnWriter, column_writers
 from datamodules.prepare.files import whole_folder
 from datamodules.prepare.pool import Progress
-from datamodules.quarantine import BadSample
+from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.base import CUT_OFF
 from kosmos_lit.errors import UserError
@@ -27,9 +27,7 @@ BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 MIN_RECORDS = 20
 """A shard with fewer records is not judged by its share of broken ones, unless nothing in it could be read."""
-MAX_DETAIL = 500
-"""Characters of what a reader said that the ledger keeps."""
-TALLY, LEDGER = "tally.json", "quarantine.jsonl"
+TALLY = "tally.json"
 PICTURES = "pictures.npy"
 
 
@@ -105,10 +103,8 @@ def _counting(task: Task, folder: Path, but: str = "") -> Iterator[Tally]:
 
         def write(reason: str, key: str, detail: str) -> None:
             if reason != but:
-                detail = detail[:MAX_DETAIL]
                 bad = BadSample(source=task.format, shard=task.name, key=key, reason=reason, detail=detail)
-                # A tar's names may hold halves of characters: JSON spells them as this error handler does.
-                ledger.write(bad.to_json().encode("utf-8", "backslashreplace") + b"\n")
+                ledger.write(bad.to_line())
 
         tally = Tally(on_broken=write)
         yield tally

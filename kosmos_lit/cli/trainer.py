@@ -246,17 +246,32 @@ def _merged(one: Any, other: Any) -> Any:
 
 
 def _with_all_sources(arguments: list[str]) -> list[str]:
-    """Repeat, behind the last config file, the sources of all of them, where several name some."""
-    files = list(_config_files(arguments))
-    found = [sources for path in files if isinstance(sources := _value_at(_read_yaml(path), SOURCES), dict)]
-    if len(found) < 2:
-        return arguments
-    node = reduce(_merged, found)
-    for key in reversed(SOURCES):
-        node = {key: node}
-    last = max(i for i, a in enumerate(arguments) if a in ("-c", "--config") or a.startswith("--config="))
-    behind = last + (1 if arguments[last].startswith("--config=") else 2)
-    return [*arguments[:behind], f"--config={yaml.safe_dump(node)}", *arguments[behind:]]
+    """Repeat, behind each config file that names sources, those of the files before it; a null begins anew.
+
+    Raises: UserError if a flag for sources stands before such a file, which would undo it.
+    """
+    found: list[str] = []
+    flag, sources, words = "", None, iter(arguments)
+    for word in words:
+        found.append(word)
+        if word in ("-c", "--config"):
+            found.append(next(words, ""))
+        elif not word.startswith("--config="):
+            flag = word.split("=")[0] if re.match(r"--data\.(init_args\.)?sources\b", word) else flag
+            continue
+        path = Path(found[-1].removeprefix("--config="))
+        around = _value_at(_read_yaml(path), SOURCES[:-1])
+        if not isinstance(around, dict) or SOURCES[-1] not in around:
+            continue
+        named = around[SOURCES[-1]]
+        if flag and named:
+            raise UserError(f"{flag} is given before {path}, which names sources too; put it behind the last file")
+        both = bool(sources and named)
+        sources = _merged(sources, named)
+        if both:
+            node = reduce(lambda inner, key: {key: inner}, reversed(SOURCES), sources)
+            found.append(f"--config={yaml.safe_dump(node)}")
+    return found
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:

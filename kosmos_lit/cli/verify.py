@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,12 +89,18 @@ def logged(run: Path) -> dict[int, dict[str, str]]:
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
+    """Return a run's checkpoints by step, which a name tells as `Checkpoints` writes it; another file is asked."""
     if run.is_file():
-        return {load_checkpoint(run)["global_step"]: run}
+        return {_step(run): run}
     files = list(run.glob(f"checkpoints/*{SUFFIX}")) or list(run.glob(f"*{SUFFIX}"))
     if not files:
         raise UserError(f"no checkpoint in {run}; give a run's folder, or one of its checkpoints")
-    return {load_checkpoint(path)["global_step"]: path for path in files}
+    return {_step(path): path for path in files}
+
+
+def _step(path: Path) -> int:
+    named = re.fullmatch(r"step=(\d{8,})", path.stem)
+    return int(named[1]) if named else int(load_checkpoint(path)["global_step"])
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from datamodules import quarantine
-from datamodules.collate import Pictures, ReadRow, collate, empty_row
+from datamodules.collate import Pictures, collate, empty_row
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
 from kosmos_lit.errors import UserError
+from kosmos_lit.images import decode
 from kosmos_lit.tokens import IGNORE, PAD
 from tests.datamodules import made
 
@@ -35,22 +36,25 @@ def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
 
 
 def joined(read, tokenizer, n_latents=3):
-    return collate(read, tokenizer=tokenizer, image_size=SIDE, n_latents=n_latents, n_step_targets=7)
+    return collate(*read, tokenizer=tokenizer, n_latents=n_latents, n_step_targets=7)
 
 
 def reader(stream, max_bad_share=0.5, **options):
     return Pictures(SIDE, "crop", stream.special, dict.fromkeys(stream.by_name, max_bad_share), **options)
 
 
+def corpora_of(stream):
+    return {name: source.corpus for name, source in stream.by_name.items()}
+
+
 def read(rows, stream):
-    pictures = reader(stream)
-    return [pictures.read(row, stream.by_name[row.source].corpus) for row in rows]
+    return reader(stream).read(rows, corpora_of(stream))
 
 
 def read_all(pictures, stream, epochs=1):
     """Epochs of caption pairs."""
     rows = (stream.row(i) for i in range(epochs * stream.by_name["caption"].plan.n_rows))
-    return [pictures.read(row, stream.by_name["caption"].corpus) for row in rows]
+    return [read for row in rows for read in pictures.read([row], corpora_of(stream))[0]]
 
 
 def first_with_pictures(stream):
@@ -79,9 +83,9 @@ def test_slots_say_row_and_place_of_each_picture(stream, tokenizer):
 
 def test_pictures_lie_in_the_order_of_their_slots(stream, tokenizer):
     rows = [stream.row(i) for i in range(7)]
-    found = read(rows, stream)
-    batch = joined(found, tokenizer)
-    assert batch.images.tolist() == [p.tolist() for row in found for p in row.pixels]
+    batch = joined(read(rows, stream), tokenizer)
+    originals = [corpora_of(stream)[row.source].image_bytes(image) for row in rows for image in row.images]
+    assert batch.images.tolist() == [decode(data, SIDE, "crop").tolist() for data in originals]
 
 
 def test_positions_begin_anew_at_each_document(stream, tokenizer):
@@ -106,15 +110,13 @@ def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
 
 def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
     row = first_with_pictures(stream)
-    [found] = read([row], stream)
-    found.pixels[1] = None
-    batch = joined([found], tokenizer)
+    [found], images = read([row], stream)
+    batch = joined(([replace(found, undecodable=(row.image_owner[1],))], images), tokenizer)
     placed = row.documents[row.image_owner[1]]
     inside = np.zeros(101, dtype=bool)
     inside[placed.at : placed.at + placed.length] = True
     assert batch.tokens[0].tolist() == row.tokens.tolist()
     assert batch.targets[0].tolist() == np.where(inside, IGNORE, row.targets).tolist()
-    assert not batch.images[1].any()
     assert batch.n_bad_images == 1
 
 
@@ -144,7 +146,7 @@ def test_a_few_bad_pictures_do_not_stop_the_run(hollow):
     found = read_all(pictures, hollow)
     budget = pictures.budgets["caption"]
     assert (budget.n_read, budget.n_bad) == (31, N_HOLLOW)
-    assert sum(p is None for row in found for p in row.pixels) == N_HOLLOW
+    assert sum(len(row.undecodable) for row in found) == N_HOLLOW
 
 
 def test_bad_pictures_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_path):
@@ -175,7 +177,7 @@ def test_a_run_without_bad_pictures_has_no_ledger(stream, tmp_path):
     ledger = Ledger(tmp_path / "run/bad.jsonl")
     rows = [stream.row(i) for i in range(11)]
     pictures = reader(stream, ledger=ledger)
-    assert sum(len(pictures.read(r, stream.by_name[r.source].corpus).pixels) for r in rows) > 0
+    assert len(pictures.read(rows, corpora_of(stream))[1]) > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +193,7 @@ def test_a_shard_that_is_gone_is_named(stream, tmp_path):
             return corpus.source.image_bytes(self.shards[image.shard], image.offset, image.length)
 
     with pytest.raises(UserError, match=rf"row {row.number}: a picture cannot be read: .*gone\.tar"):
-        reader(stream).read(gone, Moved())
+        reader(stream).read([gone], {row.source: Moved()})
 
 
 def test_slots_that_do_not_fit_the_latents_are_refused(stream, tokenizer):
@@ -202,13 +204,13 @@ def test_slots_that_do_not_fit_the_latents_are_refused(stream, tokenizer):
 
 def test_a_batch_without_pictures_has_tensors_for_none(stream, tokenizer):
     row = next(row for row in map(stream.row, range(31)) if not row.images)
-    batch = joined([ReadRow(row, [])], tokenizer)
+    batch = joined(read([row], stream), tokenizer)
     assert tuple(batch.images.shape) == (0, 3, SIDE, SIDE)
     assert tuple(batch.slots.shape) == (0, 2)
 
 
 def test_an_empty_row_is_padding_and_of_no_corpus(stream, tokenizer):
-    batch = joined([ReadRow(empty_row(101), [])], tokenizer)
+    batch = joined(read([empty_row(101)], stream), tokenizer)
     assert set(batch.tokens.flatten().tolist()) == {PAD}
     assert batch.loss_at.tolist() == []
     assert batch.corpus.tolist() == [-1]

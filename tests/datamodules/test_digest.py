@@ -107,8 +107,8 @@ def test_digests_add_up_to_the_same_however_rows_are_shared_out(stream, tokenize
     for part in range(5):
         mine = [stream.row(n) for n, p in zip(numbers, parts, strict=True) if p == part]
         if mine:
-            read = [ReadRow(row, [None] * len(row.images)) for row in mine]
-            batch = collate(read, tokenizer=tokenizer, image_size=5, n_latents=3, n_step_targets=1)
+            images = np.zeros((sum(len(row.images) for row in mine), 3, 5, 5), dtype=np.uint8)
+            batch = collate([ReadRow(row) for row in mine], images, tokenizer=tokenizer, n_latents=3, n_step_targets=1)
             total = (total + batch.digest) & DIGEST_MASK
 
     assert total == whole

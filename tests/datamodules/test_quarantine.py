@@ -16,14 +16,14 @@ N_PROCESSES, N_LINES = 5, 211
 def write_many(ledger, process):
     """Lines of many lengths, some longer than a page and than a pipe's atomic write."""
     for i in range(N_LINES):
-        ledger.write(replace(SAMPLE, key=f"{process}-{i}", row=i, detail="x" * (37 * i)))
+        ledger.write(replace(SAMPLE, key=f"{process}-{i}-" + "x" * (37 * i), row=i))
 
 
 def test_a_line_leaves_out_what_is_not_known():
-    assert json.loads(SAMPLE.to_json()) == {
+    assert json.loads(SAMPLE.to_line()) == {
         "source": "caption", "shard": "pairs/00000.tar", "key": "000000017", "reason": "not a picture", "detail": "",
     }  # fmt: skip
-    placed = json.loads(replace(SAMPLE, row=0, offset=512).to_json())
+    placed = json.loads(replace(SAMPLE, row=0, offset=512).to_line())
     assert (placed["row"], placed["offset"]) == (0, 512)
 
 
@@ -38,9 +38,15 @@ def test_processes_that_append_at_once_do_not_mix_up_lines(tmp_path, method):
         process.join()
     assert [p.exitcode for p in processes] == [0] * N_PROCESSES
     lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]
-    assert sorted((x["key"], len(x["detail"])) for x in lines) == sorted(
-        (f"{p}-{i}", 37 * i) for p in range(N_PROCESSES) for i in range(N_LINES)
+    assert sorted(x["key"] for x in lines) == sorted(
+        f"{p}-{i}-" + "x" * (37 * i) for p in range(N_PROCESSES) for i in range(N_LINES)
     )
+
+
+def test_a_line_keeps_the_beginning_of_what_was_said(tmp_path):
+    ledger = Ledger(tmp_path / "bad.jsonl")
+    ledger.write(replace(SAMPLE, detail="ä" * 499 + "bcd"))
+    assert [sample.detail for sample in read_ledger(ledger.path)] == ["ä" * 499 + "b"]
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -63,7 +69,7 @@ def test_a_sample_of_several_rows_is_read_once_and_another_place_is_another_samp
 def test_a_last_line_that_broke_off_is_passed_over_and_what_is_appended_to_it_is_not(tmp_path, kept):
     ledger, other = Ledger(tmp_path / "bad.jsonl"), replace(SAMPLE, key="ä", detail='{"source": "')
     ledger.write(SAMPLE)
-    ledger.path.write_bytes(ledger.path.read_bytes() + (other.to_json() + "\n").encode()[:kept])
+    ledger.path.write_bytes(ledger.path.read_bytes() + other.to_line()[:kept])
     assert list(read_ledger(ledger.path)) == [SAMPLE]
     ledger.write(replace(SAMPLE, key="next"))
     assert [s.key for s in read_ledger(ledger.path)] == [SAMPLE.key, "next"]
@@ -71,14 +77,14 @@ def test_a_last_line_that_broke_off_is_passed_over_and_what_is_appended_to_it_is
 
 def test_a_last_line_that_lacks_its_end_alone_is_read_also_with_another_appended(tmp_path):
     ledger, other = Ledger(tmp_path / "bad.jsonl"), replace(SAMPLE, key="next")
-    ledger.path.write_text(SAMPLE.to_json())
+    ledger.path.write_bytes(SAMPLE.to_line()[:-1])
     assert list(read_ledger(ledger.path)) == [SAMPLE]
     ledger.write(other)
     assert list(read_ledger(ledger.path)) == [SAMPLE, other]
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text(f'{SAMPLE.to_json()}\n{{"text": "no"}}\n')
+    (tmp_path / "a.jsonl").write_bytes(SAMPLE.to_line() + b'{"text": "no"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: no bad sample"):
         list(read_ledger(tmp_path / "a.jsonl"))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.stream import InOrder, pairs, render
+from datamodules.stream import InOrder, inputs_and_targets, render
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, SpecialTokens
 from tests.datamodules import made
@@ -22,7 +22,7 @@ def stream(corpora, tokenizer):
 
 def rendered(stored, start, end, n_latents, answers=None):
     """Input ids, targets and slots of a piece by itself."""
-    return render(*pairs(stored, start, end, SPECIAL, answers), SPECIAL, n_latents)[:3]
+    return render(*inputs_and_targets(stored, start, end, SPECIAL, answers), SPECIAL, n_latents)[:3]
 
 
 def rows_of(stream, name, epoch):

@@ -8,8 +8,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from datamodules.corpus import LEDGER, read_manifest
+from datamodules.corpus import read_manifest
 from datamodules.prepare.index import prepare_corpus
+from datamodules.quarantine import LEDGER
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import LEADING, TRAILING
 from tests.datamodules import made

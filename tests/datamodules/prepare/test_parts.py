@@ -11,12 +11,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from datamodules.corpus import COLUMNS, LEDGER, MANIFEST, IndexedCorpus, read_manifest
+from datamodules.corpus import COLUMNS, MANIFEST, IndexedCorpus, read_manifest
 from datamodules.prepare import index
 from datamodules.prepare.columns import ColumnWriter
 from datamodules.prepare.index import Unfinished, prepare_corpus, prepare_part
 from datamodules.prepare.report import describe
-from datamodules.quarantine import BadSample
+from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources.tar import TarReader
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError

@@ -167,6 +167,18 @@ def test_single_checkpoints_are_compared_with_runs_and_with_each_other(verify: S
     assert [c.step for c in compare(trained, checkpoint(other, 6))] == [6]
 
 
+def test_a_checkpoint_that_was_renamed_is_of_the_step_that_it_holds(trained: Path, other: Path) -> None:
+    checkpoint(other, 6).rename(other / "checkpoints" / "best.ckpt")
+
+    assert [c.step for c in compare(trained, other)] == [3, 6]
+
+
+def test_checkpoints_of_steps_that_the_other_run_lacks_are_not_read(trained: Path, other: Path) -> None:
+    checkpoint(other, 7).write_bytes(b"what a killed run left")
+
+    assert [c.step for c in compare(trained, other)] == [3, 6]
+
+
 def test_a_folder_of_checkpoints_is_compared_as_its_run(verify: Said, trained: Path, other: Path) -> None:
     assert verify(trained, other / "checkpoints")[0] == 0
 
