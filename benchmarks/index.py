@@ -42,7 +42,7 @@ from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus
 from datamodules.document import Tally
 from datamodules.mixture.shares import NamedSource
 from datamodules.plan.plan import COUNTS, Blocks, Layout
-from datamodules.plan.split import Split
+from datamodules.plan.split import Part, Split
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.sources import SOURCES, ReadOptions
@@ -248,18 +248,17 @@ def measure_text(files: list[str], tokenizer: Path, folder: Path, n_runs: int) -
 
 def sparse_source(folder: str, val_share: float) -> NamedSource:
     """Return a run's source of a sparse index, whose shards are not there."""
-    config = CorpusConfig(
-        format="img2dataset", input=[f"{folder}/../../laion/*/*.tar"], index=folder, val_share=val_share
-    )  # fmt: skip
+    raw = [f"{folder}/../../laion/*/*.tar"]
+    config = CorpusConfig(format="img2dataset", input=raw, index=folder, val_share=val_share)
     return NamedSource("caption", CORPORA.index("caption"), config)
 
 
 def keep_counts(folder: Path, val_share: float) -> None:
     """Lay down made-up counts of a sparse index's blocks, as a run's first start leaves them."""
     corpus = IndexedCorpus(folder)
-    for part, seed in (("train", LAYOUT.seed), ("val", 0)):
-        layout = Layout(seq_len=LAYOUT.seq_len, n_latents=LAYOUT.n_latents, seed=seed)
-        blocks = Blocks(corpus, Split(corpus, val_share, None), "train" if part == "train" else "val", layout)
+    parts: tuple[Part, ...] = ("train", "val")
+    for part in parts:
+        blocks = Blocks(corpus, Split(corpus, val_share, None), part, LAYOUT)
         counts = np.zeros(blocks.n_blocks, COUNTS)
         counts["rows"], counts["documents"] = 5_000, corpus.n_documents // blocks.n_blocks
         counts["first_dropped"] = -1
@@ -271,10 +270,9 @@ def measure_opening(folder: Path, n_documents: int, n_shards: int, tokenizer: Pa
     """Return seconds and megabytes of opening a sparse index in a fresh process, and the size of its parts."""
     sparse_index(folder, n_documents, n_shards, Tokenizer.load(tokenizer).fingerprint)
     per_document = {name: np.dtype(dtype).itemsize for name, dtype in COLUMNS.items()}
-    found = json.loads(_fresh(PROBE, folder)) | {
-        "documents": n_documents, "shards": n_shards, "manifest MB": (folder / MANIFEST).stat().st_size / 1e6,
-        "bytes a pair": per_document,
-    }  # fmt: skip
+    megabytes = (folder / MANIFEST).stat().st_size / 1e6
+    about = {"documents": n_documents, "shards": n_shards, "manifest MB": megabytes, "bytes a pair": per_document}
+    found = json.loads(_fresh(PROBE, folder)) | about
     for val_share in (0.0, VAL_SHARE):
         keep_counts(folder, val_share)
         found[f"start, val_share {val_share}"] = json.loads(_fresh(START, folder, tokenizer, val_share))
@@ -284,9 +282,8 @@ def measure_opening(folder: Path, n_documents: int, n_shards: int, tokenizer: Pa
 def _fresh(program: str, *arguments: object) -> str:
     """Return what a program prints in a process of its own."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return done.stdout.splitlines()[-1]
 
 
@@ -339,8 +336,7 @@ def show(found: dict[str, Any], n_runs: int) -> None:
     print(f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
           f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
           "(mapped pages of the files, which the kernel takes back, among them)")  # fmt: skip
-    for name in (name for name in opening if name.startswith("start")):
-        o = opening[name]
+    for name, o in ((name, found) for name, found in opening.items() if name.startswith("start")):
         print(f"  a run's {name}: {o['s']:.2f} s, {o['MB']:.0f} MB resident, {o['peak MB']:.0f} MB at most")
     total = sum(opening["bytes a pair"].values())
     sizes = ", ".join(f"{name} {size}" for name, size in opening["bytes a pair"].items())
