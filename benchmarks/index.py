@@ -8,7 +8,9 @@ end from compressed files to an index on disk, beside what SentencePiece alone d
 of them, as they are encoded; and each text in one piece, which loses the lines), and beside datatrove's DocumentTokenizer
 on the same files with a byte-level BPE tokenizer of the same size trained on the same text (training a Unigram one there
 takes many minutes). Runs of all sides alternate, pinned to one core; figures are medians of CPU time, as a machine may have
-other work to do. Last, a sparse index of many documents is opened in a fresh process, and what 2 x 10^9 take is worked out.
+other work to do. Last, a sparse index of many documents is opened in a fresh process, and what 2 x 10^9 take is worked out;
+and a run's whole source is opened on it, as every rank does at its start: shards' names, split, and row counts that a former
+start kept, while the shards themselves are not there. That is to take less than 2 s and 200 MB.
 
 Without --pairs and --text, pictures and sentences are made up.
 """
@@ -35,21 +37,29 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.corpus import COLUMNS, MANIFEST, VERSION
+from datamodules.config import CorpusConfig
+from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus
 from datamodules.document import Tally
+from datamodules.mixture.shares import NamedSource
+from datamodules.plan.plan import COUNTS, Blocks, Layout
+from datamodules.plan.split import Part, Split
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.sources import SOURCES, ReadOptions
+from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import Tokenizer, clean
 
 N_PAIRS, N_TEXTS, SIDE = 20_000, 4_000, 256
 VOCAB = 8_000
 BATCH = 256
-PROBE = """
+VAL_SHARE = 0.01
+RESIDENT = """
 import json, re, sys, time
-from datamodules.corpus import IndexedCorpus
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+"""
+PROBE = RESIDENT + """
+from datamodules.corpus import IndexedCorpus
 before, start = resident(), time.perf_counter()
 corpus = IndexedCorpus(sys.argv[1])
 seconds, opened = time.perf_counter() - start, resident() - before
@@ -57,6 +67,18 @@ for document in range(0, corpus.n_documents, corpus.n_documents // 1000):
     corpus.document_tokens(document), corpus.document_images(document), corpus.shards[document % len(corpus.shards)]
 print(json.dumps({"seconds": seconds, "MB opened": opened, "MB after 1000 documents": resident() - before}))
 """
+START = RESIDENT + """
+from benchmarks.index import LAYOUT, sparse_source
+from datamodules.opened import OpenedSource
+from kosmos_lit.tokens import Tokenizer
+source, tokenizer = sparse_source(sys.argv[1], float(sys.argv[3])), Tokenizer.load(sys.argv[2])
+before, start = resident(), time.perf_counter()
+opened = OpenedSource(source, tokenizer, LAYOUT, 1)
+seconds = time.perf_counter() - start
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024 - before
+print(json.dumps({"s": seconds, "MB": resident() - before, "peak MB": peak, "rows": opened.train.plan.n_rows}))
+"""
+LAYOUT = Layout(seq_len=2048, n_latents=64, seed=0)
 
 
 # ---- inputs
@@ -224,15 +246,45 @@ def measure_text(files: list[str], tokenizer: Path, folder: Path, n_runs: int) -
     }  # fmt: skip
 
 
-def measure_opening(folder: Path, n_documents: int, n_shards: int) -> dict[str, Any]:
+def sparse_source(folder: str, val_share: float) -> NamedSource:
+    """Return a run's source of a sparse index, whose shards are not there."""
+    raw = [f"{folder}/../../laion/*/*.tar"]
+    config = CorpusConfig(format="img2dataset", input=raw, index=folder, val_share=val_share)
+    return NamedSource("caption", CORPORA.index("caption"), config)
+
+
+def keep_counts(folder: Path, val_share: float) -> None:
+    """Lay down made-up counts of a sparse index's blocks, as a run's first start leaves them."""
+    corpus = IndexedCorpus(folder)
+    parts: tuple[Part, ...] = ("train", "val")
+    for part in parts:
+        blocks = Blocks(corpus, Split(corpus, val_share, None), part, LAYOUT)
+        counts = np.zeros(blocks.n_blocks, COUNTS)
+        counts["rows"], counts["documents"] = 5_000, corpus.n_documents // blocks.n_blocks
+        counts["first_dropped"] = -1
+        (folder / "plans").mkdir(exist_ok=True)
+        np.savez(folder / "plans" / f"{blocks.key}.npz", counts=counts)
+
+
+def measure_opening(folder: Path, n_documents: int, n_shards: int, tokenizer: Path) -> dict[str, Any]:
     """Return seconds and megabytes of opening a sparse index in a fresh process, and the size of its parts."""
-    sparse_index(folder, n_documents, n_shards)
-    done = subprocess.run([sys.executable, "-c", PROBE, str(folder)], check=True, capture_output=True, text=True)
+    sparse_index(folder, n_documents, n_shards, Tokenizer.load(tokenizer).fingerprint)
     per_document = {name: np.dtype(dtype).itemsize for name, dtype in COLUMNS.items()}
-    return json.loads(done.stdout) | {
-        "documents": n_documents, "shards": n_shards, "manifest MB": (folder / MANIFEST).stat().st_size / 1e6,
-        "bytes a pair": per_document,
-    }  # fmt: skip
+    megabytes = (folder / MANIFEST).stat().st_size / 1e6
+    about = {"documents": n_documents, "shards": n_shards, "manifest MB": megabytes, "bytes a pair": per_document}
+    found = json.loads(_fresh(PROBE, folder)) | about
+    for val_share in (0.0, VAL_SHARE):
+        keep_counts(folder, val_share)
+        found[f"start, val_share {val_share}"] = json.loads(_fresh(START, folder, tokenizer, val_share))
+    return found
+
+
+def _fresh(program: str, *arguments: object) -> str:
+    """Return what a program prints in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return done.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -263,7 +315,7 @@ def main() -> None:
         found = {
             "pairs": measure_pairs(pairs, tokenizer, folder, a.runs),
             "text": measure_text(files, tokenizer, folder, a.runs),
-            "opening": measure_opening(folder / "sparse", a.documents, a.shards),
+            "opening": measure_opening(folder / "index" / "sparse", a.documents, a.shards, tokenizer),
         }
     show(found, a.runs)
     if a.json:
@@ -284,6 +336,8 @@ def show(found: dict[str, Any], n_runs: int) -> None:
     print(f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
           f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
           "(mapped pages of the files, which the kernel takes back, among them)")  # fmt: skip
+    for name, o in ((name, found) for name, found in opening.items() if name.startswith("start")):
+        print(f"  a run's {name}: {o['s']:.2f} s, {o['MB']:.0f} MB resident, {o['peak MB']:.0f} MB at most")
     total = sum(opening["bytes a pair"].values())
     sizes = ", ".join(f"{name} {size}" for name, size in opening["bytes a pair"].items())
     print(f"  bytes a pair, all of them mapped and none read: {sizes}; {total} together")

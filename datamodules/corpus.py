@@ -120,26 +120,24 @@ class IndexedCorpus:
         assert self.manifest is not None
         return shards_key(self.manifest["shards"])
 
-    def check_pictures(self) -> None:
-        """Raises: UserError if a shard that holds pictures is gone or of another size than when it was prepared."""
+    def check_shards(self) -> None:
+        """Raises: UserError if a shard is of another size than when it was prepared, or gone although pictures are in it."""
         assert self.manifest is not None
-        if not self.manifest["images"]:
-            return
         stretches = [range(at, min(at + STATS, len(self.shards))) for at in range(0, len(self.shards), STATS)]
         with ThreadPoolExecutor(16) as pool:  # a network's file system answers slowly, but many at a time
             wrong = [path for found in pool.map(self._changed, stretches) for path in found]
         if wrong:
+            what = "reads pictures from" if self.manifest["images"] else "was made from"
             raise UserError(
-                f"the index in {self.folder} reads pictures from {len(wrong)} shards that are gone or have changed, "
+                f"the index in {self.folder} {what} {len(wrong)} shards that are gone or have changed, "
                 f"{wrong[0]} for one; put them back, or prepare the corpus again without them"
             )
 
     def _changed(self, shards: Iterable[int]) -> list[Path]:
         assert self.manifest is not None
-        known = self.manifest["shards"]
-        return [
-            self.shards[i] for i in shards if _size(os.path.join(self.folder, known[i]["path"])) != known[i]["bytes"]
-        ]
+        known, may_be_gone = self.manifest["shards"], not self.manifest["images"]  # text is in the index
+        sizes = ((i, _size(os.path.join(self.folder, known[i]["path"]))) for i in shards)
+        return [self.shards[i] for i, n in sizes if n != known[i]["bytes"] and not (n is None and may_be_gone)]
 
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
         """Return a document's ids, one marker per picture, without <s> and </s>."""

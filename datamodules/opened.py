@@ -22,9 +22,6 @@ from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokens import Tokenizer, has_tokenizer
 
-CHUNK = 1 << 16
-"""Documents that are looked at together in search of those that are held out."""
-
 
 def prepare_tokenizer(config: TokenizerConfig, sources: Iterable[NamedSource]) -> None:
     """Make the tokenizer if it is missing."""
@@ -38,7 +35,7 @@ def prepare_tokenizer(config: TokenizerConfig, sources: Iterable[NamedSource]) -
 def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
     """Make a source's index if it is missing.
 
-    Raises: UserError if its pictures are gone.
+    Raises: UserError if its pictures are gone, or its files are others than it was made of.
     """
     config = source.config
     if read_manifest(Path(config.index)) is None:
@@ -52,7 +49,7 @@ def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
             max_bad_share=config.max_bad_share,
         )
         rank_zero_info(describe(corpus))
-    IndexedCorpus(config.index).check_pictures()
+    IndexedCorpus(config.index).check_shards()
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -80,15 +77,13 @@ class OpenedSource:
         self.name, self.kind, config = source.name, source.kind, source.config
         self.config = config
         self.corpus = IndexedCorpus(config.index, tokenizer)
-        folder = Path(config.index)
-        files = matches([*config.input, *(config.val_input or ())])  # an index may be used where its raw text is not
-        check_same(folder, identify(config.format, tokenizer, config.read, files, folder), shards=bool(files))
+        self._check(tokenizer)
         self.split = Split(self.corpus, config.val_share, config.val_input)
         self.train = self._packed(Plan(self.name, self.corpus, self.split, "train", layout, workers=workers))
         held_out = Layout(seq_len=layout.seq_len, n_latents=layout.n_latents, seed=0)
         self.val: PackedSource | None = None
         """None where nothing is held out."""
-        if next(self.held_out(), None) is not None:
+        if len(self.split.first("val", 1)):
             plan = Plan(self.name, self.corpus, self.split, "val", held_out, shuffle=False, workers=workers)
             self.val = self._packed(plan)
         self.contents = contents(source, self.corpus, self.split.key)
@@ -98,8 +93,21 @@ class OpenedSource:
 
     def held_out(self) -> Iterator[int]:
         """Yield the numbers of the documents kept for validation, in order."""
-        for first in range(0, self.corpus.n_documents, CHUNK):
-            yield from self.split.documents(first, min(first + CHUNK, self.corpus.n_documents), "val").tolist()
+        for found in self.split.chunks("val"):
+            yield from found.tolist()
+
+    def _check(self, tokenizer: Tokenizer) -> None:
+        """Raises: UserError if the index is of something else than the config says."""
+        config, folder = self.config, Path(self.config.index)
+        patterns = [*config.input, *(config.val_input or ())]
+        files = matches(patterns, folders=True)  # none: an index may be used where its raw text is not
+        # Every rank does this, so that files by the names of the index's shards are not looked at: that was done where
+        # they were prepared.
+        if files and [file.name for file in files] != [name for name, _ in self.corpus.shards_key]:
+            files = matches(patterns)
+        else:
+            files = []
+        check_same(self.corpus, identify(config.format, tokenizer, config.read, files, folder), shards=bool(files))
 
     def _packed(self, plan: Plan) -> PackedSource:
         return PackedSource(self.name, self.kind, self.corpus, plan)

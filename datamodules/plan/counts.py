@@ -3,24 +3,29 @@
     DIR/plans/KEY.npz              the counts of all blocks; KEY is a hash of everything they depend on
     DIR/plans/KEY.parts/N.npz      of some blocks, while they are being computed: an interrupted run goes on from there
 
-Where the index's folder cannot be written, nothing is kept. A file that cannot be read is computed again.
+Where the index's folder cannot be written or locked, the same is kept in the user's cache, $XDG_CACHE_HOME or ~/.cache, in
+kosmos-lit/plans/ and a folder named by a hash of DIR; where that cannot either, nothing is. A file that cannot be read is
+computed again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from datamodules.hashing import hash_key
 from datamodules.prepare.files import write_whole
+from datamodules.prepare.locks import LockError, locked
 from datamodules.prepare.pool import Progress, run_all
 
 Counts = npt.NDArray[Any]
@@ -45,28 +50,39 @@ class Counted(Protocol):
 
 
 def count_parts(blocks: Counted, title: str, workers: int) -> Counts:
-    """Return what is known of each block, (n_blocks,), from the index's folder if it is there."""
-    n = blocks.n_blocks
-    folder = Path(blocks.corpus.folder) / "plans"
-    kept, parts = folder / f"{blocks.key}.npz", folder / f"{blocks.key}.parts"
-    if (counts := _read(kept, n)) is not None:
-        return counts
-    if not _writable(folder):
-        with tempfile.TemporaryDirectory() as passing:
+    """Return what is known of each block, (n_blocks,), from where it is kept if it is there."""
+    n, file, index = blocks.n_blocks, f"{blocks.key}.npz", Path(blocks.corpus.folder)
+    folders = [index / "plans", *_cached(index)]
+    for folder in folders:
+        if (counts := _read(folder / file, n)) is not None:
+            return counts
+    with ExitStack() as held:
+        place = next((folder for folder in folders if _taken(folder, held)), None)
+        if place is None:
+            passing = held.enter_context(tempfile.TemporaryDirectory())
             return _count_all(blocks, Path(passing), title, workers)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (counts := _read(kept, n)) is None:  # else counted by the process that was waited for
+        if place != folders[0]:
+            print(f"the index in {index} cannot be written or locked: its row counts are kept in {place}", file=sys.stderr)
+        if (counts := _read(place / file, n)) is None:  # else it was counted by the process that was waited for
+            parts = place / f"{blocks.key}.parts"
             counts = _count_all(blocks, parts, title, workers)
-            _write(kept, counts)
+            _write(place / file, counts)
             shutil.rmtree(parts)
         return counts
 
 
-def _writable(folder: Path) -> bool:
+def _cached(index: Path) -> list[Path]:
+    """Return the user's own folder for the counts of an index, if there is a place for it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = f"{hash_key(os.path.realpath(index)):016x}"
+    return [Path(cache) / "kosmos-lit" / "plans" / name] if os.path.isabs(cache) else []
+
+
+def _taken(folder: Path, held: ExitStack) -> bool:
+    """Lock a folder until `held` is left, or say that it cannot be written or locked."""
     try:
-        folder.mkdir(exist_ok=True)
-    except OSError:
+        held.enter_context(locked(folder))
+    except (OSError, LockError):
         return False
     return os.access(folder, os.W_OK)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import translate
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -75,27 +75,32 @@ class Split:
     def first(self, part: Part, most: int) -> Array:
         """Return the first documents of `part`, `most` at most, without a look at those behind them."""
         found = np.zeros(0, dtype=np.int64)
-        if not self.share(part):
-            return found
+        for documents in self.chunks(part):
+            found = np.append(found, documents)[:most]
+            if len(found) == most:
+                break
+        return found
+
+    def chunks(self, part: Part) -> Iterator[Array]:
+        """Yield the numbers of the documents of `part`, ascending, some at a time, without a look at files without any."""
         for first, stop in self._spans(part):
             for begin in range(first, stop, CHUNK):
-                found = np.append(found, self.documents(begin, min(begin + CHUNK, stop), part))[:most]
-                if len(found) == most:
-                    return found
-        return found
+                yield self.documents(begin, min(begin + CHUNK, stop), part)
 
     def _spans(self, part: Part) -> list[tuple[int, int]]:
         """Return stretches of documents outside of which there is none of `part`."""
         if self._held_out is None:
-            return [(0, self.corpus.n_documents)]
-        wanted = np.flatnonzero(self._held_out if part == "val" else ~self._held_out)
-        return list(zip(self._shard_starts[wanted].tolist(), self._shard_starts[wanted + 1].tolist(), strict=True))
+            return [(0, self.corpus.n_documents)] if self.share(part) else []
+        return [(first, stop) for first, stop, is_val in self._stretches if is_val == (part == "val")]
 
     @cached_property
-    def _shard_starts(self) -> Array:
-        """(shards + 1,): the first document of each shard; documents lie in the order of their shards."""
-        shards = np.arange(len(self.corpus.shards) + 1, dtype=np.uint64)
-        return np.searchsorted(self.corpus.records, shards << np.uint64(PLACE_BITS))
+    def _stretches(self) -> list[tuple[int, int, bool]]:
+        """First document, end, and whether they are held out, of neighbouring files that either are or are not."""
+        assert self._held_out is not None
+        changes = np.flatnonzero(np.diff(self._held_out)) + 1
+        firsts = np.array([0, *changes, len(self._held_out)], dtype=np.uint64)  # shards, in whose order documents lie
+        documents = np.searchsorted(self.corpus.records, firsts << np.uint64(PLACE_BITS)).tolist()
+        return list(zip(documents[:-1], documents[1:], self._held_out[firsts[:-1].astype(np.int64)].tolist(), strict=True))
 
 
 def _named_shards(corpus: IndexedCorpus, val_input: Sequence[str]) -> npt.NDArray[np.bool_]:

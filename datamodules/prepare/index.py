@@ -156,9 +156,10 @@ def _finished(output: Path, identity: dict[str, Any]) -> IndexedCorpus | None:
     """Open the index if it is there; what a process left that was killed behind its last step is removed."""
     if read_manifest(output) is None:
         return None
-    check_same(output, identity)
+    corpus = IndexedCorpus(output)
+    check_same(corpus, identity)
     shutil.rmtree(output / "parts", ignore_errors=True)
-    return IndexedCorpus(output)
+    return corpus
 
 
 def identify(
@@ -183,17 +184,16 @@ def identify(
     }
 
 
-def check_same(folder: Path, identity: dict[str, Any], *, shards: bool = True) -> None:
+def check_same(corpus: IndexedCorpus, identity: dict[str, Any], *, shards: bool = True) -> None:
     """Make sure that an index is of the given format, tokenizer, options and (if asked) shards.
 
     Raises: UserError naming every difference.
     """
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    wrong = _differences(manifest, identity, shards=shards)
+    assert corpus.manifest is not None
+    wrong = _differences(corpus.manifest, identity, shards=shards)
     if wrong:
         raise UserError(
-            f"the index in {folder} is of something else: {'; '.join(wrong)}. "
+            f"the index in {corpus.folder} is of something else: {'; '.join(wrong)}. "
             "Choose another index folder, or delete this one to prepare it again"
         )
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import CUT_OFF, Labels, ReadOptions, Source, read_at
-from datamodules.sources.siblings import siblings
+from datamodules.sources.base import CUT_OFF, Labels, ReadOptions, Source
 from datamodules.sources.tar import Member, TarError, TarReader
 from kosmos_lit.images import ImageError, probe
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+LOOK = 1 << 13
+"""Bytes that are read at once to look up one sample: a few headers and a KEY.json."""
 MAX_JSON = 1 << 20
 """Bytes of a KEY.json that is read for its URL."""
 HEX = re.compile(r"(?:[0-9a-fA-F]{32}){1,2}")
@@ -50,19 +52,42 @@ class Img2Dataset(Source):
             tally.miss(CUT_OFF, "", str(error), file=path.name)
 
     def record_name(self, path: Path, record: int) -> str:
-        with TarReader(path) as tar:
-            try:
-                return _key(next(tar.members(record)).name)[0]
-            except (TarError, StopIteration) as error:
-                raise OSError(f"{path}: no file at byte {record}; it has changed since it was prepared") from error
+        with TarReader(path, LOOK) as tar:
+            return _sample_from(tar, path, record)[0]
 
     def labels(self, path: Path, record: int) -> Labels:
         """Return the key, and URL and hash out of KEY.json; one that cannot be read says nothing."""
-        for name, offset, size in siblings(path, record, lambda name: _key(name)[0]):
-            key, extension = _key(name)
-            if extension == "json" and size <= MAX_JSON:
-                return Labels(key, *_origin(read_at(path, offset, size)))
-        return super().labels(path, record)
+        with TarReader(path, LOOK) as tar:
+            key, sample = _sample_from(tar, path, record)
+            if "json" not in sample:  # writers that sort a sample's members put it before KEY.png
+                sample = _sample_around(tar, record)
+            if "json" not in sample or sample["json"].size > MAX_JSON:
+                return Labels(key)
+            return Labels(key, *_origin(tar.read(sample["json"].offset, sample["json"].size)))
+
+
+def _sample_from(tar: TarReader, path: Path, record: int) -> tuple[str, Sample]:
+    """Return the key and the members of a sample from its picture on.
+
+    Raises: OSError if there is no member where its header was.
+    """
+    try:
+        key, sample, _ = next(_samples(tar, record))
+        return key, sample
+    except (TarError, StopIteration) as error:
+        raise OSError(f"{path}: no file at byte {record}; it has changed since it was prepared") from error
+
+
+def _sample_around(tar: TarReader, record: int) -> Sample:
+    """Return all members nearby of the sample whose picture's header is at byte `record`."""
+    with suppress(TarError):  # what looked like headers were none
+        for _, sample, _ in _samples(tar, tar.start_before(record)):
+            headers = [member.header for member in sample.values()]
+            if record in headers:
+                return sample
+            if headers[0] > record:
+                break
+    return {}
 
 
 def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, tally: Tally) -> Document | None:
@@ -89,13 +114,15 @@ def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, t
     return Document(picture.header, (ImageRef(shard, picture.offset, picture.size), caption))
 
 
-def _samples(tar: TarReader) -> Iterator[tuple[str, Sample, bool]]:
-    """Group neighbouring members by key; yield the key, the sample, and whether all of it can be there.
+def _samples(tar: TarReader, start: int = 0) -> Iterator[tuple[str, Sample, bool]]:
+    """Group neighbouring members by key, from the header at byte `start` on.
+
+    Yields: the key, the sample, and whether all of it can be there.
 
     Raises: TarError where the archive breaks off, after the samples before it.
     """
     current, sample = "", Sample()
-    members = tar.members()
+    members = tar.members(start)
     while True:
         try:
             member = next(members, None)

@@ -9,7 +9,7 @@ stops is reported, which `tarfile` does not do.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from typing import NamedTuple
 BLOCK = 512
 """Bytes of a header; data are padded to a multiple."""
 WINDOW = 1 << 20
-"""Bytes that are read at once."""
+"""Bytes that are read at once, from front to back."""
+NEARBY = 1 << 16
+"""Bytes before a member that are searched for those before it."""
 MAX_EXTENSION = 1 << 20
 """Most bytes of a long name or of pax records; longer ones are no names."""
 
@@ -48,10 +50,11 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """A tar, read in large pieces from the front; going back a little costs nothing."""
+    """A tar, read in pieces of `window` bytes from the front; going back a little costs nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, window: int = WINDOW) -> None:
         """Raises: OSError if the file cannot be read."""
+        self._most = window
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._file).st_size
         self._start, self._window = 0, b""
@@ -68,9 +71,9 @@ class TarReader:
         """Return the bytes there; fewer only where the file ends."""
         at = offset - self._start
         if at < 0 or at + length > len(self._window):
-            if length >= WINDOW:
+            if length >= self._most:
                 return self._pread(offset, length)
-            self._start, self._window, at = offset, self._pread(offset, WINDOW), 0
+            self._start, self._window, at = offset, self._pread(offset, self._most), 0
         return self._window[at : at + length]
 
     def _pread(self, offset: int, length: int) -> bytes:
@@ -125,6 +128,21 @@ class TarReader:
                 yield Member(name, first, data, size)
             name, pax, first = None, {}, at
 
+    def start_before(self, header: int) -> int:
+        """Return the earliest byte nearby from which headers lead to the one at byte `header`; that itself if none does.
+
+        Tars have no way back: a header is what looks like one and whose data end where a later header begins; one that
+        lies in another one's data, as those of a tar in a tar do, does not count. Read `members` from there to be sure.
+        """
+        start = max(0, header - NEARBY)
+        nearby = self.read(start, header - start)
+        chain = [header]  # ascending
+        for at in range(header - BLOCK, start - 1, -BLOCK):
+            end = _end(nearby[at - start : at - start + BLOCK], at, chain)
+            if end is not None:
+                chain = [at, *chain[chain.index(end) :]]
+        return chain[0]
+
     def _extension(self, offset: int, size: int) -> bytes:
         if size > MAX_EXTENSION:
             raise TarError(offset, f"a name of {size} bytes")
@@ -164,6 +182,15 @@ def _number(field: bytes, at: int) -> int:
         return int(field.partition(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         raise TarError(at, f"no tar header: {field!r} is no number") from None
+
+
+def _end(block: bytes, at: int, ends: Sequence[int]) -> int | None:
+    """Return where the data of the header at byte `at` end, if it is one, and they end at one of `ends`."""
+    try:
+        end = at + BLOCK + (0 if block[156] in _WITHOUT_DATA else _padded(_number(block[124:136], at)))
+        return end if end in ends and _kind(block, at) == block[156] else None  # the checksum takes longest
+    except TarError:
+        return None
 
 
 def _padded(size: int) -> int:

@@ -135,9 +135,11 @@ def write_parquet(path: Path, columns: Mapping[str, Sequence[str | int | None]])
     pq.write_table(pa.table(dict(columns)), path)
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mtime: float = 0) -> None:
+def write_tar(
+    path: Path, members: Iterable[tuple[str, bytes]], mtime: float = 0, format_: int = tarfile.DEFAULT_FORMAT
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=format_) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size, member.mtime = len(data), mtime  # type: ignore[assignment]

@@ -144,11 +144,25 @@ def test_every_shard_that_is_gone_is_counted_among_many(tokenizer_folder, tmp_pa
         format="img2dataset", inputs=[str(tmp_path / "raw/*.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
     monkeypatch.setattr("datamodules.corpus.STATS", 2)
-    corpus.check_pictures()
+    corpus.check_shards()
     for n in (2, 5):
         (tmp_path / f"raw/{n}.tar").unlink()
     with pytest.raises(UserError, match=r"2 shards that are gone or have changed, .*2\.tar for one"):
-        corpus.check_pictures()
+        corpus.check_shards()
+
+
+def test_text_that_has_changed_is_refused_and_text_that_is_gone_is_not(tokenizer_folder, tmp_path):
+    for n in range(3):
+        made.write_lines(tmp_path / f"raw/{n}.jsonl", [json.dumps({"text": f"line {n}"}).encode()])
+    corpus = prepare_corpus(
+        format="jsonl", inputs=[str(tmp_path / "raw/*")], tokenizer=tokenizer_folder, output=tmp_path / "index"
+    )
+    (tmp_path / "raw/0.jsonl").unlink()
+    corpus.check_shards()
+    with (tmp_path / "raw/2.jsonl").open("a") as file:
+        file.write("more")
+    with pytest.raises(UserError, match=r"was made from 1 shards that are gone or have changed, .*2\.jsonl for one"):
+        corpus.check_shards()
 
 
 def test_answer_targets_are_counted_for_the_documents_that_are_asked_for(examples, monkeypatch):

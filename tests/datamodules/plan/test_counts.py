@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +27,18 @@ N = 997
 @pytest.fixture
 def case(tmp_path: Path) -> Case:
     return Case(Offsets(["t" * (1 + k * 7919 % 13) for k in range(N)], folder=tmp_path), LAYOUT, val_share=0.1)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def without_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 @pytest.fixture
@@ -96,8 +113,58 @@ def test_a_damaged_file_is_computed_again(case, damage):
     assert kept(case).read_bytes() == data
 
 
-def test_where_nothing_can_be_kept_counts_are_computed_every_time(case, counted):
+def test_counts_of_an_index_that_cannot_be_written_are_kept_in_the_users_cache(case, counted, cache, capsys):
     (case.corpus.folder / "plans").write_text("in the way of a folder")
+    first, again = case.plan(), case.plan()
+    assert first.totals == again.totals
+    assert counted == [*range(first.blocks.n_blocks)]
+    (place,) = (cache / "kosmos-lit/plans").iterdir()
+    assert capsys.readouterr().err.count(f"its row counts are kept in {place}\n") == 1
+
+
+def test_indexes_that_cannot_be_written_share_nothing(case, counted, tmp_path_factory):
+    folders = [case.corpus.folder, tmp_path_factory.mktemp("another")]
+    for folder in folders:
+        (folder / "plans").write_text("in the way of a folder")
+        plan = replace(case, corpus=replace(case.corpus, folder=folder)).plan()
+    assert counted == [*range(plan.blocks.n_blocks)] * 2
+
+
+def test_without_locks_counts_are_computed_every_time(case, counted, cache, monkeypatch):
+    monkeypatch.setattr(fcntl, "lockf", without_locks)
+    first, again = case.plan(), case.plan()
+    assert first.totals == again.totals
+    assert counted == [*range(first.blocks.n_blocks)] * 2
+    assert [*case.corpus.folder.rglob("*.npz"), *cache.rglob("*.npz")] == []
+
+
+def test_counts_of_a_process_that_was_waited_for_are_taken(case, counted, tmp_path):
+    first = case.plan()
+    kept(case).rename(tmp_path / "counts")
+    del counted[:]
+    other = """
+import shutil, sys, time
+from pathlib import Path
+from datamodules.prepare.locks import locked
+with locked(Path(sys.argv[2]).parent):
+    print("held", flush=True)
+    time.sleep(1)
+    shutil.move(sys.argv[1], sys.argv[2])
+"""
+    place = case.corpus.folder / "plans" / f"{first.blocks.key}.npz"
+    command = [sys.executable, "-c", other, str(tmp_path / "counts"), str(place)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(counts.__file__).parents[2]) as process:
+        assert process.stdout.readline() == "held\n"
+        assert case.plan().totals == first.totals
+    assert counted == []
+
+
+@pytest.mark.parametrize("place", ["a file", "relative/cache"])
+def test_where_nothing_can_be_kept_counts_are_computed_every_time(case, counted, tmp_path_factory, monkeypatch, place):
+    (case.corpus.folder / "plans").write_text("in the way of a folder")
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("a file").write_text("in the way of a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", os.path.abspath(place) if place == "a file" else place)
     first, again = case.plan(), case.plan()
     assert first.totals == again.totals
     assert counted == [*range(first.blocks.n_blocks)] * 2

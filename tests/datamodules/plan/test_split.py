@@ -49,6 +49,20 @@ def test_looking_for_held_out_documents_looks_at_held_out_files_only(monkeypatch
     assert of.first("val", 7).tolist() == looked_at + [looked_at[0] + k for k in range(1, 7)]
 
 
+@pytest.mark.parametrize(("val_share", "part"), [(0.0, "val"), (1.0, "train")])
+def test_a_part_of_nothing_is_empty_without_a_look_at_any_document(monkeypatch, val_share, part):
+    monkeypatch.setattr(Split, "documents", None)
+    assert split(100_003, val_share).first(part, 1).tolist() == []
+    assert list(split(100_003, val_share).chunks(part)) == []
+
+
+@given(st.integers(0, 499), st.floats(0, 1), INPUTS, st.sampled_from(["train", "val"]))
+def test_the_chunks_of_a_part_are_its_documents(n_documents, val_share, val_input, part):
+    of = split(n_documents, val_share, val_input)
+    found = [d for documents in of.chunks(part) for d in documents.tolist()]
+    assert found == of.documents(0, n_documents, part).tolist()
+
+
 def test_documents_of_the_named_files_are_held_out():
     assert split(11, val_input=["1.tar"]).documents(0, 11, "val").tolist() == [4, 5, 6, 7]
 

@@ -1,5 +1,7 @@
 """Faults that are injected into raw files, and what an index makes of them."""
 
+import errno
+import fcntl
 import json
 import os
 import tarfile
@@ -182,3 +184,15 @@ def test_a_document_of_ten_megabytes_is_indexed_whole(prepare, tmp_path, tokeniz
     assert len(long) > 10_000_000
     assert corpus.n_documents == 3
     assert np.array_equal(corpus.document_tokens(1), tokenizer.encode(long))
+
+
+def test_a_folder_without_locks_is_refused_in_one_line(prepare, tmp_path, monkeypatch):
+    """As on a network's file system that is mounted without them."""
+
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    made.write_tar(tmp_path / "raw/a.tar", made.pairs(3, 0))
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.raises(UserError, match=r"index: its file system cannot keep other processes out .*No locks available"):
+        prepare("img2dataset")

@@ -1,10 +1,13 @@
 import hashlib
+import json
+import os
 import tarfile
 
 import pytest
 
 from datamodules.document import ImageRef, Tally
 from datamodules.sources import SOURCES, ReadOptions
+from datamodules.sources.tar import TarReader
 from tests.datamodules import made
 
 SOURCE = SOURCES["img2dataset"]
@@ -145,3 +148,79 @@ def test_what_is_no_file_in_a_tar_is_passed_over(tmp_path):
 
 def test_pairs_are_not_split_between_rows():
     assert SOURCE.packing == "whole"
+
+DEEP = "d" * 61 + "/" + "n" * 67 + "/"
+"""A folder whose name alone is longer than a header's 100 bytes."""
+URL = "https://pictures.example/7.jpg"
+
+
+def write_as(path, format_, members):
+    """Write a tar of a format; `tarfile` writes no V7, which is ustar without its magic and what comes behind."""
+    made.write_tar(path, members, format_=tarfile.USTAR_FORMAT if format_ == "v7" else format_)
+    if format_ == "v7":
+        data = bytearray(path.read_bytes())
+        with TarReader(path) as tar:
+            for member in tar.members():
+                header = data[member.header : member.header + 257] + bytes(255)
+                header[148:156] = b" " * 8
+                header[148:156] = b"%06o\0 " % sum(header)
+                data[member.header : member.header + 512] = header
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the picture", "behind the picture"])
+@pytest.mark.parametrize("side", [67, 997], ids=["small picture", "large picture"])
+@pytest.mark.parametrize(
+    ("format_", "folder"),
+    [
+        (tarfile.USTAR_FORMAT, ""), (tarfile.GNU_FORMAT, ""), (tarfile.PAX_FORMAT, ""), ("v7", ""),
+        (tarfile.GNU_FORMAT, DEEP), (tarfile.PAX_FORMAT, DEEP), (tarfile.USTAR_FORMAT, DEEP),
+        (tarfile.PAX_FORMAT, "kätzchen/"),
+    ],
+    ids=["ustar", "gnu", "pax", "V7", "gnu long", "pax long", "ustar prefix", "pax umlaut"],
+)  # fmt: skip
+def test_labels_are_those_of_the_pictures_own_json(tmp_path, format_, folder, before, side):
+    members = []
+    for name in ("6", "ü7" if folder.startswith("k") else "7", "8"):
+        own = [
+            (f"{folder}{name}.json", json.dumps({"url": URL.replace("7", name[-1]), "key": name}).encode()),
+            (f"{folder}{name}.png", made.png(7, width=side)),
+        ]
+        members += [*own, (f"{folder}{name}.txt", b"words")] if before else [*own[::-1], (f"{folder}{name}.txt", b"words")]
+    write_as(tmp_path / "a.tar", format_, members)
+    documents, tally = read(tmp_path / "a.tar")
+    labels = [SOURCE.labels(tmp_path / "a.tar", d.record) for d in documents]
+    assert [label.urls for label in labels] == [(URL.replace("7", n),) for n in "678"]
+    assert [label.key for label in labels] == [SOURCE.record_name(tmp_path / "a.tar", d.record) for d in documents]
+    assert [label.key for label in labels] == [n.removesuffix(".png") for n, _ in members if n.endswith("png")]
+    assert tally == Tally()
+
+
+def test_a_json_of_another_sample_says_nothing_of_a_picture(tmp_path):
+    other = [("6.json", json.dumps({"url": URL}).encode()), ("7.jpg", made.jpeg(0)), ("7.txt", b"words")]
+    made.write_tar(tmp_path / "a.tar", [*other, ("8.json", json.dumps({"url": URL}).encode())])
+    assert [SOURCE.labels(tmp_path / "a.tar", d.record) for d in read(tmp_path / "a.tar")[0]] == [("7", (), ())]
+
+
+def test_a_tar_within_a_member_is_no_part_of_the_archive(tmp_path):
+    made.write_tar(tmp_path / "inner.tar", [("7.json", json.dumps({"url": URL}).encode())])
+    inner = (tmp_path / "inner.tar").read_bytes()[:1024]  # without its end: a chain of headers up to the picture's
+    made.write_tar(tmp_path / "a.tar", [("6.bin", b"x" * 512 + inner), ("7.jpg", made.jpeg(0)), ("7.txt", b"words")])
+    (document,) = read(tmp_path / "a.tar")[0]
+    assert SOURCE.labels(tmp_path / "a.tar", document.record).urls == ()
+
+
+def test_labels_of_a_shard_that_has_changed_are_refused(tmp_path):
+    made.write_tar(tmp_path / "a.tar", made.pairs(3, 0))
+    with pytest.raises(OSError, match="no file at byte 517; it has changed"):
+        SOURCE.labels(tmp_path / "a.tar", 517)
+
+
+def test_a_lookup_reads_a_small_part_of_a_tar(tmp_path, monkeypatch):
+    made.write_tar(tmp_path / "a.tar", made.pairs(997, 0))
+    documents = read(tmp_path / "a.tar")[0]
+    taken = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *a: taken.append(len(data := pread(*a))) or data)
+    SOURCE.labels(tmp_path / "a.tar", documents[500].record)
+    assert 0 < sum(taken) < 1 << 17 < (tmp_path / "a.tar").stat().st_size / 5
