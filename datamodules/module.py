@@ -20,7 +20,7 @@ from datamodules.mixture.steps import Steps
 from datamodules.opened import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
 from datamodules.plan import Layout
 from datamodules.plan.plan import VERSION
-from datamodules.quarantine import Ledger
+from datamodules.quarantine import LEDGER, Ledger
 from datamodules.questions import ask_captions, ask_examples
 from datamodules.stream import InOrder, Row, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
@@ -292,7 +292,7 @@ class MixtureData(L.LightningDataModule):
     def _ledger(self) -> Ledger | None:
         if self.quarantine is not None:
             return Ledger(self.quarantine)
-        return Ledger(Path(self.trainer.default_root_dir) / "quarantine.jsonl") if self.trainer is not None else None
+        return Ledger(Path(self.trainer.default_root_dir) / LEDGER) if self.trainer is not None else None
 
     def _rendering(self) -> Rendering:
         return Rendering(

@@ -16,6 +16,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make(tmp_path_factory.mktemp("bench"), n_pairs=2, n_texts=61, n_documents=256, vocab_size=311)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
 def test_made_pairs_come_back_as_rows_of_ours(inputs: Inputs) -> None:
     ours, *others = benchmark.compare(inputs, "256 px", workers=0, n_batches=2, n_rounds=1)
 
