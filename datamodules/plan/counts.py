@@ -52,7 +52,7 @@ class Counted(Protocol):
 def count_parts(blocks: Counted, title: str, workers: int) -> Counts:
     """Return what is known of each block, (n_blocks,), from where it is kept if it is there."""
     n, file, index = blocks.n_blocks, f"{blocks.key}.npz", Path(blocks.corpus.folder)
-    folders = [index / "plans", *_cached(index)]
+    folders = [index / "plans", *_cached(index)] if index.is_dir() else []
     for folder in folders:
         if (counts := _read(folder / file, n)) is not None:
             return counts
