@@ -41,7 +41,8 @@ class CorpusConfig:
     val_input: list[str] | None = None
     """Patterns of files that are kept for validation as a whole; then `val_share` does not count."""
     max_bad_share: float = 0.1
-    """A shard with more broken records, or a run with more undecodable pictures of this source, than this stops."""
+    """A shard with more broken records stops its preparation (from 20 records on; what is cut off counts as one), and a
+    run stops when one of its loader processes cannot decode more of this source's pictures (from 200 on)."""
     weight: float = 1.0
     """Share among the sources of the same kind, in the mixture's unit; only their proportion counts."""
     max_epochs: float | None = None
@@ -82,7 +83,7 @@ class RatioStage:
     """Ratios that hold from an optimizer step on."""
 
     from_step: int
-    """First step of the stage."""
+    """Optimizer steps before the stage: 1000 changes what step 1,001 of the log reads."""
     ratio: RatioConfig
     """Shares from there on; None: that corpus's as before."""
 

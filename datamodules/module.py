@@ -53,7 +53,7 @@ class MixtureData(L.LightningDataModule):
         seed: int = 0,
         prompt: str = "An image of",
         instruct: CorpusConfig | None = None,
-        sources: dict[str, CorpusConfig] | None = None,
+        sources: dict[str, CorpusConfig | None] | None = None,
         unit: Unit = "tokens",
         ratio_stages: list[RatioStage] | None = None,
         accept_changes: bool = False,
@@ -82,7 +82,8 @@ class MixtureData(L.LightningDataModule):
             seed: Seed of packing and order.
             prompt: What `predict` asks about the held-out captions' pictures.
             instruct: Prompts with completions, and conversations; loss on the completions and answers alone.
-            sources: More sources by name; the format says the kind, and `weight` the share among those of its kind.
+            sources: More sources by name; the format says the kind, and `weight` the share among those of its kind; null
+                takes one away that another file names.
             unit: What ratios and weights count; in every unit each row is dealt out as soon as it is due.
             ratio_stages: Ratios that hold from later optimizer steps on.
             accept_changes: Go on although ratios, weights or the list of sources differ from the checkpoint's run.
@@ -102,16 +103,16 @@ class MixtureData(L.LightningDataModule):
         used = [any(ratio[kind] for _, ratio in self.ratios) for kind in range(len(CORPORA))]
         self.sources = {n: s for n, s in named.items() if used[s.kind] and s.config.weight}
         sizes = {"seq_len": seq_len, "global_batch_rows": global_batch_rows, "micro_batch_rows": micro_batch_rows}
-        for name, value in (sizes | {"block_documents": block_documents, "run_documents": run_documents}).items():
+        sizes |= {"val_rows": val_rows, "block_documents": block_documents, "run_documents": run_documents}
+        for name, value in sizes.items():
             if value <= 0:
                 raise UserError(f"data.{name} must be positive, got {value}")
         self.seq_len, self.global_batch_rows, self.micro_batch_rows = seq_len, global_batch_rows, micro_batch_rows
         self.n_latents, self.image_size, self.image_fit = n_latents, image_size, image_fit
         self.val_rows, self.num_workers, self.prepare_workers = val_rows, num_workers, prepare_workers
         self.seed, self.prompt = seed, prompt
-        self.block_documents, self.run_documents = block_documents, run_documents
+        self.block_documents, self.run_documents, self.quarantine = block_documents, run_documents, quarantine
         self.blocklist = Blocklist.load(blocklist) if blocklist else None
-        self.quarantine = quarantine
         self.opened: dict[str, OpenedSource] = {}
         self.steps = Steps.of(global_batch_rows)
         self._loaded: Any = None  # the checkpoint whose stream goes on
@@ -188,10 +189,11 @@ class MixtureData(L.LightningDataModule):
             return Stream(packed, self.schedule, self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
 
-    def as_trained(self, row: Row) -> Row:
-        """Return a row as the model gets it: without what the blocklist names."""
-        corpus = self.opened[row.source].corpus
-        return row if self.blocklist is None else self.blocklist.apply(row, corpus, self.tokenizer.special)[0]
+    def as_trained(self, row: Row) -> tuple[Row, dict[int, str]]:
+        """Return a row as the model gets it, and what blocks the documents that the blocklist strikes out of it."""
+        if self.blocklist is None:
+            return row, {}
+        return self.blocklist.apply(row, self.opened[row.source].corpus, self.tokenizer.special)
 
     def n_val_rows(self) -> int:
         """Return the rows of the `val` stream."""
@@ -218,14 +220,15 @@ class MixtureData(L.LightningDataModule):
         for at, name in enumerate(self.history.kinds):
             if name in self.opened and (limit := self.opened[name].config.max_epochs) is not None:
                 row = self.schedule.row_of(at, math.floor(limit * self.opened[name].train.plan.n_rows))
-                ends += [] if row is None else [(self.steps.step(row), f"source {name} has been read {limit:g} times")]
+                why = f"source {name} would be read more than {limit:g} times (max_epochs)"
+                ends += [] if row is None else [(self.steps.step(row), why)]
         if not ends:
             return
         (last, why), at, loop = min(ends), self.trainer.global_step, self.trainer.fit_loop.epoch_loop
         if last < max(1, at):
-            raise UserError(f"after step {last:,} {why}, its max_epochs, and the run is at step {at:,}; raise max_epochs")
+            raise UserError(f"after step {last:,} {why}, and the run is at step {at:,}; raise max_epochs")
         if loop.max_steps < 0 or last < loop.max_steps:
-            rank_zero_info(f"training ends with step {last:,}, not {loop.max_steps:,}: then {why}, its max_epochs")
+            rank_zero_info(f"training ends with step {last:,}, not {loop.max_steps:,}: then {why}")
             loop.max_steps = last
 
     # ---- loaders
@@ -245,6 +248,8 @@ class MixtureData(L.LightningDataModule):
                 )
             self._end_with_the_sources()
             rank_zero_info(self.describe(self.trainer.max_steps))
+            if self.blocklist is not None:
+                rank_zero_info(f"blocklist: {len(self.blocklist):,} entries")
             first = self.steps.row(self.trainer.global_step)
         return Loader(MicroBatches(self.stream(), self._share(first), self._rendering()), self.num_workers)
 
@@ -290,9 +295,9 @@ class MixtureData(L.LightningDataModule):
         )  # fmt: skip
 
     def _ledger(self) -> Ledger | None:
-        if self.quarantine is not None:
-            return Ledger(self.quarantine)
-        return Ledger(Path(self.trainer.default_root_dir) / LEDGER) if self.trainer is not None else None
+        folder = Path(self.trainer.default_root_dir) if self.trainer is not None else None
+        path = self.quarantine or (folder and folder / LEDGER)
+        return Ledger(path) if path else None
 
     def _rendering(self) -> Rendering:
         return Rendering(
@@ -306,8 +311,7 @@ class MixtureData(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         step = self.trainer.global_step
-        place = {"step": step, "next_row": self.steps.row(step), "steps": self.steps.to_list()}
-        return place | self.history.to_dict()
+        return {"step": step, "next_row": self.steps.row(step), "steps": self.steps.to_list()} | self.history.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises: UserError if the rows to come are not those of the checkpoint's run, unless the change is accepted."""
@@ -329,8 +333,7 @@ class MixtureData(L.LightningDataModule):
 
     def _take_up(self, state_dict: dict[str, Any], *, accept: bool) -> list[str]:
         self.steps = Steps.from_list(state_dict["steps"]).go_on(state_dict["step"], self.global_batch_rows)
-        before = History.from_dict(state_dict)
-        history, changes = before.go_on(self._wanted(), state_dict["next_row"], accept=accept)
+        history, changes = History.from_dict(state_dict).go_on(self._wanted(), state_dict["next_row"], accept=accept)
         self._deal(history)
         return changes
 
@@ -343,5 +346,4 @@ class MixtureData(L.LightningDataModule):
 
     def _rules(self) -> dict[str, Any]:
         names = ("seed", "seq_len", "n_latents", "image_size", "image_fit", "block_documents", "run_documents")
-        found = {name: getattr(self, name) for name in names}
-        return found | {"tokenizer": self.tokenizer.fingerprint, "packing": VERSION}
+        return {n: getattr(self, n) for n in names} | {"tokenizer": self.tokenizer.fingerprint, "packing": VERSION}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from datamodules.stream import Row, Stream
@@ -10,19 +11,20 @@ from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokens import IGNORE, Tokenizer
 
 
-def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
+def describe_row(row: Row, stream: Stream, blocked: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Return a row as plain data.
 
     `documents` say where each document comes from, and which of its targets [start, end) stand in the row: its tokens, a
     picture counting as one, and </s>. `images` say where each picture's bytes lie; in a crawl that is its WARC record.
     `sha256` is of the picture itself. The digests of all rows that a run has read add up, modulo 2 ** 63, to its
-    checkpoint's `rows_digest`.
+    checkpoint's `rows_digest`. `blocked` says, per document that a blocklist strikes out, what blocks it.
     """
     corpus = stream.by_name[row.source].corpus
     documents, images = [], []
-    for placed in row.documents:
+    for n, placed in enumerate(row.documents):
         shard, name = corpus.shard_and_name(placed.document)
-        documents.append({"source": shard, "id": name, "tokens": [placed.start, placed.end]})
+        why = {"blocked": blocked[n]} if blocked and n in blocked else {}
+        documents.append({"source": shard, "id": name, "tokens": [placed.start, placed.end]} | why)
     for image in row.images:
         digest = hashlib.sha256(corpus.image_bytes(image)).hexdigest()
         place = {"shard": str(corpus.image_file(image)), "offset": image.offset, "length": image.length}
@@ -41,7 +43,7 @@ def describe_row(row: Row, stream: Stream) -> dict[str, Any]:
     }
 
 
-def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer) -> str:
+def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer, blocked: Mapping[int, str] | None = None) -> str:
     """Return a row as text, each picture as one mark."""
     corpus = stream.by_name[row.source].corpus
     kind = CORPORA[row.corpus] if row.source in CORPORA else f"{CORPORA[row.corpus]} {row.source}"
@@ -52,8 +54,9 @@ def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer) -> str:
     ]
     image = 0
     first_slots = {int(slot): n for n, slot in enumerate(row.slots)}
-    for placed in row.documents:
+    for n, placed in enumerate(row.documents):
         shard, name = corpus.shard_and_name(placed.document)
+        name += f", blocked: {blocked[n]}" if blocked and n in blocked else ""
         text = ""
         for at in range(placed.at, placed.at + placed.length):
             id_ = int(row.tokens[at])

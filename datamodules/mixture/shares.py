@@ -33,7 +33,7 @@ class NamedSource:
 
 
 def name_sources(
-    kinds: Mapping[str, CorpusConfig | None], sources: Mapping[str, CorpusConfig] | None
+    kinds: Mapping[str, CorpusConfig | None], sources: Mapping[str, CorpusConfig | None] | None
 ) -> dict[str, NamedSource]:
     """Return all sources by name: those that are given as the one of their kind, and the named ones.
 
@@ -41,6 +41,8 @@ def name_sources(
     """
     found = {k: NamedSource(k, CORPORA.index(k), c) for k, c in kinds.items() if c is not None}
     for name, config in (sources or {}).items():
+        if config is None:
+            continue
         if name in CORPORA:
             raise UserError(f"data.sources.{name}: that name belongs to data.{name}; choose another")
         found[name] = NamedSource(name, CORPORA.index(SOURCES[config.format].kind), config)

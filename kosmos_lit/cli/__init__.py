@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor will Python's last flush complain
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there (fit: with --ckpt_path last)", file=sys.stderr)
+        advice = "; the same command goes on from there (fit: with --ckpt_path last)" if verb in ("fit", "prepare") else ""
+        print(f"interrupted{advice}", file=sys.stderr)
         return 130
 
 

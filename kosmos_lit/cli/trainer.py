@@ -17,6 +17,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
@@ -171,6 +172,8 @@ class DataCLI(KosmosCLI):
         super().__init__(arguments, run=False)
 
     def instantiate_classes(self) -> None:
+        if "data" not in self.config or self.config.data is None:
+            raise UserError("no data: give a run's config with -c")
         wanted = Namespace(data=self.config.data)  # type: ignore[no-untyped-call]
         self.datamodule = self.parser.instantiate(self.config.clone().update(wanted)).data
 
@@ -182,8 +185,15 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    try:
+    with mistakes_in(arguments):
         KosmosCLI(arguments)
+
+
+@contextmanager
+def mistakes_in(arguments: Sequence[str]) -> Iterator[None]:
+    """Turn what the libraries make of a user's mistakes back into them."""
+    try:
+        yield
     except UserError as error:
         unknown = re.search(r"[Oo]ption '(?:[\w.]*\.)?(\w+)'", str(error))
         files = [str(p) for p in _config_files(arguments) if unknown and _mentions(_read_yaml(p), unknown[1])]
@@ -275,7 +285,7 @@ def _with_all_sources(arguments: list[str]) -> list[str]:
 
 
 def _config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):  # there may be no argument
         if flag in ("-c", "--config"):
             yield Path(value)
         elif flag.startswith("--config="):

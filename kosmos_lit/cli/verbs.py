@@ -102,8 +102,8 @@ def _part(text: str) -> tuple[int, int]:
 def rows_parser() -> argparse.ArgumentParser:
     """Return the options of `rows`; those of `fit` come beside them."""
     parser = _Parser(prog="main.py rows", epilog="All other arguments are those of fit: -c CONFIG, overrides.")
-    parser.add_argument("--start", type=int, default=0, help="first row")
-    parser.add_argument("--count", type=int, default=1, help="number of rows")
+    parser.add_argument("--start", type=int, default=None, help="first row; by default 0")
+    parser.add_argument("--count", type=int, default=None, help="number of rows; by default 1")
     parser.add_argument("--step", type=int, default=None, help="the rows of this optimizer step, the first being 1")
     parser.add_argument("--ckpt_path", type=Path, default=None, help="a run whose shares changed on the way: its checkpoint")
     parser.add_argument("--split", choices=("train", "val"), default="train")
@@ -114,15 +114,19 @@ def rows_parser() -> argparse.ArgumentParser:
 def rows(arguments: list[str]) -> None:
     """Print rows of a run's stream."""
     a, rest = rows_parser().parse_known_args(arguments)
-    if a.start < 0 or a.count < 0:
-        raise UserError(f"rows: --start {a.start} and --count {a.count} must not be negative")
-    if a.step is not None and (a.step < 1 or a.split != "train"):
-        raise UserError(f"rows: --step {a.step} must be at least 1, and is one of training")
+    if a.step is not None and (a.split != "train" or a.start is not None or a.count is not None):
+        raise UserError("rows: --step names all rows of a training step; leave out --start, --count and --split")
+    start, count = a.start or 0, 1 if a.count is None else a.count
+    if start < 0 or count < 0:
+        raise UserError(f"rows: --start {start} and --count {count} must not be negative")
+    if a.step is not None and a.step < 1:
+        raise UserError(f"rows: --step {a.step} must be at least 1, the first step")
     from datamodules.module import MixtureData
     from datamodules.show import describe_row, readable_row
-    from kosmos_lit.cli.trainer import DataCLI
+    from kosmos_lit.cli.trainer import DataCLI, mistakes_in
 
-    data = DataCLI(rest).datamodule
+    with mistakes_in(rest):
+        data = DataCLI(rest).datamodule
     if not isinstance(data, MixtureData):
         raise UserError(f"rows: {type(data).__name__} has no rows")
     data.prepare_data()
@@ -132,17 +136,18 @@ def rows(arguments: list[str]) -> None:
 
         data.read_as(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
     stream = data.stream(a.split)
-    numbers = range(a.start, a.start + a.count)
-    if a.step is not None:
-        numbers = data.steps.rows(a.step)
+    numbers = range(start, start + count) if a.step is None else data.steps.rows(a.step)
     if a.split == "val":
-        numbers = numbers[: max(0, data.n_val_rows() - numbers.start)]
+        n_rows = data.n_val_rows()
+        if start >= n_rows:
+            raise UserError(f"rows: --start {start}, but there are {n_rows} held-out rows, from 0")
+        numbers = numbers[: n_rows - start]
     for number in numbers:
-        row = data.as_trained(stream.row(number))
+        row, blocked = data.as_trained(stream.row(number))
         if a.json:
-            print(json.dumps(describe_row(row, stream)))
+            print(json.dumps(describe_row(row, stream, blocked)))
         else:
-            print(readable_row(row, stream, data.tokenizer))
+            print(readable_row(row, stream, data.tokenizer, blocked))
 
 
 def verify_parser() -> argparse.ArgumentParser:
