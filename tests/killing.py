@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def begin(arguments: list[str]) -> int:
     """Fork a run, in a process group of its own, and return its process id."""
     child = os.fork()
     if child:
+        os.setpgid(child, child)  # here too: the child may not have come to it when it is to be killed
         return child
     from kosmos_lit.cli import main
 
@@ -63,7 +65,10 @@ def begin(arguments: list[str]) -> int:
         os.setpgid(0, 0)
         sys.stdout = sys.stderr
         code = main(arguments)
+    except BaseException:  # noqa: BLE001  # whatever it is, it must be seen: nothing runs behind `_exit`
+        traceback.print_exc()
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
