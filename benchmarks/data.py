@@ -32,7 +32,7 @@ import torch
 
 from benchmarks.data_made import SHAPES, Inputs, make
 from benchmarks.data_sides import Count, MissingError, Task, energon, ours, webdataset, webdataset_own_decoder
-from kosmos_lit.machine import machine
+from kosmos_lit.checks.machine import machine
 
 ROOT = Path(__file__).parents[1]
 FAR = 1_000_000

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.pictures import made
+from benchmarks.images import made
 from datamodules import MixtureData
 from datamodules.config import CorpusConfig, Format, TokenizerConfig
 

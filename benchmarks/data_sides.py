@@ -23,7 +23,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from datamodules import MixtureData
 from datamodules.loader import Loader, MicroBatches, Rendering, Share
 from kosmos_lit.images import decode
-from kosmos_lit.tokens import BOS, EOS, PAD, Tokenizer
+from kosmos_lit.tokenizer import BOS, EOS, PAD, Tokenizer
 
 SIDE = 224
 SHUFFLED = 1000

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
-from kosmos_lit.evaluation.engine import Engine
 from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts
 from kosmos_lit.evaluation.requests import Score
+from kosmos_lit.evaluation.scheduler import Engine
 from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
-from kosmos_lit.generate import score_tokens
 from kosmos_lit.images import load
-from kosmos_lit.machine import machine
+from kosmos_lit.inference.generate import score_tokens
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 
 N_LATENTS, SIDE = 16, 112
 WORDS = [a + b + c for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "st", "r")]

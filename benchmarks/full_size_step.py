@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kosmos_lit.machine import machine
+from kosmos_lit.checks.machine import machine
 
 ROOT = Path(__file__).parents[1]
 ROWS, POSITIONS = 2, 128

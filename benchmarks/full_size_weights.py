@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kosmos_lit.machine import machine
+from kosmos_lit.checks.machine import machine
 
 ROOT = Path(__file__).parents[1]
 TENSORS = "model.safetensors"
@@ -30,7 +30,7 @@ def write_random(folder: Path) -> None:
     from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
     from datamodules.prepare.tokenizer import train_tokenizer
-    from kosmos_lit.tokens import Tokenizer, grounding
+    from kosmos_lit.tokenizer import Tokenizer, grounding
 
     config = Kosmos2Config()
     config.save_pretrained(folder)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
-from kosmos_lit.generate import GenerationConfig, Prompt, generate
-from kosmos_lit.machine import machine
+from kosmos_lit.inference.generate import GenerationConfig, Prompt, generate
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, SpecialTokens, expand_images
+from kosmos_lit.tokenizer import BOS, SpecialTokens, expand_images
 from kosmos_lit.weights import to_transformers
 
 VOCAB = 65_037

@@ -41,13 +41,13 @@ from datamodules.config import CorpusConfig
 from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus
 from datamodules.document import Tally
 from datamodules.mixture.shares import NamedSource
-from datamodules.plan.plan import COUNTS, Blocks, Layout
-from datamodules.plan.split import Part, Split
+from datamodules.packing.row_plan import COUNTS, Blocks, Layout
+from datamodules.packing.split import Part, Split
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.sources import SOURCES, ReadOptions
 from kosmos_lit.batch import CORPORA
-from kosmos_lit.tokens import Tokenizer, clean
+from kosmos_lit.tokenizer import Tokenizer, clean
 
 N_PAIRS, N_TEXTS, SIDE = 20_000, 4_000, 256
 VOCAB = 8_000
@@ -69,8 +69,8 @@ print(json.dumps({"seconds": seconds, "MB opened": opened, "MB after 1000 docume
 """
 START = RESIDENT + """
 from benchmarks.index import LAYOUT, sparse_source
-from datamodules.opened import OpenedSource
-from kosmos_lit.tokens import Tokenizer
+from datamodules.prepared_source import OpenedSource
+from kosmos_lit.tokenizer import Tokenizer
 source, tokenizer = sparse_source(sys.argv[1], float(sys.argv[3])), Tokenizer.load(sys.argv[2])
 before, start = resident(), time.perf_counter()
 opened = OpenedSource(source, tokenizer, LAYOUT, 1)

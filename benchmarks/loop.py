@@ -38,9 +38,9 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.step import show
 from kosmos_lit.batch import KosmosBatch
+from kosmos_lit.checks.machine import machine
 from kosmos_lit.cli.trainer import NOISE, KosmosCLI
 from kosmos_lit.lit import KosmosLit
-from kosmos_lit.machine import machine
 
 CONFIG = Path(__file__).with_name("loop.yaml")
 MODELS = {

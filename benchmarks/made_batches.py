@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datamodules.plan.packing import CROWDED, best_fit, exact_fill
+from datamodules.packing.pack import CROWDED, best_fit, exact_fill
 from kosmos_lit.batch import CORPORA, KosmosBatch
-from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, SpecialTokens
+from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 
 CAPTION, INTERLEAVED, TEXT = 17, 390, 300
 """Medians: text tokens of a caption, positions of a page, tokens of a short text."""

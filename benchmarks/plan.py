@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 from datamodules.corpus import COLUMNS, MANIFEST, PLACE_BITS, VERSION, IndexedCorpus
-from datamodules.plan import Layout, Plan
-from datamodules.plan.packing import CROWDED, Array, best_fit, exact_fill
-from datamodules.plan.split import Split
-from kosmos_lit.machine import machine
+from datamodules.packing import Layout, Plan
+from datamodules.packing.pack import CROWDED, Array, best_fit, exact_fill
+from datamodules.packing.split import Split
+from kosmos_lit.checks.machine import machine
 
 SEQ_LEN, N_LATENTS, MEDIAN, SIGMA, MOST = 2048, 64, 17, 0.6, 512
 LAYOUT = Layout(seq_len=SEQ_LEN, n_latents=N_LATENTS, seed=0)

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.made_batches import Document, Made, n_targets
+from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
-from kosmos_lit.machine import machine
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import IGNORE, PAD, SpecialTokens
+from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 from kosmos_lit.weights import to_transformers
 from kosmos_lit.weights.keys import TRANSFORMERS
 

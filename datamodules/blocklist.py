@@ -35,12 +35,12 @@ import numpy as np
 import zstandard
 
 from datamodules.corpus import IndexedCorpus
-from datamodules.hashing import U64, hash_bytes
-from datamodules.prepare.files import expand
+from datamodules.io.hashing import U64, hash_bytes
+from datamodules.io.paths import expand
 from datamodules.sources.jsonl import lines
 from datamodules.stream import Row
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import IGNORE, PAD, SpecialTokens
+from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 REASON = "blocked"
 """What a ledger says of a document that a blocklist strikes out."""

@@ -21,7 +21,7 @@ from datamodules.stream import Row
 from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, check_slots
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit, ImageError, Pixels, decode
-from kosmos_lit.tokens import IGNORE, PAD, Ids, SpecialTokens, Tokenizer
+from kosmos_lit.tokenizer import IGNORE, PAD, Ids, SpecialTokens, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from datamodules.sources import SOURCES, Labels
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 
 VERSION = 1
 MANIFEST = "manifest.json"

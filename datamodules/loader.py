@@ -22,7 +22,7 @@ from datamodules.stream import Row, Stream
 from kosmos_lit.batch import KosmosBatch, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 
 
 def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:

@@ -12,16 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.blocklist import Blocklist
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerConfig, Unit
+from datamodules.forecast import largest_micro_batch, last_step
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share, micro_batches
 from datamodules.mixture.history import History
 from datamodules.mixture.shares import Leg, name_sources, ratios_by_step, relay, shares
 from datamodules.mixture.steps import Steps
-from datamodules.opened import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
-from datamodules.outlook import largest_micro_batch, last_step
-from datamodules.plan import Layout
-from datamodules.plan.plan import VERSION
+from datamodules.packing import Layout
+from datamodules.packing.row_plan import VERSION
+from datamodules.prepared_source import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
+from datamodules.prompt_batches import ask_captions, ask_examples
 from datamodules.quarantine import LEDGER, Ledger
-from datamodules.questions import ask_captions, ask_examples
 from datamodules.stream import InOrder, Row, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from datamodules.config import Unit
 from datamodules.corpus import IndexedCorpus, StoredImage
-from datamodules.plan import Plan
+from datamodules.packing import Plan
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, Ids, SpecialTokens, expand_images
+from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, Ids, SpecialTokens, expand_images
 
 
 class Schedule(Protocol):

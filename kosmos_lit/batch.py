@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kosmos_lit.tokens import Ids
+from kosmos_lit.tokenizer import Ids
 
 CORPORA = ("text", "caption", "interleaved", "instruct")
 """The kinds of corpora, in the order of `KosmosBatch.corpus`."""

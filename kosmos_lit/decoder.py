@@ -23,7 +23,7 @@ from kosmos_lit.layers.init import init_decoder
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.ops.positions import rotary_tables, rotation, sinusoids, xpos_tables
 from kosmos_lit.ops.splice import splice
-from kosmos_lit.tokens import PAD
+from kosmos_lit.tokenizer import PAD
 
 
 class Decoder(nn.Module):

@@ -12,7 +12,7 @@ bytes. Where the fast one is in any doubt, the plain one decides. How far apart 
     `crop`                   at most 2 of 255 anywhere, 2 in no more than 1 of 5,000 values; in the mean under 0.02
 
 Decoding to n/8 of the size (libjpeg's scaled DCT) would help large pictures only, and shifts pixels by several levels in the
-mean and by a hundred at edges: left out. Both ways' pictures a second, side by side: `python benchmarks/pictures.py`.
+mean and by a hundred at edges: left out. Both ways' pictures a second, side by side: `python benchmarks/images.py`.
 """
 
 from __future__ import annotations

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, PromptBatch
 from kosmos_lit.checks.device import check_device, fuses
-from kosmos_lit.checks.fits import Rows, check_trainer
 from kosmos_lit.checks.leaks import check_leaks
+from kosmos_lit.checks.memory import Rows, check_trainer
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
+from kosmos_lit.corpus_loss import CorpusLoss
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import GenerationConfig, Prompt, encode_prompt, generate
-from kosmos_lit.metrics import CorpusLoss
+from kosmos_lit.inference.generate import GenerationConfig, Prompt, encode_prompt, generate
+from kosmos_lit.init_from import freeze, start_from
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
 from kosmos_lit.sharding.fsdp import check_strategy
-from kosmos_lit.sharding.pieces import clip_grad_norm, plain
+from kosmos_lit.sharding.shards import clip_grad_norm, plain
 from kosmos_lit.sharding.strategy import Sharded
-from kosmos_lit.start import freeze, start_from
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 
 _MASK = (1 << 63) - 1
 

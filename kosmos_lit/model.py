@@ -15,14 +15,14 @@ from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
-from kosmos_lit.generation.results import Scored
 from kosmos_lit.images import ImageError, Picture, several
 from kosmos_lit.images import load as load_picture
+from kosmos_lit.inference.results import Scored
 from kosmos_lit.layers.block import Block
 from kosmos_lit.layers.lora import add_lora
 from kosmos_lit.ops.losses import token_nll, weighted_nll
 from kosmos_lit.ops.masks import DocumentMask, padded
-from kosmos_lit.tokens import PAD, Tokenizer
+from kosmos_lit.tokenizer import PAD, Tokenizer
 from kosmos_lit.vision import VisionTower
 
 
@@ -155,7 +155,7 @@ class Kosmos(nn.Module):
 
         Raises: UserError for a picture that cannot be read, for unknown settings, or if there are too many tokens.
         """
-        from kosmos_lit.generate import GenerationConfig, encode_prompt, generate
+        from kosmos_lit.inference.generate import GenerationConfig, encode_prompt, generate
 
         pixels = self.pixels(images)
         tokens = encode_prompt(prompt, len(pixels), self._own_tokenizer, self.config.connector.n_latents)
@@ -172,7 +172,7 @@ class Kosmos(nn.Module):
 
         Raises: UserError for a picture that cannot be read, a candidate without tokens, or if there are too many of them.
         """
-        from kosmos_lit.generate import encode_prompt, score
+        from kosmos_lit.inference.generate import encode_prompt, score
 
         if isinstance(candidates, str):
             raise UserError(f"candidates must be a list of texts, got one text, {candidates!r}")

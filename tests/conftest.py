@@ -11,7 +11,7 @@ from datamodules.corpus import IndexedCorpus
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.cli import main
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from tests.datamodules import made
 from tests.running import tiny_run
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.sharding.pieces import local
-from kosmos_lit.tokens import IGNORE, PAD
+from kosmos_lit.sharding.shards import local
+from kosmos_lit.tokenizer import IGNORE, PAD
 
 
 class CountValidation(Callback):

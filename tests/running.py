@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kosmos_lit.cli.verify import logged
+from kosmos_lit.cli.verify_resume import logged
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")

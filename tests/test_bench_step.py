@@ -26,7 +26,7 @@ from benchmarks.step import (
 )
 from kosmos_lit.batch import check_slots
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import IGNORE, PAD, SpecialTokens
+from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 VOCAB, SEQ_LEN, SIDE, LATENTS = 1200, 512, 28, 64
 MADE = Made(SpecialTokens.after(VOCAB - 1037), LATENTS, SIDE, SEQ_LEN)

@@ -22,7 +22,7 @@ from kosmos_lit.batch import CORPORA, DIGEST_MASK
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
-from kosmos_lit.cli.verify import compare, logged
+from kosmos_lit.cli.verify_resume import compare, logged
 from tests.running import tiny_run
 
 pytestmark = pytest.mark.xdist_group("changes")  # one worker: its runs are made once

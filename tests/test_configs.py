@@ -15,13 +15,13 @@ import yaml
 
 from datamodules import InstructData
 from datamodules.sources import ReadOptions
-from kosmos_lit import evals
+from kosmos_lit import tasks
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.cli.trainer import LINKS, KosmosCLI, KosmosParser
 from kosmos_lit.config import ConnectorKind, DocumentAttention, Init, KosmosConfig, Norm, Positions, Trainable
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.published import PUBLISHED
 from kosmos_lit.model import Kosmos
+from kosmos_lit.report.published import PUBLISHED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLIND = CONFIGS / "world_text_only.yaml"
@@ -155,10 +155,10 @@ def test_the_suite_can_be_laid_over_the_papers_run() -> None:
 def test_the_suite_has_every_published_benchmark_and_names_end_in_the_shots() -> None:
     named = tasks_of(CONFIGS / "eval" / "paper.yaml")
 
-    tasks = {name: getattr(evals, task["class_path"].split(".")[-1])(**task["init_args"]) for name, task in named.items()}
+    built = {name: getattr(tasks, task["class_path"].split(".")[-1])(**task["init_args"]) for name, task in named.items()}
 
-    assert {task.published for task in tasks.values()} == set(PUBLISHED) == {path.stem for path in TASKS}
-    for name, task in tasks.items():
+    assert {task.published for task in built.values()} == set(PUBLISHED) == {path.stem for path in TASKS}
+    for name, task in built.items():
         assert name == f"{task.published}_{task.n_shots}".removesuffix("_0")
         shots = {"n_shots": task.n_shots} if task.n_shots else {}
         assert named[name]["init_args"] == named[task.published]["init_args"] | shots

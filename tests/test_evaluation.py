@@ -13,7 +13,7 @@ import yaml
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights import save_folder
 from tests.kosmos_lit.evaluation.asking import draw
 from tests.ranks import on_ranks
@@ -119,7 +119,7 @@ def test_an_evaluation_in_training_needs_tasks(
 def test_an_interrupted_evaluation_says_how_it_goes_on(
     trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kosmos_lit.evaluation.engine.WINDOW", 2)
+    monkeypatch.setattr("kosmos_lit.evaluation.scheduler.WINDOW", 2)
     folder = shutil.copytree(pictures, tmp_path / "pictures")
     (folder / "die").write_text("interrupt")
     tasks = overlay(tmp_path / "one.yaml", dying=rounds(folder, 7, "Dying"))

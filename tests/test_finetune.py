@@ -15,10 +15,10 @@ from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.errors import UserError
+from kosmos_lit.init_from import freeze, start_from
 from kosmos_lit.lora import base_weights, load_adapter, merged
 from kosmos_lit.model import Kosmos
-from kosmos_lit.start import freeze, start_from
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights import save_folder
 from tests.running import losses, tiny_run
 

@@ -12,7 +12,7 @@ from datamodules import MixtureData
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
-from kosmos_lit.cli.verify import compare
+from kosmos_lit.cli.verify_resume import compare
 from tests.running import TINY, losses, run, tiny_run
 
 NO_DROPOUT = [

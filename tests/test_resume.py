@@ -20,7 +20,7 @@ from datamodules.stream import Stream
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
-from kosmos_lit.cli.verify import compare
+from kosmos_lit.cli.verify_resume import compare
 from tests.running import ROOT, TINY, losses, run, start, tiny_run
 
 

@@ -22,7 +22,7 @@ from datamodules.stream import Stream
 from kosmos_lit.batch import CORPORA, DIGEST_MASK, KosmosBatch
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from tests.datamodules import made
 from tests.kosmos_lit.tiny_kosmos import LATENTS, SIDE, TOWER, shaken, tiny_config
 

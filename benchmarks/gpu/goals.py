@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import data as loader_benchmark
-from benchmarks import generation, loop, pictures
+from benchmarks import generation, images, loop
 from benchmarks.data_made import make
 from benchmarks.data_sides import rendering
 from benchmarks.gpu import parts
@@ -158,8 +158,8 @@ def g9(rig: Rig) -> Figures:
         totals = data.opened["caption"].train.plan.totals
         padding = 1 - totals.positions / (totals.rows * data.seq_len)
         wait = _data_wait(rig, data, workers)
-    jpegs = [pictures.made(256, 256, 95, seed) for seed in range(4 if rig.tiny else 24)]
-    decoding = pictures.compare("256 x 256", jpegs, 1 if rig.tiny else 9)
+    jpegs = [images.made(256, 256, 95, seed) for seed in range(4 if rig.tiny else 24)]
+    decoding = images.compare("256 x 256", jpegs, 1 if rig.tiny else 9)
     bars = {
         "pictures/s": bar(float(ours["pictures/s"]), IMAGES_NEEDED, 2 * IMAGES_NEEDED),  # type: ignore[arg-type]
         "share of time that training waits": bar(wait, 0.01, 0.003, at_most=True),

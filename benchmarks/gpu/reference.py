@@ -24,7 +24,7 @@ from kosmos_lit.layers.block import Block
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.positions import Rotation, rotate, rotation, xpos_tables
 from kosmos_lit.ops.splice import splice
-from kosmos_lit.tokens import IGNORE
+from kosmos_lit.tokenizer import IGNORE
 
 MICRO_BATCH = {"text": 1, "caption": 6}
 """Documents of a micro-batch."""

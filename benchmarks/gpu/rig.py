@@ -19,12 +19,12 @@ from torch import nn
 
 from benchmarks.made_batches import Made
 from kosmos_lit.batch import KosmosBatch
+from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.peaks import peak_flops
-from kosmos_lit.machine import machine
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import SpecialTokens
+from kosmos_lit.tokenizer import SpecialTokens
 
 SHARES = {"text": 5, "caption": 5, "interleaved": 2}
 """Rows of each kind in a micro-batch of the mixture, as 0.5 M : 0.5 M : 0.2 M tokens."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datamodules.corpus import IndexedCorpus
-from datamodules.hashing import hash_key
+from datamodules.io.hashing import hash_key
 from datamodules.mixture.shares import Leg, NamedSource, describe_shares, go_on
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError

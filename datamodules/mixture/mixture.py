@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.mixture.dealing import Piece, Target, deal
+from datamodules.mixture.apportion import Piece, Target, deal
 from kosmos_lit.errors import UserError
 
 MAX_PERIOD = 100_000

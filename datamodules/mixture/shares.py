@@ -13,7 +13,7 @@ from typing import Any
 
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, Unit
 from datamodules.mixture.mixture import Blend, BlendStage, Relay, check_weights, exact
-from datamodules.plan.plan import Totals
+from datamodules.packing.row_plan import Totals
 from datamodules.sources import SOURCES
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError

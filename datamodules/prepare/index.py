@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.corpus import VERSION, IndexedCorpus, read_manifest, shards_key
-from datamodules.prepare.files import expand, write_whole
+from datamodules.io.locks import locked
+from datamodules.io.paths import expand, write_whole
+from datamodules.io.pool import run_all
 from datamodules.prepare.join import join, join_surveys
-from datamodules.prepare.locks import locked
-from datamodules.prepare.pool import run_all
 from datamodules.prepare.shard import Task, index_shard, pictures_file, survey_shard, token_dtype
 from datamodules.sources import SOURCES, ReadOptions
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 
 PARTS_VERSION = 2
 """Of the unfinished parts in an index's folder; those of another version are not gone on with."""

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from datamodules.corpus import COLUMNS, MANIFEST
 from datamodules.document import Tally
+from datamodules.io.paths import sync, write_whole
 from datamodules.prepare.columns import SLICE, ColumnWriter, join_columns
-from datamodules.prepare.files import sync, write_whole
 from datamodules.prepare.report import report
 from datamodules.prepare.shard import PICTURES, Task, pictures_file, read_tally
 from datamodules.quarantine import LEDGER

@@ -14,14 +14,14 @@ import numpy as np
 
 from datamodules.corpus import COLUMNS, place
 from datamodules.document import Document, ImageRef, Tally
+from datamodules.io.paths import whole_folder
+from datamodules.io.pool import Progress
 from datamodules.prepare.columns import ColumnWriter, column_writers
-from datamodules.prepare.files import whole_folder
-from datamodules.prepare.pool import Progress
 from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.base import CUT_OFF
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20

@@ -16,10 +16,10 @@ import sentencepiece
 from tqdm import tqdm
 
 from datamodules.document import Tally
-from datamodules.prepare.files import expand, write_whole
+from datamodules.io.paths import expand, write_whole
 from datamodules.sources import SOURCES, ReadOptions, Source
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import LEADING, MODEL_FILE, Tokenizer, clean, has_tokenizer
+from kosmos_lit.tokenizer import LEADING, MODEL_FILE, Tokenizer, clean, has_tokenizer
 
 MAX_SENTENCE_BYTES = 4000
 """SentencePiece skips longer ones, so lines are cut there, at a space."""

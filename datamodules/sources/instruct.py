@@ -25,7 +25,7 @@ from datamodules.document import Document, ImageRef, Part
 from datamodules.sources.base import TURN_TEMPLATE, ReadOptions
 from datamodules.sources.jsonl import JsonLines, RecordError
 from kosmos_lit.images import ImageError, probe
-from kosmos_lit.tokens import trimmed
+from kosmos_lit.tokenizer import trimmed
 
 MARK = "<image>"
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}

@@ -14,7 +14,7 @@ from urllib.parse import urldefrag, urljoin, urlsplit
 from lxml import etree, html
 
 from datamodules.document import ImageRef, Part, Tally
-from datamodules.hashing import hash_key, share_of
+from datamodules.io.hashing import hash_key, share_of
 from datamodules.sources.base import ReadOptions
 
 MAX_PAGE_BYTES = 10_000_000

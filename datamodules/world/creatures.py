@@ -15,11 +15,11 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from datamodules.hashing import hash_key
-from datamodules.world.asking import asked
+from datamodules.io.hashing import hash_key
 from datamodules.world.example import Example, jpeg
 from datamodules.world.language import PROMPT, article
 from datamodules.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, Combination, Rules, _paint_shape, _vary
+from datamodules.world.scene_tasks import asked
 
 BODIES = tuple(shape for shape in SHAPES if shape != "ring")
 MARKS = ("horns", "legs")

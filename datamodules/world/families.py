@@ -22,17 +22,17 @@ import zstandard
 from tqdm import tqdm
 
 from datamodules.config import CorpusConfig
-from datamodules.hashing import hash_key
-from datamodules.prepare.files import whole_folder
-from datamodules.prepare.pool import starting_workers
+from datamodules.io.hashing import hash_key
+from datamodules.io.paths import whole_folder
+from datamodules.io.pool import starting_workers
 from datamodules.sources import ReadOptions
-from datamodules.world.asking import caption_example, class_example, few_shot_example, question_example
 from datamodules.world.creatures import described_example, fact_example, named_example, seen_example
 from datamodules.world.example import Draw, Example
-from datamodules.world.lettering import opinion_example, reading_example, site_example
 from datamodules.world.matrices import matrix_example
+from datamodules.world.rendered_text import opinion_example, reading_example, site_example
 from datamodules.world.scene import Rules
-from datamodules.world.told import told_example
+from datamodules.world.scene_tasks import caption_example, class_example, few_shot_example, question_example
+from datamodules.world.text_tasks import told_example
 from datamodules.world.write import WorldConfig, is_drawn
 
 Record = dict[str, Any]

@@ -18,7 +18,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from datamodules.hashing import hash_key
+from datamodules.io.hashing import hash_key
 from datamodules.world.example import Example, Part, Turn, jpeg
 from datamodules.world.language import NUMBERS, PLURALS, article
 from datamodules.world.scene import (

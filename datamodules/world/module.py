@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from datamodules.config import CorpusConfig, TokenizerConfig
-from datamodules.hashing import hash_key
+from datamodules.io.hashing import hash_key
 from datamodules.loader import Questions
 from datamodules.module import MixtureData
 from datamodules.sources import ReadOptions
 from datamodules.world.families import FamiliesConfig, corpora, write_families
+from datamodules.world.finetune_task import TaskConfig, write_task
 from datamodules.world.language import PROMPT, canonical
 from datamodules.world.scene import Rules, Scene, held_out_scenes, paint
 from datamodules.world.sets import SetsConfig, write_sets
-from datamodules.world.task import TaskConfig, write_task
 from datamodules.world.write import WorldConfig, encode_jpeg, write_world
 from kosmos_lit.batch import PromptBatch
 from kosmos_lit.images import decode

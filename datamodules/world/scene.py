@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.hashing import hash_key, share_of
+from datamodules.io.hashing import hash_key, share_of
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {

@@ -16,10 +16,9 @@ from random import Random
 
 from PIL import Image
 
-from datamodules.hashing import hash_key
-from datamodules.prepare.files import whole_folder
-from datamodules.world import told
-from datamodules.world.asking import ASPECTS, CLASSES, WHAT, aspect_of, class_of, questions
+from datamodules.io.hashing import hash_key
+from datamodules.io.paths import whole_folder
+from datamodules.world import text_tasks
 from datamodules.world.creatures import (
     CATEGORY,
     NICKNAMES,
@@ -32,7 +31,8 @@ from datamodules.world.creatures import (
 )  # fmt: skip
 from datamodules.world.example import any_scene, jpeg, shown
 from datamodules.world.language import canonical
-from datamodules.world.lettering import (
+from datamodules.world.matrices import DRAWINGS, Matrix, paint_panel, unseen_matrix
+from datamodules.world.rendered_text import (
     SENTIMENTS,
     draw_opinion,
     paint_opinion,
@@ -40,8 +40,8 @@ from datamodules.world.lettering import (
     site_question,
     unseen_site,
 )  # fmt: skip
-from datamodules.world.matrices import DRAWINGS, Matrix, paint_panel, unseen_matrix
 from datamodules.world.scene import Rules, Scene
+from datamodules.world.scene_tasks import ASPECTS, CLASSES, WHAT, aspect_of, class_of, questions
 from datamodules.world.write import WorldConfig, is_drawn
 
 IDENTITY = "eval.json"
@@ -232,7 +232,7 @@ def _write_copa(folder: Path, random: Random, rules: Rules, config: SetsConfig) 
     for split, n, held_out in (("val", config.n, True), ("train", POOL, False)):
         rows = []
         for i in range(n):
-            item = told.copa(random, *told.draw_told(random, rules, "copa", held_out=held_out))
+            item = text_tasks.copa(random, *text_tasks.draw_told(random, rules, "copa", held_out=held_out))
             choices = _placed(item["right"], item["wrong"], i % 2)
             rows.append({
                 "premise": item["premise"], "choice1": choices[0], "choice2": choices[1],
@@ -245,7 +245,7 @@ def _write_piqa(folder: Path, random: Random, rules: Rules, config: SetsConfig) 
     for split, n, held_out in (("valid", config.n, True), ("train", POOL, False)):
         rows = []
         for i in range(n):
-            item = told.piqa(random, *told.draw_told(random, rules, "piqa", held_out=held_out))
+            item = text_tasks.piqa(random, *text_tasks.draw_told(random, rules, "piqa", held_out=held_out))
             first, second = _placed(item["right"], item["wrong"], i % 2)
             rows.append({"goal": item["goal"], "sol1": first, "sol2": second})
         _write_lines(folder / f"{split}.jsonl", rows)
@@ -256,7 +256,9 @@ def _write_stories(folder: Path, random: Random, rules: Rules, config: SetsConfi
     for split, n, held_out in (("test_test", config.n, True), ("test_val", POOL, False)):
         rows = []
         for i in range(n):
-            sentences, right, wrong = told.story(random, *told.draw_told(random, rules, "story", held_out=held_out))
+            sentences, right, wrong = text_tasks.story(
+                random, *text_tasks.draw_told(random, rules, "story", held_out=held_out)
+            )
             first, second = _placed(right, wrong, i % 2)
             rows.append(
                 {"InputStoryid": f"{split}-{i}"}

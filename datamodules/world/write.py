@@ -21,9 +21,9 @@ from tqdm import tqdm
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from datamodules.hashing import hash_key
-from datamodules.prepare.files import whole_folder
-from datamodules.prepare.pool import starting_workers
+from datamodules.io.hashing import hash_key
+from datamodules.io.paths import whole_folder
+from datamodules.io.pool import starting_workers
 from datamodules.world.language import caption, page_texts, text
 from datamodules.world.scene import SIDE, Rules, paint, training_scene
 from kosmos_lit.errors import UserError

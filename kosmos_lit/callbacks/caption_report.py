@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kosmos_lit.batch import PromptBatch
+from kosmos_lit.checks.machine import machine
 from kosmos_lit.errors import UserError
-from kosmos_lit.generation.config import GenerationConfig
+from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.lit import KosmosLit
-from kosmos_lit.machine import machine
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from kosmos_lit.callbacks.undisturbed import log_aside, undisturbed
+from kosmos_lit.callbacks.paused_training import log_aside, undisturbed
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.lightning import TrainerRanks
-from kosmos_lit.evaluation.running import Evaluation, headline, read_samples
+from kosmos_lit.evaluation.runner import Evaluation, headline, read_samples
 from kosmos_lit.evaluation.task import Sample
+from kosmos_lit.evaluation.trainer import TrainerRanks
 from kosmos_lit.lit import KosmosLit
 
 

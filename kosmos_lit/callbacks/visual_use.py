@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from kosmos_lit.batch import CORPORA, KosmosBatch
+from kosmos_lit.callbacks.paused_training import log_aside, undisturbed
 from kosmos_lit.callbacks.ranks import gather
-from kosmos_lit.callbacks.undisturbed import log_aside, undisturbed
 from kosmos_lit.errors import UserError
 from kosmos_lit.lit import KosmosLit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning as L
 import torch
 
-from kosmos_lit.checks.processor import settle
+from kosmos_lit.checks.cpu import settle
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel

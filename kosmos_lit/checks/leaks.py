@@ -21,7 +21,7 @@ from kosmos_lit.checks.device import computed_in
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, IGNORE, LEADING, PAD, SpecialTokens
+from kosmos_lit.tokenizer import BOS, IGNORE, LEADING, PAD, SpecialTokens
 
 N_ROWS = 2
 PARTS = (5, 3, 4)

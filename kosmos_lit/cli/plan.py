@@ -10,7 +10,7 @@ from kosmos_lit.cli.parsing import Parser
 
 def plan_parser() -> argparse.ArgumentParser:
     """Return the options of `plan`; those of `fit` come beside them."""
-    from kosmos_lit.cli.planning.devices import DEVICES
+    from kosmos_lit.preflight.devices import DEVICES
 
     parser = Parser(
         prog="main.py plan",
@@ -37,11 +37,11 @@ def plan_parser() -> argparse.ArgumentParser:
 def plan(arguments: list[str]) -> int:
     """Print a run's plan; return 0 if it can start, else 1."""
     a, rest = plan_parser().parse_known_args(arguments)
-    from kosmos_lit.cli.planning.devices import find_device
-    from kosmos_lit.cli.planning.figures import figures
-    from kosmos_lit.cli.planning.problems import contradictions
-    from kosmos_lit.cli.planning.run import read_run
-    from kosmos_lit.cli.planning.table import page
+    from kosmos_lit.preflight.devices import find_device
+    from kosmos_lit.preflight.estimates import figures
+    from kosmos_lit.preflight.problems import contradictions
+    from kosmos_lit.preflight.run import read_run
+    from kosmos_lit.preflight.table import page
 
     run = read_run(rest, a.devices, a.nodes)
     device = find_device(a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu)

@@ -26,9 +26,9 @@ def report_parser() -> argparse.ArgumentParser:
 def report(arguments: list[str]) -> None:
     """Print and write what evaluations have found."""
     a = report_parser().parse_args(arguments)
-    from kosmos_lit.evaluation.compare import compare, comparison_html, comparison_markdown
-    from kosmos_lit.evaluation.report import write, write_report
     from kosmos_lit.evaluation.results import read_results
+    from kosmos_lit.report.comparison import compare, comparison_html, comparison_markdown
+    from kosmos_lit.report.evaluation import write, write_report
 
     names = None if a.names is None else [name.strip() for name in a.names.split(",")]
     if names is not None and not all(names):

@@ -31,12 +31,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
 from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_last, load_checkpoint
-from kosmos_lit.cli.evaluating import evaluation_data
+from kosmos_lit.cli.evaluation import evaluation_data
 from kosmos_lit.cli.overlays import config_files, read_yaml, value_at, with_all_named
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.lightning import EvaluatedLit
+from kosmos_lit.evaluation.trainer import EvaluatedLit
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.sharding.strategy import Sharded, check_precision

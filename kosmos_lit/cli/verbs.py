@@ -101,7 +101,7 @@ def rows(arguments: list[str]) -> None:
     if a.step is not None and a.step < 1:
         raise UserError(f"rows: --step {a.step} must be at least 1, the first step")
     from datamodules.module import MixtureData
-    from datamodules.show import describe_row, readable_row
+    from datamodules.row_display import describe_row, readable_row
     from kosmos_lit.cli.trainer import DataCLI, mistakes_in
 
     with mistakes_in(rest):
@@ -151,7 +151,7 @@ def verify_resume(arguments: list[str]) -> int:
     a = verify_parser().parse_args(arguments)
     if not a.tolerance >= 0:
         raise UserError(f"verify-resume: --tolerance must not be negative, got {a.tolerance}")
-    from kosmos_lit.cli.verify import compare, first_difference
+    from kosmos_lit.cli.verify_resume import compare, first_difference
 
     one, other = a.runs
     found = compare(one, other)
@@ -168,7 +168,7 @@ def verify_resume(arguments: list[str]) -> int:
 
 def generate_parser() -> argparse.ArgumentParser:
     """Return the options of `generate`."""
-    from kosmos_lit.generation.config import BEAM_STOPS, GenerationConfig
+    from kosmos_lit.inference.config import BEAM_STOPS, GenerationConfig
 
     parser, c = Parser(prog="main.py generate"), GenerationConfig()
     parser.add_argument("--ckpt_path", type=Path, required=True)
@@ -197,7 +197,7 @@ def generate_parser() -> argparse.ArgumentParser:
 def generate(arguments: list[str]) -> None:
     """Print a model's continuation of a prompt, or how likely given ones are."""
     a = generate_parser().parse_args(arguments)
-    from kosmos_lit.generate import GenerationConfig
+    from kosmos_lit.inference.generate import GenerationConfig
     from kosmos_lit.model import Kosmos
 
     settings = {

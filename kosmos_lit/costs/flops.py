@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from kosmos_lit.config import KosmosConfig, VisionConfig
-from kosmos_lit.start import matches
+from kosmos_lit.init_from import matches
 
 if TYPE_CHECKING:
     from kosmos_lit.batch import KosmosBatch

@@ -26,8 +26,8 @@ from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.costs.allocations import COPIES, GRADIENTS, Allocations, backward, imagined
 from kosmos_lit.costs.fusion import Cut, fused
+from kosmos_lit.init_from import freeze as freeze_parameters
 from kosmos_lit.model import Kosmos
-from kosmos_lit.start import freeze as freeze_parameters
 from kosmos_lit.vision import describe
 
 GB = 1e9

@@ -1,1 +1,1 @@
-"""What evaluation is made of: requests -> model -> scores -> figures. The tasks themselves are in `kosmos_lit.evals`."""
+"""What evaluation is made of: requests -> model -> scores -> figures. The tasks themselves are in `kosmos_lit.tasks`."""

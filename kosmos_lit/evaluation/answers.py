@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kosmos_lit.evaluation.requests import Answer
-from kosmos_lit.generation.results import Scored
+from kosmos_lit.inference.results import Scored
 
 
 def written(answer: Answer) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from kosmos_lit.evaluation.requests import Request, Score
-from kosmos_lit.generation.prompts import Prompt
-from kosmos_lit.generation.scoring import places, slot_of
-from kosmos_lit.tokens import Ids
+from kosmos_lit.inference.prompts import Prompt
+from kosmos_lit.inference.scoring import places, slot_of
+from kosmos_lit.tokenizer import Ids
 
 LEAST_SHARED = 16
 """Positions that prompts must have in common to be read as one."""

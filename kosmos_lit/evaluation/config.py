@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.sight import Sight
+from kosmos_lit.evaluation.image_control import Sight
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.images import Fit
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from kosmos_lit.evaluation.requests import Part, Parts
-from kosmos_lit.generation.prompts import IMAGE_MARK, Prompt
-from kosmos_lit.tokens import Tokenizer, trimmed
+from kosmos_lit.inference.prompts import IMAGE_MARK, Prompt
+from kosmos_lit.tokenizer import Tokenizer, trimmed
 
 
 def encode_prompts(prompts: Iterable[Parts], tokenizer: Tokenizer, n_latents: int) -> list[Prompt]:

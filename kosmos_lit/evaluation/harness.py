@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.batching import Batch, Unit, batches
-from kosmos_lit.generate import generate, likelihoods
-from kosmos_lit.generation.config import GenerationConfig
-from kosmos_lit.generation.prompts import Prompt
-from kosmos_lit.generation.scoring import Likelihood, places
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.generate import generate, likelihoods
+from kosmos_lit.inference.prompts import Prompt
+from kosmos_lit.inference.scoring import Likelihood, places
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, Tokenizer
+from kosmos_lit.tokenizer import BOS, Tokenizer
 from kosmos_lit.weights import load_model
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kosmos_lit.generation.config import GenerationConfig
-from kosmos_lit.generation.results import Continuation, Scored
 from kosmos_lit.images import Picture
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.results import Continuation, Scored
 
 Part = str | Picture
 """Text is `str`; a picture's file is a `pathlib.Path`, never a string."""

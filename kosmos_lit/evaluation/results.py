@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.figures import Figure
-from kosmos_lit.evaluation.store import FIGURES, SAMPLES
+from kosmos_lit.evaluation.statistics import Figure
+from kosmos_lit.evaluation.storage import FIGURES, SAMPLES
 
 NAN = float("nan")
 

@@ -17,8 +17,8 @@ from random import Random
 from typing import Any, ClassVar
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.figures import Figure, mean_figure
 from kosmos_lit.evaluation.requests import Answer, Parts, Request
+from kosmos_lit.evaluation.statistics import Figure, mean_figure
 
 
 @dataclass(frozen=True, kw_only=True)

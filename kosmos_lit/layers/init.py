@@ -32,7 +32,7 @@ import math
 from torch import Tensor, nn
 
 from kosmos_lit.config import DecoderConfig
-from kosmos_lit.tokens import PAD
+from kosmos_lit.tokenizer import PAD
 
 BRANCH = ("fc1", "fc2", "v_proj", "out_proj")
 BRANCH_END = ("fc2", "out_proj")

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.pieces import Pieces, plain, tensors_of
+from kosmos_lit.sharding.shards import Pieces, plain, tensors_of
 
 if TYPE_CHECKING:
     from kosmos_lit.model import Kosmos

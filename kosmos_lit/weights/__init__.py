@@ -8,7 +8,7 @@ from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights.clip import CLIP_TYPES, import_tower, load_tower
 from kosmos_lit.weights.fairseq import from_fairseq
 from kosmos_lit.weights.files import read_json

@@ -19,7 +19,7 @@ from torch import Tensor
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import GROUNDING, MODEL_FILE, Tokenizer
+from kosmos_lit.tokenizer import GROUNDING, MODEL_FILE, Tokenizer
 from kosmos_lit.weights.files import read_pickle
 from kosmos_lit.weights.folder import assemble
 from kosmos_lit.weights.keys import FAIRSEQ, check_shapes, shapes_of

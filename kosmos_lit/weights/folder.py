@@ -18,7 +18,7 @@ from kosmos_lit._version import __version__
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights.files import SAFETENSORS, read_json, read_tensors
 from kosmos_lit.weights.keys import check_shapes, shapes_of
 

@@ -14,7 +14,7 @@ import torch
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD, ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, EOS, PAD, Tokenizer
+from kosmos_lit.tokenizer import BOS, EOS, PAD, Tokenizer
 from kosmos_lit.weights.files import read_json, read_tensors
 from kosmos_lit.weights.folder import assemble, give_tokenizer, new_folder
 from kosmos_lit.weights.keys import TRANSFORMERS, check_shapes, shapes_of

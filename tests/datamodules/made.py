@@ -22,11 +22,11 @@ from warcio.warcwriter import WARCWriter
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.mixture import Mixture
-from datamodules.plan import Layout, Plan
-from datamodules.plan.split import Split
+from datamodules.packing import Layout, Plan
+from datamodules.packing.split import Split
 from datamodules.stream import PackedSource, Row, Stream
 from kosmos_lit.batch import CORPORA
-from kosmos_lit.tokens import SpecialTokens
+from kosmos_lit.tokenizer import SpecialTokens
 
 INPUTS = {
     "text": ("jsonl", "text/*.jsonl*"),

@@ -12,11 +12,11 @@ from datamodules.blocklist import Blocklist, without
 from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
-from datamodules.show import describe_row, readable_row
+from datamodules.row_display import describe_row, readable_row
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import IGNORE, PAD
+from kosmos_lit.tokenizer import IGNORE, PAD
 from tests.datamodules import made
 
 SIDE, N_LATENTS, N_ROWS = 5, 3, 149

@@ -10,7 +10,7 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import decode
-from kosmos_lit.tokens import IGNORE, PAD
+from kosmos_lit.tokenizer import IGNORE, PAD
 from tests.datamodules import made
 
 SIDE = 11

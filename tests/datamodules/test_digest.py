@@ -13,7 +13,7 @@ from datamodules.collate import ReadRow, collate
 from datamodules.corpus import StoredImage
 from datamodules.stream import PlacedDocument, Row, Stream
 from kosmos_lit.batch import DIGEST_MASK
-from kosmos_lit.tokens import IGNORE
+from kosmos_lit.tokenizer import IGNORE
 from tests.datamodules import made
 
 NUMBERS = st.integers(0, 2**40)

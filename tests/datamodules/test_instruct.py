@@ -17,9 +17,9 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.sources.instruct import prompt_text
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import encode_prompt
 from kosmos_lit.images import decode
-from kosmos_lit.tokens import BOS, EOS, IGNORE, Tokenizer
+from kosmos_lit.inference.generate import encode_prompt
+from kosmos_lit.tokenizer import BOS, EOS, IGNORE, Tokenizer
 from tests.datamodules import made
 from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, made_folder, unigram
 
@@ -243,7 +243,7 @@ def test_prompts_that_all_lack_room_are_an_error_that_names_the_length(data, mon
 
 
 def test_pictures_are_read_batch_by_batch(data, monkeypatch):
-    monkeypatch.setattr("datamodules.questions.BATCH", 2)
+    monkeypatch.setattr("datamodules.prompt_batches.BATCH", 2)
     read = []
     once = data.opened["instruct"].corpus.image_bytes
     monkeypatch.setattr(data.opened["instruct"].corpus, "image_bytes", lambda image: (read.append(image), once(image))[1])

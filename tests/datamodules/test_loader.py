@@ -11,7 +11,7 @@ from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Sh
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import IGNORE
+from kosmos_lit.tokenizer import IGNORE
 from tests.datamodules import made
 
 G = 12

@@ -8,7 +8,7 @@ from datamodules.config import CorpusConfig, RatioConfig, TokenizerConfig
 from datamodules.sources import ReadOptions
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import ImageError
-from kosmos_lit.tokens import IGNORE
+from kosmos_lit.tokenizer import IGNORE
 from tests.datamodules import made
 
 OPTIONS = {
@@ -233,7 +233,7 @@ def test_pictures_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch)
         raise ImageError("picture cannot be decoded")
 
     data = ready(build)
-    monkeypatch.setattr("datamodules.questions.decode", broken)
+    monkeypatch.setattr("datamodules.prompt_batches.decode", broken)
     assert list(data.caption_questions()) == []
     with pytest.raises(UserError, match=r"nothing to ask: .* or has a picture that cannot be decoded"):
         list(data.predict_dataloader())

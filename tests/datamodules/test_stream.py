@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from datamodules.stream import InOrder, inputs_and_targets, render
 from kosmos_lit.batch import CORPORA
-from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, SpecialTokens
+from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 from tests.datamodules import made
 
 SPECIAL = SpecialTokens.after(101)

@@ -8,7 +8,7 @@ import json
 import pytest
 import sentencepiece
 
-from kosmos_lit.tokens import Tokenizer
+from kosmos_lit.tokenizer import Tokenizer
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder, word_pieces
 from tests.kosmos_lit.tiny_kosmos import N_PIECES, TOWER
 

@@ -6,7 +6,7 @@ import torch
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.ops.masks import DocumentMask, causal
 from kosmos_lit.ops.positions import sinusoids
-from kosmos_lit.tokens import PAD
+from kosmos_lit.tokenizer import PAD
 from tests.kosmos_lit.tiny_kosmos import VOCAB, normal, shaken, tiny_config, words
 
 B, T, D = 2, 13, 20

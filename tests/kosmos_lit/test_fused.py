@@ -13,7 +13,7 @@ from torch import Tensor
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import LoraConfig
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS
+from kosmos_lit.tokenizer import BOS
 from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, shaken, text_doc, tiny_config, tiny_model
 
 T = 37

@@ -11,7 +11,7 @@ from kosmos_lit.checks.leaks import find_leak
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.fp8 import LOVELACE
-from kosmos_lit.tokens import BOS, Tokenizer
+from kosmos_lit.tokenizer import BOS, Tokenizer
 from tests.kosmos_lit.tiny_kosmos import SPECIAL, batch_of, picture_doc, text_doc, tiny_config
 
 pytestmark = [

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
-from benchmarks import pictures as benchmark
+from benchmarks import images as benchmark
 from kosmos_lit import images
 from kosmos_lit.images import ImageError, decode, decode_plain, open_rgb
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.connector import KINDS
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, EOS
+from kosmos_lit.tokenizer import BOS, EOS
 from tests.kosmos_lit.tiny_kosmos import (
     LATENTS,
     SPECIAL,

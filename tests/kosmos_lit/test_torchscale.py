@@ -15,7 +15,7 @@ from torch import Tensor
 from kosmos_lit.config import DecoderConfig, Norm
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.ops.masks import DocumentMask, causal
-from kosmos_lit.tokens import PAD
+from kosmos_lit.tokenizer import PAD
 from tests.golden import torchscale_draws as draws
 from tests.running import ROOT
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, EOS, IGNORE, PAD, SpecialTokens
+from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -14,7 +14,7 @@ from datamodules.corpus import read_manifest
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import LEDGER
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import LEADING, TRAILING
+from kosmos_lit.tokenizer import LEADING, TRAILING
 from tests.datamodules import made
 
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from datamodules.prepare.tokenizer import MAX_SENTENCE_BYTES, _cut, train_tokenizer
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import LEADING, MODEL_FILE, TRAILING, UNK, Tokenizer
+from kosmos_lit.tokenizer import LEADING, MODEL_FILE, TRAILING, UNK, Tokenizer
 from tests.datamodules import made
 
 CONTROLS = [*LEADING, *TRAILING]

@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.document import Document, Tally
 from datamodules.sources import SOURCES, ReadOptions
-from datamodules.world import asking, creatures, lettering, told
+from datamodules.world import creatures, rendered_text, scene_tasks, text_tasks
 from datamodules.world.families import FAMILIES, TURN_TEMPLATE, FamiliesConfig, write_families
 from datamodules.world.language import canonical, look
 from datamodules.world.scene import COLOURS, SHAPES, Rules
@@ -83,13 +83,13 @@ def test_blind_examples_have_the_same_words_and_no_pictures(families, family):
 @pytest.mark.parametrize("family", ["captions", "questions", "few_shot", "classes"])
 def test_no_scene_of_an_example_is_held_out(monkeypatch, family):
     scenes = []
-    original = asking.any_scene
+    original = scene_tasks.any_scene
 
     def noticed(*arguments, **options):
         scenes.append(original(*arguments, **options))
         return scenes[-1]
 
-    monkeypatch.setattr(asking, "any_scene", noticed)
+    monkeypatch.setattr(scene_tasks, "any_scene", noticed)
     random = Random(5)
     for _ in range(31):
         FAMILIES[family][0](random, RULES)
@@ -101,17 +101,17 @@ def test_no_caption_of_the_families_tells_of_a_held_out_scene(families):
     told_of = {record["messages"][1]["content"] for record in records(families, "captions")}
     random = Random(7)
     kinds = ("object", "count", "pair") * 997
-    unseen = {canonical(asking.any_scene(random, kind, RULES, held_out=True)) for kind in kinds}
+    unseen = {canonical(scene_tasks.any_scene(random, kind, RULES, held_out=True)) for kind in kinds}
     assert len(unseen) > 300
     assert not told_of & unseen
 
 
 def test_no_opinion_that_is_held_out_is_read_in_training(families):
     every = [
-        lettering.Opinion(subject, adverb, adjective)
-        for subject in lettering.SUBJECTS
-        for adverb in (*lettering.DEGREES, *lettering.NEGATIONS)
-        for adjective in (*lettering.PRAISE, *lettering.BLAME)
+        rendered_text.Opinion(subject, adverb, adjective)
+        for subject in rendered_text.SUBJECTS
+        for adverb in (*rendered_text.DEGREES, *rendered_text.NEGATIONS)
+        for adjective in (*rendered_text.PRAISE, *rendered_text.BLAME)
     ]
     unseen = {opinion.rationale for opinion in every if RULES.is_held_out(opinion.combination())}
     assert 0.2 < len(unseen) / len(every) < 0.36  # 896 draws with probability 0.28: six standard deviations
@@ -121,8 +121,8 @@ def test_no_opinion_that_is_held_out_is_read_in_training(families):
 
 def test_no_line_of_a_page_in_training_is_held_out(families):
     random = Random(11)
-    sites = [lettering.training_site(random, RULES) for _ in range(53)]
-    assert not any(RULES.is_held_out(site.combination(row)) for site in sites for row in range(lettering.ROWS))
+    sites = [rendered_text.training_site(random, RULES) for _ in range(53)]
+    assert not any(RULES.is_held_out(site.combination(row)) for site in sites for row in range(rendered_text.ROWS))
 
 
 def test_no_pair_of_creatures_that_is_held_out_is_described_in_training():
@@ -137,7 +137,7 @@ def test_nothing_that_is_held_out_is_told(families):
     texts = said(families, "told")
     unseen = {f: [] for f in ("copa", "piqa", "story")}
     for family, found in unseen.items():
-        found += [(c, s) for c in COLOURS for s in SHAPES if RULES.is_held_out(told.combination(family, c, s))]
+        found += [(c, s) for c in COLOURS for s in SHAPES if RULES.is_held_out(text_tasks.combination(family, c, s))]
         assert found
     starts = {"copa": "Somebody drew", "piqa": "To make something"}
     for family, start in starts.items():
@@ -165,15 +165,15 @@ def test_about_a_quarter_of_the_names_is_never_asked_about():
 
 
 def test_an_opinion_is_turned_by_its_negation():
-    assert lettering.Opinion("film", "very", "good").sentiment == "positive"
-    assert lettering.Opinion("film", "not", "good").sentiment == "negative"
-    assert lettering.Opinion("film", "never", "dull").sentiment == "positive"
+    assert rendered_text.Opinion("film", "very", "good").sentiment == "positive"
+    assert rendered_text.Opinion("film", "not", "good").sentiment == "negative"
+    assert rendered_text.Opinion("film", "never", "dull").sentiment == "positive"
 
 
 def test_no_word_of_an_opinion_but_both_together_tells_the_sentiment():
     random = Random(17)
-    drawn = [lettering.draw_opinion(random, RULES, held_out=False) for _ in range(2000)]
-    for part in (lambda o: o.adverb in lettering.NEGATIONS, lambda o: o.adjective in lettering.PRAISE):
+    drawn = [rendered_text.draw_opinion(random, RULES, held_out=False) for _ in range(2000)]
+    for part in (lambda o: o.adverb in rendered_text.NEGATIONS, lambda o: o.adjective in rendered_text.PRAISE):
         for value in (True, False):
             of_kind = [opinion.sentiment == "positive" for opinion in drawn if part(opinion) == value]
             assert 0.42 < sum(of_kind) / len(of_kind) < 0.58  # about 1,000 tosses: five standard deviations
@@ -182,13 +182,13 @@ def test_no_word_of_an_opinion_but_both_together_tells_the_sentiment():
 def test_questions_about_two_things_have_one_right_answer():
     random = Random(19)
     for _ in range(53):
-        scene = asking.any_scene(random, "pair", RULES, held_out=False)
-        found = asking.questions(scene, random)
+        scene = scene_tasks.any_scene(random, "pair", RULES, held_out=False)
+        found = scene_tasks.questions(scene, random)
         one, other = scene.things
         assert ("colour of one" in found) == (one.shape != other.shape)
         assert ("shape of one" in found) == (one.colour != other.colour)
         question, answer = found["relation"]
-        true = asking.relation(one, other)
-        ways = ((one, true, other), (other, asking.OPPOSITE[true], one))
+        true = scene_tasks.relation(one, other)
+        ways = ((one, true, other), (other, scene_tasks.OPPOSITE[true], one))
         says_so = question in {f"is the {look(a)} {way} the {look(b)}?" for a, way, b in ways}
         assert says_so == (answer == "yes")

@@ -8,16 +8,16 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from datamodules.world import creatures, lettering, told
-from datamodules.world.asking import ASPECTS, any_scene, class_of, questions
+from datamodules.world import creatures, rendered_text, text_tasks
 from datamodules.world.language import canonical
 from datamodules.world.scene import COLOURS, SHAPES, SIZES, Rules, Scene, Thing
+from datamodules.world.scene_tasks import ASPECTS, any_scene, class_of, questions
 from datamodules.world.sets import SETS, SetsConfig, write_sets
 from datamodules.world.write import WorldConfig
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.requests import Score, Write
 from kosmos_lit.evaluation.task import Sample, Task
-from kosmos_lit.generation.results import Continuation, Scored
+from kosmos_lit.inference.results import Continuation, Scored
 
 RULES = Rules(3, 0.28)
 OVERLAY = Path(__file__).parents[3] / "configs" / "eval" / "world.yaml"
@@ -143,7 +143,7 @@ def test_demonstrations_are_of_combinations_that_training_may_have(world: Path) 
 
 
 def test_lines_that_pages_are_asked_about_are_held_out(tasks: dict[str, Task]) -> None:
-    from kosmos_lit.evals.websrc import page_text
+    from kosmos_lit.tasks.websrc import page_text
 
     for sample in tasks["sites_text"].samples():
         words = page_text(Path(sample.data["page"]), None).split()
@@ -161,7 +161,7 @@ def test_names_whose_colour_is_asked_are_never_asked_about_in_training(tasks: di
 
 def test_opinions_of_the_set_are_held_out() -> None:
     random = Random(11)
-    drawn = [lettering.draw_opinion(random, RULES, held_out=True) for _ in range(53)]
+    drawn = [rendered_text.draw_opinion(random, RULES, held_out=True) for _ in range(53)]
     assert all(RULES.is_held_out(opinion.combination()) for opinion in drawn)
 
 
@@ -169,7 +169,7 @@ def test_opinions_of_the_set_are_held_out() -> None:
 def test_what_is_told_in_the_sets_is_held_out(family: str) -> None:
     random = Random(13)
     for _ in range(31):
-        assert RULES.is_held_out(told.combination(family, *told.draw_told(random, RULES, family, held_out=True)))
+        assert RULES.is_held_out(text_tasks.combination(family, *text_tasks.draw_told(random, RULES, family, held_out=True)))
 
 
 def test_classes_have_as_many_pictures_each(world: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 from datamodules.module import MixtureData
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
-from kosmos_lit.cli.planning.devices import parse_bytes
-from kosmos_lit.cli.planning.run import read_run
 from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.errors import UserError
+from kosmos_lit.preflight.devices import parse_bytes
+from kosmos_lit.preflight.run import read_run
 from tests.running import tiny_run
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -269,7 +269,7 @@ def test_a_plan_prepares_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_that_no_device_holds_ends_before_it_begins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kosmos_lit.checks.fits.memory_of", lambda _: 1000.0)
+    monkeypatch.setattr("kosmos_lit.checks.memory.memory_of", lambda _: 1000.0)
 
     assert main(tiny_run("fit", tmp_path, tiny_world)) == 2
 

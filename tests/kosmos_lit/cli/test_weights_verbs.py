@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kosmos_lit import Kosmos
 from kosmos_lit.cli import main
-from kosmos_lit.tokens import MODEL_FILE, Tokenizer
+from kosmos_lit.tokenizer import MODEL_FILE, Tokenizer
 from kosmos_lit.weights import export_transformers, from_transformers
 from tests.kosmos_lit.weights import test_fairseq as released
 from tests.kosmos_lit.weights.hostile import Bomb

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, LoraConfig, VisionConfig
 from kosmos_lit.costs.flops import Flops, ModelFlops, Work
+from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
-from kosmos_lit.start import freeze
 from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config
 
 PAPER = KosmosConfig()

@@ -12,14 +12,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from kosmos_lit.checks.fits import check_fits, fitting
+from kosmos_lit.checks.memory import check_fits, fitting
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, LoraConfig, VisionConfig
 from kosmos_lit.costs import fusion, memory
 from kosmos_lit.costs.allocations import backward, imagined
 from kosmos_lit.costs.memory import Memory, MicroBatch, Setting, estimate
 from kosmos_lit.errors import UserError
+from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
-from kosmos_lit.start import freeze
 
 BATCH = MicroBatch(rows=3, seq_len=211, n_images=5, n_targets=431)
 TOWER = {"embed_dim": 96, "vision_cfg": {"image_size": 56, "patch_size": 14, "width": 96, "layers": 3, "head_width": 32}}

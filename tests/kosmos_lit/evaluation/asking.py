@@ -12,7 +12,7 @@ from PIL import Image
 
 from kosmos_lit.evaluation.requests import Score, Write
 from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
-from kosmos_lit.generation.config import GenerationConfig
+from kosmos_lit.inference.config import GenerationConfig
 
 WORDS = "the cat sat on mat a red square and blue circle jackdaws love my big sphinx of quartz".split()
 

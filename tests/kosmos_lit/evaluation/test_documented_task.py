@@ -11,7 +11,7 @@ import pytest
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.requests import Score
 from kosmos_lit.evaluation.task import Outcome, Task
-from kosmos_lit.generation.results import Scored
+from kosmos_lit.inference.results import Scored
 
 DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
 

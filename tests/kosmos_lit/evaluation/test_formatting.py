@@ -12,11 +12,11 @@ from datamodules.collate import Pictures
 from datamodules.corpus import IndexedCorpus
 from datamodules.prepare.index import prepare_corpus
 from datamodules.stream import Row
-from kosmos_lit.evaluation.engine import Engine
 from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
 from kosmos_lit.evaluation.requests import Parts
+from kosmos_lit.evaluation.scheduler import Engine
 from kosmos_lit.images import Fit
-from kosmos_lit.tokens import EOS, IGNORE, Ids, Tokenizer
+from kosmos_lit.tokenizer import EOS, IGNORE, Ids, Tokenizer
 from tests.datamodules import made
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
 from tests.kosmos_lit.tiny_kosmos import SIDE, tiny_model

@@ -19,18 +19,18 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from kosmos_lit import evals
+from kosmos_lit import tasks
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation import harness
-from kosmos_lit.evaluation.choice import MultipleChoice
-from kosmos_lit.evaluation.engine import Engine
 from kosmos_lit.evaluation.harness import HarnessModel, generation_config, main
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice
 from kosmos_lit.evaluation.requests import Write
-from kosmos_lit.generate import GenerationConfig
+from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.inference.generate import GenerationConfig
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import BOS, Tokenizer
+from kosmos_lit.tokenizer import BOS, Tokenizer
 from kosmos_lit.weights import save_folder
-from tests.kosmos_lit.evals.language_files import DATASETS, write_lines
+from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
 ROOM = 211
@@ -92,7 +92,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
     asked: HarnessModel, tmp_path: Path, name: str, n_shots: int
 ) -> None:
     DATASETS[name](tmp_path)
-    task: MultipleChoice = getattr(evals, name)(str(tmp_path), n_shots=n_shots, scoring="sum")
+    task: MultipleChoice = getattr(tasks, name)(str(tmp_path), n_shots=n_shots, scoring="sum")
     samples, pool = task.samples(), task.pool()
     rows = []
     for sample in samples:

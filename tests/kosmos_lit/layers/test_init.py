@@ -9,7 +9,7 @@ from kosmos_lit.connector import KINDS, Resampler
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.layers.init import uniform_linear
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import PAD
+from kosmos_lit.tokenizer import PAD
 from tests.kosmos_lit.tiny_kosmos import tiny_config
 
 D, F, V, N_LAYERS, C = 96, 160, 101, 3, 56

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from kosmos_lit.errors import UserError
+from kosmos_lit.tokenizer import MODEL_FILE, Tokenizer, grounding
 from kosmos_lit.tokenizer.files import LAYOUT_FILE, MAGIC
 from kosmos_lit.tokenizer.xlm_roberta import DICT_FILE
-from kosmos_lit.tokens import MODEL_FILE, Tokenizer, grounding
 
 TEXT = "the cat\n sat <image> on <phrase> 漢 mats"
 

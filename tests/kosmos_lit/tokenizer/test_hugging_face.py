@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import BOS, EOS, LEADING, TRAILING, UNK, Tokenizer, grounding
+from kosmos_lit.tokenizer import BOS, EOS, LEADING, TRAILING, UNK, Tokenizer, grounding
 from tests.kosmos_lit import hugging_face_tokenizers as kinds
 
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=100)

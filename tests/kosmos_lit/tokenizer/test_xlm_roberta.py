@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import BOS, EOS, GROUNDING, LEADING, MODEL_FILE, TRAILING, Tokenizer, grounding
+from kosmos_lit.tokenizer import BOS, EOS, GROUNDING, LEADING, MODEL_FILE, TRAILING, Tokenizer, grounding
 
 quickly = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 NAMES = (*LEADING, *TRAILING, *grounding(5))

@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Kosmos2ForC
 
 from kosmos_lit import Kosmos
 from kosmos_lit.errors import UserError
-from kosmos_lit.generate import GenerationConfig, encode_prompt, generate
-from kosmos_lit.tokens import EOS, GROUNDING, PAD, Tokenizer
+from kosmos_lit.inference.generate import GenerationConfig, encode_prompt, generate
+from kosmos_lit.tokenizer import EOS, GROUNDING, PAD, Tokenizer
 from kosmos_lit.weights import export_transformers, from_transformers
 from tests.kosmos_lit.tiny_kosmos import shaken, tiny_model
 from tests.kosmos_lit.weights.hostile import Bomb

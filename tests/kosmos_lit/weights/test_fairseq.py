@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import GROUNDING, MODEL_FILE, Tokenizer
+from kosmos_lit.tokenizer import GROUNDING, MODEL_FILE, Tokenizer
 from kosmos_lit.weights import from_fairseq, load_folder, save_folder
 from tests.kosmos_lit.weights.hostile import Bomb
 from tests.kosmos_lit.weights.their_kosmos import Rows, Shape, our_logits, photographs, their_logits, their_model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from kosmos_lit import Kosmos
 from kosmos_lit.errors import UserError
-from kosmos_lit.tokens import GROUNDING, Tokenizer
+from kosmos_lit.tokenizer import GROUNDING, Tokenizer
 from kosmos_lit.weights import load_folder, load_model, save_folder
 from kosmos_lit.weights.folder import new_folder
 from tests.kosmos_lit.tiny_kosmos import tiny_model

@@ -13,7 +13,7 @@ from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 from kosmos_lit.config import KosmosConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
-from kosmos_lit.tokens import PAD
+from kosmos_lit.tokenizer import PAD
 from kosmos_lit.weights import from_transformers, to_transformers
 from kosmos_lit.weights.keys import TRANSFORMERS, shapes_of
 from kosmos_lit.weights.kosmos2 import kosmos_config, transformers_config

@@ -14,7 +14,7 @@ from kosmos_lit.batch import find_slots
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.masks import padded
-from kosmos_lit.tokens import BOS, PAD
+from kosmos_lit.tokenizer import BOS, PAD
 from tests.kosmos_lit.tiny_kosmos import SPECIAL, shaken
 
 VOCAB = 73

@@ -1,0 +1,1 @@
+"""Files, processes and locks below the data modules."""

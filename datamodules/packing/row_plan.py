@@ -1,0 +1,333 @@
+"""Which row is read when, and what stands in it, for corpora of any size: only the blocks that are read are ever packed.
+
+The documents of a split are dealt into blocks of about `block_documents`. A block is made of runs, stretches of
+`run_documents` documents as they lie in the corpus, and which runs make up which block is a seeded permutation: a block
+is drawn from the whole corpus, but is read from few places. Documents are shuffled and packed into rows block by block,
+when a row of the block is asked for; packing does not depend on the epoch.
+
+An epoch is a permutation of the blocks, and of the rows of each. So every epoch has the same rows, and any row of any epoch
+is found from the number of rows of each block without looking at the rows before it. The price, that the same
+documents share a row in every epoch, is small: they do not see each other. A small corpus is one block.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from datamodules.corpus import PLACE_BITS, IndexedCorpus
+from datamodules.io.hashing import hash_key, permutation
+from datamodules.packing.counts import count_parts
+from datamodules.packing.pack import REASONS, Array, Packed, pack
+from datamodules.packing.split import Part, Split
+from kosmos_lit.errors import UserError
+
+VERSION = 1
+"""Of what is packed how: counts that another version kept are not taken."""
+SPARSEST = 1 / 32
+"""A split with a smaller share of the documents has smaller blocks: to find a block's documents, all are looked at."""
+KEPT_BLOCKS = 2
+"""Packed blocks that are kept at hand, some 5 MB each."""
+COUNTS = np.dtype(
+    [(name, "<i8") for name in ("documents", "begun", "rows", "positions", "targets", "images")]
+    + [("dropped", "<i8", (len(REASONS),)), ("first_dropped", "<i8", (len(REASONS),))]
+)  # fmt: skip
+"""What is known of each block; `first_dropped` is a document, or -1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a plan depends on beside the corpus and the split."""
+
+    seq_len: int
+    """Positions of a row."""
+    n_latents: int
+    """Slots of a picture."""
+    seed: int
+    """Decides blocks and order."""
+    block_documents: int = 1 << 17
+    """Documents among which an epoch is shuffled, about; blocks are shuffled too."""
+    run_documents: int = 1 << 12
+    """Documents of a block that are neighbours in the corpus, at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "block_documents", "run_documents"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One split of a corpus in blocks: which documents each holds, and how they are packed."""
+
+    corpus: IndexedCorpus
+    split: Split
+    part: Part
+    layout: Layout
+
+    @property
+    def key(self) -> str:
+        """Return a hash of all that decides the blocks and their rows."""
+        return f"{hash_key(VERSION, self.split.key, self.part, json.dumps(asdict(self.layout))):016x}"
+
+    @property
+    def n_runs(self) -> int:
+        return -(-self.corpus.n_documents // self.layout.run_documents)
+
+    @cached_property
+    def n_blocks(self) -> int:
+        documents = self.corpus.n_documents * max(self.split.share(self.part), SPARSEST)
+        return max(1, min(round(documents / self.layout.block_documents), self.n_runs))
+
+    @cached_property
+    def _dealt(self) -> Array:
+        return permutation(self.n_runs, hash_key("runs", self.layout.seed))
+
+    def runs(self, block: int) -> list[tuple[int, int]]:
+        """Return the stretches of the corpus that a block is drawn from, ascending."""
+        first, stop = (b * self.n_runs // self.n_blocks for b in (block, block + 1))
+        size, n = self.layout.run_documents, self.corpus.n_documents
+        return [(run * size, min((run + 1) * size, n)) for run in sorted(self._dealt[first:stop].tolist())] or [(0, 0)]
+
+    def packed(self, block: int) -> tuple[Packed, int]:
+        """Pack a block; return its rows, and its number of documents."""
+        found = [self._run(first, stop) for first, stop in self.runs(block)]
+        documents, n_tokens, n_images = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = permutation(len(documents), hash_key("documents", self.layout.seed, *_unless_first(block)))
+        T, L = self.layout.seq_len, self.layout.n_latents
+        return pack(self.corpus, documents[order], n_tokens[order] + 1, n_images[order], T, L), len(documents)
+
+    def _run(self, first: int, stop: int) -> tuple[Array, Array, Array]:
+        """Return the split's documents among [first, stop), and their tokens and pictures."""
+        documents = self.split.documents(first, stop, self.part)
+        offsets = (o[first : stop + 1].astype(np.int64) for o in (self.corpus.token_offsets, self.corpus.image_offsets))
+        n_tokens, n_images = (np.diff(o)[documents - first] for o in offsets)
+        return documents, n_tokens, n_images
+
+    def count(self, block: int) -> tuple[npt.NDArray[np.void], int]:
+        """Return what is known of a block, (1,) of `COUNTS`, and its number of documents."""
+        packed, n_documents = self.packed(block)
+        return count_block(packed, n_documents), n_documents
+
+
+def count_block(packed: Packed, n_documents: int) -> npt.NDArray[np.void]:
+    """Return what is known of a packed block, (1,) of `COUNTS`."""
+    dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
+    counts = np.zeros(1, COUNTS)
+    counts["documents"] = n_documents
+    counts["begun"] = np.count_nonzero(packed.start == 0)
+    counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
+    counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
+    counts["dropped"] = [len(found) for found in dropped]
+    counts["first_dropped"] = [found[0] if found else -1 for found in dropped]
+    return counts
+
+
+def _unless_first(block: int) -> tuple[int, ...]:
+    """Name a block in a key; the first one is not named, so that a corpus of one block needs no blocks to be understood."""
+    return (block,) if block else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What an epoch of a plan holds."""
+
+    documents: int
+    """Of the split: those in rows, and those left out."""
+    begun: int
+    """Documents whose first piece stands in a row: all but those left out."""
+    rows: int
+    positions: int
+    """Positions that are not padding."""
+    targets: int
+    """Supervised tokens."""
+    images: int
+    dropped: dict[str, int]
+    """Documents left out, by reason."""
+    first_dropped: dict[str, int]
+    """By reason, the lowest number of such a document."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What rows hold."""
+
+    rows: int
+    positions: int
+    """That are not padding."""
+    targets: int
+    """Supervised tokens."""
+    images: int
+
+
+@dataclass(frozen=True)
+class RowSizes:
+    """What single rows hold, by the rows of a plan's first block."""
+
+    images: tuple[float, float]
+    """Mean and standard deviation of a row's pictures."""
+    targets: tuple[float, float]
+    """Of its supervised tokens."""
+    document: float
+    """Positions of the document that a position is in, on average: squared lengths by lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Among how many others a row is drawn."""
+
+    blocks: int
+    documents: int
+    """Of a block, on average."""
+    rows: int
+    """Of a block, on average."""
+    runs: int
+    """Places in the corpus that a block is read from."""
+    shards: int
+    """Files that a block is read from."""
+
+
+class Plan:
+    """The rows of one split of a corpus, in every epoch, with random access."""
+
+    def __init__(
+        self, name: str, corpus: IndexedCorpus, split: Split, part: Part, layout: Layout, *, shuffle: bool = True,
+        workers: int = 1,
+    ) -> None:  # fmt: skip
+        """Find out how many rows each block has: from the counts that the index keeps, or by packing all blocks once.
+
+        Args:
+            name: what the order of rows is drawn by, beside the seed.
+            corpus: a prepared corpus.
+            split: which of its documents are for what.
+            part: which of them to take.
+            layout: rows and blocks.
+            shuffle: whether blocks and rows are read in an order of each epoch's own.
+            workers: processes that pack, if there are many blocks whose counts are not known.
+
+        Raises: UserError if a row has no room for a picture, there is no document, or none fits a row.
+        """
+        self.name, self.seed, self.n_latents, self.shuffle = name, layout.seed, layout.n_latents, shuffle
+        T, L = layout.seq_len, layout.n_latents
+        if corpus.image_offsets[-1] and L + 4 > T:
+            raise UserError(f"seq_len {T} has no room for a picture of {L} latents; it needs {L + 4}")
+        self.blocks = Blocks(corpus, split, part, layout)
+        self._keep_at_hand()
+        one = self.blocks.n_blocks == 1
+        counts = count_block(*self._packed(0)) if one else count_parts(self.blocks, f"planning {name}, {part}", workers)
+        self._counts = counts
+        self._n_rows = counts["rows"].astype(np.int64)
+        self._firsts = np.cumsum(self._n_rows) - self._n_rows
+        self.totals = _totals(counts)
+        self.n_rows = self.totals.rows
+        if not self.totals.documents:
+            raise UserError(f"{corpus.folder}: no document to plan; the corpus is too small for its val_share")
+        if not self.n_rows:
+            self._refuse()
+
+    def _keep_at_hand(self) -> None:
+        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(self.blocks.packed)
+        self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
+        self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is kept at hand: a process that is spawned packs for itself."""
+        return {k: v for k, v in vars(self).items() if k not in ("_packed", "_block_order", "_row_order")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._keep_at_hand()
+
+    def _refuse(self) -> None:
+        corpus, T = self.blocks.corpus, self.blocks.layout.seq_len
+        reason, first = next(iter(self.totals.first_dropped.items()))
+        raise UserError(
+            f"{corpus.folder}: none of {self.totals.documents} documents fits rows of {T} positions; document {first}, for "
+            f"one: {reason}; raise seq_len, or prepare the corpus with fewer max_images"
+        )
+
+    def row(self, epoch: int, number: int) -> int:
+        """Return the id of the row that is read as number `number` of an epoch."""
+        assert 0 <= number < self.n_rows, number
+        order, ends = self._block_order(epoch)
+        place = int(np.searchsorted(ends, number, side="right"))
+        block = int(order[place])
+        at = number - int(ends[place]) + int(self._n_rows[block])
+        return int(self._firsts[block]) + int(self._row_order(block, epoch)[at])
+
+    def _order_of_blocks(self, epoch: int) -> tuple[Array, Array]:
+        """Return an epoch's blocks, and how many rows there are up to the end of each."""
+        n = len(self._n_rows)
+        order = permutation(n, hash_key("blocks", self.seed, self.name, epoch)) if self.shuffle else np.arange(n)
+        return order, np.cumsum(self._n_rows[order])
+
+    def _order_of_rows(self, block: int, epoch: int) -> Array:
+        n = int(self._n_rows[block])
+        key = hash_key("rows", self.seed, self.name, epoch, *_unless_first(block))
+        return permutation(n, key) if self.shuffle else np.arange(n)
+
+    def pieces(self, row: int) -> list[tuple[int, int, int]]:
+        """Return the pieces of the row with id `row` as (document, start, end)."""
+        block = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        return self._packed(block)[0].pieces(row - int(self._firsts[block]))
+
+    def n_targets_of(self, first: int, stop: int) -> int:
+        """Return the supervised tokens of rows [first, stop) as they are read, epochs following one another."""
+        found = 0
+        while first < stop:
+            epoch, number = divmod(first, self.n_rows)
+            order, ends = self._block_order(epoch)
+            place = int(np.searchsorted(ends, number, side="right"))
+            block, n_left = int(order[place]), min(int(ends[place]) - number, stop - first)
+            at = number - int(ends[place]) + int(self._n_rows[block])
+            rows = self._row_order(block, epoch)[at : at + n_left]
+            found += int(self._packed(block)[0].row_targets[rows].sum())
+            first += n_left
+        return found
+
+    def read(self, n_rows: int) -> Amounts:
+        """Return what the first `n_rows` rows hold, epochs following one another; at most one block is packed for it."""
+        epochs, n_left = divmod(n_rows, self.n_rows)
+        order, ends = self._block_order(epochs)
+        n_whole = int(np.searchsorted(ends, n_left, side="right"))
+        counted = self._counts[order[:n_whole]]
+        sums = [epochs * getattr(self.totals, n) + int(counted[n].sum()) for n in ("positions", "targets", "images")]
+        if n_left > (before := int(ends[n_whole - 1]) if n_whole else 0):
+            block = int(order[n_whole])
+            rows, packed = self._row_order(block, epochs)[: n_left - before], self._packed(block)[0]
+            columns = (packed.row_positions, packed.row_targets, packed.row_images)
+            sums = [n + int(column[rows].sum()) for n, column in zip(sums, columns, strict=True)]
+        return Amounts(n_rows, *sums)
+
+    def row_sizes(self) -> RowSizes:
+        """Return what rows hold one by one."""
+        packed = self._packed(0)[0]
+        images, targets = ((float(c.mean()), float(c.std())) for c in (packed.row_images, packed.row_targets))
+        lengths = packed.n_positions
+        return RowSizes(images, targets, float((lengths**2).sum() / lengths.sum()))
+
+    def window(self) -> Window:
+        """Return among how many others a row is drawn."""
+        n = self.blocks.n_blocks
+        runs = self.blocks.runs(0)
+        records = self.blocks.corpus.records
+        ends = [(int(records[first]) >> PLACE_BITS, int(records[stop - 1]) >> PLACE_BITS) for first, stop in runs]
+        shards = {shard for first, last in ends for shard in range(first, last + 1)}
+        return Window(
+            blocks=n, documents=self.totals.begun // n, rows=self.n_rows // n, runs=len(runs), shards=len(shards)
+        )
+
+
+def _totals(counts: npt.NDArray[np.void]) -> Totals:
+    sums = {name: int(counts[name].sum()) for name in ("documents", "begun", "rows", "positions", "targets", "images")}
+    dropped = dict(zip(REASONS, counts["dropped"].sum(axis=0).tolist(), strict=True))
+    numbers = np.where(counts["first_dropped"] < 0, np.iinfo(np.int64).max, counts["first_dropped"]).min(axis=0).tolist()
+    first = dict(zip(REASONS, numbers, strict=True))
+    return Totals(
+        **sums, dropped={r: n for r, n in dropped.items() if n}, first_dropped={r: first[r] for r, n in dropped.items() if n}
+    )

@@ -1,0 +1,146 @@
+"""A run's sources: prepared where that is missing, opened, and packed into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from datamodules.config import TokenizerConfig
+from datamodules.corpus import IndexedCorpus, read_manifest
+from datamodules.io.paths import matches
+from datamodules.mixture.history import contents
+from datamodules.mixture.shares import NamedSource
+from datamodules.packing import Layout, Plan
+from datamodules.packing.split import Split
+from datamodules.prepare.index import check_same, identify, prepare_corpus
+from datamodules.prepare.report import describe
+from datamodules.prepare.tokenizer import train_tokenizer
+from datamodules.stream import PackedSource
+from kosmos_lit.batch import CORPORA
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokenizer import Tokenizer, has_tokenizer
+
+
+def prepare_tokenizer(config: TokenizerConfig, sources: Iterable[NamedSource]) -> None:
+    """Make the tokenizer if it is missing."""
+    if not has_tokenizer(config.path) and config.vocab_size:
+        instruct = CORPORA.index("instruct")
+        inputs = config.input or [p for source in sources if source.kind != instruct for p in source.config.input]
+        rank_zero_info(f"training a tokenizer of {config.vocab_size} pieces in {config.path}")
+        train_tokenizer(inputs, config.vocab_size, Path(config.path))
+
+
+def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
+    """Make a source's index if it is missing.
+
+    Raises: UserError if its pictures are gone, or its files are others than it was made of.
+    """
+    config = source.config
+    if read_manifest(Path(config.index)) is None:
+        corpus = prepare_corpus(
+            format=config.format,
+            inputs=[*config.input, *(config.val_input or ())],
+            tokenizer=Path(tokenizer),
+            output=Path(config.index),
+            options=config.read,
+            workers=workers,
+            max_bad_share=config.max_bad_share,
+        )
+        rank_zero_info(describe(corpus))
+    IndexedCorpus(config.index).check_shards()
+
+
+def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Load the tokenizer.
+
+    Raises: UserError if it is missing or of another size than the config says.
+    """
+    tokenizer = Tokenizer.load(config.path)
+    if config.vocab_size not in (None, tokenizer.n_pieces):
+        raise UserError(
+            f"the tokenizer in {config.path} has {tokenizer.n_pieces} pieces, but the config's "
+            f"vocab_size for it is {config.vocab_size}; set that to {tokenizer.n_pieces}, or choose another folder"
+        )
+    return tokenizer
+
+
+class OpenedSource:
+    """An index, what of it is held out, and the rows of both parts."""
+
+    def __init__(self, source: NamedSource, tokenizer: Tokenizer, layout: Layout, workers: int) -> None:
+        """Open and pack.
+
+        Raises: UserError if the index is missing or was made for something else.
+        """
+        self.name, self.kind, config = source.name, source.kind, source.config
+        self.config = config
+        self.corpus = IndexedCorpus(config.index, tokenizer)
+        self._check(tokenizer)
+        self.split = Split(self.corpus, config.val_share, config.val_input)
+        self.train = self._packed(Plan(self.name, self.corpus, self.split, "train", layout, workers=workers))
+        held_out = Layout(seq_len=layout.seq_len, n_latents=layout.n_latents, seed=0)
+        self.val: PackedSource | None = None
+        """None where nothing is held out."""
+        if len(self.split.first("val", 1)):
+            plan = Plan(self.name, self.corpus, self.split, "val", held_out, shuffle=False, workers=workers)
+            self.val = self._packed(plan)
+        self.contents = contents(source, self.corpus, self.split.key)
+        for part in (self.train, self.val):
+            if part is not None:
+                self._tell_dropped(part.plan)
+
+    def held_out(self) -> Iterator[int]:
+        """Yield the numbers of the documents kept for validation, in order."""
+        for found in self.split.chunks("val"):
+            yield from found.tolist()
+
+    def _check(self, tokenizer: Tokenizer) -> None:
+        """Raises: UserError if the index is of something else than the config says."""
+        config, folder = self.config, Path(self.config.index)
+        patterns = [*config.input, *(config.val_input or ())]
+        files = matches(patterns, folders=True)  # none: an index may be used where its raw text is not
+        # Every rank does this, so that files by the names of the index's shards are not looked at: that was done where
+        # they were prepared.
+        if files and [file.name for file in files] != [name for name, _ in self.corpus.shards_key]:
+            files = matches(patterns)
+        else:
+            files = []
+        check_same(self.corpus, identify(config.format, tokenizer, config.read, files, folder), shards=bool(files))
+
+    def _packed(self, plan: Plan) -> PackedSource:
+        return PackedSource(self.name, self.kind, self.corpus, plan)
+
+    def _tell_dropped(self, plan: Plan) -> None:
+        for reason, n in plan.totals.dropped.items():
+            shard, first = self.corpus.shard_and_name(plan.totals.first_dropped[reason])
+            rank_zero_info(
+                f"{self.name}: {n} {plan.blocks.part} documents are left out: {reason}; the first: {shard}, {first}. "
+                f"Rows have {plan.blocks.layout.seq_len} positions (data.seq_len)"
+            )
+
+
+def describe_sources(sources: Mapping[str, OpenedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> str:
+    """Return a table of what the sources give, and how much of it a run reads.
+
+    Args:
+        sources: by name.
+        n_read: rows that the run reads of each.
+        n_total: rows that the run reads of all.
+        seq_len: T.
+    """
+    return "\n".join(_table(sources, n_read, n_total, seq_len))
+
+
+def _table(sources: Mapping[str, OpenedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> Iterator[str]:
+    wide = max(14, *(len(name) + 2 for name in sources))
+    heads = ("documents", "pictures", "rows", "padding", "shuffled", "share", "epochs")
+    yield f"{'source':<{wide}}" + "".join(f"{h:>12}" for h in heads)
+    for name, source in sources.items():
+        t, read = source.train.plan.totals, n_read[name]
+        padding = 1 - t.positions / (t.rows * seq_len)
+        yield (
+            f"{name:<{wide}}{t.documents:>12,}{t.images:>12,}{t.rows:>12,}{padding:>12.2%}"
+            f"{source.train.plan.window().documents:>12,}{read / max(1, n_total):>12.1%}{read / t.rows:>12.2f}"
+        )

@@ -1,0 +1,271 @@
+"""Asks a model what tasks want to know, for many samples side by side.
+
+The generators of `Task.ask` run in lock-step: what all of them ask for at the same time is sorted by length and read in
+batches, whoever asked. An answer does not depend on what else is in its batch. What cannot be asked (a picture that cannot
+be read, a prompt that is too long) fails its sample, with the reason, and no other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.evaluation.batching import Batch, Unit, batches, together
+from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
+from kosmos_lit.evaluation.image_control import GREY, Sight
+from kosmos_lit.evaluation.record import Failure, Result
+from kosmos_lit.evaluation.requests import Answer, Request, Score, Write
+from kosmos_lit.evaluation.session import Going
+from kosmos_lit.evaluation.task import Sample, Task
+from kosmos_lit.images import Fit, ImageError, Pixels, load
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.generate import generate, score_tokens
+from kosmos_lit.inference.results import Continuation, Scored
+from kosmos_lit.inference.scoring import slot_of
+from kosmos_lit.inference.trie import Choices
+from kosmos_lit.model import Kosmos
+from kosmos_lit.tokenizer import Tokenizer
+
+WINDOW = 512
+"""Samples that are asked about side by side; more of them would pad less, and be lost more at an interruption."""
+READERS = 4
+"""Threads that read the pictures of a batch while the model is at the one before."""
+
+
+class Engine:
+    """A model that answers requests."""
+
+    def __init__(
+        self,
+        model: Kosmos,
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int = 16384,
+        image_fit: Fit = "square",
+        pictures: Sight = "true",
+        share_prefixes: bool = True,
+    ) -> None:
+        """Take a model, whole on this process, and how to ask it.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            batch_tokens: most positions that are read at once; a single request may have more.
+            image_fit: how a picture becomes square.
+            pictures: `blank` shows an even grey for a sample's own pictures, `none` leaves all out of all prompts; who gets
+                whose is settled before (`sight.shuffle_pictures`).
+            share_prefixes: whether comparisons of one sample whose prompts begin alike are read as one; without, each
+                prompt is read on its own, with the same answers.
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_tokens, self.image_fit, self.pictures = batch_tokens, image_fit, pictures
+        self.share_prefixes = share_prefixes
+
+    # ---- samples
+
+    def run(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample] = ()) -> Iterator[list[Result]]:
+        """Ask about samples, and yield results as they are there: those of a batch together, in no set order.
+
+        Args:
+            task: what is asked.
+            samples: whom about.
+            pool: what demonstrations are drawn from.
+        """
+        for first in range(0, len(samples), WINDOW):
+            yield from self._run_window(task, samples[first : first + WINDOW], pool)
+
+    def _run_window(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
+        started = [Going(s, task.ask(s, task.shots(s, pool)), s.images if self.pictures == "blank" else ()) for s in samples]
+        for going in started:
+            going.start()
+        if done := [going.result() for going in started if going.is_done]:
+            yield done
+        while asking := [going for going in started if not going.is_done]:
+            owners = [(going, i) for going in asking for i in range(len(going.requests))]
+            requests = [going.requests[i] for going, i in owners]
+            whose = {id(going): i for i, going in enumerate(asking)}
+            askers = [whose[id(going)] for going, _ in owners]
+            for answered in self._answer(requests, [going.blank for going, _ in owners], askers):
+                done = []
+                for number, answer in answered:
+                    going, i = owners[number]
+                    if going.take(i, answer):
+                        done.append(going.result())
+                yield done
+
+    # ---- requests
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """Return what the model says to each request, or why it could not be asked."""
+        found: dict[int, Answer | Failure] = {}
+        for answered in self._answer(requests, [frozenset()] * len(requests), [0] * len(requests)):
+            found.update(answered)
+        return [found[i] for i in range(len(requests))]
+
+    def _answer(
+        self, requests: Sequence[Request], blank: Sequence[frozenset[Path]], askers: Sequence[int]
+    ) -> Iterator[list[tuple[int, Answer | Failure]]]:
+        """Yield numbers of requests with their answers, each once: those of a batch together.
+
+        Comparisons of one asker whose prompts begin alike are read as one.
+        """
+        units, failed = self._units(requests, blank)
+        units = self._joined(units, askers) if self.share_prefixes else units
+        if failed:
+            yield failed
+        queue = batches(units, self.batch_tokens)
+        with ThreadPoolExecutor(READERS) as readers:
+            ahead = [self._begin(batch, readers) for batch in queue[:1]]
+            for batch, following in zip_longest(queue, queue[1:]):
+                pictures = {key: reading.result() for key, reading in ahead.pop().items()}
+                if following is not None:
+                    ahead.append(self._begin(following, readers))
+                yield self._ask(batch, pictures, requests)
+
+    def _units(
+        self, requests: Sequence[Request], blank: Sequence[frozenset[Path]]
+    ) -> tuple[list[Unit], list[tuple[int, Answer | Failure]]]:
+        """Return what can be asked, encoded; and the others with the reason."""
+        units, failed = list[Unit](), list[tuple[int, Answer | Failure]]()
+        n_latents, limit = self.model.config.connector.n_latents, self.model.config.decoder.max_seq_len
+        shown = [_without_pictures(request) if self.pictures == "none" else request.parts for request in requests]
+        prompts = encode_prompts(shown, self.tokenizer, n_latents)
+        choices: dict[tuple[str, ...], int | Failure] = {}
+        for number, (request, parts, prompt) in enumerate(zip(requests, shown, prompts, strict=True)):
+            pictures = tuple((part, part in blank[number]) for part in parts if isinstance(part, Path))
+            candidates: list[list[int]] = []
+            if isinstance(request, Score):
+                candidates = encode_answers(parts, request.candidates, self.tokenizer)
+                empty = next((t for t, ids in zip(request.candidates, candidates, strict=True) if not ids), None)
+                n_new = max(map(len, candidates), default=0)
+                if empty is not None:
+                    failed.append((number, Failure("candidate without tokens", repr(empty))))
+                    continue
+                if not candidates:
+                    failed.append((number, Failure("no candidates", readable(parts)[-80:])))
+                    continue
+            else:
+                steps = self._steps(request.settings, choices)
+                if isinstance(steps, Failure):
+                    failed.append((number, steps))
+                    continue
+                n_new = steps
+            if (length := len(prompt.tokens)) + n_new > limit:
+                why = f"{length} positions and {n_new} new ones; the model has {limit}"
+                failed.append((number, Failure("prompt too long", why)))
+                continue
+            units.append(Unit.of(number, request, prompt, pictures, candidates, n_new))
+        return units, failed
+
+    def _joined(self, units: Sequence[Unit], askers: Sequence[int]) -> list[Unit]:
+        of_asker: dict[int, list[Unit]] = {}
+        for unit in units:
+            of_asker.setdefault(askers[unit.numbers[0]], []).append(unit)
+        found = []
+        image, n_latents = self.tokenizer.special.image, self.model.config.connector.n_latents
+        for own in of_asker.values():
+            found += together([unit for unit in own if unit.kind == "score"], image, n_latents)
+            found += [unit for unit in own if unit.kind != "score"]
+        return found
+
+    def _steps(self, settings: GenerationConfig, known: dict[tuple[str, ...], int | Failure]) -> int | Failure:
+        """Return how many tokens may be written."""
+        if not settings.choices:
+            return settings.max_new_tokens
+        key = (str(settings.max_new_tokens), *settings.choices)
+        if key not in known:
+            try:
+                known[key] = Choices(settings.choices, self.tokenizer, settings.max_new_tokens).n_steps
+            except UserError as error:
+                known[key] = Failure("choices that cannot be asked", str(error))
+        return known[key]
+
+    def _begin(self, batch: Batch, readers: ThreadPoolExecutor) -> dict[Path, Future[Pixels | Failure]]:
+        """Start to read each picture of a batch."""
+        paths = dict.fromkeys(path for unit in batch for path, _ in unit.pictures)
+        return {path: readers.submit(self._read, path) for path in paths}
+
+    def _read(self, path: Path) -> Pixels | Failure:
+        try:
+            return load(path, self.model.config.vision.image_size, self.image_fit)
+        except ImageError as error:
+            return Failure("a picture cannot be read", str(error) if str(path) in str(error) else f"{path}: {error}")
+
+    def _ask(
+        self, batch: Batch, pictures: dict[Path, Pixels | Failure], requests: Sequence[Request]
+    ) -> list[tuple[int, Answer | Failure]]:
+        answered: list[tuple[int, Answer | Failure]] = []
+        units = []
+        for unit in batch:
+            bad = next((found for path, _ in unit.pictures if isinstance(found := pictures[path], Failure)), None)
+            if bad is None:
+                units.append(unit)
+            else:
+                answered += [(number, bad) for number in unit.numbers]
+        if units:
+            images, places = self._stack(units, pictures)
+            asked = requests[units[0].numbers[0]]
+            try:
+                if isinstance(asked, Write):
+                    written = self._write(units, asked.settings, images, places)
+                    answered += [(unit.numbers[0], answer) for unit, answer in zip(units, written, strict=True)]
+                else:
+                    answered += self._score(units, requests, images, places)
+            except UserError as error:  # of this batch: other processes, which wait for this one, know nothing of it
+                failure = Failure("the model cannot answer", str(error))
+                answered += [(number, failure) for unit in units for number in unit.numbers]
+        return answered
+
+    def _stack(self, units: Batch, pictures: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
+        """Return the pictures of a batch, each once, and for each request's pictures which of them they are."""
+        # All that are blank are one picture.
+        kept = [[None if is_blank else path for path, is_blank in unit.pictures] for unit in units]
+        place = {path: i for i, path in enumerate(dict.fromkeys(chain.from_iterable(kept)))}
+        size = self.model.config.vision.image_size
+        images = torch.empty(len(place), 3, size, size, dtype=torch.uint8)
+        for path, i in place.items():
+            found = pictures[path] if path is not None else None
+            assert not isinstance(found, Failure)
+            images[i] = GREY if found is None else torch.from_numpy(found)
+        return images, [[place[path] for path in paths] for paths in kept]
+
+    def _write(
+        self, units: Batch, settings: GenerationConfig, images: Tensor, places: Sequence[Sequence[int]]
+    ) -> list[Continuation]:
+        prompts = [unit.prompt for unit in units]
+        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_shown(units, places))
+
+    def _score(
+        self, units: Batch, requests: Sequence[Request], images: Tensor, places: Sequence[Sequence[int]]
+    ) -> list[tuple[int, Answer | Failure]]:
+        prompts, given = [unit.prompt for unit in units], [unit.given for unit in units]
+        candidates = [
+            [[slot_of(place[slot_of(s)]) if s < 0 else s for s in ids] for ids in unit.candidates]
+            for unit, place in zip(units, places, strict=True)
+        ]
+        shown = _shown(units, places)
+        found = score_tokens(self.model, prompts, candidates, images, self.tokenizer, shown=shown, given=given)
+        answers: list[tuple[int, Answer | Failure]] = []
+        for unit, rows in zip(units, map(iter, found), strict=True):
+            for number in unit.numbers:
+                request = requests[number]
+                assert isinstance(request, Score)
+                answers.append((number, tuple(Scored(text, tuple(next(rows))) for text in request.candidates)))
+        return answers
+
+
+def _shown(units: Batch, places: Sequence[Sequence[int]]) -> Tensor:
+    """Return which picture of a batch each place of its prompts shows."""
+    found = [place[: len(unit.prompt.slots)] for unit, place in zip(units, places, strict=True)]
+    return torch.tensor(list(chain.from_iterable(found)), dtype=torch.int64)
+
+
+def _without_pictures(request: Request) -> tuple[str, ...]:
+    """Return a prompt with a blank for each picture: words around one stay apart."""
+    return tuple(part if isinstance(part, str) else " " for part in request.parts)

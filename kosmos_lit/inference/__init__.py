@@ -1,0 +1,1 @@
+"""Generation and scoring: settings, prompts, KV cache, logits processors, searches. `inference.generate` joins them."""

@@ -1,0 +1,1 @@
+"""Results as pages for people: Markdown and HTML, beside the published figures."""

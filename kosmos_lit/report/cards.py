@@ -1,0 +1,161 @@
+"""Samples as cards of a page: pictures, prompt, the right answer and the model's, and what else it thought likely."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from kosmos_lit.images import ImageError, open_rgb
+from kosmos_lit.report.samples import Choice, Chosen, candidate_shares
+from kosmos_lit.report.tables import figure_label
+
+MARK = "<image>"
+SIDE, SIDE_OF_MANY = 208, 104
+"""Longest side of a thumbnail in pixels, alone and among several."""
+TAIL = 700
+"""Characters of a prompt that are shown at once, its last ones; the rest is folded up."""
+MOST_PICTURES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
+
+
+def cards(choice: Choice, sight: str) -> str:
+    """Return the chosen samples of a task as HTML.
+
+    Args:
+        choice: what `chosen.choose` returns.
+        sight: `true`, or the control; what a grey picture covered is not shown.
+    """
+    parts = []
+    kinds = (("failure", choice.failures, choice.n_failures), ("success", choice.successes, choice.n_successes))
+    for name, group, n in kinds:
+        if group:
+            title = f"{len(group)} of {n:,} {'failures' if name == 'failure' else 'successes'}"
+            inside = "\n".join(card(chosen, name, choice.measure, sight) for chosen in group)
+            parts.append(f'<h3>{title}</h3>\n<div class="cards">\n{inside}\n</div>')
+    if choice.unanswered:
+        rows = "".join(f"<li>{escape(key)}: {escape(error)}</li>" for key, error in choice.unanswered)
+        parts.append(f'<h3>Without an answer, in no figure</h3>\n<ul class="notes">{rows}</ul>')
+    return "\n".join(parts)
+
+
+def card(chosen: Chosen, kind: str, measure: str, sight: str) -> str:
+    """Return one sample as HTML."""
+    sample = chosen.sample
+    requests = sample.get("requests") or []
+    score = f"{figure_label(measure)} {chosen.score:.2f}".strip()
+    shares = candidate_shares(sample)
+    said = f'<span class="said">{_text(sample.get("said"))}</span>'
+    return (
+        f'<article class="{kind}"><header><span>{escape(chosen.why)}</span>'
+        f"<span>{escape(str(sample['key']))} · {escape(score)}</span></header>\n"
+        f'{_asked(requests, sight)}\n<dl class="answers"><dt>right</dt><dd>{_right(sample.get("right"))}</dd>'
+        f"<dt>model</dt><dd>{said}</dd></dl>{_shares(shares, sample.get('said'))}</article>"
+    )
+
+
+def _asked(requests: Sequence[Mapping[str, Any]], sight: str) -> str:
+    """Return what the model was asked: the first prompt whole, of others what differs from it."""
+    if not requests:
+        return ""
+    first = requests[0]
+    pictures = [str(path) for path in first.get("images") or ()]
+    parts = [_prompt(str(first.get("prompt", "")), pictures, sight)]
+    same = [r for r in requests[1:] if r.get("prompt") == first.get("prompt")]
+    if same and len(same) == len(requests) - 1:  # the same question of several pictures, as Raven's candidates are
+        differ = [[str(p) for i, p in enumerate(r.get("images") or ()) if pictures[i : i + 1] != [str(p)]] for r in same]
+        others = "".join(_picture(p, SIDE_OF_MANY, sight, f"in request {i}") for i, row in enumerate(differ, 2) for p in row)
+        return f'{parts[0]}<div class="step"><span class="soft">the same with, one after another</span><br>{others}</div>'
+    for before, request in pairwise(requests):
+        again = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], sight)
+        parts.append(f'<div class="written">{_text(before.get("said", ""))}</div><div class="step">{again}</div>')
+    return "".join(parts)
+
+
+def _prompt(prompt: str, pictures: Sequence[str], sight: str) -> str:
+    """Return a prompt with its pictures in their places; if its words contain the mark itself, pictures come first."""
+    side = SIDE if len(pictures) == 1 else SIDE_OF_MANY
+    texts = prompt.split(MARK)
+    if len(texts) != len(pictures) + 1:
+        texts = [*("" for _ in pictures), prompt]
+    pieces = list(zip([None, *pictures], texts, strict=True))  # a picture, if there is one, and the text after it
+    kept, length, n_texts = len(pieces) - 1, len(texts[-1]), 1
+    while kept and len(pieces) - kept <= MOST_PICTURES:
+        length, n_texts = length + len(texts[kept - 1]), n_texts + bool(texts[kept - 1])
+        if length > TAIL or n_texts > MOST_TEXTS:
+            break
+        kept -= 1
+    head = "".join((MARK if picture else "") + text for picture, text in pieces[:kept])
+    shown = ""
+    for picture, text in pieces[kept:]:
+        tail = text[-TAIL:] if len(text) > 2 * TAIL else text
+        head += text[: len(text) - len(tail)]
+        shown += (_picture(picture, side, sight) if picture else "") + escape(tail)
+    folded = f'<details><summary>{len(head):,} characters before</summary><div class="prompt">{escape(head)}</div></details>'
+    return f'{folded if head else ""}<div class="prompt">{shown}</div>'
+
+
+def _picture(path: str, side: int, sight: str, where: str = "in the prompt") -> str:
+    name = escape(Path(path).name)
+    if sight == "blank":
+        return '<span class="gone">an even grey</span>'
+    try:
+        width, height, data = thumbnail(Path(path), side)
+    except ImageError as error:
+        return f'<span class="gone">{name}: {escape(error.reason)}</span>'
+    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="Picture {where}: {name}">'
+
+
+def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
+    """Return width and height of a small JPEG of a picture, and the JPEG in base64.
+
+    Raises: ImageError if there is no such picture, or if it cannot be decoded.
+    """
+    try:
+        image = open_rgb(path.read_bytes())
+    except OSError as error:
+        raise ImageError("the picture is gone", str(path)) from error
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82, optimize=True)
+    return image.width, image.height, base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _shares(shares: Sequence[tuple[str, float]], said: object) -> str:
+    """Return candidates with bars, the likeliest first."""
+    if not shares:
+        return ""
+    ranked = sorted(shares, key=lambda item: -item[1])
+    rows = "".join(
+        f'<li><span{chosen}>{escape(name)}</span><i style="width:{100 * share:.0f}%"></i>'
+        f"<span>{100 * share:.0f} %</span></li>"
+        for name, share in ranked[:MOST_CANDIDATES]
+        for chosen in [' class="said"' if name == said else ""]
+    )
+    more = len(ranked) - MOST_CANDIDATES
+    return f'<ul class="shares">{rows}</ul>' + (f'<div class="soft">and {more:,} more candidates</div>' if more > 0 else "")
+
+
+def _right(right: object) -> str:
+    """Return the right answer, of many the first ones."""
+    if not isinstance(right, list):
+        return _text(right)
+    found = list(dict.fromkeys(_plain(x) for x in right))
+    more = f' <span class="soft">and {len(found) - MOST_REFERENCES} more</span>' if len(found) > MOST_REFERENCES else ""
+    return "<br>".join(escape(x) for x in found[:MOST_REFERENCES]) + more
+
+
+def _text(value: object) -> str:
+    text = _plain(value)
+    return escape(text) if text.strip() else '<span class="soft">nothing</span>'
+
+
+def _plain(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

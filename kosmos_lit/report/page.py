@@ -1,0 +1,110 @@
+"""Reports as one HTML file: no script, nothing fetched, every word of a dataset or a model escaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import groupby
+
+from kosmos_lit.evaluation.statistics import Figure
+from kosmos_lit.report.style import STYLE
+from kosmos_lit.report.tables import Line, Table, figure_label, interval, number, shots_label
+
+PLOT = 176, 18
+"""Width and height of an interval plot, in pixels."""
+
+
+def page(title: str, facts: Mapping[str, str], banner: str, parts: Iterable[str]) -> str:
+    """Return a whole page."""
+    rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
+    lines = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+        f'<header><h1>{escape(title)}</h1>\n<dl class="facts">{rows}</dl></header>',
+        f'<p class="banner">{escape(banner)}</p>' if banner else "",
+        *parts,
+        "</main>\n</body>\n</html>\n",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def section(table: Table, anchor: str, samples: str) -> str:
+    """Return a benchmark: its table, what to know of it, and its samples."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+    source = f'<p class="source">{escape(table.source)}</p>' if table.source else ""
+    return (
+        f'<section id="{escape(anchor)}">\n<h2>{escape(table.title)}</h2>{source}\n{benchmark(table)}\n'
+        f'<ul class="notes">{notes}</ul>\n{samples}\n</section>'
+    )
+
+
+def benchmark(table: Table) -> str:
+    """Return a benchmark's table: measures over shots."""
+    groups = [(name, list(columns)) for name, columns in groupby(table.columns, key=lambda column: column.figure)]
+    measures = "".join(f'<th scope="colgroup" colspan="{len(c)}">{escape(figure_label(n))}</th>' for n, c in groups)
+    shots = "".join(f'<th scope="col">{escape(shots_label(column.shots))}</th>' for column in table.columns)
+    head = f'<tr><th rowspan="2" scope="col">model</th>{measures}</tr>\n<tr>{shots}</tr>'
+    rows = [_row(line, [cell(line.cells.get(c), line.ours) for c in table.columns]) for line in table.lines]
+    if table.chance is not None:
+        cells = f"<td>{number(table.chance)}</td>" + "<td></td>" * (len(table.columns) - 1)
+        rows.append(f'<tr class="chance"><th scope="row">chance</th>{cells}</tr>')
+    return wide(head, rows)
+
+
+def _row(line: Line, cells: Sequence[str]) -> str:
+    note = f"<small>{escape(line.note)}</small>" if line.note else ""
+    ours = ' class="ours"' if line.ours else ""
+    return f'<tr{ours}><th scope="row">{escape(line.model)}{note}</th>{"".join(cells)}</tr>'
+
+
+def cell(figure: Figure | None, strong: bool = False) -> str:
+    """Return a cell with a figure in points, its interval below it."""
+    if figure is None:
+        return "<td></td>"
+    value = f"<b>{number(figure.value)}</b>" if strong else number(figure.value)
+    between = interval(figure)
+    return f"<td>{value}{f'<small>{between}</small>' if between else ''}</td>"
+
+
+def wide(head: str, rows: Iterable[str], caption: str = "") -> str:
+    """Return a table that scrolls on its own where the screen is narrow."""
+    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    body = "\n".join(rows)
+    return f'<div class="wide" tabindex="0"><table>{said}<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def plot(figure: Figure | None, chance: float | None, paper: float | None, top: float = 100.0) -> str:
+    """Return an interval as a picture, on a line from 0 to `top` points.
+
+    Args:
+        figure: in points; a dot with whiskers.
+        chance: in points; a dotted tick.
+        paper: in points; an open diamond.
+        top: right end of the line.
+    """
+    width, height = PLOT
+    middle = height / 2
+
+    def x(points: float) -> float:
+        return 6 + (width - 12) * min(max(points, 0.0), top) / top
+
+    drawn = [f'<line class="track" x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}"/>']
+    said = []
+    if chance is not None and not math.isnan(chance):
+        drawn.append(f'<line class="chance" x1="{x(chance):.1f}" x2="{x(chance):.1f}" y1="1" y2="{height - 1}"/>')
+        said.append(f"chance {number(chance)}")
+    if figure is not None and not math.isnan(figure.value):
+        if interval(figure):
+            ends = f'x1="{x(figure.low):.1f}" x2="{x(figure.high):.1f}"'
+            drawn.append(f'<line class="whisker" {ends} y1="{middle}" y2="{middle}"/>')
+        drawn.append(f'<circle class="value" cx="{x(figure.value):.1f}" cy="{middle}" r="3.5"/>')
+        said.append(f"measured {number(figure.value)} {interval(figure)}".strip())
+    if paper is not None:
+        at = x(paper)
+        corners = f"{at:.1f},{middle - 5} {at + 5:.1f},{middle} {at:.1f},{middle + 5} {at - 5:.1f},{middle}"
+        drawn.append(f'<polygon class="paper" points="{corners}"/>')
+        said.append(f"KOSMOS-1 {number(paper)}")
+    label = escape("; ".join(said) or "nothing measured")
+    return f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'

@@ -1,0 +1,103 @@
+"""Birds: telling two similar kinds apart, with and without their descriptions (KOSMOS-1, section 4.7, tables 11 and 12).
+
+With: "Description of X: ... Description of Y: ...", the picture, "Question:what is the name of woodpecker in the picture?
+Answer:". Without: the picture and a question that names both. Open-ended: an answer is right if it names the right kind and
+not the other one.
+
+Deviation: the paper's pictures are not published as a dataset; the task reads a file `birds.json` and folders of pictures
+that anyone can fill (the first pair is of CUB-200-2011, 20 pictures each; table 11 has the descriptions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kosmos_lit.evaluation.answers import written
+from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
+from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.requests import Parts, Write
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.inference.config import GenerationConfig
+
+SOURCE = "not published as a whole; https://www.vision.caltech.edu/datasets/cub_200_2011/ has the first pair's pictures"
+
+
+class Birds(Task):
+    """Pairs of classes: `birds.json` and the folders of pictures that it names.
+
+    The file: `[{"category": "woodpecker", "classes": [{"name": "three toed", "description": "It has ...", "pictures":
+    "three_toed/"}, {"name": "downy", ...}]}, ...]`. A sample's key is the picture's path.
+    """
+
+    headline = "accuracy"
+    chance: float | None = 1 / 2
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        with_descriptions: bool = True,
+        description: str = "Description of {name} {category}: {description}",
+        question: str = "Question:what is the name of {category} in the picture? Answer:",
+        plain_question: str = "Question:what is the name of the {category} in the picture, {first} or {second}? Answer:",
+        settings: GenerationConfig = GenerationConfig(max_new_tokens=32, stop=("\n",)),
+        **common: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with `birds.json`.
+            with_descriptions: Whether both classes are described before the picture.
+            description: How a class is described; `{name}`, `{category}`, `{description}`.
+            question: What follows the picture behind descriptions; `{category}`.
+            plain_question: What follows it without; `{category}`, and both names: `{first}`, `{second}`.
+            settings: How to write.
+            **common: What every task takes.
+        """
+        self.title = "Birds with verbal descriptions" if with_descriptions else "Birds, the picture alone"
+        self.published = "birds_with_descriptions" if with_descriptions else "birds"
+        super().__init__(path, **common)
+        self.with_descriptions, self.description, self.question = with_descriptions, description, question
+        self.plain_question, self.settings = plain_question, settings
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the pictures, pair by pair and class by class."""
+        (file,) = need(self.title, self.path, ["birds.json"], SOURCE)
+        with expecting(file):
+            pairs = [(pair, [named["pictures"] for named in pair["classes"]]) for pair in read_json(file)]
+        need(self.title, self.path, [f"{name.rstrip('/')}/" for _, folders in pairs for name in folders], SOURCE)
+        with expecting(file):
+            return [
+                Sample(
+                    key=picture.relative_to(self.path).as_posix(),
+                    images=(picture,),
+                    data={"category": pair["category"], "classes": pair["classes"], "right": i},
+                )
+                for pair, folders in pairs
+                for i, name in enumerate(folders)
+                for picture in sorted((self.path / name).iterdir())
+                if picture.is_file() and not picture.name.startswith(".")
+            ]
+
+    def prompt(self, sample: Sample) -> Parts:
+        """Return the prompt of a sample."""
+        category, classes = sample.data["category"], sample.data["classes"]
+        if self.with_descriptions:
+            described = [filled(self.description, **{"category": category} | named) for named in classes]
+            return (" ".join(described), *sample.images, filled(self.question, category=category))
+        first, second = (named["name"] for named in classes)
+        return (*sample.images, filled(self.plain_question, category=category, first=first, second=second))
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask for the name."""
+        answers = yield [Write(self.prompt(sample), self.settings)]
+        said, names = written(answers[0]), [named["name"] for named in sample.data["classes"]]
+        named = [i for i, name in enumerate(names) if _words(name) in _words(said)]
+        right = sample.data["right"]
+        return Outcome(said=said, right=names[right], scores={"accuracy": float(named == [right])})
+
+
+def _words(text: str) -> str:
+    """Return a text as words between blanks: lower case, no hyphens, no punctuation."""
+    return f" {' '.join(''.join(c if c.isalnum() else ' ' for c in text.casefold()).split())} "

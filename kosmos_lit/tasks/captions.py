@@ -1,0 +1,156 @@
+"""Captions of photographs: COCO and Flickr30k on Karpathy's splits (KOSMOS-1, section 4.1, tables 2, 3 and 14).
+
+A picture and "An image of", beam of 5, CIDEr and SPICE. The paper leaves open, and we choose: what stands between two
+demonstrations (nothing, as in the released tools of Kosmos-2), how a caption follows the prompt in a demonstration (after a
+blank, as it stands in the file), what ends a caption beside </s> (a newline), and its length (at most 64 tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar
+
+from kosmos_lit.evaluation.answers import written
+from kosmos_lit.evaluation.caption_metrics import Measure, Tokens, Values, check_measures, measure, plain_words
+from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
+from kosmos_lit.evaluation.prompts import in_context
+from kosmos_lit.evaluation.requests import Parts, Write
+from kosmos_lit.evaluation.statistics import Figure, mean_figure
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.inference.config import GenerationConfig
+
+SPLITS = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
+
+
+class KarpathyCaptions(Task):
+    """Captions in the JSON file of Karpathy's splits, and folders of pictures.
+
+    The file: `{"images": [{"filepath": FOLDER, "filename": NAME, "split": "train" | "restval" | "val" | "test",
+    "sentences": [{"raw": CAPTION}, ...]}, ...]}`; a picture is `PATH/FOLDER/NAME`, or `PATH/flickr30k-images/NAME` in
+    Flickr30k's file, which has no `filepath`. A sample's key is NAME.
+    """
+
+    headline = "cider"
+    file: ClassVar[str]
+    """The JSON file's name."""
+    pictures: ClassVar[str] = "."
+    """Folder of pictures where the file has no `filepath`."""
+    source: ClassVar[str]
+    """Where the authors publish files and pictures."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str = "test",
+        prompt: str = "An image of",
+        separator: str = "",
+        settings: GenerationConfig = GenerationConfig(n_beams=5, max_new_tokens=64, stop=("\n",)),
+        measures: Sequence[Measure] = ("cider", "meteor", "spice"),
+        tokens: Tokens = "ptb",
+        **common: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with the JSON file and the folders of pictures.
+            split: Which split is evaluated.
+            prompt: What follows the picture.
+            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            settings: How to write.
+            measures: Figures beside the exact match: those of pycocoevalcap (extra `eval`). METEOR and SPICE need Java.
+            tokens: `ptb`: the words that pycocoevalcap's tokenizer finds, as in published figures; it needs Java. `plain`:
+                lower-case words without punctuation; its figures are named so (`cider_plain`).
+            **common: What every task takes.
+        """
+        super().__init__(path, **common)
+        self.split, self.prompt, self.separator, self.settings = split, prompt, separator, settings
+        self.measures, self.tokens = tuple(measures), tokens
+        self._last: tuple[list[str], list[Any], dict[str, tuple[float, Values]]] | None = None
+        self.headline = "cider" if tokens == "ptb" else "cider_plain"  # type: ignore[misc]
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the pictures of the split, with their captions as references."""
+        found = self._read((self.split,))
+        check_measures(self.title, self.measures, self.tokens)  # before a model writes for hours
+        return found
+
+    def pool(self) -> Sequence[Sample]:
+        """Return the pictures of Karpathy's training split: `train` and `restval`."""
+        return self._read(("train", "restval"))
+
+    def _read(self, splits: Sequence[str]) -> list[Sample]:
+        (file,) = need(self.title, self.path, [self.file], self.source)
+        with expecting(file):
+            found = [
+                Sample(
+                    key=image["filename"],
+                    images=(self._picture(image),),
+                    data={"captions": [sentence["raw"].strip() for sentence in image["sentences"]]},
+                )
+                for image in read_json(file)["images"]
+                if image["split"] in splits
+            ]
+        folders = {f"{picture.parent.relative_to(self.path)}/" for sample in found for picture in sample.images}
+        need(self.title, self.path, [self.file, *sorted(folders)], self.source)
+        return found
+
+    def _picture(self, image: dict[str, Any]) -> Path:
+        folder, name = image.get("filepath", self.pictures), image["filename"]
+        return self.path / str(folder) / str(name)
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask for a caption."""
+        shown = [self._demonstration(sample, shot) for shot in shots]
+        answers = yield [Write(in_context(shown, (*sample.images, self.prompt), self.separator), self.settings)]
+        said, right = written(answers[0]), sample.data["captions"]
+        exact = any(plain_words(said) == plain_words(caption) for caption in right)
+        return Outcome(said=said, right=right, scores={"exact_match": float(exact)})
+
+    def _demonstration(self, sample: Sample, shot: Sample) -> Parts:
+        """Return another picture with one of its captions, the same for the same seed and sample."""
+        caption = Random(f"{self.seed} {sample.key} {shot.key}").choice(shot.data["captions"])
+        return (*shot.images, f"{self.prompt} {caption}")
+
+    def scored(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """Return outcomes with what each caption is worth by each measure."""
+        found = {name: each.tolist() for name, (_, each) in self._measured(outcomes).items()}
+        rows = [{name: each[i] for name, each in found.items()} for i in range(len(outcomes))]
+        return [replace(outcome, scores={**outcome.scores, **row}) for outcome, row in zip(outcomes, rows, strict=True)]
+
+    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+        """Return the measures, each with the interval of its mean over pictures; CIDEr of 1 is 100 points of the tables."""
+        found = self._measured(outcomes)
+        measured = {name: replace(mean_figure(each), value=whole) for name, (whole, each) in found.items()}
+        return measured | {name: figure for name, figure in super().figures(outcomes).items() if name not in measured}
+
+    def _measured(self, outcomes: Sequence[Outcome]) -> dict[str, tuple[float, Values]]:
+        """Return what `measure` does, by the figures' names; that of the same captions is not found out twice."""
+        said, right = [outcome.said for outcome in outcomes], [outcome.right for outcome in outcomes]
+        if self._last is None or self._last[:2] != (said, right):
+            suffix = "" if self.tokens == "ptb" else f"_{self.tokens}"
+            found = measure(said, right, self.measures, self.tokens)
+            self._last = said, right, {f"{name}{suffix}": both for name, both in found.items()}
+        return self._last[2]
+
+
+class CocoCaption(KarpathyCaptions):
+    """COCO captions: `dataset_coco.json`, `val2014/`, and `train2014/` for demonstrations."""
+
+    title = "COCO captions"
+    published = "coco_caption"
+    file = "dataset_coco.json"
+    source = f"splits {SPLITS}, pictures https://cocodataset.org/#download (2014)"
+
+
+class Flickr30k(KarpathyCaptions):
+    """Flickr30k: `dataset_flickr30k.json`, `flickr30k-images/`."""
+
+    title = "Flickr30k captions"
+    published = "flickr30k"
+    file = "dataset_flickr30k.json"
+    pictures = "flickr30k-images"
+    source = f"splits {SPLITS}, pictures on request from https://shannon.cs.illinois.edu/DenotationGraph/"

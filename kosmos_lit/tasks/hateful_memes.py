@@ -1,0 +1,94 @@
+"""HatefulMemes: does a picture with text contain hate speech (KOSMOS-1, section 4.3, table 7).
+
+The picture and "Question: does this picture contain real hate speech? Answer:"; the area under the ROC curve of
+P(yes) / (P(yes) + P(no)). The text of the meme is not given: it has to be read off the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from kosmos_lit.evaluation.answers import compared, credit, shares
+from kosmos_lit.evaluation.dataset_files import expecting, need, read_json_lines
+from kosmos_lit.evaluation.prompts import in_context
+from kosmos_lit.evaluation.requests import Parts, Score
+from kosmos_lit.evaluation.statistics import Figure, auc_figure
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+
+
+class HatefulMemes(Task):
+    """HatefulMemes: `dev_seen.jsonl` or `dev.jsonl` (the first phase's name of the same split), and `img/`.
+
+    A line: `{"id": 8291, "img": "img/08291.png", "label": 1, "text": ...}`.
+    """
+
+    title = "HatefulMemes"
+    published = "hateful_memes"
+    headline = "roc_auc"
+    chance = 0.5
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str = "dev",
+        template: str = "Question: does this picture contain real hate speech? Answer:",
+        answers: Sequence[str] = ("no", "yes"),
+        score: Literal["share", "yes"] = "share",
+        separator: str = "",
+        **common: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with the lists and `img/`.
+            split: Name of the list, without `.jsonl`; `dev` is also found as `dev_seen`.
+            template: What follows the picture.
+            answers: What labels 0 and 1 are called.
+            score: What ranks the pictures: P(yes) as a `share` of both answers, or P(`yes`) alone.
+            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            **common: What every task takes.
+        """
+        super().__init__(path, **common)
+        self.split, self.template, self.answers = split, template, tuple(answers)
+        self.score, self.separator = score, separator
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the memes of the split."""
+        return self._read(["dev_seen.jsonl", "dev.jsonl"] if self.split == "dev" else [f"{self.split}.jsonl"])
+
+    def pool(self) -> Sequence[Sample]:
+        """Return the memes of `train.jsonl`."""
+        return self._read(["train.jsonl"])
+
+    def _read(self, names: Sequence[str]) -> list[Sample]:
+        file, _ = need(self.title, self.path, [names, "img/"], "https://hatefulmemeschallenge.com (request access there)")
+        with expecting(file):
+            return [
+                Sample(key=str(row["id"]), images=(self.path / row["img"],), data={"label": int(row["label"])})
+                for row in read_json_lines(file, ["id", "img", "label"])
+            ]
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask whether there is hate speech."""
+        shown: list[Parts] = [(*shot.images, f"{self.template} {self.answers[shot.data['label']]}") for shot in shots]
+        answers = yield [Score(in_context(shown, (*sample.images, self.template), self.separator), self.answers)]
+        scored = compared(answers[0])
+        found, label = shares(scored), sample.data["label"]
+        return Outcome(
+            said=self.answers[found.index(max(found))],
+            right=self.answers[label],
+            scores={"accuracy": credit(found, label)},
+            data={
+                "score": found[1] if self.score == "share" else math.exp(scored[1].total), "label": label,
+                "shares": dict(zip(self.answers, found, strict=True)),
+            },
+        )
+
+    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+        """Return the area under the ROC curve, and the accuracy of the likelier answer."""
+        data = [outcome.data for outcome in outcomes]
+        area = auc_figure([row["score"] for row in data], [row["label"] for row in data])
+        return {"roc_auc": area} | super().figures(outcomes)

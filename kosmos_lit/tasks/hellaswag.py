@@ -1,0 +1,39 @@
+"""HellaSwag: which of four ways an account goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kosmos_lit.evaluation.dataset_files import need, read_json_lines
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
+from kosmos_lit.evaluation.task import Sample
+
+PUBLISHED = "github.com/rowanz/hellaswag, folder data"
+
+
+class HellaSwag(MultipleChoice):
+    """HellaSwag validation (Zellers et al. 2019), accuracy (the paper's Table 13).
+
+    The context as it stands is continued by each ending, as the group's released tool has it. Demonstrations come from the
+    training file.
+    """
+
+    title = "HellaSwag"
+    published = "hellaswag"
+    chance = 1 / 4
+
+    def samples(self) -> Sequence[Sample]:
+        return self._read("hellaswag_val.jsonl")
+
+    def pool(self) -> Sequence[Sample]:
+        return self._read("hellaswag_train.jsonl")
+
+    def _read(self, name: str) -> list[Sample]:
+        [path] = need(self.title, self.path, [name], PUBLISHED)
+        rows = read_json_lines(path, ["ctx", "endings", "label"])
+        return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
+
+    def question(self, sample: Sample) -> Question:
+        endings = tuple(ending.strip() for ending in sample.data["endings"])
+        right = self.label(sample, "label", tuple(map(str, range(len(endings)))))
+        return Question((sample.data["ctx"].strip(),), endings, endings, right)

@@ -1,0 +1,97 @@
+"""MemoryColor and ColorTerms: the colour that a thing has, from text alone."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.evaluation.dataset_files import need, read_json_lines, read_lines
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
+from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.task import Sample
+
+COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
+"""The eleven basic colours, as Memory Colors spells them."""
+
+
+class ObjectColor(MultipleChoice):
+    """Asks for a thing's colour with the paper's prompt, "The color of {Object} is? {Answer}" (its section 4.9).
+
+    Demonstrations are other things: there is no training split.
+    """
+
+    chance: float | None
+    file: ClassVar[str]
+
+    def __init__(
+        self,
+        path: str,
+        prompt: str = "The color of {object} is?",
+        colors: tuple[str, ...] = COLORS,
+        **options: Any,
+    ) -> None:
+        """Take the prompt beside what every choice has.
+
+        Args:
+            path: Folder with the file.
+            prompt: What a colour follows; {object} stands for the thing with what goes before it ("the inside of a
+                pineapple"), {item} for it alone.
+            colors: The candidates.
+            options: As `MultipleChoice` has them.
+        """
+        self.chance = 1 / len(colors)
+        super().__init__(path, **options)
+        self.prompt, self.colors = prompt, tuple(colors)
+
+    @abstractmethod
+    def samples(self) -> Sequence[Sample]: ...
+
+    def pool(self) -> Sequence[Sample]:
+        return self.samples()
+
+    def question(self, sample: Sample) -> Question:
+        thing = f"{sample.data['descriptor']} {sample.data['item']}".strip()
+        context = filled(self.prompt, object=thing, item=sample.data["item"])
+        return Question((context,), self.colors, self.colors, self.label(sample, "label", self.colors))
+
+
+class MemoryColor(ObjectColor):
+    """Memory Colors (Norlund et al. 2021), 109 things, accuracy (the paper's Table 16)."""
+
+    title = "MemoryColor"
+    published = "memory_color"
+    file = "memory_colors.jsonl"
+
+    def samples(self) -> Sequence[Sample]:
+        where = "github.com/lovhag/measure-visual-commonsense-knowledge, memory_colors/data"
+        [path] = need(self.title, self.path, [self.file], where)
+        rows = read_json_lines(path, ["descriptor", "item", "label"])
+        return [Sample(key=f"{self.file}:{number}", data=row) for number, row in enumerate(rows, start=1)]
+
+
+class ColorTerms(ObjectColor):
+    """The concrete things of Bruni et al. 2012 and their colours, accuracy (the paper's Table 16).
+
+    The file is the one that the group's earlier evaluation reads (VaLM, Wang et al. 2022): below a header, a thing and its
+    colour a line, a comma between. "gray" counts as "grey".
+    """
+
+    title = "ColorTerms"
+    published = "color_terms"
+    file = "color-concrete-objects.csv"
+
+    def samples(self) -> Sequence[Sample]:
+        where = "github.com/victorwz/VaLM, folder data/object_color (the list of Bruni et al. 2012)"
+        [path] = need(self.title, self.path, [self.file], where)
+        found = []
+        for number, line in enumerate(read_lines(path), start=1):
+            if number > 1 and line.strip():
+                row = line.split(",")
+                if len(row) != 2:
+                    raise UserError(f"{path}:{number}: {line!r} is no thing and its colour with a comma between")
+                label = row[1].strip().replace("gray", "grey")
+                data = {"descriptor": "", "item": row[0].strip(), "label": label}
+                found.append(Sample(key=f"{self.file}:{number}", data=data))
+        return found

@@ -1,0 +1,92 @@
+"""Raven's matrices: which picture goes on the series (KOSMOS-1, section 4.2, table 6 and figure 4).
+
+"Here are eight images:", the pictures one by one, "The following image is:", a candidate, "Is it correct?"; the candidate
+with the highest probability of "Yes" is the answer.
+
+Deviation: the layout inside the archive of IQ50 (https://aka.ms/kosmos-iq50) is not documented anywhere we know of; the task
+reads a file `items.json` that says which picture is what, and is quickly written for any layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from kosmos_lit.evaluation.answers import compared, credit, shares
+from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
+from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.requests import Parts, Score
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+
+SOURCE = "https://aka.ms/kosmos-iq50 has the pictures; items.json is to be written, configs/eval/raven_iq50.yaml says how"
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+class Raven(Task):
+    """Matrices: `items.json` and the pictures that it names.
+
+    The file: `[{"id": "1", "given": [PICTURE, ...], "candidates": [PICTURE, ...], "answer": 2}, ...]`, pictures as paths
+    under the folder in reading order, `answer` the number of the right candidate from 0. Other fields are kept as data.
+    """
+
+    title = "Raven IQ50"
+    published = "raven_iq50"
+    headline = "accuracy"
+    chance: float | None = 1 / 6
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        before: str = "Here are {n} images:",
+        between: str = "The following image is:",
+        after: str = "Is it correct?",
+        yes: str = "Yes",
+        no: str | None = None,
+        **common: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with `items.json` and the pictures.
+            before: What stands before the given pictures; `{n}` is their number as a word.
+            between: What stands between them and the candidate.
+            after: What stands behind the candidate.
+            yes: The answer whose probability is compared.
+            no: If given, what is compared is P(yes) / (P(yes) + P(no)); None: P(yes) alone, as in the paper.
+            **common: What every task takes.
+        """
+        super().__init__(path, **common)
+        self.before, self.between, self.after = before, between, after
+        self.answers = (yes,) if no is None else (yes, no)
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the matrices; a sample's pictures are the given ones, then the candidates."""
+        (file,) = need(self.title, self.path, ["items.json"], SOURCE)
+        with expecting(file):
+            return [
+                Sample(
+                    key=str(row["id"]),
+                    images=tuple(self.path / name for name in [*row["given"], *row["candidates"]]),
+                    data=row | {"n_given": len(row["given"]), "n_candidates": len(row["candidates"])},
+                )
+                for row in read_json(file)
+            ]
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask of each candidate whether it is correct."""
+        n, right = sample.data["n_given"], int(sample.data["answer"])
+        given, candidates = sample.images[:n], sample.images[n:]
+        start: Parts = (filled(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *given, self.between)
+        each = [candidates[i : i + 1] for i in range(sample.data["n_candidates"])]
+        answers = yield [Score((*start, *candidate, self.after), self.answers) for candidate in each]
+        found = [compared(answer) for answer in answers]
+        confidence = [shares(scored)[0] if len(scored) > 1 else math.exp(scored[0].total) for scored in found]
+        total = sum(confidence) or 1.0  # all may be too small for a float
+        return Outcome(
+            said=str(confidence.index(max(confidence))),
+            right=str(right),
+            scores={"accuracy": credit(confidence, right)},
+            data={"confidence": confidence, "shares": {str(i): one / total for i, one in enumerate(confidence)}},
+        )

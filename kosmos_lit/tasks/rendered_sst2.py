@@ -1,0 +1,143 @@
+"""Rendered SST-2: reading opinions that are pictures of text (KOSMOS-1, sections 4.3 and 4.5, tables 7 and 9).
+
+At once: the picture, "Question: what is the sentiment of the opinion? Answer:", and whichever of "positive" and "negative"
+is likelier. With a chain of thought: the picture and "Introduce this picture in detail:" give a rationale; then the picture
+again (figure 5), the rationale and the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from kosmos_lit.evaluation.answers import compared, credit, shares, written
+from kosmos_lit.evaluation.dataset_files import need
+from kosmos_lit.evaluation.prompts import filled, in_context
+from kosmos_lit.evaluation.requests import Parts, Score, Write
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.results import Scored
+
+
+class PictureChoice(Task):
+    """Pictures whose class is one of a few words: `SPLIT/CLASS/*.png`."""
+
+    headline = "accuracy"
+    source: ClassVar[str]
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        classes: Sequence[str],
+        split: str,
+        template: str,
+        separator: str = "",
+        **common: Any,
+    ) -> None:
+        """Take the options.
+
+        Args:
+            path: Folder with the splits.
+            classes: Names of the classes' folders, which are also the answers.
+            split: Which split is evaluated.
+            template: What follows the picture, and the answer follows.
+            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            **common: What every task takes.
+        """
+        self.chance = 1 / len(classes)
+        super().__init__(path, **common)
+        self.classes, self.split, self.template, self.separator = tuple(classes), split, template, separator
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the pictures of the split, class by class; a key is `CLASS/NAME`."""
+        return self._read(self.split)
+
+    def pool(self) -> Sequence[Sample]:
+        """Return the pictures of `train/`."""
+        return self._read("train")
+
+    def _read(self, split: str) -> list[Sample]:
+        folders = need(self.title, self.path, [f"{split}/{name}/" for name in self.classes], self.source)
+        return [
+            Sample(key=f"{label}/{picture.name}", images=(picture,), data={"label": label})
+            for label, folder in zip(self.classes, folders, strict=True)
+            for picture in sorted(folder.iterdir())
+            if picture.is_file() and not picture.name.startswith(".")
+        ]
+
+    def choose(self, sample: Sample, shots: Sequence[Sample], question: str) -> Score:
+        """Return the request that compares the classes after a question; demonstrations have the plain one."""
+        shown: list[Parts] = [(*shot.images, f"{self.template} {shot.data['label']}") for shot in shots]
+        return Score(in_context(shown, (*sample.images, question), self.separator), self.classes)
+
+    def judged(self, sample: Sample, scored: Sequence[Scored], **data: Any) -> Outcome:
+        """Return what the classes' probabilities are worth."""
+        found, label = shares(scored), sample.data["label"]
+        return Outcome(
+            said=self.classes[found.index(max(found))],
+            right=label,
+            scores={"accuracy": credit(found, self.classes.index(label))},
+            data={"shares": dict(zip(self.classes, found, strict=True)), **data},
+        )
+
+
+class RenderedSst2(PictureChoice):
+    """Rendered SST-2: `test/positive/*.png`, `test/negative/*.png`, and the same under `train/` for demonstrations."""
+
+    title = "Rendered SST-2"
+    published = "rendered_sst2"
+    source = "https://github.com/openai/CLIP/blob/main/data/rendered-sst2.md"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        classes: Sequence[str] = ("positive", "negative"),
+        split: str = "test",
+        template: str = "Question: what is the sentiment of the opinion? Answer:",
+        **options: Any,
+    ) -> None:
+        """Take the options of the paper; `PictureChoice` says what they are."""
+        super().__init__(path, classes=classes, split=split, template=template, **options)
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask for the sentiment."""
+        answers = yield [self.choose(sample, shots, self.template)]
+        return self.judged(sample, compared(answers[0]))
+
+
+class RenderedSst2ChainOfThought(RenderedSst2):
+    """Rendered SST-2 with a rationale that the model writes first."""
+
+    title = "Rendered SST-2, chain of thought"
+    published = "rendered_sst2_cot"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        introduction: str = "Introduce this picture in detail:",
+        second: str = "{rationale} {question}",
+        settings: GenerationConfig = GenerationConfig(max_new_tokens=128),
+        **options: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with the splits.
+            introduction: What follows the picture in the first stage.
+            second: What follows it in the second; `{rationale}` is what was written, `{question}` the template.
+            settings: How the rationale is written; the paper says nothing of it.
+            **options: What `RenderedSst2` takes.
+        """
+        super().__init__(path, **options)
+        self.introduction, self.second, self.settings = introduction, second, settings
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask for a rationale, then for the sentiment; demonstrations stand before the second stage, without rationales."""
+        answers = yield [Write((*sample.images, self.introduction), self.settings)]
+        rationale = written(answers[0])
+        question = filled(self.second, rationale=rationale, question=self.template).strip()
+        answers = yield [self.choose(sample, shots, question)]
+        return self.judged(sample, compared(answers[0]), rationale=rationale)

@@ -1,0 +1,146 @@
+"""BoolQ, CB and COPA as SuperGLUE distributes them: a folder each, with train.jsonl and val.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kosmos_lit.evaluation.dataset_files import need, read_json_lines
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
+from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.statistics import Figure, macro_f1_figure
+from kosmos_lit.evaluation.task import Outcome, Sample
+
+PUBLISHED = "super.gluebenchmark.com/tasks"
+
+
+class SuperGlue(MultipleChoice):
+    """A task of SuperGLUE (Wang et al. 2019): its validation set, with demonstrations from its training set."""
+
+    fields: ClassVar[Sequence[str]]
+    """Of each line, the label among them."""
+
+    def samples(self) -> Sequence[Sample]:
+        return self._read("val.jsonl")
+
+    def pool(self) -> Sequence[Sample]:
+        return self._read("train.jsonl")
+
+    def _read(self, name: str) -> list[Sample]:
+        [path] = need(self.title, self.path, [name], PUBLISHED)
+        rows = read_json_lines(path, [*self.fields, "label"])
+        return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
+
+
+class BoolQ(SuperGlue):
+    """BoolQ validation (Clark et al. 2019), accuracy (the paper's Table 13).
+
+    Prompt and answers are the first of those that the group's released tool has.
+    """
+
+    title = "BoolQ"
+    published = "boolq"
+    chance = 1 / 2
+    fields = ("passage", "question")
+
+    def __init__(
+        self,
+        path: str,
+        prompt: str = "Passage: {passage} After reading this passage, I have a question: {question}? True or False?",
+        answers: tuple[str, str] = ("False", "True"),
+        **options: Any,
+    ) -> None:
+        """Take the prompt beside what every choice has.
+
+        Args:
+            path: Folder with the files.
+            prompt: What an answer follows; {passage} and {question} stand for these, the question without its mark.
+            answers: Words for no and yes.
+            options: As `MultipleChoice` has them.
+        """
+        super().__init__(path, **options)
+        self.prompt, self.answers = prompt, tuple(answers)
+
+    def question(self, sample: Sample) -> Question:
+        passage, asked = sample.data["passage"].strip(), sample.data["question"].strip().removesuffix("?")
+        right = self.label(sample, "label", ("False", "True"))
+        return Question((filled(self.prompt, passage=passage, question=asked),), self.answers, self.answers, right)
+
+
+class CommitmentBank(SuperGlue):
+    """CommitmentBank validation (de Marneffe et al. 2019): accuracy (the paper's Table 13), and macro F1 as SuperGLUE has.
+
+    Prompt and answers are the first of those that the group's released tool has. Of the 56 samples most are contradictions,
+    so that guessing one class beats chance.
+    """
+
+    title = "CB"
+    published = "cb"
+    chance = 1 / 3
+    fields = ("premise", "hypothesis")
+
+    def __init__(
+        self,
+        path: str,
+        prompt: str = "{premise} Question: {hypothesis}. True, False, or Neither? Answer:",
+        answers: tuple[str, str, str] = ("True", "False", "Neither"),
+        **options: Any,
+    ) -> None:
+        """Take the prompt beside what every choice has.
+
+        Args:
+            path: Folder with the files.
+            prompt: What an answer follows; {premise} and {hypothesis} stand for these, the latter without its full stop.
+            answers: Words for entailment, contradiction and neutral.
+            options: As `MultipleChoice` has them.
+        """
+        super().__init__(path, **options)
+        self.prompt, self.answers = prompt, tuple(answers)
+
+    def question(self, sample: Sample) -> Question:
+        premise, hypothesis = (sample.data[name].strip() for name in self.fields)
+        right = self.label(sample, "label", ("entailment", "contradiction", "neutral"))
+        context = filled(self.prompt, premise=premise, hypothesis=hypothesis.removesuffix("."))
+        return Question((context,), self.answers, self.answers, right)
+
+    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+        chosen = np.array([outcome.data["choice"] for outcome in outcomes], dtype=np.int64)
+        labels = np.array([outcome.data["label"] for outcome in outcomes], dtype=np.int64)
+        return super().figures(outcomes) | {"macro_f1": macro_f1_figure(chosen, labels)}
+
+
+class Copa(SuperGlue):
+    """COPA validation (Roemmele et al. 2011), accuracy (the paper's Table 13).
+
+    The premise without its full stop, a connective, and each choice beginning in lower case, as the group's released tool
+    has it; "I" keeps its capital.
+    """
+
+    title = "COPA"
+    published = "copa"
+    chance = 1 / 2
+    fields = ("premise", "choice1", "choice2", "question")
+
+    def __init__(self, path: str, cause: str = "because", effect: str = "so", **options: Any) -> None:
+        """Take the connectives beside what every choice has.
+
+        Args:
+            path: Folder with the files.
+            cause: Connects a premise to what brought it about.
+            effect: Connects a premise to what it brought about.
+            options: As `MultipleChoice` has them.
+        """
+        super().__init__(path, **options)
+        self.connectives = {"cause": cause, "effect": effect}
+
+    def question(self, sample: Sample) -> Question:
+        asked = tuple(self.connectives)[self.label(sample, "question", tuple(self.connectives))]
+        context = f"{sample.data['premise'].strip().removesuffix('.')} {self.connectives[asked]}"
+        choices = (sample.data["choice1"].strip(), sample.data["choice2"].strip())
+        return Question((context,), tuple(map(_lowered, choices)), choices, self.label(sample, "label", ("0", "1")))
+
+
+def _lowered(text: str) -> str:
+    return text if text.split("'")[0].split()[0] == "I" else text[:1].lower() + text[1:]

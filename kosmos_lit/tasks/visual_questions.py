@@ -1,0 +1,185 @@
+"""Questions about photographs: VQAv2 and VizWiz (KOSMOS-1, section 4.1, tables 4, 5 and 14).
+
+A picture and "Question: {question} Answer:", greedy, scored by VQA accuracy. The paper evaluates on test-dev of both, whose
+answers only the benchmarks' servers know: for a split without answers `figures` has no accuracy, and `files` gives what the
+servers take. The paper leaves open, and we choose: what stands between demonstrations (nothing, as in the released tools of
+Kosmos-2), what ends an answer beside </s> (a newline), and which of its ten answers a demonstration has (the most frequent).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kosmos_lit.evaluation.answers import written
+from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
+from kosmos_lit.evaluation.prompts import filled, in_context
+from kosmos_lit.evaluation.requests import Parts, Write
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.vqa import vqa_accuracy
+from kosmos_lit.inference.config import GenerationConfig
+
+
+class VisualQuestions(Task):
+    """Questions with ten answers each."""
+
+    headline = "vqa_accuracy"
+    train_split: str
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str,
+        template: str = "Question: {question} Answer:",
+        separator: str = "",
+        settings: GenerationConfig = GenerationConfig(max_new_tokens=32, stop=("\n",)),
+        leave_one_out: bool = True,
+        **common: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with questions, answers and pictures.
+            split: Which split is evaluated, as the files' names have it.
+            template: What follows the picture; `{question}`.
+            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            settings: How to write.
+            leave_one_out: Average over the ten sets of nine answers, as the official code does; else min(1, matches / 3).
+            **common: What every task takes.
+        """
+        super().__init__(path, **common)
+        self.split, self.template, self.separator = split, template, separator
+        self.settings, self.leave_one_out = settings, leave_one_out
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the questions of the split; without answers if these are not public."""
+        return self._read(self.split, need_answers=False)
+
+    def pool(self) -> Sequence[Sample]:
+        """Return the questions of the training split."""
+        return self._read(self.train_split, need_answers=True)
+
+    @abstractmethod
+    def _read(self, split: str, *, need_answers: bool) -> list[Sample]: ...
+
+    @abstractmethod
+    def _submission(self, key: str, said: str) -> dict[str, Any]: ...
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask the question."""
+        answered = [f"{self._question(shot)} {most_frequent(shot.data['answers'])}" for shot in shots]
+        shown: list[Parts] = [(*shot.images, text) for shot, text in zip(shots, answered, strict=True)]
+        prompt = in_context(shown, (*sample.images, self._question(sample)), self.separator)
+        answers = yield [Write(prompt, self.settings)]
+        said, right = written(answers[0]), sample.data.get("answers")
+        scores = {} if right is None else {"vqa_accuracy": vqa_accuracy(said, right, leave_one_out=self.leave_one_out)}
+        return Outcome(said=said, right=right, scores=scores, data={"submission": self._submission(sample.key, said)})
+
+    def _question(self, sample: Sample) -> str:
+        return filled(self.template, question=sample.data["question"])
+
+    def files(self, outcomes: Sequence[Outcome], failed: Sequence[str]) -> dict[str, str]:
+        """Return the answers in the form that the benchmark's server takes (https://eval.ai): to every question one."""
+        said = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed]
+        return {f"submission_{self.split}.json": json.dumps(said)}
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """Return the answer that most people gave, the first of several."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+class Vqav2(VisualQuestions):
+    """VQAv2: `v2_OpenEnded_mscoco_SPLIT_questions.json`, `v2_mscoco_SPLIT_annotations.json`, folders of COCO pictures.
+
+    Questions: `{"questions": [{"image_id": 1, "question": ..., "question_id": 2}, ...]}`; answers: `{"annotations":
+    [{"question_id": 2, "answers": [{"answer": ...}, ... ten of them]}, ...]}`. A picture is `PATH/PICTURES/` and
+    `picture_name` with its id, PICTURES being `val2014`, `train2014`, or `test2015` for both test splits.
+    """
+
+    title = "VQAv2"
+    published = "vqav2"
+    train_split = "train2014"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str = "val2014",
+        picture_name: str = "COCO_{pictures}_{image_id:012d}.jpg",
+        **options: Any,
+    ) -> None:
+        """Take the options.
+
+        Args:
+            path: Folder with questions, answers and pictures.
+            split: `val2014`, `test-dev2015`, `test2015` or `train2014`.
+            picture_name: File name of a picture; `{pictures}` is its folder's name.
+            **options: What `VisualQuestions` takes.
+        """
+        super().__init__(path, split=split, **options)
+        self.picture_name = picture_name
+
+    def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
+        pictures = split.replace("-dev", "")
+        questions_name, answers_name = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
+        public = need_answers or not split.startswith("test")
+        names = [questions_name, f"{pictures}/", *([answers_name] if public else [])]
+        questions, folder, *rest = need(self.title, self.path, names, "https://visualqa.org/download.html")
+        answers = self._answers(rest[0]) if public else {}
+        with expecting(questions):
+            return [
+                Sample(
+                    key=str(row["question_id"]),
+                    images=(folder / filled(self.picture_name, pictures=pictures, image_id=row["image_id"]),),
+                    data={"question": row["question"]} | ({"answers": answers[row["question_id"]]} if public else {}),
+                )
+                for row in read_json(questions)["questions"]
+            ]
+
+    def _answers(self, path: Path) -> dict[int, list[str]]:
+        with expecting(path):
+            rows = read_json(path)["annotations"]
+            return {row["question_id"]: [answer["answer"] for answer in row["answers"]] for row in rows}
+
+    def _submission(self, key: str, said: str) -> dict[str, Any]:
+        return {"question_id": int(key), "answer": said}
+
+
+class VizWiz(VisualQuestions):
+    """VizWiz: `SPLIT.json` or `Annotations/SPLIT.json`, and `SPLIT/` with the pictures.
+
+    The file: `[{"image": NAME, "question": ..., "answers": [{"answer": ...}, ...]}, ...]`, `answers` missing for `test`.
+    """
+
+    title = "VizWiz"
+    published = "vizwiz"
+    train_split = "train"
+
+    def __init__(self, path: str, *, split: str = "val", **options: Any) -> None:
+        """Take the options.
+
+        Args:
+            path: Folder with questions and pictures.
+            split: `val`, `train` or `test`.
+            **options: What `VisualQuestions` takes.
+        """
+        super().__init__(path, split=split, **options)
+
+    def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
+        names = [[f"{split}.json", f"Annotations/{split}.json"], f"{split}/"]
+        file, folder = need(self.title, self.path, names, "https://vizwiz.org/tasks-and-datasets/vqa/")
+        with expecting(file):
+            return [self._sample(folder, row, need_answers) for row in read_json(file)]
+
+    def _sample(self, folder: Path, row: dict[str, Any], need_answers: bool) -> Sample:
+        known = {"answers": [each["answer"] for each in row["answers"]]} if need_answers or "answers" in row else {}
+        return Sample(key=row["image"], images=(folder / row["image"],), data={"question": row["question"]} | known)
+
+    def _submission(self, key: str, said: str) -> dict[str, Any]:
+        return {"image": key, "answer": said}

@@ -1,0 +1,110 @@
+"""WebSRC: questions about web pages (KOSMOS-1, section 4.4, table 8).
+
+The picture of the page and the paper's prompt with its misspelt "Qusestion", greedy, exact match and F1 as the dataset's
+authors compute them. The paper leaves open, and we choose: the split (dev: test answers are not public), what the prompt is
+without the page's text (the same without its last sentence), and what becomes of a page that is longer than the model reads
+(its first 1,000 words are given).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lxml import html
+
+from kosmos_lit.evaluation.answers import written
+from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
+from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.requests import Write
+from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.text_match import exact_match, f1
+from kosmos_lit.inference.config import GenerationConfig
+
+EXAMPLE = (
+    "Given the context below from web page, extract the answer from the given text like this: "
+    "Qusestion: Who is the publisher of this book? Answer: Penguin Books Ltd."
+)
+UNSEEN = "//script | //style | //noscript | //template | //head | //comment()"
+"""What of a page is not read as its text."""
+
+
+class WebSrc(Task):
+    """WebSRC: `DOMAIN/SITE/dataset.csv`, `DOMAIN/SITE/processed_data/PAGE.png` and `.html`, and the file of splits.
+
+    The CSV has `question,answer,element_id,answer_start,id`; an id begins with two letters of the domain and two digits of
+    the site, and `id[2:9]` is PAGE. Splits: `dataset_split_release.json` or `dataset_split.json`, `{"dev": ["au01", ...],
+    ...}` with letters and site; a site that no list names is of `train`.
+    """
+
+    title = "WebSRC"
+    published = "websrc"
+    headline = "f1"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str = "dev",
+        with_text: bool = True,
+        template: str | None = None,
+        max_words: int | None = 1000,
+        settings: GenerationConfig = GenerationConfig(max_new_tokens=64, stop=("\n",)),
+        **common: Any,
+    ) -> None:
+        """Take the options of the paper.
+
+        Args:
+            path: Folder with the domains.
+            split: Which split is evaluated.
+            with_text: Whether the prompt has the page's text.
+            template: What follows the picture; `{question}`, and `{text}` if it is given. None: the paper's.
+            max_words: Most words of the page's text; None: all. A prompt that is too long for the model is a failed sample.
+            settings: How to write.
+            **common: What every task takes.
+        """
+        self.title = "WebSRC, page text in the prompt" if with_text else "WebSRC, the picture alone"
+        self.published = "websrc" if with_text else "websrc_without_text"
+        super().__init__(path, **common)
+        context = " Context: {text}" if with_text else ""
+        self.template = template if template is not None else EXAMPLE + context + " Q: {question} A:"
+        self.split, self.with_text, self.max_words, self.settings = split, with_text, max_words, settings
+
+    def samples(self) -> Sequence[Sample]:
+        """Return the questions of the split, in the order of domains, sites and the files' lines."""
+        names = [["dataset_split_release.json", "dataset_split.json"], "*/*/dataset.csv"]
+        splits, _ = need(self.title, self.path, names, "https://x-lance.github.io/WebSRC/")
+        with expecting(splits):
+            site_of = {site: name for name, sites in read_json(splits).items() for site in sites}
+        found = []
+        for file in sorted(self.path.glob("*/*/dataset.csv")):
+            if site_of.get(file.parent.parent.name[:2] + file.parent.name, "train") == self.split:
+                with expecting(file), file.open(encoding="utf-8-sig", newline="") as lines:
+                    found += [self._sample(file.parent, row) for row in csv.DictReader(lines)]
+        return found
+
+    def _sample(self, folder: Path, row: dict[str, str]) -> Sample:
+        page = folder / "processed_data" / row["id"][2:9]
+        data = {"question": row["question"], "answer": row["answer"], "page": str(page.with_suffix(".html"))}
+        return Sample(key=row["id"], images=(page.with_suffix(".png"),), data=data)
+
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+        """Ask the question about the page."""
+        text = {"text": page_text(Path(sample.data["page"]), self.max_words)} if self.with_text else {}
+        prompt = filled(self.template, question=sample.data["question"], **text)
+        answers = yield [Write((*sample.images, prompt), self.settings)]
+        said, right = written(answers[0]), [sample.data["answer"]]
+        return Outcome(said=said, right=right, scores={"exact_match": exact_match(said, right), "f1": f1(said, right)})
+
+
+@lru_cache(maxsize=512)  # a page has dozens of questions, one after another
+def page_text(path: Path, max_words: int | None) -> str:
+    """Return the words of a page in the order of its HTML, blanks between them, scripts and styles left out."""
+    with expecting(path):
+        page = html.fromstring(path.read_bytes().decode("utf-8", "replace") or "<html></html>")
+    for element in page.xpath(UNSEEN):
+        element.drop_tree()
+    return " ".join(" ".join(page.itertext()).split()[:max_words])

@@ -1,0 +1,53 @@
+"""Winogrande: which of two names fills a gap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, with_options
+from kosmos_lit.evaluation.task import Sample
+
+PUBLISHED = "winogrande_1.1.zip at winogrande.allenai.org"
+
+
+class Winogrande(MultipleChoice):
+    """Winogrande development set (Sakaguchi et al. 2020), accuracy (the paper's Table 13).
+
+    Each name stands in the gap, and what follows it is scored (partial evaluation), as the group's released tool has it.
+    """
+
+    title = "Winogrande"
+    published = "winogrande"
+    chance = 1 / 2
+
+    def __init__(self, path: str, shots_split: str = "train_xl", **options: Any) -> None:
+        """Take where demonstrations come from beside what every choice has.
+
+        Args:
+            path: Folder with the files.
+            shots_split: Split that demonstrations are drawn from: train_xs, train_s, train_m, train_l or train_xl.
+            options: As `MultipleChoice` has them.
+        """
+        super().__init__(path, **options)
+        self.shots_split = shots_split
+
+    def samples(self) -> Sequence[Sample]:
+        return self._read("dev")
+
+    def pool(self) -> Sequence[Sample]:
+        return self._read(self.shots_split)
+
+    def _read(self, split: str) -> list[Sample]:
+        names = [f"{split}.jsonl", f"{split}-labels.lst"]
+        rows = self.labelled(names, ["sentence", "option1", "option2"], PUBLISHED)
+        return [Sample(key=f"{names[0]}:{number}", data=row) for number, row in enumerate(rows, start=1)]
+
+    def question(self, sample: Sample) -> Question:
+        sentence = sample.data["sentence"]
+        before, gap, after = sentence.partition("_")
+        if not gap:
+            raise UserError(f"{self.title}, {sample.key}: no _ in {sentence!r}; take the file as its authors publish it")
+        options = [sample.data["option1"], sample.data["option2"]]
+        return with_options(before, after, options, self.label(sample, "label", ("1", "2")))

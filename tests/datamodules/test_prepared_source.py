@@ -1,0 +1,79 @@
+"""What every rank does at its start: open an index, and compare it with what the config says."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from datamodules.config import CorpusConfig
+from datamodules.mixture.shares import name_sources
+from datamodules.packing import Layout
+from datamodules.prepare.index import prepare_corpus
+from datamodules.prepared_source import OpenedSource, prepare_source
+from kosmos_lit.errors import UserError
+from kosmos_lit.tokenizer import Tokenizer
+from tests.datamodules import made
+
+LAYOUT = Layout(seq_len=47, n_latents=3, seed=5)
+
+
+@pytest.fixture
+def config(tokenizer_folder, tmp_path):
+    """An index of three files of text."""
+    for n in range(3):
+        lines = [json.dumps({"text": text}).encode() for text in made.sentences(7, 7 * n)]
+        made.write_lines(tmp_path / f"raw/{n}.jsonl", lines)
+    config = CorpusConfig(
+        format="jsonl", input=[str(tmp_path / "raw/*.jsonl")], index=str(tmp_path / "index"), val_share=0.0
+    )
+    prepare_corpus(format="jsonl", inputs=config.input, tokenizer=tokenizer_folder, output=tmp_path / "index")
+    return config
+
+
+@pytest.fixture
+def opened(tokenizer_folder):
+    def run(config):
+        return OpenedSource(name_sources({"text": config}, None)["text"], Tokenizer.load(tokenizer_folder), LAYOUT, 1)
+
+    return run
+
+
+def test_a_rank_looks_at_no_file_whose_name_the_index_knows(config, opened, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(os.path, "isfile", looked_at.append)
+    assert opened(config).train.plan.n_rows > 0
+    assert looked_at == []
+
+
+def test_a_file_that_is_new_since_the_index_was_made_is_refused(config, opened, tmp_path):
+    made.write_lines(tmp_path / "raw/3.jsonl", [b'{"text": "new"}'])
+    with pytest.raises(UserError, match=r"its shards differ: 3 there, 4 here; new \['3\.jsonl'\], gone \[\]"):
+        opened(config)
+
+
+def test_a_folder_that_a_pattern_matches_is_no_file(config, opened, tmp_path):
+    (tmp_path / "raw/old.jsonl").mkdir()
+    assert opened(config).train.plan.totals.documents == 21
+
+
+def test_an_index_is_used_where_its_text_is_not(config, opened, tmp_path):
+    for file in (tmp_path / "raw").iterdir():
+        file.unlink()
+    assert opened(config).train.plan.totals.documents == 21
+
+
+def test_a_file_that_has_changed_is_refused_where_it_is_prepared(config, tokenizer_folder, tmp_path):
+    with (tmp_path / "raw/1.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(UserError, match=r"1 shards that are gone or have changed, .*1\.jsonl for one"):
+        prepare_source(name_sources({"text": config}, None)["text"], str(tokenizer_folder), 1)
+
+
+@pytest.mark.parametrize("changes", [{"val_share": 0.3}, {"val_input": ["1.jsonl"]}])
+def test_what_is_held_out_is_the_rows_of_validation(config, opened, tmp_path, changes):
+    if "val_input" in changes:
+        changes = {"val_input": [str(tmp_path / "raw" / name) for name in changes["val_input"]]}
+    source = opened(replace(config, **changes))
+    assert set(source.held_out()) == set(made.documents_of(source.val.plan)) != set()
+    assert opened(config).val is None

@@ -1,0 +1,211 @@
+"""An evaluation keeps what it has, goes on where it was, and says what it is of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kosmos_lit.errors import UserError
+from kosmos_lit.evaluation.config import EvalConfig
+from kosmos_lit.evaluation.image_control import shuffle_pictures
+from kosmos_lit.evaluation.record import Result
+from kosmos_lit.evaluation.requests import Score
+from kosmos_lit.evaluation.runner import evaluate, weights_digest
+from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.evaluation.task import Sample, chosen
+from kosmos_lit.model import Kosmos
+from kosmos_lit.tokenizer import Tokenizer
+from tests.kosmos_lit.evaluation.asking import Rounds, draw
+from tests.kosmos_lit.tiny_kosmos import tiny_model
+
+
+@pytest.fixture
+def model(kosmos_tower: str) -> Kosmos:
+    return tiny_model(kosmos_tower)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Rounds:
+    draw(tmp_path / "pictures", 5)
+    return Rounds(str(tmp_path / "pictures"), n=11)
+
+
+def lines(folder: Path, task: str = "rounds") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / task / "samples.jsonl").read_text().splitlines()]
+
+
+def test_results_are_in_the_samples_order_and_figures_their_means(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+) -> None:
+    entries = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, batch_tokens=100), tmp_path / "out")
+
+    rows = lines(tmp_path / "out")
+    assert [row["key"] for row in rows] == [f"s{i}" for i in range(11)]
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["tasks"] == entries
+    accuracy = figures["tasks"]["rounds"]["figures"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(sum(row["scores"]["accuracy"] for row in rows) / 11)
+    assert accuracy["n"] == figures["tasks"]["rounds"]["n_samples"] == 11
+    assert figures["tasks"]["rounds"]["options"] == {
+        "path": str(task.path), "n": 11, "max_new_tokens": 5, "n_shots": 0, "seed": 0, "max_samples": None,
+        "title": None, "chance": None,
+    }  # fmt: skip
+
+
+def test_who_was_asked_about_before_is_not_asked_again(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "whole")
+    evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, max_samples=5), tmp_path / "out")
+    before = lines(tmp_path / "out")
+    asked: list[str] = []
+    run = Engine.run
+
+    def watched(engine: Engine, task: Rounds, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
+        asked.extend(sample.key for sample in samples)
+        return run(engine, task, samples, pool)
+
+    monkeypatch.setattr(Engine, "run", watched)
+
+    again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+
+    assert sorted([*asked, *(row["key"] for row in before)]) == sorted(f"s{i}" for i in range(11))
+    assert len(before) == 5
+    assert again["rounds"]["figures"] == whole["rounds"]["figures"]
+    assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
+
+
+def test_a_line_that_was_cut_off_is_asked_again(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+) -> None:
+    whole = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    path = tmp_path / "out/rounds/samples.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:4]))
+    (path.parent / "samples.0.part").write_bytes(rows[5] + rows[7][:31])
+    (path.parent / "samples.3.part").write_bytes(rows[6] + rows[4] + rows[8][:-1])
+
+    again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+
+    assert again["rounds"]["figures"] == whole["rounds"]["figures"]
+    assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["identity.json", "samples.jsonl"]
+
+
+def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path) -> None:
+    picture = (task.path / "1.png").read_bytes()
+    (task.path / "1.png").write_bytes(b"")
+    config = EvalConfig(tasks={"rounds": task})
+    first = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
+    (task.path / "1.png").write_bytes(picture)
+
+    then = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
+
+    assert first["n_failed"] == first["failures"]["a picture cannot be read"] > 0
+    assert first["figures"]["accuracy"]["n"] == 11 - first["n_failed"]
+    assert (then["n_failed"], then["figures"]["accuracy"]["n"]) == (0, 11)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"seed": 3}, "weights '.*' there, '.*' here"),
+        ({"pictures": "blank"}, "pictures 'true' there, 'blank' here"),
+        ({"max_new_tokens": 4}, "max_new_tokens 5 there, 4 here"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_results_of_something_else_are_refused_and_stay(
+    kosmos_tower: str, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
+    evaluate(tiny_model(kosmos_tower), kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    before = lines(tmp_path / "out")
+    changed = Rounds(str(task.path), n=11, max_new_tokens=other.get("max_new_tokens", 5))
+    config = EvalConfig(tasks={"rounds": changed}, pictures=other.get("pictures", "true"))
+
+    with pytest.raises(UserError, match=rf"holds results of another evaluation: {said}\. Give this one another"):
+        evaluate(tiny_model(kosmos_tower, other.get("seed", 0)), kosmos_tokenizer, config, tmp_path / "out")
+
+    assert lines(tmp_path / "out") == before
+
+
+def test_a_task_of_which_nothing_could_be_asked_is_a_mistake(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+) -> None:
+    class Empty(Rounds):
+        def ask(self, sample: Any, shots: Any) -> Any:
+            yield [Score(("the",), ("cat", " "))]
+
+    config = EvalConfig(tasks={"empty": Empty(str(task.path), n=3)})
+    with pytest.raises(UserError, match=r"empty: nothing could be asked about any of 3 samples: candidate without tokens"):
+        evaluate(model, kosmos_tokenizer, config, tmp_path / "out")
+
+    assert [row["error"] for row in lines(tmp_path / "out", "empty")] == ["candidate without tokens: ' '"] * 3
+
+
+def test_a_sample_that_its_task_cannot_ask_about_is_listed(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+) -> None:
+    class Unlabelled(Rounds):
+        def ask(self, sample: Any, shots: Any) -> Any:
+            if sample.key == "s1":
+                raise UserError("s1 has no label")
+            return (yield from super().ask(sample, shots))
+
+    config = EvalConfig(tasks={"unlabelled": Unlabelled(str(task.path), n=3)})
+    entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["unlabelled"]
+
+    assert (entry["n_failed"], entry["failures"]) == (1, {"sample that cannot be asked about": 1})
+    assert lines(tmp_path / "out", "unlabelled")[1]["error"] == "sample that cannot be asked about: s1 has no label"
+
+
+def test_fewer_samples_are_among_more(task: Rounds) -> None:
+    keys = [{sample.key for sample in chosen(task, task.samples(), n)} for n in (3, 7, None)]
+
+    assert [len(some) for some in keys] == [3, 7, 11]
+    assert keys[0] < keys[1] < keys[2]
+
+
+def test_two_samples_of_one_key_are_a_mistake(task: Rounds) -> None:
+    with pytest.raises(UserError, match="1 keys are of several samples, 's2' for one"):
+        chosen(task, [*task.samples(), task.samples()[2]])
+
+
+def test_shuffled_samples_show_others_pictures_and_keep_the_rest(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+) -> None:
+    config = EvalConfig(tasks={"rounds": task}, pictures="shuffled")
+
+    evaluate(model, kosmos_tokenizer, config, tmp_path / "out")
+
+    rows = {row["key"]: row["requests"][0] for row in lines(tmp_path / "out")}
+    for sample in task.samples():
+        own, shown = list(map(str, sample.images)), rows[sample.key]["images"]
+        assert len(own) == len(shown)
+        assert not own or own != shown
+        assert sample.data["text"] in rows[sample.key]["prompt"]
+
+
+def test_pictures_that_all_samples_share_cannot_be_shuffled() -> None:
+    [one, other] = Path("one.png"), Path("other.png")
+    samples = [Sample(key=f"{i}", images=(one,)) for i in range(3)] + [Sample(key="3", images=(other,)), Sample(key="4")]
+
+    shuffled = shuffle_pictures(samples, 0)
+
+    assert [s is not None and s.images for s in shuffled].count((one,)) == 1
+    assert shuffled.count(None) == 2
+    assert shuffled[3] is not None
+    assert shuffled[4] == samples[4]
+
+
+def test_digests_tell_weights_apart(kosmos_tower: str) -> None:
+    one, same, other = tiny_model(kosmos_tower), tiny_model(kosmos_tower), tiny_model(kosmos_tower)
+    with torch.no_grad():
+        other.decoder.layers[1].ffn.fc1.bias[3] += 1e-6
+
+    assert weights_digest(one) == weights_digest(same) != weights_digest(other)

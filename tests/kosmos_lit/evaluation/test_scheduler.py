@@ -1,0 +1,210 @@
+"""Many samples side by side get what each alone would, and what cannot be asked is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kosmos_lit.evaluation.record import Failure, Result
+from kosmos_lit.evaluation.requests import Request, Score, Write
+from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.inference.generate import GenerationConfig
+from kosmos_lit.model import Kosmos
+from kosmos_lit.tokenizer import Tokenizer
+from tests.kosmos_lit.evaluation.asking import Rounds, draw
+from tests.kosmos_lit.tiny_kosmos import tiny_model
+
+
+@pytest.fixture
+def model(kosmos_tower: str) -> Kosmos:
+    return tiny_model(kosmos_tower)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Rounds:
+    draw(tmp_path / "pictures", 5)
+    return Rounds(str(tmp_path / "pictures"), n=11)
+
+
+def results_of(engine: Engine, task: Rounds) -> dict[str, Result]:
+    results = [result for some in engine.run(task, task.samples(), task.pool()) for result in some]
+    assert len(results) == len({result.key for result in results})
+    return {result.key: result for result in results}
+
+
+def log_probs(result: Result) -> list[float]:
+    return [p for asked in result.requests for row in asked.get("log_probs", []) for p in row]
+
+
+@pytest.mark.parametrize("n_shots", [0, 2])
+def test_outcomes_do_not_depend_on_batches(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, n_shots: int
+) -> None:
+    task.n_shots = n_shots
+
+    alone = results_of(Engine(model, kosmos_tokenizer, batch_tokens=1), task)
+    together = results_of(Engine(model, kosmos_tokenizer, batch_tokens=100_000), task)
+
+    assert alone.keys() == together.keys()
+    for key, one in alone.items():
+        assert one.outcome is not None
+        assert together[key].outcome is not None
+        assert (one.outcome.said, one.outcome.scores) == (together[key].outcome.said, together[key].outcome.scores)
+        assert one.outcome.data.get("written") == together[key].outcome.data.get("written")
+        assert log_probs(one) == pytest.approx(log_probs(together[key]), abs=1e-5)
+
+
+def test_a_batch_holds_no_more_positions_than_asked_for(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
+    read: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+
+    results_of(Engine(model, kosmos_tokenizer, batch_tokens=90), task)
+
+    assert max(read) <= 90
+
+
+def test_a_picture_of_several_samples_is_seen_once_a_batch(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    [one, other] = draw(tmp_path, 2)
+    seen: list[Tensor] = []
+    model.vision.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    requests = [Score((one, other, one, text), ("a cat",)) for text in ("the", "a red square", "my")]
+
+    together = Engine(model, kosmos_tokenizer).answer(requests)
+
+    assert [len(images) for images in seen] == [2]
+    alone = [Engine(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    for answer, other_answer in zip(together, alone, strict=True):
+        assert answer[0].log_probs == pytest.approx(other_answer[0].log_probs, abs=1e-5)  # type: ignore[index]
+
+
+def matrix(paths: list[Path]) -> list[Score]:
+    """Return what Raven's test asks: three pictures, and then one of four, of which one is in both."""
+    before = tuple(part for path in paths[:3] for part in (path, "the cat"))
+    return [Score((*before, "on the mat", end, "is it", " a cat? "), ("yes", "a mat")) for end in paths[2:]]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path, batch_tokens: int
+) -> None:
+    requests: list[Request] = [*matrix(draw(tmp_path, 6)), Score(("my",), ("cat",))]
+    requests.insert(2, Write(("the",), GenerationConfig(max_new_tokens=3)))
+    read: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    engines = [
+        Engine(model, kosmos_tokenizer, batch_tokens=batch_tokens, share_prefixes=share) for share in (False, True)
+    ]
+
+    plain = engines[0].answer(requests)
+    n_plain = sum(read)
+    shared = engines[1].answer(requests[:2] + requests[2:5])
+    n_shared = sum(read) - n_plain
+
+    assert n_shared < 0.7 * n_plain
+    for one, other in zip(plain[:5], shared, strict=True):
+        if isinstance(one, tuple) and isinstance(other, tuple):
+            assert [s.text for s in one] == [s.text for s in other]
+            for scored, again in zip(one, other, strict=True):
+                assert scored.log_probs == pytest.approx(again.log_probs, abs=1e-5)
+        else:
+            assert one == other
+
+
+def test_draws_follow_from_the_pictures_shown(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    paths = draw(tmp_path, 3)
+    settings = GenerationConfig(max_new_tokens=7, temperature=1.0)
+    requests = [Write((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
+
+    together = Engine(model, kosmos_tokenizer).answer(requests)
+
+    assert together == [Engine(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+
+
+def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    [good] = draw(tmp_path, 1)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(good.read_bytes()[:60])
+    settings = GenerationConfig(max_new_tokens=3)
+    requests = [
+        Score((good, "the cat"), ("a", "the")),
+        Score((tmp_path / "gone.png", "the cat"), ("a", "the")),
+        Write((good, broken, "a"), settings),
+        Write(("the cat sat " * 20,), settings),
+        Score(("the",), ("a", " \n")),
+        Score(("the",), ()),
+        Write(("the",), GenerationConfig(choices=["a", " a"])),
+        Write((good, "the"), settings),
+    ]
+
+    answers = Engine(model, kosmos_tokenizer).answer(requests)
+
+    why: list[Any] = [answer.reason if isinstance(answer, Failure) else None for answer in answers]
+    assert why == [
+        None, "a picture cannot be read", "a picture cannot be read", "prompt too long", "candidate without tokens",
+        "no candidates", "choices that cannot be asked", None,
+    ]  # fmt: skip
+    assert "gone.png" in str(answers[1])
+    assert "broken.png" in str(answers[2])
+    assert "61" in str(answers[3])
+
+
+def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
+    (task.path / "1.png").write_bytes(b"no picture")
+
+    results = results_of(Engine(model, kosmos_tokenizer), task)
+
+    failed = {key for key, result in results.items() if result.failure}
+    assert failed == {s.key for s in task.samples() if any(path.name == "1.png" for path in s.images)}
+    assert all((result.outcome is None) == (key in failed) for key, result in results.items())
+    assert results["s1"].to_dict()["error"].startswith("a picture cannot be read: ")
+
+
+def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
+    (task.path / "1.png").write_bytes(b"no picture")
+
+    for result in results_of(Engine(model, kosmos_tokenizer), task).values():
+        assert Result.from_dict(result.to_dict()) == result
+
+
+@pytest.mark.parametrize("sight", ["blank", "none"])
+def test_pictures_make_no_difference_to_who_does_not_see_them(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, sight: Any
+) -> None:
+    before = results_of(Engine(model, kosmos_tokenizer, pictures=sight), task)
+    for path, image in zip(draw(task.path / "others", 9)[4:], task.path.glob("*.png"), strict=True):
+        image.write_bytes(path.read_bytes())
+
+    after = results_of(Engine(model, kosmos_tokenizer, pictures=sight), task)
+
+    assert {k: r.to_dict() for k, r in before.items()} == {k: r.to_dict() for k, r in after.items()}
+    true = results_of(Engine(model, kosmos_tokenizer), task)
+    assert all(log_probs(true[s.key]) != log_probs(after[s.key]) for s in task.samples() if s.images)
+
+
+def test_a_model_without_finite_numbers_fails_its_samples(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds
+) -> None:
+    with torch.no_grad():
+        model.decoder.embed_tokens.weight.fill_(torch.nan)
+
+    failures = [result.failure for result in results_of(Engine(model, kosmos_tokenizer), task).values()]
+
+    assert {failure and failure.reason for failure in failures} == {"the model cannot answer"}
+
+
+def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    [picture] = draw(tmp_path, 1)
+    model.tokenizer = kosmos_tokenizer
+
+    [answer] = Engine(model, kosmos_tokenizer).answer([Score((picture, "the cat "), ("sat", "on the mat"))])
+
+    wanted = model.score("the cat", ["sat", "on the mat"], [picture])
+    assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]
+    for scored, other in zip(answer, wanted, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(scored.log_probs, other.log_probs)  # type: ignore[union-attr]
