@@ -50,8 +50,8 @@ runs/world_text/trained: runs/world/trained
 # The model; the same with each other's pictures; the baseline. Results that are there are not asked for again.
 world-report: world
 	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last
-	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last --eval.pictures shuffled
-	$(BIN)/python main.py test $(WORLD_TEXT) -c configs/eval/world.yaml --ckpt_path last --eval.pictures none
+	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last --eval.image_control shuffled
+	$(BIN)/python main.py test $(WORLD_TEXT) -c configs/eval/world.yaml --ckpt_path last --eval.image_control none
 	$(BIN)/python main.py report runs/world/eval runs/world/eval-shuffled runs/world_text/eval-none \
 		--names "model,pictures shuffled,text only" --output runs/world/report
 

@@ -36,7 +36,7 @@ class ReadRow:
     """(source, reason) of each picture that cannot be decoded, and of each blocked document."""
 
 
-class Pictures:
+class ImageReader:
     """Reads rows' pictures for one process, strikes out blocked documents, and stops the run when too much is bad."""
 
     def __init__(

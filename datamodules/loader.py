@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.blocklist import Blocklist
-from datamodules.collate import Pictures, collate, empty_row
+from datamodules.collate import ImageReader, collate, empty_row
 from datamodules.config import Unit
 from datamodules.quarantine import Ledger
 from datamodules.stream import Row, Stream
@@ -107,7 +107,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         r = self.rendering
-        pictures = Pictures(
+        reader = ImageReader(
             r.image_size, r.fit, r.tokenizer.special, r.max_bad_share, ledger=r.ledger, blocklist=r.blocklist,
             split=None if self.n_rows is None else "val",
         )  # fmt: skip
@@ -116,7 +116,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
             if self.n_rows is None and (rows_of_step := self.share.step_rows(k)) != counted:
                 counted, n_targets = rows_of_step, self.stream.n_targets(rows_of_step.start, rows_of_step.stop)
-            rows, images = pictures.read([self._row(number) for number in self.share.rows(k)], corpora)
+            rows, images = reader.read([self._row(number) for number in self.share.rows(k)], corpora)
             yield collate(
                 rows, images, tokenizer=r.tokenizer, n_latents=r.n_latents, n_step_targets=max(1, n_targets), unit=r.unit
             )

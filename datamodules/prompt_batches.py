@@ -30,9 +30,9 @@ def ask_captions(
     for first in range(0, len(asked), BATCH):
         images, answers = [], []
         for document in asked[first : first + BATCH]:
-            pictures = _pictures(corpus, document, image_size)
-            if pictures is not None:
-                images.append(pictures[0])
+            decoded = _decoded_images(corpus, document, image_size)
+            if decoded is not None:
+                images.append(decoded[0])
                 answers.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
         if n := len(answers):
             yield PromptBatch(
@@ -54,8 +54,8 @@ def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: Rendering, 
         start = 0 if said.all() else int(np.flatnonzero(~said)[-1]) + 1
         if start + 1 + (r.n_latents + 1) * int((ids == r.tokenizer.special.image).sum()) + ROOM > seq_len:
             n_long += 1
-        elif (pictures := _pictures(corpus, document, r.image_size)) is not None:
-            kept.append((ids[:start], pictures, r.tokenizer.decode(ids[start:].tolist())))
+        elif (decoded := _decoded_images(corpus, document, r.image_size)) is not None:
+            kept.append((ids[:start], decoded, r.tokenizer.decode(ids[start:].tolist())))
         if len(kept) == BATCH:
             yield _examples(kept, r)
             kept = []
@@ -69,15 +69,15 @@ def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: Rendering) -> Pr
     tokens, pictures_of, answers = zip(*kept, strict=True)
     return PromptBatch(
         prompts=[_readable(ids, r.tokenizer) for ids in tokens],
-        images=_stack([picture for pictures in pictures_of for picture in pictures], r.image_size),
-        n_images=[len(pictures) for pictures in pictures_of],
+        images=_stack([picture for decoded in pictures_of for picture in decoded], r.image_size),
+        n_images=[len(decoded) for decoded in pictures_of],
         answers=answers,
         tasks=["instruct"] * len(answers),
         tokens=tokens,
     )
 
 
-def _pictures(corpus: IndexedCorpus, document: int, size: int) -> list[Pixels] | None:
+def _decoded_images(corpus: IndexedCorpus, document: int, size: int) -> list[Pixels] | None:
     try:
         return [decode(corpus.image_bytes(image), size, "square") for image in corpus.document_images(document)]
     except ImageError:

@@ -43,7 +43,7 @@ torchvision's Resize and CenterCrop); `square` scales both sides (released evalu
 
 Pixels = npt.NDArray[np.uint8]
 
-Picture = str | os.PathLike[str] | bytes | Image.Image | npt.ArrayLike
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | npt.ArrayLike
 """A picture as a caller has it; an array or CPU tensor is (3, H, W) uint8."""
 
 
@@ -107,7 +107,7 @@ def decode_plain(data: bytes, size: int, fit: Fit) -> Pixels:
     return _fitted(open_rgb(data), size, fit)
 
 
-def load(picture: Picture, size: int, fit: Fit) -> Pixels:
+def load(picture: ImageLike, size: int, fit: Fit) -> Pixels:
     """Return a picture as `decode` does, from whatever form it is at hand in.
 
     Args:
@@ -150,7 +150,7 @@ def _array_of(picture: npt.ArrayLike) -> Pixels:
     return pixels
 
 
-def several(pictures: Picture | Sequence[Picture]) -> Sequence[Picture]:
+def several(pictures: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     """Return pictures as they are, and a lone one as a list of one."""
     lone = isinstance(pictures, str | bytes | os.PathLike | Image.Image) or getattr(pictures, "ndim", None) == 3
     return [pictures] if lone else pictures  # type: ignore[list-item, return-value]

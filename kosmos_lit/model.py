@@ -15,8 +15,8 @@ from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
-from kosmos_lit.images import ImageError, Picture, several
-from kosmos_lit.images import load as load_picture
+from kosmos_lit.images import ImageError, ImageLike, several
+from kosmos_lit.images import load as load_image
 from kosmos_lit.inference.results import Scored
 from kosmos_lit.layers.block import Block
 from kosmos_lit.layers.lora import add_lora
@@ -145,7 +145,7 @@ class Kosmos(nn.Module):
 
     # ---- in a notebook
 
-    def generate(self, prompt: str, images: Picture | Sequence[Picture] = (), **settings: Any) -> str:
+    def generate(self, prompt: str, images: ImageLike | Sequence[ImageLike] = (), **settings: Any) -> str:
         """Return the model's continuation of a prompt, as `main.py generate` prints it.
 
         Args:
@@ -162,7 +162,7 @@ class Kosmos(nn.Module):
         [written] = generate(self, [tokens], pixels, self._own_tokenizer, GenerationConfig.from_dict(settings))
         return written.text
 
-    def score(self, prompt: str, candidates: Sequence[str], images: Picture | Sequence[Picture] = ()) -> list[Scored]:
+    def score(self, prompt: str, candidates: Sequence[str], images: ImageLike | Sequence[ImageLike] = ()) -> list[Scored]:
         """Return how likely each candidate is as the continuation of a prompt, as `main.py generate --score` prints it.
 
         Args:
@@ -182,7 +182,7 @@ class Kosmos(nn.Module):
         return scored
 
     @torch.no_grad()  # not inference mode: a caller may go on to compute with the result
-    def logits(self, tokens: Tensor | Sequence[int], images: Picture | Sequence[Picture] = ()) -> Tensor:
+    def logits(self, tokens: Tensor | Sequence[int], images: ImageLike | Sequence[ImageLike] = ()) -> Tensor:
         """Return the logits of every next token, (T, V), or (B, T, V) for a batch, in the model's present mode.
 
         Args:
@@ -209,17 +209,17 @@ class Kosmos(nn.Module):
         found = self.decoder.logits(self.decoder(rows, positions, mask, latents, slots))
         return found if ids.ndim == 2 else found[0]
 
-    def pixels(self, images: Picture | Sequence[Picture]) -> Tensor:
+    def pixels(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Return pictures as the tower takes them, (N, 3, H, W) uint8, on the model's device; both sides are scaled.
 
         Raises: UserError naming the picture that cannot be read.
         """
         size = self.config.vision.image_size
-        pictures = several(images)
-        pixels = torch.empty(len(pictures), 3, size, size, dtype=torch.uint8)
-        for number, image in enumerate(pictures):
+        sources = several(images)
+        pixels = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
+        for number, image in enumerate(sources):
             try:
-                pixels[number] = torch.from_numpy(load_picture(image, size, "square"))
+                pixels[number] = torch.from_numpy(load_image(image, size, "square"))
             except ImageError as error:
                 raise UserError(f"picture {number}: {error}") from error
         return pixels.to(self.decoder.embed_tokens.weight.device)

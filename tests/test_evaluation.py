@@ -80,8 +80,8 @@ def test_controls_have_folders_of_their_own_in_the_run(trained: Path, pictures: 
     run = shutil.copytree(trained, tmp_path / "run")
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 7))
 
-    for sight in ("true", "blank"):
-        assert main(asked_of(run, *tasks, f"--eval.pictures={sight}", "--ckpt_path=last")) == 0
+    for image_control in ("true", "blank"):
+        assert main(asked_of(run, *tasks, f"--eval.image_control={image_control}", "--ckpt_path=last")) == 0
 
     assert keys(run / "eval", "rounds") == keys(run / "eval-blank", "rounds")
 

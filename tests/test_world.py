@@ -31,8 +31,8 @@ def test_the_suite_is_trained_for_and_evaluated_with_both_controls_by_the_comman
     assert main(tiny_run("fit", seeing, world, *SIZE)) == 0
     assert main(tiny_run("fit", blind, world, *with_text, *SIZE)) == 0
     assert main(tiny_run("test", seeing, world, *SIZE, *suite)) == 0
-    assert main(tiny_run("test", seeing, world, *SIZE, *suite, "--eval.pictures=shuffled")) == 0
-    assert main(tiny_run("test", blind, world, *with_text, *SIZE, *suite, "--eval.pictures=none")) == 0
+    assert main(tiny_run("test", seeing, world, *SIZE, *suite, "--eval.image_control=shuffled")) == 0
+    assert main(tiny_run("test", blind, world, *with_text, *SIZE, *suite, "--eval.image_control=none")) == 0
     folders = [seeing / "eval", seeing / "eval-shuffled", blind / "eval-none"]
 
     output = ["--names", "model,shuffled,text only", "--output", str(tmp_path / "report")]

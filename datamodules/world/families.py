@@ -124,9 +124,9 @@ def _write_shard(config: FamiliesConfig, world: WorldConfig, family: str, shard:
     (folder / f"text-{family}-{shard}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
 
 
-def write_examples(examples: list[Example], folder: Path, pictures: str) -> list[Record]:
+def write_examples(examples: list[Example], folder: Path, image_folder: str) -> list[Record]:
     """Write the examples' pictures, equal ones once, and return the records that name them."""
-    (folder / pictures).mkdir(parents=True)
+    (folder / image_folder).mkdir(parents=True)
     names: dict[bytes, str] = {}
     records = []
     for example in examples:
@@ -138,7 +138,7 @@ def write_examples(examples: list[Example], folder: Path, pictures: str) -> list
                     words.append(part)
                     continue
                 if part not in names:
-                    names[part] = f"{pictures}/{hashlib.sha256(part).hexdigest()[:16]}.jpg"
+                    names[part] = f"{image_folder}/{hashlib.sha256(part).hexdigest()[:16]}.jpg"
                     (folder / names[part]).write_bytes(part)
                 words.append(MARK)
                 images.append(names[part])

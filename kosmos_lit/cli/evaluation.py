@@ -61,4 +61,4 @@ def evaluation_data(
 
 def folder_name(config: EvalConfig) -> str:
     """Return where a run's results are kept: controls have folders of their own."""
-    return "eval" if config.pictures == "true" else f"eval-{config.pictures}"
+    return "eval" if config.image_control == "true" else f"eval-{config.image_control}"

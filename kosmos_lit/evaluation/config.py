@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.image_control import Sight
+from kosmos_lit.evaluation.image_control import ImageControl
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.images import Fit
 
@@ -18,7 +18,7 @@ class EvalConfig:
     """Tasks by the name that their results have; null takes one away that another file names."""
     folder: str | None = None
     """Where results are kept; None: `eval` in the run's folder. Samples that are there already are not asked again."""
-    pictures: Sight = "true"
+    image_control: ImageControl = "true"
     """What samples show: their own pictures, each other's (control), an even grey of the same size, or none at all."""
     image_fit: Fit = "square"
     """How a picture becomes square; the released evaluation scales both sides."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from kosmos_lit.evaluation.task import Sample
 
-Sight = Literal["true", "shuffled", "blank", "none"]
+ImageControl = Literal["true", "shuffled", "blank", "none"]
 GREY = 127
 """Every value of a blank picture."""
 

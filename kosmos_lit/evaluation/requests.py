@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kosmos_lit.images import Picture
+from kosmos_lit.images import ImageLike
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.results import Continuation, Scored
 
-Part = str | Picture
+Part = str | ImageLike
 """Text is `str`; a picture's file is a `pathlib.Path`, never a string."""
 Parts = tuple[Part, ...]
 

@@ -51,7 +51,7 @@ class Results:
     folder: Path
     model: Mapping[str, Any]
     """Checkpoint, step, parameters and whatever else was written of it."""
-    pictures: str
+    image_control: str
     """`true`, or the control that took their place."""
     machine: str
     date: str
@@ -80,7 +80,7 @@ def read_results(folder: Path) -> Results:
     if not tasks:
         raise UserError(f"{path}: no tasks; nothing was evaluated")
     return Results(
-        folder=folder, model=found.get("model") or {}, pictures=str(found.get("pictures", "true")),
+        folder=folder, model=found.get("model") or {}, image_control=str(found.get("image_control", "true")),
         machine=str(found.get("machine") or ""), date=str(found.get("date") or ""), tasks=tasks,
     )  # fmt: skip
 

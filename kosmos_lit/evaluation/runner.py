@@ -111,12 +111,12 @@ class Evaluation:
         """
         self.config, self.folder, self.ranks, self.quiet = config, folder, ranks or Alone(), quiet
         self.engine = Engine(
-            model, tokenizer, batch_tokens=config.batch_tokens, image_fit=config.image_fit, pictures=config.pictures
+            model, tokenizer, batch_tokens=config.batch_tokens, image_fit=config.image_fit, image_control=config.image_control
         )
         self.samples = samples if samples is not None else read_samples(config)
         self.about = {"parameters": sum(p.numel() for p in model.parameters()), **(about or {})}
         self.identity = {
-            "weights": weights_digest(model), "tokenizer": tokenizer.fingerprint, "pictures": config.pictures,
+            "weights": weights_digest(model), "tokenizer": tokenizer.fingerprint, "image_control": config.image_control,
             "image_fit": config.image_fit, "precision": self.about.get("precision", "32-true"),
             "_checkpoint": self.about.get("checkpoint"), "_step": self.about.get("step"),
         }  # fmt: skip
@@ -151,7 +151,7 @@ class Evaluation:
         done = self._do_first(lambda: store.gather(order))
         pool = read_pool(name, task)
         shown: Sequence[Sample | None] = samples
-        if self.config.pictures == "shuffled":
+        if self.config.image_control == "shuffled":
             shown = shuffle_pictures(samples, task.seed)
         missing = [i for i, sample in enumerate(samples) if sample.key not in done][self.ranks.rank :: self.ranks.world]
         watch = Watch(name, len(samples), len(done & set(order)), self.ranks, quiet=self.quiet)
@@ -191,7 +191,7 @@ class Evaluation:
             "figures": {key: asdict(figure) for key, figure in task.figures(outcomes).items()} if outcomes else {},
         }  # fmt: skip
         whole = {
-            "model": self.about | {"weights": self.identity["weights"]}, "pictures": self.config.pictures,
+            "model": self.about | {"weights": self.identity["weights"]}, "image_control": self.config.image_control,
             "machine": machine(_device(self.engine.model)), "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "tasks": read_figures(self.folder).get("tasks", {}) | {name: entry},
         }  # fmt: skip

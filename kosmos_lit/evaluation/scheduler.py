@@ -18,7 +18,7 @@ from torch import Tensor
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.batching import Batch, Unit, batches, together
 from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
-from kosmos_lit.evaluation.image_control import GREY, Sight
+from kosmos_lit.evaluation.image_control import GREY, ImageControl
 from kosmos_lit.evaluation.record import Failure, Result
 from kosmos_lit.evaluation.requests import Answer, Request, Score, Write
 from kosmos_lit.evaluation.session import Going
@@ -48,7 +48,7 @@ class Engine:
         *,
         batch_tokens: int = 16384,
         image_fit: Fit = "square",
-        pictures: Sight = "true",
+        image_control: ImageControl = "true",
         share_prefixes: bool = True,
     ) -> None:
         """Take a model, whole on this process, and how to ask it.
@@ -58,13 +58,13 @@ class Engine:
             tokenizer: its tokenizer.
             batch_tokens: most positions that are read at once; a single request may have more.
             image_fit: how a picture becomes square.
-            pictures: `blank` shows an even grey for a sample's own pictures, `none` leaves all out of all prompts; who gets
-                whose is settled before (`sight.shuffle_pictures`).
+            image_control: `blank` shows an even grey for a sample's own pictures, `none` leaves all out of all prompts; who gets
+                whose is settled before (`image_control.shuffle_pictures`).
             share_prefixes: whether comparisons of one sample whose prompts begin alike are read as one; without, each
                 prompt is read on its own, with the same answers.
         """
         self.model, self.tokenizer = model, tokenizer
-        self.batch_tokens, self.image_fit, self.pictures = batch_tokens, image_fit, pictures
+        self.batch_tokens, self.image_fit, self.image_control = batch_tokens, image_fit, image_control
         self.share_prefixes = share_prefixes
 
     # ---- samples
@@ -81,7 +81,7 @@ class Engine:
             yield from self._run_window(task, samples[first : first + WINDOW], pool)
 
     def _run_window(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
-        started = [Going(s, task.ask(s, task.shots(s, pool)), s.images if self.pictures == "blank" else ()) for s in samples]
+        started = [Going(s, task.ask(s, task.shots(s, pool)), s.images if self.image_control == "blank" else ()) for s in samples]
         for going in started:
             going.start()
         if done := [going.result() for going in started if going.is_done]:
@@ -123,10 +123,10 @@ class Engine:
         with ThreadPoolExecutor(READERS) as readers:
             ahead = [self._begin(batch, readers) for batch in queue[:1]]
             for batch, following in zip_longest(queue, queue[1:]):
-                pictures = {key: reading.result() for key, reading in ahead.pop().items()}
+                decoded = {key: reading.result() for key, reading in ahead.pop().items()}
                 if following is not None:
                     ahead.append(self._begin(following, readers))
-                yield self._ask(batch, pictures, requests)
+                yield self._ask(batch, decoded, requests)
 
     def _units(
         self, requests: Sequence[Request], blank: Sequence[frozenset[Path]]
@@ -134,7 +134,7 @@ class Engine:
         """Return what can be asked, encoded; and the others with the reason."""
         units, failed = list[Unit](), list[tuple[int, Answer | Failure]]()
         n_latents, limit = self.model.config.connector.n_latents, self.model.config.decoder.max_seq_len
-        shown = [_without_pictures(request) if self.pictures == "none" else request.parts for request in requests]
+        shown = [_without_pictures(request) if self.image_control == "none" else request.parts for request in requests]
         prompts = encode_prompts(shown, self.tokenizer, n_latents)
         choices: dict[tuple[str, ...], int | Failure] = {}
         for number, (request, parts, prompt) in enumerate(zip(requests, shown, prompts, strict=True)):
@@ -198,18 +198,18 @@ class Engine:
             return Failure("a picture cannot be read", str(error) if str(path) in str(error) else f"{path}: {error}")
 
     def _ask(
-        self, batch: Batch, pictures: dict[Path, Pixels | Failure], requests: Sequence[Request]
+        self, batch: Batch, decoded: dict[Path, Pixels | Failure], requests: Sequence[Request]
     ) -> list[tuple[int, Answer | Failure]]:
         answered: list[tuple[int, Answer | Failure]] = []
         units = []
         for unit in batch:
-            bad = next((found for path, _ in unit.pictures if isinstance(found := pictures[path], Failure)), None)
+            bad = next((found for path, _ in unit.pictures if isinstance(found := decoded[path], Failure)), None)
             if bad is None:
                 units.append(unit)
             else:
                 answered += [(number, bad) for number in unit.numbers]
         if units:
-            images, places = self._stack(units, pictures)
+            images, places = self._stack(units, decoded)
             asked = requests[units[0].numbers[0]]
             try:
                 if isinstance(asked, Write):
@@ -222,7 +222,7 @@ class Engine:
                 answered += [(number, failure) for unit in units for number in unit.numbers]
         return answered
 
-    def _stack(self, units: Batch, pictures: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
+    def _stack(self, units: Batch, decoded: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
         """Return the pictures of a batch, each once, and for each request's pictures which of them they are."""
         # All that are blank are one picture.
         kept = [[None if is_blank else path for path, is_blank in unit.pictures] for unit in units]
@@ -230,7 +230,7 @@ class Engine:
         size = self.model.config.vision.image_size
         images = torch.empty(len(place), 3, size, size, dtype=torch.uint8)
         for path, i in place.items():
-            found = pictures[path] if path is not None else None
+            found = decoded[path] if path is not None else None
             assert not isinstance(found, Failure)
             images[i] = GREY if found is None else torch.from_numpy(found)
         return images, [[place[path] for path in paths] for paths in kept]

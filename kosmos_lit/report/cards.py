@@ -24,19 +24,19 @@ TAIL = 700
 MOST_PICTURES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
 
 
-def cards(choice: Choice, sight: str) -> str:
+def cards(choice: Choice, image_control: str) -> str:
     """Return the chosen samples of a task as HTML.
 
     Args:
         choice: what `chosen.choose` returns.
-        sight: `true`, or the control; what a grey picture covered is not shown.
+        image_control: `true`, or the control; what a grey picture covered is not shown.
     """
     parts = []
     kinds = (("failure", choice.failures, choice.n_failures), ("success", choice.successes, choice.n_successes))
     for name, group, n in kinds:
         if group:
             title = f"{len(group)} of {n:,} {'failures' if name == 'failure' else 'successes'}"
-            inside = "\n".join(card(chosen, name, choice.measure, sight) for chosen in group)
+            inside = "\n".join(card(chosen, name, choice.measure, image_control) for chosen in group)
             parts.append(f'<h3>{title}</h3>\n<div class="cards">\n{inside}\n</div>')
     if choice.unanswered:
         rows = "".join(f"<li>{escape(key)}: {escape(error)}</li>" for key, error in choice.unanswered)
@@ -44,7 +44,7 @@ def cards(choice: Choice, sight: str) -> str:
     return "\n".join(parts)
 
 
-def card(chosen: Chosen, kind: str, measure: str, sight: str) -> str:
+def card(chosen: Chosen, kind: str, measure: str, image_control: str) -> str:
     """Return one sample as HTML."""
     sample = chosen.sample
     requests = sample.get("requests") or []
@@ -54,30 +54,30 @@ def card(chosen: Chosen, kind: str, measure: str, sight: str) -> str:
     return (
         f'<article class="{kind}"><header><span>{escape(chosen.why)}</span>'
         f"<span>{escape(str(sample['key']))} · {escape(score)}</span></header>\n"
-        f'{_asked(requests, sight)}\n<dl class="answers"><dt>right</dt><dd>{_right(sample.get("right"))}</dd>'
+        f'{_asked(requests, image_control)}\n<dl class="answers"><dt>right</dt><dd>{_right(sample.get("right"))}</dd>'
         f"<dt>model</dt><dd>{said}</dd></dl>{_shares(shares, sample.get('said'))}</article>"
     )
 
 
-def _asked(requests: Sequence[Mapping[str, Any]], sight: str) -> str:
+def _asked(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
     """Return what the model was asked: the first prompt whole, of others what differs from it."""
     if not requests:
         return ""
     first = requests[0]
     pictures = [str(path) for path in first.get("images") or ()]
-    parts = [_prompt(str(first.get("prompt", "")), pictures, sight)]
+    parts = [_prompt(str(first.get("prompt", "")), pictures, image_control)]
     same = [r for r in requests[1:] if r.get("prompt") == first.get("prompt")]
     if same and len(same) == len(requests) - 1:  # the same question of several pictures, as Raven's candidates are
         differ = [[str(p) for i, p in enumerate(r.get("images") or ()) if pictures[i : i + 1] != [str(p)]] for r in same]
-        others = "".join(_picture(p, SIDE_OF_MANY, sight, f"in request {i}") for i, row in enumerate(differ, 2) for p in row)
+        others = "".join(_picture(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(differ, 2) for p in row)
         return f'{parts[0]}<div class="step"><span class="soft">the same with, one after another</span><br>{others}</div>'
     for before, request in pairwise(requests):
-        again = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], sight)
+        again = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
         parts.append(f'<div class="written">{_text(before.get("said", ""))}</div><div class="step">{again}</div>')
     return "".join(parts)
 
 
-def _prompt(prompt: str, pictures: Sequence[str], sight: str) -> str:
+def _prompt(prompt: str, pictures: Sequence[str], image_control: str) -> str:
     """Return a prompt with its pictures in their places; if its words contain the mark itself, pictures come first."""
     side = SIDE if len(pictures) == 1 else SIDE_OF_MANY
     texts = prompt.split(MARK)
@@ -95,20 +95,20 @@ def _prompt(prompt: str, pictures: Sequence[str], sight: str) -> str:
     for picture, text in pieces[kept:]:
         tail = text[-TAIL:] if len(text) > 2 * TAIL else text
         head += text[: len(text) - len(tail)]
-        shown += (_picture(picture, side, sight) if picture else "") + escape(tail)
+        shown += (_picture(picture, side, image_control) if picture else "") + escape(tail)
     folded = f'<details><summary>{len(head):,} characters before</summary><div class="prompt">{escape(head)}</div></details>'
     return f'{folded if head else ""}<div class="prompt">{shown}</div>'
 
 
-def _picture(path: str, side: int, sight: str, where: str = "in the prompt") -> str:
+def _picture(path: str, side: int, image_control: str, where: str = "in the prompt") -> str:
     name = escape(Path(path).name)
-    if sight == "blank":
+    if image_control == "blank":
         return '<span class="gone">an even grey</span>'
     try:
         width, height, data = thumbnail(Path(path), side)
     except ImageError as error:
         return f'<span class="gone">{name}: {escape(error.reason)}</span>'
-    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="Picture {where}: {name}">'
+    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="ImageLike {where}: {name}">'
 
 
 def thumbnail(path: Path, side: int) -> tuple[int, int, str]:

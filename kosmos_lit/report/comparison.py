@@ -226,7 +226,7 @@ def comparison_markdown(c: Comparison) -> str:
 
 def _evaluated(results: Results) -> str:
     """Return what an evaluation is of."""
-    shown = "" if results.pictures == "true" else f", pictures: {results.pictures}"
+    shown = "" if results.image_control == "true" else f", image_control: {results.image_control}"
     return f"{results.model.get('checkpoint') or results.folder}{shown}"
 
 

@@ -27,7 +27,7 @@ from kosmos_lit.report.tables import (
     tables,
 )
 
-SIGHTS: Mapping[str, str] = {
+CONTROLS: Mapping[str, str] = {
     "shuffled": "Control: every sample is shown another sample's pictures.",
     "blank": "Control: even grey stands in the place of every picture.",
     "none": "Control: no pictures are shown.",
@@ -82,7 +82,7 @@ def model_facts(results: Results) -> dict[str, str]:
 def markdown_report(results: Results, made: list[Table]) -> str:
     """Return an evaluation's tables as Markdown."""
     facts = [f"- {plain(name)}: {plain(value)}" for name, value in model_facts(results).items()]
-    parts = [f"# {plain(title_of(results))}", "\n".join(facts), SIGHTS.get(results.pictures, ""), POINTS, _summary(results)]
+    parts = [f"# {plain(title_of(results))}", "\n".join(facts), CONTROLS.get(results.image_control, ""), POINTS, _summary(results)]
     for table in made:
         parts += [f"## {plain(table.title)}", table.source and f"{table.source}.", _markdown(table)]
         parts.append("\n".join(f"- {plain(note)}" for note in table.notes))
@@ -130,13 +130,13 @@ def html_report(results: Results, made: list[Table]) -> str:
         '<footer class="soft">Of the failures, those that the model was surest of, or that score lowest, come first; '
         "the others are drawn by lot. All samples, with every prompt and answer, are in TASK/samples.jsonl.</footer>"
     )
-    return page(title_of(results), model_facts(results), SIGHTS.get(results.pictures, ""), parts)
+    return page(title_of(results), model_facts(results), CONTROLS.get(results.image_control, ""), parts)
 
 
 def _samples(results: Results, task: TaskResult, *, folded: bool) -> str:
     """Return a task's chosen samples; those of the same benchmark with more demonstrations are folded up."""
     choice = choose(results.samples(task.name), task.headline, seed=task.seed)
-    made = cards(choice, results.pictures)
+    made = cards(choice, results.image_control)
     return f"<details><summary>samples of {escape(task.name)}</summary>\n{made}</details>" if folded and made else made
 
 

@@ -36,7 +36,7 @@ class KarpathyCaptions(Task):
     headline = "cider"
     file: ClassVar[str]
     """The JSON file's name."""
-    pictures: ClassVar[str] = "."
+    image_folder: ClassVar[str] = "."
     """Folder of pictures where the file has no `filepath`."""
     source: ClassVar[str]
     """Where the authors publish files and pictures."""
@@ -88,18 +88,18 @@ class KarpathyCaptions(Task):
             found = [
                 Sample(
                     key=image["filename"],
-                    images=(self._picture(image),),
+                    images=(self._image_path(image),),
                     data={"captions": [sentence["raw"].strip() for sentence in image["sentences"]]},
                 )
                 for image in read_json(file)["images"]
                 if image["split"] in splits
             ]
-        folders = {f"{picture.parent.relative_to(self.path)}/" for sample in found for picture in sample.images}
+        folders = {f"{path.parent.relative_to(self.path)}/" for sample in found for path in sample.images}
         need(self.title, self.path, [self.file, *sorted(folders)], self.source)
         return found
 
-    def _picture(self, image: dict[str, Any]) -> Path:
-        folder, name = image.get("filepath", self.pictures), image["filename"]
+    def _image_path(self, image: dict[str, Any]) -> Path:
+        folder, name = image.get("filepath", self.image_folder), image["filename"]
         return self.path / str(folder) / str(name)
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
@@ -152,5 +152,5 @@ class Flickr30k(KarpathyCaptions):
     title = "Flickr30k captions"
     published = "flickr30k"
     file = "dataset_flickr30k.json"
-    pictures = "flickr30k-images"
+    image_folder = "flickr30k-images"
     source = f"splits {SPLITS}, pictures on request from https://shannon.cs.illinois.edu/DenotationGraph/"

@@ -99,7 +99,7 @@ class Vqav2(VisualQuestions):
 
     Questions: `{"questions": [{"image_id": 1, "question": ..., "question_id": 2}, ...]}`; answers: `{"annotations":
     [{"question_id": 2, "answers": [{"answer": ...}, ... ten of them]}, ...]}`. A picture is `PATH/PICTURES/` and
-    `picture_name` with its id, PICTURES being `val2014`, `train2014`, or `test2015` for both test splits.
+    `image_name` with its id, PICTURES being `val2014`, `train2014`, or `test2015` for both test splits.
     """
 
     title = "VQAv2"
@@ -111,7 +111,7 @@ class Vqav2(VisualQuestions):
         path: str,
         *,
         split: str = "val2014",
-        picture_name: str = "COCO_{pictures}_{image_id:012d}.jpg",
+        image_name: str = "COCO_{image_folder}_{image_id:012d}.jpg",
         **options: Any,
     ) -> None:
         """Take the options.
@@ -119,24 +119,24 @@ class Vqav2(VisualQuestions):
         Args:
             path: Folder with questions, answers and pictures.
             split: `val2014`, `test-dev2015`, `test2015` or `train2014`.
-            picture_name: File name of a picture; `{pictures}` is its folder's name.
+            image_name: File name of a picture; `{image_folder}` is its folder's name.
             **options: What `VisualQuestions` takes.
         """
         super().__init__(path, split=split, **options)
-        self.picture_name = picture_name
+        self.image_name = image_name
 
     def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
-        pictures = split.replace("-dev", "")
+        image_folder = split.replace("-dev", "")
         questions_name, answers_name = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
         public = need_answers or not split.startswith("test")
-        names = [questions_name, f"{pictures}/", *([answers_name] if public else [])]
+        names = [questions_name, f"{image_folder}/", *([answers_name] if public else [])]
         questions, folder, *rest = need(self.title, self.path, names, "https://visualqa.org/download.html")
         answers = self._answers(rest[0]) if public else {}
         with expecting(questions):
             return [
                 Sample(
                     key=str(row["question_id"]),
-                    images=(folder / filled(self.picture_name, pictures=pictures, image_id=row["image_id"]),),
+                    images=(folder / filled(self.image_name, image_folder=image_folder, image_id=row["image_id"]),),
                     data={"question": row["question"]} | ({"answers": answers[row["question_id"]]} if public else {}),
                 )
                 for row in read_json(questions)["questions"]

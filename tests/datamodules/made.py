@@ -62,7 +62,7 @@ def texts(n: int, seed: int) -> list[str]:
 # ---- pictures
 
 
-def picture(number: int, width: int = 72, height: int = 67) -> Image.Image:
+def drawn_image(number: int, width: int = 72, height: int = 67) -> Image.Image:
     """A picture that no other number has, and that is not of one colour."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([3 * x + 5 * number, 3 * y + 7 * number, np.full_like(x, number)], axis=2) % 256
@@ -76,11 +76,11 @@ def encoded(image: Image.Image, format_: str) -> bytes:
 
 
 def jpeg(number: int) -> bytes:
-    return encoded(picture(number), "JPEG")
+    return encoded(drawn_image(number), "JPEG")
 
 
 def png(number: int, width: int = 72, height: int = 67) -> bytes:
-    return encoded(picture(number, width, height), "PNG")
+    return encoded(drawn_image(number, width, height), "PNG")
 
 
 def plain_png(colour: str = "teal") -> bytes:
@@ -99,7 +99,7 @@ def hollow_png() -> bytes:
 
 def broken_within(kind: int) -> bytes:
     """A small picture whose header and end are sound, and whose middle is not, in one of four ways: only decoding tells."""
-    data = encoded(picture(3, 19, 17), ("PNG", "WEBP", "JPEG", "JPEG")[kind % 4])
+    data = encoded(drawn_image(3, 19, 17), ("PNG", "WEBP", "JPEG", "JPEG")[kind % 4])
     match kind % 4:
         case 0:
             start, stop = data.index(b"IDAT") + 16, data.index(b"IDAT") + 28  # inside the deflate stream

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from datamodules import quarantine
-from datamodules.collate import Pictures, collate, empty_row
+from datamodules.collate import ImageReader, collate, empty_row
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
 from kosmos_lit.errors import UserError
@@ -40,7 +40,7 @@ def joined(read, tokenizer, n_latents=3):
 
 
 def reader(stream, max_bad_share=0.5, **options):
-    return Pictures(SIDE, "crop", stream.special, dict.fromkeys(stream.by_name, max_bad_share), **options)
+    return ImageReader(SIDE, "crop", stream.special, dict.fromkeys(stream.by_name, max_bad_share), **options)
 
 
 def corpora_of(stream):

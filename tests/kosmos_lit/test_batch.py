@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.batch import CORPORA, PromptBatch
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, pictures, text_doc
+from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, random_images, text_doc
 
 
 def test_moving_a_batch_moves_every_tensor():
@@ -25,7 +25,7 @@ def test_moving_a_batch_keeps_everything_else():
 
 
 def test_moving_questions_moves_the_pictures():
-    batch = PromptBatch(prompts=["a", "b"], images=pictures(3), n_images=[1, 2], answers=["c", "d"], tasks=["t", "t"])
+    batch = PromptBatch(prompts=["a", "b"], images=random_images(3), n_images=[1, 2], answers=["c", "d"], tasks=["t", "t"])
     moved = batch.to("meta")
     assert (moved.images.device.type, moved.prompts, moved.n_images) == ("meta", ["a", "b"], [1, 2])
 

@@ -14,7 +14,7 @@ from tests.kosmos_lit.tiny_kosmos import (
     Doc,
     batch_of,
     picture_doc,
-    pictures,
+    random_images,
     text_doc,
     tiny_config,
     tiny_model,
@@ -51,7 +51,7 @@ def test_packed_documents_have_the_logits_of_each_alone(kosmos_tower, positions,
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])
 @pytest.mark.parametrize(
     "neighbour",
-    [Doc(FIRST.ids, pictures(2, seed=9)), Doc([BOS, SPECIAL.image, *words(8, 9), SPECIAL.image, EOS], FIRST.pictures)],
+    [Doc(FIRST.ids, random_images(2, seed=9)), Doc([BOS, SPECIAL.image, *words(8, 9), SPECIAL.image, EOS], FIRST.random_images)],
     ids=["other pictures", "other text"],
 )
 def test_a_document_does_not_see_its_neighbour(kosmos_tower, kernel, neighbour):
@@ -65,7 +65,7 @@ def test_a_document_does_not_see_its_neighbour(kosmos_tower, kernel, neighbour):
 
 def test_a_document_does_not_see_what_follows_it(kosmos_tower):
     model = tiny_model(kosmos_tower)
-    before, after = (batch_of([[SECOND, doc]], T) for doc in (FIRST, Doc(FIRST.ids, pictures(2, seed=9))))
+    before, after = (batch_of([[SECOND, doc]], T) for doc in (FIRST, Doc(FIRST.ids, random_images(2, seed=9))))
     assert torch.equal(of_document(logits(model, before), before, 0), of_document(logits(model, after), after, 0))
 
 
@@ -88,7 +88,7 @@ def test_row_attention_counts_positions_through_the_row(kosmos_tower):
 def test_no_position_of_a_document_sees_what_comes_after_it(kosmos_tower):
     # The second picture stands after <s>, the first picture and four words: positions 0 to 9.
     model = tiny_model(kosmos_tower)
-    changed = Doc(FIRST.ids, torch.cat([FIRST.pictures[:1], pictures(1, seed=9)]))
+    changed = Doc(FIRST.ids, torch.cat([FIRST.random_images[:1], random_images(1, seed=9)]))
     one, two = (logits(model, batch_of([[doc]], T))[0] for doc in (FIRST, changed))
     first_slot = 1 + (LATENTS + 2) + 4 + 1
     assert torch.equal(one[:first_slot], two[:first_slot])
@@ -100,7 +100,7 @@ def test_no_position_of_a_document_sees_what_comes_after_it(kosmos_tower):
 
 def test_a_picture_changes_what_is_said_after_it(kosmos_tower):
     model = tiny_model(kosmos_tower)
-    one, two = (logits(model, batch_of([[Doc(SECOND.ids, pictures(1, seed))]], 10))[0] for seed in (2, 9))
+    one, two = (logits(model, batch_of([[Doc(SECOND.ids, random_images(1, seed))]], 10))[0] for seed in (2, 9))
     assert torch.equal(one[:2], two[:2])  # <s> and <image>
     assert (one[2:] - two[2:]).abs().amax(-1).min() > 1e-3
 
@@ -114,16 +114,16 @@ def test_what_is_written_in_slots_is_not_read(kosmos_tower):
 
 def test_pictures_go_to_their_own_slots(kosmos_tower):
     model = tiny_model(kosmos_tower)
-    batch = batch_of([[SECOND], [Doc(SECOND.ids, pictures(1, seed=9))]], 11)
+    batch = batch_of([[SECOND], [Doc(SECOND.ids, random_images(1, seed=9))]], 11)
     swapped = replace(batch, images=batch.images.flip(0), slots=batch.slots.flip(0))
     torch.testing.assert_close(logits(model, swapped), logits(model, batch), rtol=1e-4, atol=1e-5)  # fp32, reordered
 
 
 def test_latents_are_those_of_the_connector_on_the_towers_features(kosmos_tower):
     model = tiny_model(kosmos_tower)
-    latents = model.see(pictures(5))
+    latents = model.see(random_images(5))
     assert latents.shape == (5, LATENTS, 20)
-    assert torch.equal(latents, model.connector(model.vision(pictures(5))))
+    assert torch.equal(latents, model.connector(model.vision(random_images(5))))
 
 
 def test_a_batch_without_pictures_works(kosmos_tower):
@@ -164,7 +164,7 @@ def test_one_batch_is_learned_by_heart_from_its_pictures(kosmos_tower, connector
     config = tiny_config(kosmos_tower, vision={"feature_length": 90.0}, connector=connector)
     model = Kosmos.create(config, seed=3).train()
     captions = [words(5, seed) for seed in (1, 2)]
-    docs = [Doc([BOS, SPECIAL.image, *caption, EOS], pictures(1, i)) for i, caption in enumerate(captions)]
+    docs = [Doc([BOS, SPECIAL.image, *caption, EOS], random_images(1, i)) for i, caption in enumerate(captions)]
     batch = batch_of([[doc] for doc in docs], 13)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(120):

@@ -9,7 +9,7 @@ from torch import Tensor
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.vision import VisionTower
-from tests.kosmos_lit.tiny_kosmos import SIDE, TOWER, normal, pictures, shaken, tiny_config
+from tests.kosmos_lit.tiny_kosmos import SIDE, TOWER, normal, random_images, shaken, tiny_config
 
 N, P, C = 2, 4, 12
 
@@ -50,14 +50,14 @@ def written_out(images: Tensor, tower: VisionTower) -> Tensor:
 
 def test_features_are_class_token_and_patches_after_the_last_norm_without_projection(build):
     tower = build(feature_length=None)
-    found = tower(pictures(N))
+    found = tower(random_images(N))
     assert found.shape == (N, 1 + P, C)
-    torch.testing.assert_close(found, written_out(pictures(N), tower), rtol=1e-4, atol=1e-5)  # fp32, 3 layers
+    torch.testing.assert_close(found, written_out(random_images(N), tower), rtol=1e-4, atol=1e-5)  # fp32, 3 layers
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
 def test_chunks_change_no_feature(build, chunk):
-    whole, images = build(trainable="last_block"), pictures(7)
+    whole, images = build(trainable="last_block"), random_images(7)
     chunked = build(trainable="last_block", chunk=chunk)
     torch.testing.assert_close(chunked(images), whole(images), rtol=1e-5, atol=1e-6)  # fp32, other matrix sizes
 
@@ -68,16 +68,16 @@ def test_chunks_change_no_feature(build, chunk):
 def test_fused_blocks_see_two_sizes_of_chunk(build, n, sizes):
     tower = build(chunk=8)
     tower._is_fused = True
-    chunks = list(tower._chunks(pictures(n)))
+    chunks = list(tower._chunks(random_images(n)))
     assert [len(some) for some, _ in chunks] == sizes
-    assert torch.equal(torch.cat([some[:real] for some, real in chunks]), pictures(n))
+    assert torch.equal(torch.cat([some[:real] for some, real in chunks]), random_images(n))
 
 
 def test_without_gradient_nothing_is_padded(build):
     tower = build(chunk=8)
     tower._is_fused = True
     with torch.no_grad():
-        assert [len(some) for some, _ in tower._chunks(pictures(11))] == [8, 3]
+        assert [len(some) for some, _ in tower._chunks(random_images(11))] == [8, 3]
 
 
 def test_frozen_blocks_keep_nothing_for_the_backward_pass(kosmos_tower):
@@ -88,14 +88,14 @@ def test_frozen_blocks_keep_nothing_for_the_backward_pass(kosmos_tower):
         tower = VisionTower(tiny_config(kosmos_tower, vision=fields).vision).train()
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            tower(pictures(N))
+            tower(random_images(N))
         kept.append(sum(sizes))
     assert kept[0] == kept[1] > 0
 
 
 @pytest.mark.parametrize("length", [1.0, 90.0])
 def test_features_get_the_length_asked_for_and_keep_their_direction(build, length):
-    found, plain = build(feature_length=length)(pictures(N)), build(feature_length=None)(pictures(N))
+    found, plain = build(feature_length=length)(random_images(N)), build(feature_length=None)(random_images(N))
     torch.testing.assert_close(found.norm(dim=-1), torch.full((N, 1 + P), length), rtol=1e-6, atol=0)  # fp32
     torch.testing.assert_close(F.cosine_similarity(found, plain, dim=-1), torch.ones(N, 1 + P), rtol=0, atol=1e-6)
 
@@ -114,9 +114,9 @@ def test_mean_and_deviation_of_the_input_are_those_of_the_config(build):
 def test_pixels_are_normalised_in_float32_whatever_the_weights_are(build):
     tower, seen = build().bfloat16(), []
     tower.visual.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    tower(pictures(N))
+    tower(random_images(N))
     assert seen[0].dtype == torch.bfloat16
-    torch.testing.assert_close(seen[0].float(), normalised(pictures(N)), rtol=2**-8, atol=1e-4)  # rounded to bf16 once
+    torch.testing.assert_close(seen[0].float(), normalised(random_images(N)), rtol=2**-8, atol=1e-4)  # rounded to bf16 once
 
 
 def test_the_width_is_that_of_the_features(build):
@@ -132,7 +132,7 @@ def test_input_statistics_are_not_stored(build):
 
 def trained(tower: VisionTower) -> set[str]:
     """Names of the parameters that get a gradient."""
-    features = tower(pictures(N))
+    features = tower(random_images(N))
     if features.requires_grad:
         (features * normal(*features.shape, seed=3)).sum().backward()
     return {name for name, p in tower.visual.named_parameters() if p.grad is not None}
@@ -202,13 +202,13 @@ def test_a_local_weight_file_gives_the_features_of_the_model_it_came_from(build,
     tower = VisionTower(tiny_config(kosmos_tower, vision={"pretrained": path, "feature_length": None}).vision).eval()
     other = build(feature_length=None)
     other.visual.load_state_dict(pair.visual.state_dict(), strict=False)
-    assert torch.equal(tower(pictures(N)), other(pictures(N)))
+    assert torch.equal(tower(random_images(N)), other(random_images(N)))
 
 
 def test_the_class_tokens_feature_is_what_open_clip_projects(kosmos_tower, open_clip_pair):
     pair, path = open_clip_pair
     tower = VisionTower(tiny_config(kosmos_tower, vision={"pretrained": path, "feature_length": None}).vision).eval()
-    found, expected = tower(pictures(N))[:, 0] @ pair.visual.proj, pair.encode_image(normalised(pictures(N)))
+    found, expected = tower(random_images(N))[:, 0] @ pair.visual.proj, pair.encode_image(normalised(random_images(N)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, 3 layers
 
 

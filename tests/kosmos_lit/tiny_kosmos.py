@@ -62,7 +62,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pictures(n: int, seed: int = 0) -> Tensor:
+def random_images(n: int, seed: int = 0) -> Tensor:
     """(n, 3, 14, 14) uint8 noise."""
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, SIDE, SIDE), generator=draw, dtype=torch.uint8)
@@ -78,7 +78,7 @@ class Doc:
     """A document: ids, in which `SPECIAL.image` stands for the next of its pictures."""
 
     ids: Sequence[int]
-    pictures: Tensor | None = None
+    random_images: Tensor | None = None
 
     @property
     def expanded(self) -> list[int]:
@@ -96,7 +96,7 @@ def picture_doc(n: int, seed: int = 0, n_pictures: int = 1) -> Doc:
     ids = [BOS]
     for i in range(n_pictures):
         ids += [SPECIAL.image, *words(n, seed + 100 * i)]
-    return Doc([*ids, EOS], pictures(n_pictures, seed))
+    return Doc([*ids, EOS], random_images(n_pictures, seed))
 
 
 def batch_of(rows: Sequence[Sequence[Doc]], n_positions: int, corpus: Sequence[int] | None = None) -> KosmosBatch:
@@ -119,7 +119,7 @@ def batch_of(rows: Sequence[Sequence[Doc]], n_positions: int, corpus: Sequence[i
             positions[b, at:end] = torch.arange(len(ids))
             closing = [at + i for i, id_ in enumerate(ids) if id_ == SPECIAL.image_end]
             slots += [(b, end_at - LATENTS) for end_at in closing]
-            images += [] if doc.pictures is None else [doc.pictures]
+            images += [] if doc.random_images is None else [doc.random_images]
             lengths.append(len(ids))
             at = end
         if at < n_positions:

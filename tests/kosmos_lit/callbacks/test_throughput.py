@@ -64,8 +64,8 @@ def test_model_operations_are_those_of_each_micro_batch(module: Recorder, texts:
 
     model = ModelFlops(module.config, ["decoder.embed_tokens"])
     text = Work(n_tokens=53, n_pairs=11**2 + 18**2 + 24**2, n_targets=50, n_images=0)
-    pictures = Work(n_tokens=41, n_pairs=18**2 + 7**2 + 16**2, n_targets=len(mixed.loss_at), n_images=3)
-    cost = model.training(text) + model.training(pictures)
+    random_images = Work(n_tokens=41, n_pairs=18**2 + 7**2 + 16**2, n_targets=len(mixed.loss_at), n_images=3)
+    cost = model.training(text) + model.training(random_images)
     assert module.rows[0]["tflops"] == pytest.approx(cost.total / 1.0 / 1e12)
     assert module.rows[0]["tflops_full"] == pytest.approx(cost.full / 1.0 / 1e12)
     assert module.rows[0]["tflops"] < module.rows[0]["tflops_full"]

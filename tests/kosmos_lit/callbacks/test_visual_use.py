@@ -32,8 +32,8 @@ MARK = 100
 def marked(*numbers: int, words: int = 5) -> Doc:
     """A document whose pictures are their numbers, all over."""
     doc = picture_doc(words, n_pictures=len(numbers))
-    pictures = torch.tensor(numbers).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE) + MARK
-    return Doc(doc.ids, pictures.to(torch.uint8))
+    random_images = torch.tensor(numbers).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE) + MARK
+    return Doc(doc.ids, random_images.to(torch.uint8))
 
 
 class Looker(nn.Module):

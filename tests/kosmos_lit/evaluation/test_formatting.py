@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.collate import Pictures
+from datamodules.collate import ImageReader
 from datamodules.corpus import IndexedCorpus
 from datamodules.prepare.index import prepare_corpus
 from datamodules.stream import Row
@@ -106,10 +106,10 @@ def test_a_prompt_with_its_answer_is_the_row_of_an_example(trained: IndexedCorpu
 def test_a_prompt_is_the_row_of_a_page(vocabulary: Path, tmp_path: Path) -> None:
     tokenizer, site = Tokenizer.load(vocabulary), made.SITE
     names = ["1.png", "2.png", "3.png"]
-    pictures = [(f"{site}/{name}", "image/png", made.png(int(name[0]))) for name in names]
+    random_images = [(f"{site}/{name}", "image/png", made.png(int(name[0]))) for name in names]
     texts = ["The moon finds &lt;/s&gt; it.", "two boats", "A letter in quiz.", "His hat."]
     page = made.page(*texts[:2], names[0], texts[2], *names[1:], texts[3])
-    made.write_warc(tmp_path / "a.warc.gz", [*pictures, (f"{site}/p.html", "text/html; charset=utf-8", page)])
+    made.write_warc(tmp_path / "a.warc.gz", [*random_images, (f"{site}/p.html", "text/html; charset=utf-8", page)])
     inputs = [str(tmp_path / "a.warc.gz")]
     corpus = prepare_corpus(format="warc", inputs=inputs, tokenizer=vocabulary, output=tmp_path / "index")
 
@@ -128,7 +128,7 @@ def test_pixels_are_those_of_training(
 ) -> None:
     tokenizer = Tokenizer.load(vocabulary)
     _, _, row = rows_of(trained, "instruct", tokenizer)[2]
-    _, images = Pictures(SIDE, fit, tokenizer.special, {"instruct": 0.0}).read([row], {"instruct": trained})
+    _, images = ImageReader(SIDE, fit, tokenizer.special, {"instruct": 0.0}).read([row], {"instruct": trained})
     wanted = images[[n for n, owner in enumerate(row.image_owner) if row.documents[owner].document == 2]]
 
     engine = Engine(tiny_model(kosmos_tower), tokenizer, image_fit=fit)

@@ -115,7 +115,7 @@ def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, 
     ("other", "said"),
     [
         ({"seed": 3}, "weights '.*' there, '.*' here"),
-        ({"pictures": "blank"}, "pictures 'true' there, 'blank' here"),
+        ({"image_control": "blank"}, "image_control 'true' there, 'blank' here"),
         ({"max_new_tokens": 4}, "max_new_tokens 5 there, 4 here"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
@@ -126,7 +126,7 @@ def test_results_of_something_else_are_refused_and_stay(
     evaluate(tiny_model(kosmos_tower), kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
     before = lines(tmp_path / "out")
     changed = Rounds(str(task.path), n=11, max_new_tokens=other.get("max_new_tokens", 5))
-    config = EvalConfig(tasks={"rounds": changed}, pictures=other.get("pictures", "true"))
+    config = EvalConfig(tasks={"rounds": changed}, image_control=other.get("image_control", "true"))
 
     with pytest.raises(UserError, match=rf"holds results of another evaluation: {said}\. Give this one another"):
         evaluate(tiny_model(kosmos_tower, other.get("seed", 0)), kosmos_tokenizer, config, tmp_path / "out")
@@ -179,7 +179,7 @@ def test_two_samples_of_one_key_are_a_mistake(task: Rounds) -> None:
 def test_shuffled_samples_show_others_pictures_and_keep_the_rest(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
 ) -> None:
-    config = EvalConfig(tasks={"rounds": task}, pictures="shuffled")
+    config = EvalConfig(tasks={"rounds": task}, image_control="shuffled")
 
     evaluate(model, kosmos_tokenizer, config, tmp_path / "out")
 

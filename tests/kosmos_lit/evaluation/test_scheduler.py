@@ -174,13 +174,13 @@ def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_toke
 
 @pytest.mark.parametrize("sight", ["blank", "none"])
 def test_pictures_make_no_difference_to_who_does_not_see_them(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, sight: Any
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, image_control: Any
 ) -> None:
-    before = results_of(Engine(model, kosmos_tokenizer, pictures=sight), task)
+    before = results_of(Engine(model, kosmos_tokenizer, image_control=image_control), task)
     for path, image in zip(draw(task.path / "others", 9)[4:], task.path.glob("*.png"), strict=True):
         image.write_bytes(path.read_bytes())
 
-    after = results_of(Engine(model, kosmos_tokenizer, pictures=sight), task)
+    after = results_of(Engine(model, kosmos_tokenizer, image_control=image_control), task)
 
     assert {k: r.to_dict() for k, r in before.items()} == {k: r.to_dict() for k, r in after.items()}
     true = results_of(Engine(model, kosmos_tokenizer), task)

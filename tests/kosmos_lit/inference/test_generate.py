@@ -16,7 +16,7 @@ from kosmos_lit.inference.generate import generate as continuations
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokenizer import BOS, EOS, PAD, UNK, SpecialTokens, expand_images
-from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, VOCAB, pictures, tiny_model, words
+from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, VOCAB, random_images, tiny_model, words
 
 POSITIONS = get_args(Positions)
 CPU = torch.device("cpu")
@@ -114,14 +114,14 @@ def test_more_marks_than_pictures_are_the_users_error(kosmos_tokenizer):
 
 def test_prompt_and_continuation_must_fit_the_models_rows(kosmos_tower, kosmos_tokenizer):
     model = tiny_model(kosmos_tower, max_seq_len=31)
-    generate(model, [prompt(19)], pictures(0), kosmos_tokenizer, max_new_tokens=11)
+    generate(model, [prompt(19)], random_images(0), kosmos_tokenizer, max_new_tokens=11)
     with pytest.raises(UserError, match="a prompt of 20 and 12 new tokens exceed the model's 31 positions"):
-        generate(model, [prompt(3), prompt(19)], pictures(0), kosmos_tokenizer, max_new_tokens=12)
+        generate(model, [prompt(3), prompt(19)], random_images(0), kosmos_tokenizer, max_new_tokens=12)
 
 
 def test_a_prompt_whose_pictures_are_not_given_is_an_error(kosmos_tower, kosmos_tokenizer):
     with pytest.raises(ValueError, match="2 places for 1 pictures"):
-        generate(tiny_model(kosmos_tower), [prompt(3, 2)], pictures(1), kosmos_tokenizer, max_new_tokens=5)
+        generate(tiny_model(kosmos_tower), [prompt(3, 2)], random_images(1), kosmos_tokenizer, max_new_tokens=5)
 
 
 # ---- greedy
@@ -130,7 +130,7 @@ def test_a_prompt_whose_pictures_are_not_given_is_an_error(kosmos_tower, kosmos_
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("norm", ["sub", "pre"])
 def test_the_cache_changes_no_token(kosmos_tower, kosmos_tokenizer, positions, norm):
-    start, images, found, expected = prompt(4, 2), pictures(2), [], []
+    start, images, found, expected = prompt(4, 2), random_images(2), [], []
     for seed in range(3):
         model = talkative(tiny_model(kosmos_tower, seed, positions=positions, norm=norm))
         expected.append(greedy_without_cache(model, start, images, kosmos_tokenizer, 11))
@@ -142,7 +142,7 @@ def test_the_cache_changes_no_token(kosmos_tower, kosmos_tokenizer, positions, n
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("n_beams", [1, 3])
 def test_prompts_of_different_lengths_are_answered_as_each_alone(kosmos_tower, kosmos_tokenizer, positions, n_beams):
-    model, images = talkative(tiny_model(kosmos_tower, positions=positions)), pictures(3)
+    model, images = talkative(tiny_model(kosmos_tower, positions=positions)), random_images(3)
     prompts = [prompt(4, 1, seed=1), prompt(1, 0, seed=2), prompt(13, 2, seed=3), prompt(0, 0, seed=4)]
     options = {"max_new_tokens": 11, "n_beams": n_beams}
     together = generate(model, prompts, images, kosmos_tokenizer, **options)
@@ -154,7 +154,7 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone(kosmos_tower, k
 
 def test_an_answer_depends_on_its_picture(kosmos_tower, kosmos_tokenizer):
     model = tiny_model(kosmos_tower, vision={"feature_length": 90.0})
-    answers = [generate(model, [prompt(1, 1)], pictures(1, s), kosmos_tokenizer, max_new_tokens=7)[0] for s in range(5)]
+    answers = [generate(model, [prompt(1, 1)], random_images(1, s), kosmos_tokenizer, max_new_tokens=7)[0] for s in range(5)]
     assert len({tuple(ids) for ids in answers}) > 1
 
 
@@ -163,14 +163,14 @@ def test_control_tokens_are_never_written(kosmos_tower, kosmos_tokenizer, n_beam
     unknown_rows = range(kosmos_tokenizer.vocab_size, VOCAB)
     tempting = dict.fromkeys([*FORBIDDEN, *unknown_rows], 100.0)
     model = unigram(tiny_model(kosmos_tower), tempting | {7: 0.5, SPECIAL.line_end: 0.4})
-    (written,) = generate(model, [prompt(3)], pictures(0), kosmos_tokenizer, max_new_tokens=11, n_beams=n_beams)
+    (written,) = generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11, n_beams=n_beams)
     assert written == [7] * 11
 
 
 @pytest.mark.parametrize("n_beams", [1, 3])
 def test_line_ends_may_be_written(kosmos_tower, kosmos_tokenizer, n_beams):
     model = unigram(tiny_model(kosmos_tower), {SPECIAL.line_end: 0.9, 7: 0.1})
-    (written,) = generate(model, [prompt(3)], pictures(0), kosmos_tokenizer, max_new_tokens=5, n_beams=n_beams)
+    (written,) = generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=5, n_beams=n_beams)
     assert written == [SPECIAL.line_end] * 5
 
 
@@ -178,14 +178,14 @@ def test_line_ends_may_be_written(kosmos_tower, kosmos_tokenizer, n_beams):
 def test_a_continuation_ends_before_the_end_token(kosmos_tower, kosmos_tokenizer, n_beams):
     model = unigram(tiny_model(kosmos_tower), {EOS: 0.9, 7: 0.1})
     options = {"max_new_tokens": 5, "n_beams": n_beams}
-    assert generate(model, [prompt(3), prompt(1)], pictures(0), kosmos_tokenizer, **options) == [[], []]
+    assert generate(model, [prompt(3), prompt(1)], random_images(0), kosmos_tokenizer, **options) == [[], []]
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_while_writing_and_back_afterwards(kosmos_tower, kosmos_tokenizer, training):
-    expected = generate(tiny_model(kosmos_tower), [prompt(3)], pictures(0), kosmos_tokenizer, max_new_tokens=11)
+    expected = generate(tiny_model(kosmos_tower), [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11)
     model = tiny_model(kosmos_tower, dropout_rate=0.5, attention_dropout_rate=0.5).train(training)
-    assert generate(model, [prompt(3)], pictures(0), kosmos_tokenizer, max_new_tokens=11) == expected
+    assert generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11) == expected
     assert model.training == training
 
 
@@ -194,7 +194,7 @@ def test_parts_that_were_evaluating_while_the_rest_trained_still_do_after_writin
     model.vision.eval()
     model.decoder.layers[1].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    generate(model, [prompt(2, 1)], pictures(1), kosmos_tokenizer, max_new_tokens=1)
+    generate(model, [prompt(2, 1)], random_images(1), kosmos_tokenizer, max_new_tokens=1)
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
@@ -211,7 +211,7 @@ def exhaustive(model: Kosmos, start: Prompt, n: int, length_penalty: float) -> t
     scored: list[tuple[float, list[int]]] = []
     for length in range(n):
         for ids in itertools.product(ALLOWED, repeat=length):
-            log_probs = next_log_probs(model, [*start.tokens.tolist(), *ids], start.slots, pictures(0), FEW)
+            log_probs = next_log_probs(model, [*start.tokens.tolist(), *ids], start.slots, random_images(0), FEW)
             scored.append(((totals[ids] + float(log_probs[EOS])) / (length + 1) ** length_penalty, list(ids)))
             for token in ALLOWED:
                 totals[(*ids, token)] = totals[ids] + float(log_probs[token])
@@ -228,19 +228,19 @@ def test_a_beam_as_wide_as_the_search_finds_the_best_continuation(kosmos_tower, 
     best, margin = exhaustive(model, start, 3, length_penalty)
     assert margin > 1e-4  # far above what another order of sums changes
     options = {"max_new_tokens": 3, "n_beams": 27, "length_penalty": length_penalty}
-    assert generate(model, [start], pictures(0), FEW, **options) == [best]
+    assert generate(model, [start], random_images(0), FEW, **options) == [best]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_one_beam_is_greedy(kosmos_tower, kosmos_tokenizer, seed):
     model, start = talkative(tiny_model(kosmos_tower, seed)), prompt(4, 1)
-    (written,) = generate(model, [start], pictures(1), kosmos_tokenizer, max_new_tokens=11, n_beams=1)
-    assert written == greedy_without_cache(model, start, pictures(1), kosmos_tokenizer, 11)
+    (written,) = generate(model, [start], random_images(1), kosmos_tokenizer, max_new_tokens=11, n_beams=1)
+    assert written == greedy_without_cache(model, start, random_images(1), kosmos_tokenizer, 11)
 
 
 def log_prob(model: Kosmos, start: Prompt, ids: Sequence[int], vocabulary) -> float:
     return sum(
-        float(next_log_probs(model, [*start.tokens.tolist(), *ids[:i]], start.slots, pictures(0), vocabulary)[id_])
+        float(next_log_probs(model, [*start.tokens.tolist(), *ids[:i]], start.slots, random_images(0), vocabulary)[id_])
         for i, id_ in enumerate(ids)
     )
 
@@ -248,7 +248,7 @@ def log_prob(model: Kosmos, start: Prompt, ids: Sequence[int], vocabulary) -> fl
 def test_a_wider_beam_finds_something_likelier_than_greedy(kosmos_tower, kosmos_tokenizer):
     model, start = talkative(tiny_model(kosmos_tower, 3)), prompt(4)
     options = {"max_new_tokens": 5, "length_penalty": 0.0}
-    greedy, wide = (generate(model, [start], pictures(0), kosmos_tokenizer, n_beams=n, **options)[0] for n in (1, 7))
+    greedy, wide = (generate(model, [start], random_images(0), kosmos_tokenizer, n_beams=n, **options)[0] for n in (1, 7))
     assert len(greedy) == len(wide) == 5
     assert log_prob(model, start, wide, kosmos_tokenizer) > log_prob(model, start, greedy, kosmos_tokenizer) + 1e-3
 
@@ -259,4 +259,4 @@ def test_a_higher_length_penalty_favours_longer_continuations(kosmos_tower, kosm
     # divided by 3 and 1: -0.51 and -0.92; with exponent 0.1: -1.37 and -0.92.
     model = unigram(tiny_model(kosmos_tower), {7: 0.6, EOS: 0.4})
     options = {"max_new_tokens": 3, "n_beams": 5, "length_penalty": length_penalty}
-    assert generate(model, [prompt(2)], pictures(0), kosmos_tokenizer, **options) == [expected]
+    assert generate(model, [prompt(2)], random_images(0), kosmos_tokenizer, **options) == [expected]

@@ -11,7 +11,7 @@ from kosmos_lit.inference.trie import Trie
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokenizer import BOS, expand_images
 from tests.kosmos_lit.inference.conftest import POSITIONS
-from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, pictures, words
+from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, random_images, words
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two layers, hidden states of size 1
 
@@ -40,7 +40,7 @@ def anew(model, start: Prompt, images: Tensor, written: list[int]) -> Tensor:
 @torch.inference_mode()
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_equals_uncached_at_every_step(talker, kosmos_tokenizer, positions):
-    model, images = talker(positions=positions), pictures(3)
+    model, images = talker(positions=positions), random_images(3)
     reading = Reading(model, PROMPTS, images, kosmos_tokenizer, 11)
     written, hidden = [words(11, seed) for seed in (5, 6, 7)], reading.hidden
     for step in range(12):
@@ -53,7 +53,7 @@ def test_cached_equals_uncached_at_every_step(talker, kosmos_tokenizer, position
 @torch.inference_mode()
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_nodes_of_a_tree_are_read_as_each_path_alone(talker, kosmos_tokenizer, positions):
-    model, images = talker(positions=positions), pictures(3)
+    model, images = talker(positions=positions), random_images(3)
     reading = Reading(model, PROMPTS, images, kosmos_tokenizer, 7)
     paths = [[5, 6, 7], [5, 6, 9], [5, 8], [11]]
     trie = Trie(paths)
@@ -66,7 +66,7 @@ def test_the_nodes_of_a_tree_are_read_as_each_path_alone(talker, kosmos_tokenize
 
 @torch.inference_mode()
 def test_what_is_forgotten_leaves_no_trace(talker, kosmos_tokenizer):
-    reading = Reading(talker(), PROMPTS, pictures(3), kosmos_tokenizer, 3)
+    reading = Reading(talker(), PROMPTS, random_images(3), kosmos_tokenizer, 3)
     first = reading.write(torch.tensor([[5], [6], [7]]), 0)
     reading.rewind()
     reading.write(torch.tensor([[9], [9], [9]]), 0)

@@ -9,7 +9,7 @@ from kosmos_lit.inference.generate import score
 from kosmos_lit.tokenizer import EOS
 from tests.kosmos_lit.inference.conftest import POSITIONS
 from tests.kosmos_lit.inference.test_prefill import N_PICTURES, PROMPTS, anew
-from tests.kosmos_lit.tiny_kosmos import pictures, tiny_model
+from tests.kosmos_lit.tiny_kosmos import random_images, tiny_model
 
 CANDIDATES = [["the cat", "the cat sat", "a red square", "the mat"], ["big quartz"], ["the cat", "jackdaws love", "x"]]
 
@@ -30,7 +30,7 @@ def test_candidates_score_as_each_whole_sequence_without_a_cache(
 ):
     monkeypatch.setattr(scoring, "MOST_NODES", most_nodes)  # 7: in parts, some of one candidate only
     monkeypatch.setattr(scoring, "MOST_LOGITS", 200)  # logits of two nodes at once
-    model, images = talker(positions=positions), pictures(3)
+    model, images = talker(positions=positions), random_images(3)
     found = score(model, PROMPTS, CANDIDATES, images, kosmos_tokenizer, with_end=with_end)
     for start, own, texts, row in zip(PROMPTS, images.split(N_PICTURES), CANDIDATES, found, strict=True):
         assert [scored.text for scored in row] == texts
@@ -40,7 +40,7 @@ def test_candidates_score_as_each_whole_sequence_without_a_cache(
 
 
 def test_a_total_is_the_sum_and_a_mean_is_per_token(talker, kosmos_tokenizer):
-    [[scored]] = score(talker(), PROMPTS[1:2], [["the cat sat"]], pictures(0), kosmos_tokenizer)
+    [[scored]] = score(talker(), PROMPTS[1:2], [["the cat sat"]], random_images(0), kosmos_tokenizer)
     n = len(kosmos_tokenizer.encode("the cat sat"))
     assert scored.n_tokens == len(scored.log_probs) == n > 1
     assert scored.total == pytest.approx(math.fsum(scored.log_probs))
@@ -51,28 +51,28 @@ def test_each_prompt_and_each_common_beginning_is_read_once(talker, kosmos_token
     model, read = talker(), []
     model.decoder.register_forward_pre_hook(lambda _, inputs: read.append(tuple(inputs[0].shape)))
     texts = ["the cat", "the cat sat", "the cat sat on"]
-    score(model, PROMPTS[1:2], [texts], pictures(0), kosmos_tokenizer)
+    score(model, PROMPTS[1:2], [texts], random_images(0), kosmos_tokenizer)
     assert read == [(1, len(PROMPTS[1].tokens)), (1, len(kosmos_tokenizer.encode(texts[-1])))]
 
 
 def test_a_candidate_without_tokens_is_the_users_error(talker, kosmos_tokenizer):
     with pytest.raises(UserError, match="the candidate ' ' has no tokens"):
-        score(talker(), PROMPTS[1:2], [["the", " "]], pictures(0), kosmos_tokenizer)
+        score(talker(), PROMPTS[1:2], [["the", " "]], random_images(0), kosmos_tokenizer)
 
 
 def test_every_prompt_needs_its_candidates(talker, kosmos_tokenizer):
     with pytest.raises(UserError, match="1 prompts but 2 lists of candidates"):
-        score(talker(), PROMPTS[1:2], [["the"], ["a"]], pictures(0), kosmos_tokenizer)
+        score(talker(), PROMPTS[1:2], [["the"], ["a"]], random_images(0), kosmos_tokenizer)
 
 
 def test_a_candidate_must_fit_the_models_rows(kosmos_tower, kosmos_tokenizer):
     model, n = tiny_model(kosmos_tower, max_seq_len=11), len(kosmos_tokenizer.encode("jackdaws love my"))
     assert n > 9
     with pytest.raises(UserError, match=f"a prompt of 2 and {n} new tokens exceed the model's 11 positions"):
-        score(model, PROMPTS[1:2], [["the", "jackdaws love my"]], pictures(0), kosmos_tokenizer)
+        score(model, PROMPTS[1:2], [["the", "jackdaws love my"]], random_images(0), kosmos_tokenizer)
 
 
 def test_a_prompt_without_candidates_has_no_scores(talker, kosmos_tokenizer):
-    found = score(talker(), [PROMPTS[1], PROMPTS[1]], [[], ["the"]], pictures(0), kosmos_tokenizer)
+    found = score(talker(), [PROMPTS[1], PROMPTS[1]], [[], ["the"]], random_images(0), kosmos_tokenizer)
     assert [len(row) for row in found] == [0, 1]
-    assert score(talker(), PROMPTS[1:2], [[]], pictures(0), kosmos_tokenizer) == [[]]
+    assert score(talker(), PROMPTS[1:2], [[]], random_images(0), kosmos_tokenizer) == [[]]

@@ -67,7 +67,7 @@ class Pair:
         tokens, _, slots = expand_images(np.array(ids + words(n_words, seed)), SPECIAL, self.n_latents)
         return Prompt(tokens, slots)
 
-    def pictures(self, n: int) -> Tensor:
+    def random_images(self, n: int) -> Tensor:
         draw = torch.Generator().manual_seed(7)
         return torch.randint(256, (n, 3, self.side, self.side), generator=draw, dtype=torch.uint8)
 
@@ -88,14 +88,14 @@ class Pair:
             tokens[row, padding:] = torch.from_numpy(prompt.tokens)
             for slot in prompt.slots:
                 places[row, padding + int(slot) : padding + int(slot) + self.n_latents] = 1
-        pictures = {}
+        random_images = {}
         if len(images):
             latents = self.look(images)
-            pictures = {"image_embeds_position_mask": places}
-            pictures["image_embeds"] = latents.flatten(0, 1)[None] if len(prompts) == 1 else latents
+            random_images = {"image_embeds_position_mask": places}
+            random_images["image_embeds"] = latents.flatten(0, 1)[None] if len(prompts) == 1 else latents
         write = self.other.generate if len(images) else self.other.text_model.generate
         made = write(
-            input_ids=tokens, attention_mask=(tokens != PAD).long(), **pictures, do_sample=False, output_scores=True,
+            input_ids=tokens, attention_mask=(tokens != PAD).long(), **random_images, do_sample=False, output_scores=True,
             suppress_tokens=forbidden_ids(tokenizer, VOCAB), return_dict_in_generate=True, **settings,
         )  # fmt: skip
         for step, scores in enumerate(made.scores if margin else ()):
@@ -128,7 +128,7 @@ RULES = [{}, PENALTY, NGRAM, {"repetition_penalty": 0.8, "no_repeat_ngram_size":
 def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_pictures: int, rules: dict[str, Any]):
     made = []
     for seed in range(5):
-        prompt, images, settings = pair.prompt(3 + seed, n_pictures, seed), pair.pictures(n_pictures), {"max_new_tokens": 17}
+        prompt, images, settings = pair.prompt(3 + seed, n_pictures, seed), pair.random_images(n_pictures), {"max_new_tokens": 17}
         made += pair.ours(kosmos_tokenizer, [prompt], images, **settings, **rules)
         assert made[-1:] == pair.theirs(kosmos_tokenizer, [prompt], images, margin=1e-4, **settings, **rules)
     assert len({id_ for ids in made for id_ in ids}) > 2
@@ -141,7 +141,7 @@ def test_beam_search_is_that_of_transformers(
     pair: Pair, kosmos_tokenizer: Any, n_pictures: int, length_penalty: float, rules: dict[str, Any]
 ):
     for seed in range(5):
-        prompt, images = pair.prompt(3 + seed, n_pictures, seed), pair.pictures(n_pictures)
+        prompt, images = pair.prompt(3 + seed, n_pictures, seed), pair.random_images(n_pictures)
         settings = {"max_new_tokens": 17, "length_penalty": length_penalty, **rules}
         ours = pair.ours(kosmos_tokenizer, [prompt], images, n_beams=5, **settings)
         assert ours == pair.theirs(kosmos_tokenizer, [prompt], images, num_beams=5, **settings)
@@ -150,7 +150,7 @@ def test_beam_search_is_that_of_transformers(
 def test_some_continuations_end_and_some_do_not(pair: Pair, kosmos_tokenizer: Any):
     lengths = set()
     for n in (0, 1):
-        prompts, images = [pair.prompt(3 + seed, n, seed) for seed in range(5)], pair.pictures(5 * n)
+        prompts, images = [pair.prompt(3 + seed, n, seed) for seed in range(5)], pair.random_images(5 * n)
         lengths |= {len(ids) for ids in pair.ours(kosmos_tokenizer, prompts, images, max_new_tokens=17, n_beams=5)}
     assert 17 in lengths
     assert len(lengths) > 1
@@ -161,15 +161,15 @@ def test_some_continuations_end_and_some_do_not(pair: Pair, kosmos_tokenizer: An
 def test_a_search_ends_by_the_same_rules(pair: Pair, kosmos_tokenizer: Any, ours: str, theirs: Any, length_penalty: float):
     prompts = [pair.prompt(5, 0, seed) for seed in range(7)]
     settings = {"max_new_tokens": 13, "length_penalty": length_penalty}
-    made = pair.ours(kosmos_tokenizer, prompts, pair.pictures(0), n_beams=3, beam_stop=ours, **settings)
+    made = pair.ours(kosmos_tokenizer, prompts, pair.random_images(0), n_beams=3, beam_stop=ours, **settings)
     assert made == pair.theirs(
-        kosmos_tokenizer, prompts, pair.pictures(0), num_beams=3, early_stopping=theirs, **settings
+        kosmos_tokenizer, prompts, pair.random_images(0), num_beams=3, early_stopping=theirs, **settings
     )
 
 
 @pytest.mark.parametrize("n_beams", [1, 5])
 def test_prompts_of_one_length_are_answered_as_a_batch_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_beams: int):
-    prompts, images = [pair.prompt(5, 1, seed) for seed in range(4)], pair.pictures(4)
+    prompts, images = [pair.prompt(5, 1, seed) for seed in range(4)], pair.random_images(4)
     ours = pair.ours(kosmos_tokenizer, prompts, images, n_beams=n_beams, max_new_tokens=17)
     assert ours == pair.theirs(kosmos_tokenizer, prompts, images, num_beams=n_beams, max_new_tokens=17)
 
@@ -179,18 +179,18 @@ def test_padded_prompts_are_answered_as_by_transformers_without_its_cache(
     pair: Pair, kosmos_tokenizer: Any, rules: dict[str, Any]
 ):
     prompts = [pair.prompt(n, k, n) for n, k in ((2, 0), (11, 2), (5, 1), (0, 1))]
-    images, settings = pair.pictures(4), {"max_new_tokens": 11, **rules}
+    images, settings = pair.random_images(4), {"max_new_tokens": 11, **rules}
     ours = pair.ours(kosmos_tokenizer, prompts, images, **settings)
     assert ours == pair.theirs(kosmos_tokenizer, prompts, images, use_cache=False, **settings)
 
 
 def test_padded_prompts_are_searched_as_each_alone_by_transformers(pair: Pair, kosmos_tokenizer: Any):
-    pictures = (0, 2, 1, 1)
-    prompts = [pair.prompt(n, k, n) for n, k in zip((2, 11, 5, 0), pictures, strict=True)]
-    images = pair.pictures(4)
+    random_images = (0, 2, 1, 1)
+    prompts = [pair.prompt(n, k, n) for n, k in zip((2, 11, 5, 0), random_images, strict=True)]
+    images = pair.random_images(4)
     ours = pair.ours(kosmos_tokenizer, prompts, images, n_beams=5, max_new_tokens=11)
     alone = [
         pair.theirs(kosmos_tokenizer, [prompt], own, num_beams=5, max_new_tokens=11)[0]
-        for prompt, own in zip(prompts, images.split(pictures), strict=True)
+        for prompt, own in zip(prompts, images.split(random_images), strict=True)
     ]
     assert ours == alone

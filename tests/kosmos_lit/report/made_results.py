@@ -12,7 +12,7 @@ from PIL import Image
 from kosmos_lit.evaluation.statistics import mean_figure
 
 
-def picture(path: Path, colour: tuple[int, int, int] = (200, 40, 40), size: tuple[int, int] = (37, 23)) -> Path:
+def write_image(path: Path, colour: tuple[int, int, int] = (200, 40, 40), size: tuple[int, int] = (37, 23)) -> Path:
     """Write a picture of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
@@ -88,6 +88,6 @@ def write_results(folder: Path, tasks: Mapping[str, Mapping[str, Any]], **more: 
         (folder / name / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
     entries = {name: {k: v for k, v in entry.items() if k != "made"} for name, entry in tasks.items()}
     model = {"checkpoint": "runs/made/last.ckpt", "step": 1234, "parameters": 5_678_901}
-    found = {"model": model, "pictures": "true", "machine": "a machine", "date": "2024-05-06", **more, "tasks": entries}
+    found = {"model": model, "image_control": "true", "machine": "a machine", "date": "2024-05-06", **more, "tasks": entries}
     (folder / "figures.json").write_text(json.dumps(found), encoding="utf-8")
     return folder

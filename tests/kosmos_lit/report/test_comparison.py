@@ -11,13 +11,13 @@ import pytest
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.report.comparison import compare, comparison_markdown
-from tests.kosmos_lit.report.made_results import failed, picture, task, write_results, wrote
+from tests.kosmos_lit.report.made_results import failed, write_image, task, write_results, wrote
 from tests.kosmos_lit.report.test_evaluation import Page
 
 
 def shown(tmp_path: Path, right: list[bool], prefix: str = "") -> list[dict[str, Any]]:
     """Return samples with a picture, right or not."""
-    image = picture(tmp_path / "picture.png")
+    image = write_image(tmp_path / "picture.png")
     return [wrote(f"{prefix}{i:03d}", "x", "y", {"accuracy": float(r)}, images=[image]) for i, r in enumerate(right)]
 
 
@@ -130,8 +130,8 @@ def test_a_folder_given_twice_is_refused(tmp_path: Path) -> None:
 
 def test_the_verb_prints_and_writes_what_it_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [
-        write_results(tmp_path / n, {"t": task(shown(tmp_path, [i < k for i in range(31)]), title="<b>")}, pictures=sight)
-        for n, k, sight in (("run/eval", 23, "true"), ("control/eval", 5, "shuffled"))
+        write_results(tmp_path / n, {"t": task(shown(tmp_path, [i < k for i in range(31)]), title="<b>")}, image_control=image_control)
+        for n, k, image_control in (("run/eval", 23, "true"), ("control/eval", 5, "shuffled"))
     ]
 
     code = main(["report", *map(str, folders), "--names", "model,<i>blind</i>", "--output", str(tmp_path / "out")])
@@ -145,7 +145,7 @@ def test_the_verb_prints_and_writes_what_it_compared(tmp_path: Path, capsys: pyt
     assert found["names"] == ["model", "<i>blind</i>"]
     assert found["rows"][0]["differences"][0]["figure"]["value"] == pytest.approx(1800 / 31)
     assert not page.all("i")
-    assert "pictures: shuffled" in page.said
+    assert "image_control: shuffled" in page.said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.html", "comparison.json", "comparison.md"}
 
 

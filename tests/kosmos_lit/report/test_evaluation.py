@@ -13,7 +13,7 @@ import pytest
 from kosmos_lit.errors import UserError
 from kosmos_lit.report.evaluation import write_report
 from kosmos_lit.report.samples import candidate_shares, choose
-from tests.kosmos_lit.report.made_results import chose, failed, picture, task, write_results, wrote
+from tests.kosmos_lit.report.made_results import chose, failed, write_image, task, write_results, wrote
 
 VOID = {"meta", "br", "img", "line", "circle", "polygon"}
 
@@ -181,13 +181,13 @@ def test_nothing_of_a_dataset_or_a_model_becomes_markup(tmp_path: Path) -> None:
 
 
 def test_a_page_fetches_nothing_and_says_what_its_pictures_are(tmp_path: Path) -> None:
-    sample = wrote("1", "dog", ["dog"], {"accuracy": 1.0}, images=[picture(tmp_path / "dog.png", size=(601, 307))])
+    sample = wrote("1", "dog", ["dog"], {"accuracy": 1.0}, images=[write_image(tmp_path / "dog.png", size=(601, 307))])
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     (image,) = page.all("img")
     assert str(image["src"]).startswith("data:image/jpeg;base64,")
-    assert (image["width"], image["height"], image["alt"]) == ("208", "106", "Picture in the prompt: dog.png")
+    assert (image["width"], image["height"], image["alt"]) == ("208", "106", "ImageLike in the prompt: dog.png")
     assert not [a for tag in ("a", "link", "script") for a in page.all(tag) if not str(a.get("href", "")).startswith("#")]
 
 
@@ -204,21 +204,21 @@ def test_a_picture_that_is_gone_or_broken_is_said(tmp_path: Path, data: bytes | 
 
 
 def test_pictures_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
-    images = [picture(tmp_path / f"{i}.png") for i in range(2)]
+    images = [write_image(tmp_path / f"{i}.png") for i in range(2)]
     sample = wrote("1", "dog", "dog", {"accuracy": 1.0}, prompt="<image>one<image>two", images=images)
     write_report(write_results(tmp_path, {"t": task([sample])}))
 
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
 
     places = [
-        text.index(piece) for piece in ('alt="Picture in the prompt: 0.png">one', 'alt="Picture in the prompt: 1.png">two')
+        text.index(piece) for piece in ('alt="ImageLike in the prompt: 0.png">one', 'alt="ImageLike in the prompt: 1.png">two')
     ]
     assert places == sorted(places)
 
 
 def test_words_that_look_like_a_picture_put_no_picture_anywhere(tmp_path: Path) -> None:
     sample = wrote(
-        "1", "x", "x", {"accuracy": 1.0}, prompt="<image>what does <image> mean?", images=[picture(tmp_path / "a.png")]
+        "1", "x", "x", {"accuracy": 1.0}, prompt="<image>what does <image> mean?", images=[write_image(tmp_path / "a.png")]
     )
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
@@ -228,7 +228,7 @@ def test_words_that_look_like_a_picture_put_no_picture_anywhere(tmp_path: Path) 
 
 
 def test_long_demonstrations_are_folded_up(tmp_path: Path) -> None:
-    images = [picture(tmp_path / f"{i}.png") for i in range(9)]
+    images = [write_image(tmp_path / f"{i}.png") for i in range(9)]
     prompt = "".join(f"<image>demonstration {i}." for i in range(8)) + "<image>the question"
     sample = wrote("1", "x", "x", {"accuracy": 1.0}, prompt=prompt, images=images)
 
@@ -240,9 +240,9 @@ def test_long_demonstrations_are_folded_up(tmp_path: Path) -> None:
 
 
 def test_a_control_with_grey_pictures_shows_none(tmp_path: Path) -> None:
-    sample = wrote("1", "x", "x", {"accuracy": 1.0}, images=[picture(tmp_path / "a.png")])
+    sample = wrote("1", "x", "x", {"accuracy": 1.0}, images=[write_image(tmp_path / "a.png")])
 
-    page = page_of(write_results(tmp_path, {"t": task([sample])}, pictures="blank"))
+    page = page_of(write_results(tmp_path, {"t": task([sample])}, image_control="blank"))
 
     assert not page.all("img")
     assert "even grey stands in the place of every picture" in page.said

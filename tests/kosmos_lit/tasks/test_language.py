@@ -20,7 +20,7 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import published
 from kosmos_lit.tokenizer import Tokenizer
 from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
-from tests.kosmos_lit.tiny_kosmos import LATENTS, pictures, tiny_model
+from tests.kosmos_lit.tiny_kosmos import LATENTS, random_images, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def pair_by_pair(task: MultipleChoice, number: int, model: Kosmos, tokenizer: To
     for prompt, candidates in asked(task, number):
         for candidate in candidates:
             read = encode_prompt(prompt, 0, tokenizer, LATENTS)
-            [[alone]] = score(model, [read], [[candidate]], pictures(0), tokenizer)
+            [[alone]] = score(model, [read], [[candidate]], random_images(0), tokenizer)
             means.append(alone.mean)
     return means
 

@@ -52,7 +52,7 @@ def folder(tmp_path, kosmos_tokenizer) -> Path:
     return tmp_path / "model"
 
 
-def picture(seed: int = 0) -> Image.Image:
+def drawn_image(seed: int = 0) -> Image.Image:
     """Of the size that the model reads, so that resizing has no part in a comparison."""
     draw = np.random.default_rng(seed)
     return Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
@@ -83,7 +83,7 @@ TEXTS = ("An image of a red square", "the cat sat on the mat.", "naïve café", 
 @pytest.mark.parametrize("text", TEXTS)
 def test_their_processor_gives_our_ids_outside_of_the_slots(exported, text):
     ours, folder = exported
-    inputs = AutoProcessor.from_pretrained(folder)(text=text, images=picture(), num_image_tokens=N_LATENTS)
+    inputs = AutoProcessor.from_pretrained(folder)(text=text, images=drawn_image(), num_image_tokens=N_LATENTS)
 
     expected = encode_prompt(text, 1, ours.tokenizer, N_LATENTS).tokens
     found, in_slot = np.array(inputs["input_ids"]).ravel(), np.array(inputs["image_embeds_position_mask"]).ravel() == 1
@@ -99,7 +99,7 @@ GROUNDED_TEXTS = ("<grounding> An image of", "<grounding><phrase> the cat</phras
 def test_tokens_of_grounding_are_asked_for_by_name_as_there(tmp_path, kosmos_vocabulary, text):
     ours = our_model(Tokenizer(kosmos_vocabulary, GROUNDING))
     export_transformers(ours, tmp_path / "model")
-    inputs = AutoProcessor.from_pretrained(tmp_path / "model")(text=text, images=picture(), num_image_tokens=N_LATENTS)
+    inputs = AutoProcessor.from_pretrained(tmp_path / "model")(text=text, images=drawn_image(), num_image_tokens=N_LATENTS)
 
     found = encode_prompt(text, 1, ours.tokenizer, N_LATENTS).tokens[3 + N_LATENTS :]
     assert found.tolist() == np.array(inputs["input_ids"]).ravel()[3 + N_LATENTS :].tolist()
@@ -107,10 +107,10 @@ def test_tokens_of_grounding_are_asked_for_by_name_as_there(tmp_path, kosmos_voc
 
 def test_their_processor_gives_our_pixels(exported):
     ours, folder = exported
-    inputs = AutoProcessor.from_pretrained(folder)(text="a", images=picture(), return_tensors="pt")
+    inputs = AutoProcessor.from_pretrained(folder)(text="a", images=drawn_image(), return_tensors="pt")
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.config.vision.mean, ours.config.vision.std))
-    expected = (ours.pixels([picture()]) / 255 - mean) / std
+    expected = (ours.pixels([drawn_image()]) / 255 - mean) / std
     torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1e-6)  # float32 of size 2: measured 2e-7
 
 
@@ -136,7 +136,7 @@ def forbidden(tokenizer: Tokenizer) -> list[int]:
 def test_generation_there_and_here_write_the_same(exported, text, n_beams):
     ours, folder = exported
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    inputs = processor(text=text, images=picture(), return_tensors="pt", num_image_tokens=N_LATENTS)
+    inputs = processor(text=text, images=drawn_image(), return_tensors="pt", num_image_tokens=N_LATENTS)
 
     found = model.generate(
         **inputs, max_new_tokens=13, do_sample=False, num_beams=n_beams, suppress_tokens=forbidden(ours.tokenizer)
@@ -147,13 +147,13 @@ def test_generation_there_and_here_write_the_same(exported, text, n_beams):
     assert set(found[len(written) :].tolist()) <= {PAD, EOS}
     # They write the first word's space, and a newline by the name of its token.
     expected = processor.decode(found, skip_special_tokens=True).removeprefix(" ").replace("</line>", "\n")
-    assert ours.generate(text, [picture()], max_new_tokens=13, n_beams=n_beams) == expected
+    assert ours.generate(text, [drawn_image()], max_new_tokens=13, n_beams=n_beams) == expected
 
 
 def our_ids(ours: Kosmos, text: str, n_beams: int) -> list[int]:
     prompt = encode_prompt(text, 1, ours.tokenizer, N_LATENTS)
     settings = GenerationConfig(max_new_tokens=13, n_beams=n_beams)
-    [found] = generate(ours, [prompt], ours.pixels([picture()]), ours.tokenizer, settings)
+    [found] = generate(ours, [prompt], ours.pixels([drawn_image()]), ours.tokenizer, settings)
     return list(found.tokens)
 
 
@@ -177,7 +177,7 @@ def test_an_export_comes_back_as_the_same_model(exported):
 def test_an_exported_folder_is_loaded_like_any_other(exported):
     ours, folder = exported
 
-    assert Kosmos.load(folder).generate("sat", [picture()]) == ours.generate("sat", [picture()])
+    assert Kosmos.load(folder).generate("sat", [drawn_image()]) == ours.generate("sat", [drawn_image()])
 
 
 def test_statistics_of_pictures_come_along(tmp_path, kosmos_tokenizer):

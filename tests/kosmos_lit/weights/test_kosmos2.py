@@ -61,9 +61,9 @@ def pair(request) -> tuple[Shape, Kosmos2ForConditionalGeneration, Kosmos]:
 def test_logits_are_those_of_transformers(pair, rows):
     shape, theirs, ours = pair
     tokens = rows.tokens(shape.n_latents)
-    pictures = photographs(rows.n_pictures, shape.vision["image_size"])
+    random_images = photographs(rows.n_pictures, shape.vision["image_size"])
 
-    expected, found = their_logits(theirs, tokens, pictures), our_logits(ours, tokens, pictures)
+    expected, found = their_logits(theirs, tokens, random_images), our_logits(ours, tokens, random_images)
 
     torch.testing.assert_close(found[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
 
@@ -72,11 +72,11 @@ def test_logits_depend_on_each_picture(pair):
     """Or the tests above would pass for a model that does not look."""
     shape, _, ours = pair
     rows = Rows([["p", 2, "p", 3]])
-    tokens, pictures = rows.tokens(shape.n_latents), photographs(2, shape.vision["image_size"])
-    expected = our_logits(ours, tokens, pictures)[0, -1]
+    tokens, random_images = rows.tokens(shape.n_latents), photographs(2, shape.vision["image_size"])
+    expected = our_logits(ours, tokens, random_images)[0, -1]
 
     for number in range(2):
-        others = pictures.clone()
+        others = random_images.clone()
         others[number] = 255 - others[number]
         assert (our_logits(ours, tokens, others)[0, -1] - expected).abs().max() > 100 * ATOL
 
@@ -85,11 +85,11 @@ def test_a_model_of_ours_has_the_same_logits_in_transformers():
     config = kosmos_config(SHAPES["three_layers_gelu"].config())
     ours = shaken(Kosmos.create(config, seed=3), seed=3).eval()
     rows = Rows([[3, "p", 5], ["p", 1]], "left")
-    tokens, pictures = rows.tokens(3), photographs(2, 42)
+    tokens, random_images = rows.tokens(3), photographs(2, 42)
 
-    found = their_logits(to_transformers(ours), tokens, pictures)
+    found = their_logits(to_transformers(ours), tokens, random_images)
 
-    expected = our_logits(ours, tokens, pictures)
+    expected = our_logits(ours, tokens, random_images)
     torch.testing.assert_close(found[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
 
 
