@@ -10,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: setup quickstart finetune world world-report test test-all lint type format golden golden-torchscale bench bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-pictures bench-plan bench-step check clean
+.PHONY: setup quickstart finetune world world-report test test-all lint type format golden golden-torchscale bench bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-step check clean
 
 setup: $(READY)
 
@@ -47,13 +47,13 @@ runs/world_text/trained: runs/world/trained
 	$(BIN)/python main.py fit $(WORLD_TEXT) --ckpt_path last $(ARGS)
 	@touch $@
 
-# The model; the same with each other's pictures; the baseline. Results that are there are not asked for again.
+# The model; the same with each other's images; the baseline. Results that are there are not asked for again.
 world-report: world
 	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last
 	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last --eval.image_control shuffled
 	$(BIN)/python main.py test $(WORLD_TEXT) -c configs/eval/world.yaml --ckpt_path last --eval.image_control none
 	$(BIN)/python main.py report runs/world/eval runs/world/eval-shuffled runs/world_text/eval-none \
-		--names "model,pictures shuffled,text only" --output runs/world/report
+		--names "model,images shuffled,text only" --output runs/world/report
 
 test: $(READY)
 	$(PYTEST) $(ARGS)
@@ -88,7 +88,7 @@ $(GOLDEN_VENV)/.ready: tests/golden/make_torchscale.py
 bench: $(READY)
 	$(BIN)/python benchmarks/full_size_step.py $(ARGS)
 
-bench-evaluation bench-generation bench-gpu bench-loop bench-pictures bench-plan bench-step: $(READY)
+bench-evaluation bench-generation bench-gpu bench-loop bench-images bench-plan bench-step: $(READY)
 	$(BIN)/python -m benchmarks.$(@:bench-%=%) $(ARGS)
 
 # Beside the libraries that they are compared with.

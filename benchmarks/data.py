@@ -6,9 +6,9 @@ Caption pairs are made (see data_made.py): photographs' statistics, LAION's leng
 pair. They are read once before, so that the file cache is warm. The sides (see data_sides.py) take turns on the same tars,
 each with one thread a process; a figure is the median over the rounds, a ratio the median of the rounds' ratios, ours over
 the other's. With no worker the measure is CPU time, as a machine may have other work to do; with two workers it is the
-clock. Rows have 2048 positions, pictures 224 pixels and 64 slots; the others' batches hold as many pairs as a row of ours.
+clock. Rows have 2048 positions, images 224 pixels and 64 slots; the others' batches hold as many pairs as a row of ours.
 
-Then texts, which have no pictures; and how long a fresh process takes, its imports done, from opening the index of a corpus
+Then texts, which have no images; and how long a fresh process takes, its imports done, from opening the index of a corpus
 to the first batch, at row 0 and at row 1,000,000.
 """
 
@@ -58,7 +58,7 @@ Side = Callable[[], Iterator[Count]]
 def rates(
     sides: dict[str, Side], n_batches: int, n_rounds: int, workers: int
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
-    """Return pictures and rows a second of each side and round, sides taking turns, and why sides are missing."""
+    """Return images and rows a second of each side and round, sides taking turns, and why sides are missing."""
     clock = time.monotonic if workers else time.process_time
     found: dict[str, list[Any]] = {name: [] for name in sides}
     reasons: dict[str, str] = {}
@@ -100,10 +100,10 @@ def compare(inputs: Inputs, shape: str, workers: int, n_batches: int, n_rounds: 
         if name in reasons:
             lines.append(line | {"skipped": reasons[name]})
             continue
-        pictures, rows = zip(*found[name], strict=True)
-        ratio = statistics.median(our[0] / its for our, its in zip(found["ours"], pictures, strict=True))
+        images, rows = zip(*found[name], strict=True)
+        ratio = statistics.median(our[0] / its for our, its in zip(found["ours"], images, strict=True))
         own = name == "ours"
-        line["pictures/s"] = round(statistics.median(pictures))
+        line["images/s"] = round(statistics.median(images))
         line["rows/s"] = round(statistics.median(rows), 1) if own else None
         line |= {"ours over it": None if own else round(ratio, 2), "asked": BARS.get(name)}
         lines.append(line)

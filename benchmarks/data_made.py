@@ -1,4 +1,4 @@
-"""What benchmarks/data.py reads: made pictures with captions in img2dataset's tars, and made texts, with their indexes."""
+"""What benchmarks/data.py reads: made images with captions in img2dataset's tars, and made texts, with their indexes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datamodules.config import CorpusConfig, Format, TokenizerConfig
 SHAPES = {"256 px": (256, 256, 95), "640 x 427": (640, 427, 90)}
 """Width, height, JPEG quality: as img2dataset resizes by default, and as photographs lie in tars of originals."""
 DISTINCT = 32
-"""Different pictures; a pair's picture is one of them, with bytes of its own in the tar."""
+"""Different images; a pair's image is one of them, with bytes of its own in the tar."""
 CAPTION_WORDS = 14.0
 """Median; with the tokenizer below some 17 tokens, as in LAION."""
 TEXT_WORDS = 300.0
@@ -109,27 +109,27 @@ def _write_texts(path: Path, n_texts: int) -> None:
 def _write_pairs(folder: Path, name: str, n_pairs: int) -> None:
     """Write the three members of each pair that img2dataset writes."""
     width, height, quality = SHAPES[name]
-    pictures = [made(width, height, quality, seed) for seed in range(min(DISTINCT, n_pairs))]
-    digests = [hashlib.sha256(picture).hexdigest() for picture in pictures]
+    images = [made(width, height, quality, seed) for seed in range(min(DISTINCT, n_pairs))]
+    digests = [hashlib.sha256(image).hexdigest() for image in images]
     words = Words(seed=2)
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, n_pairs, PAIRS_PER_TAR):
         with tarfile.open(folder / f"{first // PAIRS_PER_TAR:05d}.tar", "w") as tar:
             for number in range(first, min(first + PAIRS_PER_TAR, n_pairs)):
-                key, caption, at = f"{number:09d}", words.text(CAPTION_WORDS), number % len(pictures)
+                key, caption, at = f"{number:09d}", words.text(CAPTION_WORDS), number % len(images)
                 about = {
-                    "caption": caption, "url": f"https://pictures.example/{key}.jpg", "key": key, "status": "success",
+                    "caption": caption, "url": f"https://images.example/{key}.jpg", "key": key, "status": "success",
                     "error_message": None, "width": width, "height": height, "original_width": width,
                     "original_height": height, "exif": "{}", "sha256": digests[at],
                 }  # fmt: skip
-                for extension, data in _members(pictures[at], caption, about):
+                for extension, data in _members(images[at], caption, about):
                     member = tarfile.TarInfo(f"{key}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
 
-def _members(picture: bytes, caption: str, about: dict[str, object]) -> Iterator[tuple[str, bytes]]:
-    yield "jpg", picture
+def _members(image: bytes, caption: str, about: dict[str, object]) -> Iterator[tuple[str, bytes]]:
+    yield "jpg", image
     yield "json", json.dumps(about).encode()
     yield "txt", caption.encode()
 

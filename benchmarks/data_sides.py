@@ -1,7 +1,7 @@
 """The sides that benchmarks/data.py compares: each makes an endless sequence of collated batches of caption pairs.
 
-All read the same tars, shuffled, and hand out tensors on the host. Ours are uint8 pictures, normalised on the device, with
-packed rows of tokens; the others' are what their users make: normalised float pictures, or uint8 where our decoder is put
+All read the same tars, shuffled, and hand out tensors on the host. Ours are uint8 images, normalised on the device, with
+packed rows of tokens; the others' are what their users make: normalised float images, or uint8 where our decoder is put
 into them, with one padded row of tokens for each pair.
 """
 
@@ -32,7 +32,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 """Of CLIP."""
 
 Count = tuple[int, int]
-"""Pictures and rows of a batch."""
+"""Images and rows of a batch."""
 
 
 class MissingError(RuntimeError):
@@ -55,7 +55,7 @@ class Task:
 
 
 def rendering(data: MixtureData) -> Rendering:
-    """Return how rows become tensors, with no bad picture put up with."""
+    """Return how rows become tensors, with no bad image put up with."""
     return Rendering(
         tokenizer=data.tokenizer, image_size=SIDE, fit="crop", n_latents=data.n_latents,
         max_bad_share=dict.fromkeys(data.opened, 0.0),
@@ -73,11 +73,11 @@ def ours(data: MixtureData, workers: int, first_row: int = 0) -> Iterator[Count]
 
 
 def _padded(batch: list[tuple[torch.Tensor, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    pictures, captions = zip(*batch, strict=True)
+    images, captions = zip(*batch, strict=True)
     tokens = torch.full((len(captions), max(map(len, captions))), PAD)
     for row, ids in zip(tokens, captions, strict=True):
         row[: len(ids)] = torch.as_tensor(ids)
-    return torch.stack(pictures), tokens
+    return torch.stack(images), tokens
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -112,8 +112,8 @@ def _webdataset(task: Task, own_decoder: bool) -> Iterator[Count]:
         pipeline = pipeline.decode("pil").to_tuple("jpg", "txt").map_tuple(transform, tokens)
     pipeline = pipeline.batched(task.batch_pairs, collation_fn=_padded)
     loader = DataLoader(pipeline, batch_size=None, num_workers=task.workers, prefetch_factor=4 if task.workers else None)
-    for pictures, _ in loader:
-        yield len(pictures), len(pictures)
+    for images, _ in loader:
+        yield len(images), len(images)
 
 
 def webdataset(task: Task) -> Iterator[Count]:
@@ -152,8 +152,8 @@ def energon(task: Task) -> Iterator[Count]:
         folder, worker_config=WorkerConfig(rank=0, world_size=1, num_workers=task.workers), batch_size=task.batch_pairs,
         shuffle_buffer_size=SHUFFLED, max_samples_per_sequence=100, task_encoder=Encoder(),
     )  # fmt: skip
-    for pictures, _ in get_loader(dataset, prefetch_factor=4):
-        yield len(pictures), len(pictures)
+    for images, _ in get_loader(dataset, prefetch_factor=4):
+        yield len(images), len(images)
 
 
 def _prepare_energon(folder: Path) -> None:

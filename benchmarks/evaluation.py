@@ -2,11 +2,11 @@
 
     python -m benchmarks.evaluation [--samples 24] [--rounds 3] [--threads 1] [--json PATH] [--least 3]
 
-Three sets, drawn: questions about a picture and questions of text alone, four candidates each, prompts of 60 to 200
-positions; and Raven's test, eight pictures and six candidates that are pictures too, of which the probability of "Yes" is
-compared. The same weights, decoder of D 512, both sides in this process, round by round in turn; pictures are read from disk
+Three sets, drawn: questions about an image and questions of text alone, four candidates each, prompts of 60 to 200
+positions; and Raven's test, eight images and six candidates that are images too, of which the probability of "Yes" is
+compared. The same weights, decoder of D 512, both sides in this process, round by round in turn; images are read from disk
 by both. The engine reads each prompt once for all its candidates, what Raven's six prompts have in common once, and each
-picture once a batch. Scores must agree to 1e-4, and the engine be `least` times as fast by CPU time, or the run fails.
+image once a batch. Scores must agree to 1e-4, and the engine be `least` times as fast by CPU time, or the run fails.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def make_model(tokenizer: Tokenizer) -> Kosmos:
 
 
 def draw_sets(folder: Path, n: int) -> dict[str, list[list[Score]]]:
-    """Return the comparisons of each sample of each set, and write the pictures."""
+    """Return the comparisons of each sample of each set, and write the images."""
     random = Random(1)
 
     def text(low: int, high: int) -> str:
         return " ".join(random.choices(WORDS, k=random.randint(low, high)))
 
-    def picture() -> Path:
+    def image() -> Path:
         path = folder / f"{len(list(folder.iterdir()))}.png"
         noise = np.random.default_rng(len(path.name)).integers(0, 256, (7, 7, 3), dtype=np.uint8)
         Image.fromarray(noise + np.uint8(random.randrange(99))).resize((SIDE, SIDE)).save(path)
@@ -129,11 +129,11 @@ def draw_sets(folder: Path, n: int) -> dict[str, list[list[Score]]]:
 
     raven = []
     for _ in range(max(2, n // 4)):
-        context = tuple(part for _ in range(8) for part in (picture(),))
+        context = tuple(part for _ in range(8) for part in (image(),))
         head = ("Here are eight images:", *context, "The following image is:")
-        raven.append([Score((*head, picture(), "Is it correct?"), ("Yes",)) for _ in range(6)])
+        raven.append([Score((*head, image(), "Is it correct?"), ("Yes",)) for _ in range(6)])
     return {
-        "picture": [[Score((picture(), f"Question: {text(20, 80)} Answer:"), four())] for _ in range(n)],
+        "image": [[Score((image(), f"Question: {text(20, 80)} Answer:"), four())] for _ in range(n)],
         "text": [[Score((f"{text(30, 95)} Answer:",), four())] for _ in range(n)],
         "raven": raven,
     }

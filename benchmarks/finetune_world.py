@@ -4,7 +4,7 @@
 
 Trains the quickstart first if its checkpoint is missing. Before: the same questions to the checkpoint as it is. `captions`
 is the exact match of `CaptionReport` on held-out scenes; `task` that on the new task's held-out questions, `constant` the
-share of its most frequent answer, `blind` what is right with another question's picture.
+share of its most frequent answer, `blind` what is right with another question's image.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/generation.py [--size small] [--runs 5] [--new-tokens 64] [--threads N] [--batch 1 8] [--beams 1 5]
 
-A model with random weights is turned into transformers' Kosmos-2. Each prompt is a picture and some text, no two alike and
+A model with random weights is turned into transformers' Kosmos-2. Each prompt is an image and some text, no two alike and
 all of one length, so that neither side has padding to work on. Both sides write the same number of tokens, look at the
-pictures themselves, and forbid nothing. Runs alternate between the two; figures are medians over the runs, by wall clock
+images themselves, and forbid nothing. Runs alternate between the two; figures are medians over the runs, by wall clock
 and, as a machine may have other work to do, by CPU time. The tokens of both sides must be equal, or the run fails.
 """
 
@@ -58,7 +58,7 @@ def make_model(size: str) -> Kosmos:
 
 
 def make_prompts(n: int) -> tuple[list[Prompt], torch.Tensor]:
-    """Return n prompts of one length and their pictures, (n, 3, H, W) uint8."""
+    """Return n prompts of one length and their images, (n, 3, H, W) uint8."""
     draw = np.random.default_rng(n)
     prompts = []
     for _ in range(n):

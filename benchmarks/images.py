@@ -1,13 +1,13 @@
-"""Pictures a second on one core: bytes of a JPEG to (3, 224, 224) uint8, our decoder and the plain Pillow path, in one run.
+"""Images a second on one core: bytes of a JPEG to (3, 224, 224) uint8, our decoder and the plain Pillow path, in one run.
 
-    python benchmarks/images.py [--tar 'folder/*.tar'] [--pictures 24] [--rounds 9] [--json figures.json]
+    python benchmarks/images.py [--tar 'folder/*.tar'] [--images 24] [--rounds 9] [--json figures.json]
 
 The plain path is what released training loaders do: Pillow opens, converts to RGB, scales the shorter side to 224
 bicubically and cuts the middle; then planes for torch. Ours is `kosmos_lit.images.decode` with fit `crop`. Both run in one
-process with one thread and take turns on the same pictures; a figure is the median over the rounds, by CPU time, as a
+process with one thread and take turns on the same images; a figure is the median over the rounds, by CPU time, as a
 machine may have other work to do. The last columns are how far apart the two results are, in levels of 255.
 
-Pictures are made: discs of all sizes that hide one another, with 1/f noise on them. They have edges and a spectrum like
+Images are made: discs of all sizes that hide one another, with 1/f noise on them. They have edges and a spectrum like
 photographs', and take as many bytes (2.2 bits a pixel at 640 px and quality 90) or some more, for it is those that cost
 both ways the same. `--tar` adds the JPEGs of WebDataset tars, by their shorter side.
 """
@@ -37,7 +37,7 @@ SIDE = 224
 SIZES = [(256, 256), (640, 427)]
 QUALITIES = [90, 95]
 BANDS = [(0, 128), (128, 224), (224, 257), (257, 512), (512, 1 << 30)]
-"""Shorter sides, from and below, that pictures of tars are reported by."""
+"""Shorter sides, from and below, that images of tars are reported by."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -101,27 +101,27 @@ def ours(data: bytes) -> Pixels:
     return decode(data, SIDE, "crop")
 
 
-def rates(pictures: list[bytes], ways: Sequence[Callable[[bytes], Pixels]], n_rounds: int) -> list[list[float]]:
-    """Return pictures a CPU second of each way and round, ways taking turns."""
+def rates(images: list[bytes], ways: Sequence[Callable[[bytes], Pixels]], n_rounds: int) -> list[list[float]]:
+    """Return images a CPU second of each way and round, ways taking turns."""
     found: list[list[float]] = [[] for _ in ways]
     for number in range(n_rounds + 1):
         for way, kept in zip(ways, found, strict=True):
             start = time.process_time()
-            for data in pictures:
+            for data in images:
                 way(data)
             if number:  # the first round warms up
-                kept.append(len(pictures) / (time.process_time() - start))
+                kept.append(len(images) / (time.process_time() - start))
     return found
 
 
-def compare(name: str, pictures: list[bytes], n_rounds: int) -> dict[str, object]:
+def compare(name: str, images: list[bytes], n_rounds: int) -> dict[str, object]:
     """Return one line of the table."""
-    plain, fast = rates(pictures, (pillow, ours), n_rounds)
-    off = np.stack([np.abs(ours(data) - pillow(data).astype(int)) for data in pictures])
+    plain, fast = rates(images, (pillow, ours), n_rounds)
+    off = np.stack([np.abs(ours(data) - pillow(data).astype(int)) for data in images])
     return {
-        "pictures": name,
-        "n": len(pictures),
-        "kB": round(statistics.mean(map(len, pictures)) / 1000, 1),
+        "images": name,
+        "n": len(images),
+        "kB": round(statistics.mean(map(len, images)) / 1000, 1),
         "pillow/s": round(statistics.median(plain)),
         "ours/s": round(statistics.median(fast)),
         "ratio": round(statistics.median(f / p for f, p in zip(fast, plain, strict=True)), 2),
@@ -135,18 +135,18 @@ def main() -> None:
     """Measure, and print a table and then the same as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tar", nargs="*", default=[], help="patterns of WebDataset tars with JPEGs to measure as well")
-    parser.add_argument("--pictures", type=int, default=24, help="of each kind; of tars ten times as many")
+    parser.add_argument("--images", type=int, default=24, help="of each kind; of tars ten times as many")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="where the figures go, if not to the terminal")
     a = parser.parse_args()
     torch.set_num_threads(1)
 
     cases = {
-        f"{width} x {height}, quality {quality}": [made(width, height, quality, seed) for seed in range(a.pictures)]
+        f"{width} x {height}, quality {quality}": [made(width, height, quality, seed) for seed in range(a.images)]
         for width, height in SIZES
         for quality in QUALITIES
     }
-    lines = [compare(name, data, a.rounds) for name, data in (cases | of_tars(a.tar, 10 * a.pictures)).items()]
+    lines = [compare(name, data, a.rounds) for name, data in (cases | of_tars(a.tar, 10 * a.images)).items()]
 
     where = f"one thread of {machine(torch.device('cpu'))}"
     columns = list(lines[0])

@@ -12,7 +12,7 @@ other work to do. Last, a sparse index of many documents is opened in a fresh pr
 and a run's whole source is opened on it, as every rank does at its start: shards' names, split, and row counts that a former
 start kept, while the shards themselves are not there. That is to take less than 2 s and 200 MB.
 
-Without --pairs and --text, pictures and sentences are made up: a minute and a half in all.
+Without --pairs and --text, images and sentences are made up: a minute and a half in all.
 """
 
 from __future__ import annotations
@@ -88,19 +88,19 @@ def make_pairs(folder: Path) -> None:
     """Write tars of JPEGs of 256 pixels with captions."""
     draw = np.random.default_rng(7)
     y, x = np.mgrid[:SIDE, :SIDE]
-    pictures = []
+    images = []
     for i in range(61):
         waves = np.stack([np.sin(x / (5 + i) + c) + np.cos(y / (3 + c * i)) for c in range(3)], axis=2)
         noise = draw.normal(0, 0.15, waves.shape)
         data = io.BytesIO()
         Image.fromarray(np.clip(127 + 60 * (waves + noise), 0, 255).astype(np.uint8)).save(data, "JPEG", quality=85)
-        pictures.append(data.getvalue())
+        images.append(data.getvalue())
     words = made_words(random.Random(5))
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(shard, N_PAIRS, 2):
                 caption = " ".join(random.Random(i).choices(words, k=11))
-                members = (("jpg", pictures[i % 61]), ("txt", caption.encode()), ("json", json.dumps({"key": i}).encode()))
+                members = (("jpg", images[i % 61]), ("txt", caption.encode()), ("json", json.dumps({"key": i}).encode()))
                 for ending, data in members:
                     member = tarfile.TarInfo(f"{i:09d}.{ending}")
                     member.size = len(data)
@@ -137,7 +137,7 @@ def sparse_index(folder: Path, n_documents: int, n_shards: int, tokenizer: str =
     manifest = {
         "version": VERSION, "format": "img2dataset", "tokenizer": tokenizer, "options": {}, "shards": shards,
         "documents": n_documents, "tokens": 16 * n_documents, "images": n_documents,
-        "tally": Tally().to_dict(), "pictures": Tally().to_dict(),
+        "tally": Tally().to_dict(), "image_tally": Tally().to_dict(),
     }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest))
 

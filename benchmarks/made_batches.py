@@ -1,10 +1,10 @@
-"""Made micro-batches: random ids and pictures in documents of real lengths, packed as the stream packs them.
+"""Made micro-batches: random ids and images in documents of real lengths, packed as the stream packs them.
 
     text           <s> and ids: of a row's length, or of some hundred positions, cut where a row ends
     caption        <s> <image> L slots </image> and a log-normal number of text tokens, 17 in the median, as in LAION
-    interleaved    390 positions in the median with two pictures, each behind some text
+    interleaved    390 positions in the median with two images, each behind some text
 
-A picture is no target; everything else is, with </s> behind a document's last token.
+An image is no target; everything else is, with </s> behind a document's last token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Document:
     targets: Array
     """(n,): what each position predicts, or IGNORE."""
     first_slots: tuple[int, ...]
-    """Where its pictures' latents begin."""
+    """Where its images' latents begin."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,20 @@ class Made:
     special: SpecialTokens
     n_latents: int
     side: int
-    """Of the pictures, in pixels."""
+    """Of the images, in pixels."""
     seq_len: int
 
     def lengths(self, kind: str, n: int, draw: np.random.Generator, *, short_text: bool = False) -> Array:
         """Return the positions of n documents of a kind."""
-        T, picture = self.seq_len, self.n_latents + 2
+        T, image = self.seq_len, self.n_latents + 2
         if kind == "text" and not short_text:
             return np.full(n, T)
         drawn_from = {"text": (TEXT, SPREAD), "caption": (CAPTION, SPREAD), "interleaved": (INTERLEAVED, SPREAD / 2)}
         median, spread = drawn_from[kind]
         drawn = np.rint(draw.lognormal(np.log(median), spread, n)).astype(np.int64)
         if kind == "caption":
-            return np.clip(drawn, 1, T - picture - 1) + picture + 1
-        return np.clip(drawn, 2 * picture + 4 if kind == "interleaved" else 2, T)
+            return np.clip(drawn, 1, T - image - 1) + image + 1
+        return np.clip(drawn, 2 * image + 4 if kind == "interleaved" else 2, T)
 
     def document(self, kind: str, length: int, draw: np.random.Generator) -> Document:
         """Return a document of `length` positions."""
@@ -71,7 +71,7 @@ class Made:
         tokens = draw.integers(4, self.special.mask, length)
         tokens[0] = BOS
         n_text = length - 1 - n_images * (L + 2)
-        # A caption's picture comes first, a page's pictures each behind some of its text.
+        # A caption's image comes first, a page's images each behind some of its text.
         before = [0] * n_images if kind == "caption" else [n_text * (i + 1) // (n_images + 1) for i in range(n_images)]
         starts = [1 + i * (L + 2) + text for i, text in enumerate(before)]
         targets = np.append(tokens[1:], EOS)
@@ -80,7 +80,7 @@ class Made:
             targets[start - 1 : start + L + 1] = IGNORE
             if start + L + 2 < length:
                 targets[start + L + 1] = tokens[start + L + 2]
-        for start in starts:  # a picture that follows another at once is no target either
+        for start in starts:  # an image that follows another at once is no target either
             targets[start - 1] = IGNORE
         return Document(kind, tokens, targets, tuple(start + 1 for start in starts))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py [--documents 100000000] [--workers 2] [--folder DIR] [--index INDEX ...]
 
-Writes a synthetic index of caption pairs with LAION-like lengths (its columns of tokens and pictures are sparse: nothing
+Writes a synthetic index of caption pairs with LAION-like lengths (its columns of tokens and images are sparse: nothing
 reads them), plans it, and opens it again in fresh processes. Opening is measured from an imported program to an answer:
 the index, the plans of training and validation, and the pieces of one row. Memory is what that adds to the process.
 Padding is given for these lengths, for wider and narrower ones, and for the corpora whose `--index` is given.
@@ -48,7 +48,7 @@ def text_lengths(n: int, seed: int, sigma: float = SIGMA) -> Array:
 
 
 def write_index(folder: Path, n: int) -> None:
-    """Write an index of n caption pairs whose tokens and pictures are holes."""
+    """Write an index of n caption pairs whose tokens and images are holes."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def column(name: str, length: int, dtype: str) -> np.memmap:

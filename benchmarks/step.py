@@ -103,7 +103,7 @@ def make_step(model: Kosmos, made: Made, n_rows: Sequence[int], micro_rows: int,
         ours += [(kind, batch) for batch in batches]
         documents = [document for row in of_kind for document in row]
         at_once = SHORT_TEXTS if kind == "text" and short_text else MICRO_BATCH[kind]
-        # The pictures of our batches, each with its document; packing has put like lengths together, a corpus does not.
+        # The images of our batches, each with its document; packing has put like lengths together, a corpus does not.
         pixels = _normalised(model, torch.cat([batch.images for batch in batches]))
         of_document = pixels.split([len(document.first_slots) for document in documents])
         order = draw.permutation(len(documents)).tolist()
@@ -132,7 +132,7 @@ def pad(documents: Sequence[Document], n_latents: int, pixels: Tensor) -> dict[s
 
 
 def _normalised(model: Kosmos, images: Tensor) -> Tensor:
-    """Return pictures as their image processor hands them over."""
+    """Return images as their image processor hands them over."""
     mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (model.config.vision.mean, model.config.vision.std))
     return (images.float() - mean) / std
 
@@ -145,7 +145,7 @@ def our_loss(model: Kosmos, batch: Any, n_step_targets: int) -> Tensor:
 
 def their_loss(model: Any, batch: dict[str, Tensor], n_step_targets: int) -> Tensor:
     """Return a micro-batch's part of the step's loss, as transformers' Trainer asks for it."""
-    side = model if "pixel_values" in batch else model.text_model  # the whole model insists on pictures
+    side = model if "pixel_values" in batch else model.text_model  # the whole model insists on images
     loss: Tensor = side(**batch, num_items_in_batch=n_step_targets).loss
     return loss
 
@@ -298,7 +298,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="small", help=f"width, layers and heads: {SIZES}")
     parser.add_argument("--vocab", type=int, default=VOCAB)
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--side", type=int, default=224, help="of the pictures")
+    parser.add_argument("--side", type=int, default=224, help="of the images")
     parser.add_argument("--rows", type=int, nargs=3, default=[5, 5, 2], metavar="N", help="of text, captions, pages")
     parser.add_argument("--micro-rows", type=int, default=1, help="rows of a micro-batch of ours")
     parser.add_argument("--short-text", action="store_true", help="texts of some 300 tokens in place of full rows")

@@ -2,17 +2,17 @@
 
 A blocklist is text, plain, .gz or .zst, with one entry a line; blank lines and lines that begin with # say nothing:
 
-    9f86d081884c7d659a2feaa0c55ad015...   64 hexadecimal digits: sha256 of a picture's bytes
+    9f86d081884c7d659a2feaa0c55ad015...   64 hexadecimal digits: sha256 of an image's bytes
     098f6bcd4621d373cade4e832627b4f6      32 of them: md5
-    https://site.example/cat.jpg          http:// or https://: URL of a picture or a page; what follows a # does not count
+    https://site.example/cat.jpg          http:// or https://: URL of an image or a page; what follows a # does not count
     000001234                             anything else: a sample's key, as `rows` prints it
     00003.tar:000001234                   the same in shards of this file name only
     c.jsonl.zst:line 17                   as a line of text is named
 
-A hash is compared with the picture's bytes in the shard, and with those that img2dataset notes of the download in
-KEY.json; a URL with the page's, the pictures' own, and the one in KEY.json. One blocked picture blocks its document.
+A hash is compared with the image's bytes in the shard, and with those that img2dataset notes of the download in
+KEY.json; a URL with the page's, the images' own, and the one in KEY.json. One blocked image blocks its document.
 
-A blocked document keeps its place: its text becomes <pad>, its pictures black, and nothing of it is a target. So no other
+A blocked document keeps its place: its text becomes <pad>, its images black, and nothing of it is a target. So no other
 document moves or changes, and a step's count of targets, by which the loss is divided, stays that of the plan.
 
 Entries are kept as 64-bit hashes, 8 bytes each. A lookup among n of them is wrong with a chance of n / 2^64: among 10^7
@@ -91,7 +91,7 @@ class Blocklist:
     def match(self, corpus: IndexedCorpus, document: int) -> str | None:
         """Return what of a document is on the list, as a person would look for it; None: nothing is.
 
-        Only what the list has entries of is read: without hashes no picture is, without keys and URLs no name.
+        Only what the list has entries of is read: without hashes no image is, without keys and URLs no name.
 
         Raises: OSError if a shard is gone or has changed.
         """
@@ -109,22 +109,22 @@ class Blocklist:
         if len(self._entries["url"]):
             for url in filter(None, map(corpus.image_url, images)):
                 if self._has("url", url):
-                    return f"picture's URL {url}"
+                    return f"image's URL {url}"
         if len(self._entries["digest"]):
             for digest in digests:
                 if self._has("digest", digest):
-                    return f"picture's hash {digest}"
+                    return f"image's hash {digest}"
             for image in images:
                 data = corpus.image_bytes(image)
                 for digest in (hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()):
                     if self._has("digest", digest):
-                        return f"picture's hash {digest}"
+                        return f"image's hash {digest}"
         return None
 
     def apply(self, row: Row, corpus: IndexedCorpus, special: SpecialTokens) -> tuple[Row, dict[int, str]]:
         """Return a row without the text of blocked documents, and what blocks them, by their index in the row.
 
-        The pictures of those documents are still in the row, as places: what reads them must leave them out.
+        The images of those documents are still in the row, as places: what reads them must leave them out.
 
         Raises: UserError if what it takes to know a document cannot be read.
         """
@@ -142,7 +142,7 @@ def without(row: Row, blocked: Collection[int], special: SpecialTokens) -> Row:
     Args:
         row: a row as it is in the stream.
         blocked: indexes into its documents.
-        special: says which ids mark pictures.
+        special: says which ids mark images.
     """
     if not blocked:
         return row

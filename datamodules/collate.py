@@ -1,7 +1,7 @@
-"""Rows to a KosmosBatch: pictures are read and decoded here, in the loader's processes.
+"""Rows to a KosmosBatch: images are read and decoded here, in the loader's processes.
 
 What becomes of a sample that must not or cannot be learnt: it keeps its place, so that no other one moves. A document with
-a picture that cannot be decoded keeps its text, gets a black picture, and has no targets; a document on the blocklist has
+an image that cannot be decoded keeps its text, gets a black image, and has no targets; a document on the blocklist has
 no text either (see `blocklist`). Each is a line of the ledger, every time that it is met.
 """
 
@@ -31,13 +31,13 @@ class ReadRow:
     row: Row
     """Without the text of blocked documents."""
     undecodable: tuple[int, ...] = ()
-    """For each picture that cannot be decoded: which of the row's documents it is in."""
+    """For each image that cannot be decoded: which of the row's documents it is in."""
     bad: tuple[tuple[str, str], ...] = ()
-    """(source, reason) of each picture that cannot be decoded, and of each blocked document."""
+    """(source, reason) of each image that cannot be decoded, and of each blocked document."""
 
 
 class ImageReader:
-    """Reads rows' pictures for one process, strikes out blocked documents, and stops the run when too much is bad."""
+    """Reads rows' images for one process, strikes out blocked documents, and stops the run when too much is bad."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class ImageReader:
         blocklist: Blocklist | None = None,
         split: str | None = None,
     ) -> None:
-        """Take what the pictures become, and what to do about bad ones.
+        """Take what the images become, and what to do about bad ones.
 
         Args:
-            size: side of a picture in pixels.
+            size: side of an image in pixels.
             fit: how it becomes square.
             special: of the tokenizer.
-            limits: per source the share of its pictures, among those that this process reads, that may be bad.
-            ledger: gets a line for each bad picture and blocked document.
+            limits: per source the share of its images, among those that this process reads, that may be bad.
+            ledger: gets a line for each bad image and blocked document.
             blocklist: what must not be learnt.
             split: `val` for held-out rows, for the ledger.
         """
@@ -66,11 +66,11 @@ class ImageReader:
         self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
 
     def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[ReadRow], Pixels]:
-        """Return the rows of a batch and their pictures, one row's after another's: (N, 3, size, size).
+        """Return the rows of a batch and their images, one row's after another's: (N, 3, size, size).
 
-        A picture that cannot be decoded, or is of a blocked document, is black. `corpora` are those of the sources, by name.
+        An image that cannot be decoded, or is of a blocked document, is black. `corpora` are those of the sources, by name.
 
-        Raises: UserError if too many of a source's pictures so far were bad, or a shard is gone.
+        Raises: UserError if too many of a source's images so far were bad, or a shard is gone.
         """
         ends = np.cumsum([len(row.images) for row in rows])
         images = np.empty((int(ends[-1]), 3, self.size, self.size), dtype=np.uint8)
@@ -103,13 +103,13 @@ class ImageReader:
                 bad.append((source, error.reason))
                 self._quarantine(row, source, corpus, row.documents[owner].document, image, error)
             except OSError as error:
-                raise UserError(f"row {row.number}: a picture cannot be read: {error}") from error
+                raise UserError(f"row {row.number}: an image cannot be read: {error}") from error
         return ReadRow(row, tuple(undecodable), tuple(bad))
 
     def _quarantine(
         self, row: Row, source: str, corpus: IndexedCorpus, document: int, image: StoredImage, error: ImageError
     ) -> None:
-        """Note a bad picture, under its own URL if it has one, and count it."""
+        """Note a bad image, under its own URL if it has one, and count it."""
         shard, key = corpus.shard_and_name(document)
         if url := corpus.image_url(image):
             shard, key = str(corpus.image_file(image)), url
@@ -138,9 +138,9 @@ def collate(
     n_step_targets: int,
     unit: Unit = "tokens",
 ) -> KosmosBatch:
-    """Join rows, and the pictures of all of them, (N, 3, H, W), into one micro-batch; the pictures are not copied.
+    """Join rows, and the images of all of them, (N, 3, H, W), into one micro-batch; the images are not copied.
 
-    A document with a picture that cannot be decoded stays in its row without targets.
+    A document with an image that cannot be decoded stays in its row without targets.
     """
     rows = [r.row for r in read]
     targets = np.stack([row.targets for row in rows])

@@ -42,7 +42,7 @@ class CorpusConfig:
     """Patterns of files that are kept for validation as a whole; then `val_share` does not count."""
     max_bad_share: float = 0.1
     """A shard with more broken records stops its preparation (from 20 records on; what is cut off counts as one), and a
-    run stops when one of its loader processes cannot decode more of this source's pictures (from 200 on)."""
+    run stops when one of its loader processes cannot decode more of this source's images (from 200 on)."""
     weight: float = 1.0
     """Share among the sources of the same kind, in the mixture's unit; only their proportion counts."""
     max_epochs: float | None = None

@@ -1,22 +1,22 @@
-"""A prepared corpus on disk: memory-mapped tokens, document offsets, and where each picture's bytes lie.
+"""A prepared corpus on disk: memory-mapped tokens, document offsets, and where each image's bytes lie.
 
     DIR/manifest.json            format, tokenizer, options, shards, counts, what was skipped; written last
-    DIR/tokens.npy               ids of all documents, uint16 (uint32 for vocabularies over 65,536); a picture is one marker
+    DIR/tokens.npy               ids of all documents, uint16 (uint32 for vocabularies over 65,536); an image is one marker
     DIR/token_offsets.npy        (documents + 1) uint64: where each document's tokens begin
-    DIR/image_offsets.npy        (documents + 1) uint64: where each document's pictures begin
+    DIR/image_offsets.npy        (documents + 1) uint64: where each document's images begin
     DIR/records.npy              (documents) uint64: place of the document, shard << 40 | record
     DIR/image_places.npy         (images) uint64: shard << 40 | byte offset
     DIR/image_lengths.npy        (images) uint32: bytes
     DIR/image_positions.npy      (images) uint32: index of its marker among its document's tokens
     DIR/quarantine.jsonl         the broken records, one a line (see `quarantine`); absent if there are none
 
-and for instruction data, whose prompts carry no loss and whose pictures are files of their own:
+and for instruction data, whose prompts carry no loss and whose images are files of their own:
 
     DIR/supervised.npy           (tokens) uint8: 1 where the model is to learn to say the token
-    DIR/image_path_offsets.npy   (images + 1) uint64: where each picture's path begins
+    DIR/image_path_offsets.npy   (images + 1) uint64: where each image's path begins
     DIR/image_paths.npy          uint8: the paths in UTF-8, relative to their shard's folder
 
-That is 24 bytes a document and 16 a picture beside the tokens, 40 for a caption pair. Pictures are read from the original
+That is 24 bytes a document and 16 an image beside the tokens, 40 for a caption pair. Images are read from the original
 shards, whose paths are kept relative to DIR.
 """
 
@@ -38,7 +38,7 @@ from datamodules.sources import SOURCES, Labels
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import Tokenizer
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 PLACE_BITS = 40
 """Low bits of a place: shards of up to 1 TiB, and 16 million of them."""
@@ -58,7 +58,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """One picture of a document: its original bytes' place, and the index of its marker in the document's tokens."""
+    """One image of a document: its original bytes' place, and the index of its marker in the document's tokens."""
 
     shard: int
     offset: int
@@ -121,13 +121,13 @@ class IndexedCorpus:
         return shards_key(self.manifest["shards"])
 
     def check_shards(self) -> None:
-        """Raises: UserError if a shard is of another size than when it was prepared, or gone although pictures are in it."""
+        """Raises: UserError if a shard is of another size than when it was prepared, or gone although images are in it."""
         assert self.manifest is not None
         stretches = [range(at, min(at + STATS, len(self.shards))) for at in range(0, len(self.shards), STATS)]
         with ThreadPoolExecutor(16) as pool:  # a network's file system answers slowly, but many at a time
             wrong = [path for found in pool.map(self._changed, stretches) for path in found]
         if wrong:
-            what = "reads pictures from" if self.manifest["images"] else "was made from"
+            what = "reads images from" if self.manifest["images"] else "was made from"
             raise UserError(
                 f"the index in {self.folder} {what} {len(wrong)} shards that are gone or have changed, "
                 f"{wrong[0]} for one; put them back, or prepare the corpus again without them"
@@ -140,12 +140,12 @@ class IndexedCorpus:
         return [self.shards[i] for i, n in sizes if n != known[i]["bytes"] and not (n is None and may_be_gone)]
 
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
-        """Return a document's ids, one marker per picture, without <s> and </s>."""
+        """Return a document's ids, one marker per image, without <s> and </s>."""
         start, end = self.token_offsets[document : document + 2]
         return self.tokens[int(start) : int(end)].astype(np.int64)
 
     def document_images(self, document: int) -> list[StoredImage]:
-        """Return a document's pictures in order."""
+        """Return a document's images in order."""
         start, end = (int(x) for x in self.image_offsets[document : document + 2])
         return [
             StoredImage(
@@ -202,21 +202,21 @@ class IndexedCorpus:
         return self.shards[shard], self.source.labels(self.shards[shard], record)
 
     def image_url(self, image: StoredImage) -> str | None:
-        """Return the URL that the shard keeps with a picture, if it keeps one.
+        """Return the URL that the shard keeps with an image, if it keeps one.
 
         Raises: OSError as `image_bytes` does.
         """
         return self.source.image_url(self.image_file(image), image.offset, image.length)
 
     def image_bytes(self, image: StoredImage) -> bytes:
-        """Read a picture's original bytes.
+        """Read an image's original bytes.
 
         Raises: OSError if its shard is gone or has changed.
         """
         return self.source.image_bytes(self.image_file(image), image.offset, image.length)
 
     def image_file(self, image: StoredImage) -> Path:
-        """Return the file that holds a picture: its shard, or one of its own."""
+        """Return the file that holds an image: its shard, or one of its own."""
         shard = self.shards[image.shard]
         return Path(os.path.normpath(shard.parent / image.path)) if image.path else shard
 

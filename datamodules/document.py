@@ -13,16 +13,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where a picture's original bytes lie: in shard number `shard`, from byte `offset`, `length` bytes.
+    """Where an image's original bytes lie: in shard number `shard`, from byte `offset`, `length` bytes.
 
-    In a WARC the bytes are those of the whole record (of its gzip member, if compressed); elsewhere the picture's own.
+    In a WARC the bytes are those of the whole record (of its gzip member, if compressed); elsewhere the image's own.
     """
 
     shard: int
     offset: int
     length: int
     path: str = ""
-    """The picture's own file, relative to the shard's folder; then `offset` is 0. Empty: the shard holds the picture."""
+    """The image's own file, relative to the shard's folder; then `offset` is 0. Empty: the shard holds the image."""
 
 
 Part = str | ImageRef
@@ -52,7 +52,7 @@ class Tally:
     left_out: Counter[str] = field(default_factory=Counter)
     """Sound records that the rules leave out, by reason."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What was noticed below the level of records, by reason: dead links, small pictures ..."""
+    """What was noticed below the level of records, by reason: dead links, small images ..."""
     examples: dict[str, str] = field(default_factory=dict)
     """For each reason the first place where it was met."""
     on_broken: OnBroken | None = field(default=None, compare=False)

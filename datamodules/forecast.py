@@ -77,7 +77,7 @@ def largest(sizes: Mapping[int, tuple[float, float]], schedule: Relay, micro_bat
 def largest_micro_batch(
     opened: Mapping[str, OpenedSource], kinds: Mapping[str, int], schedule: Relay, micro_batch_rows: int
 ) -> tuple[int, int]:
-    """Return about how many pictures and supervised tokens a micro-batch holds at most."""
+    """Return about how many images and supervised tokens a micro-batch holds at most."""
     rows = {at: opened[name].train.plan.row_sizes() for at, name in enumerate(kinds) if name in opened}
     images = largest({at: r.images for at, r in rows.items()}, schedule, micro_batch_rows)
     return images, largest({at: r.targets for at, r in rows.items()}, schedule, micro_batch_rows)
@@ -91,7 +91,7 @@ class Typical:
     """A document as it usually is, of a kind whose documents are not at hand."""
 
     tokens: int
-    """Text tokens and </s>, and one for each picture."""
+    """Text tokens and </s>, and one for each image."""
     images: int
     learnt: float = 1.0
     """Share of the text that is supervised."""
@@ -99,7 +99,7 @@ class Typical:
 
 TYPICAL = {
     "caption": Typical(19, 1),  # LAION's captions have 17 tokens in the median: 84 positions with 64 latents
-    "interleaved": Typical(260, 2),  # a page of 390 positions with two pictures of 64 latents
+    "interleaved": Typical(260, 2),  # a page of 390 positions with two images of 64 latents
     "instruct": Typical(260, 1, 0.5),
 }
 """By kind; text, whose rows are full of text alone, needs none."""
@@ -156,7 +156,7 @@ class Expected:
         return found
 
     def largest_micro_batch(self, micro_batch_rows: int) -> tuple[int, int]:
-        """Return about how many pictures and supervised tokens a micro-batch holds at most."""
+        """Return about how many images and supervised tokens a micro-batch holds at most."""
         rows = {at: self.rows[name][0] for at, name in enumerate(self.kinds)}
         images = largest({at: (a.images / ROWS, 0.0) for at, a in rows.items()}, self.schedule, micro_batch_rows)
         return images, largest({at: (a.targets / ROWS, 0.0) for at, a in rows.items()}, self.schedule, micro_batch_rows)

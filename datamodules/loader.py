@@ -87,9 +87,9 @@ class Rendering:
     fit: Fit
     n_latents: int
     max_bad_share: Mapping[str, float]
-    """Per source the share of its pictures that may be bad."""
+    """Per source the share of its images that may be bad."""
     ledger: Ledger | None = None
-    """Gets a line for each bad picture and blocked document."""
+    """Gets a line for each bad image and blocked document."""
     blocklist: Blocklist | None = None
     """What must not be learnt."""
     unit: Unit = "tokens"
@@ -202,7 +202,7 @@ class Questions:
         if first is None:
             raise UserError(
                 "there is nothing to ask: every held-out prompt leaves too little of a row of "
-                f"{self._seq_len} positions for an answer, or has a picture that cannot be decoded; raise data.seq_len, or "
+                f"{self._seq_len} positions for an answer, or has an image that cannot be decoded; raise data.seq_len, or "
                 "hold other documents out"
             )
         yield first

@@ -67,20 +67,20 @@ class MixtureData(L.LightningDataModule):
         Args:
             tokenizer: The tokenizer of all corpora.
             text: Documents of text.
-            caption: Pairs of a picture and its caption.
-            interleaved: Pages of text and pictures.
+            caption: Pairs of an image and its caption.
+            interleaved: Pages of text and images.
             ratio: Shares of the kinds, by default 5 : 5 : 2 : 0 of those that are given; one with share 0 is not opened.
             seq_len: Positions in a row.
             global_batch_rows: Rows of one optimizer step, over all ranks and micro-batches.
             micro_batch_rows: Rows that one rank puts through the model at a time.
-            n_latents: Slots of a picture; linked to the model's connector.
-            image_size: Side of a picture in pixels; linked to the model's tower.
-            image_fit: How a picture becomes square.
+            n_latents: Slots of an image; linked to the model's connector.
+            image_size: Side of an image in pixels; linked to the model's tower.
+            image_fit: How an image becomes square.
             val_rows: Most rows of each source for `validate`; `test` takes all there are.
-            num_workers: Processes that render rows and decode pictures, per rank; 0: the training process itself.
+            num_workers: Processes that render rows and decode images, per rank; 0: the training process itself.
             prepare_workers: Processes that make indexes and count rows.
             seed: Seed of packing and order.
-            prompt: What `predict` asks about the held-out captions' pictures.
+            prompt: What `predict` asks about the held-out captions' images.
             instruct: Prompts with completions, and conversations; loss on the completions and answers alone.
             sources: More sources by name; the format says the kind, and `weight` the share among those of its kind; null
                 takes one away that another file names.
@@ -89,7 +89,7 @@ class MixtureData(L.LightningDataModule):
             accept_changes: Go on although ratios, weights or the list of sources differ from the checkpoint's run.
             block_documents: Documents that are shuffled among each other; blocks follow one another in a drawn order.
             run_documents: Neighbouring documents that stay in one block, so that reads stay near each other.
-            blocklist: Patterns of files that name what must not be learnt: keys, URLs, hashes of pictures; applied as rows
+            blocklist: Patterns of files that name what must not be learnt: keys, URLs, hashes of images; applied as rows
                 are read, without touching shards or indexes.
             quarantine: File that lists the bad samples met while training; None: quarantine.jsonl in the run's folder.
         """
@@ -211,7 +211,7 @@ class MixtureData(L.LightningDataModule):
         self.history, self.schedule = history, relay(history.legs, history.kinds)
 
     def largest_micro_batch(self) -> tuple[int, int]:
-        """Return about how many pictures and supervised tokens a micro-batch holds at most."""
+        """Return about how many images and supervised tokens a micro-batch holds at most."""
         return largest_micro_batch(self.opened, self.kinds, self.schedule, self.micro_batch_rows)
 
     def _end_with_the_sources(self) -> None:
@@ -258,13 +258,13 @@ class MixtureData(L.LightningDataModule):
         return self._finite(None)
 
     def predict_dataloader(self) -> Iterable[Any]:
-        """Yield questions about the pictures of held-out caption pairs, and the prompts of held-out examples."""
+        """Yield questions about the images of held-out caption pairs, and the prompts of held-out examples."""
         if not any(source.val is not None for kind in ("caption", "instruct") for source in self._of_kind(kind)):
             raise UserError("predict asks about held-out caption pairs and examples, but there are none")
         return Questions(lambda: chain(self.caption_questions(), self.instruct_questions()), self.seq_len)
 
     def caption_questions(self) -> Iterator[PromptBatch]:
-        """Yield questions about held-out captions' pictures, if there are any."""
+        """Yield questions about held-out captions' images, if there are any."""
         for source in self._of_kind("caption"):
             yield from ask_captions(source.corpus, self._held_out(source), self.tokenizer, self.image_size, self.prompt)
 

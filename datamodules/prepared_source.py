@@ -35,7 +35,7 @@ def prepare_tokenizer(config: TokenizerConfig, sources: Iterable[NamedSource]) -
 def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
     """Make a source's index if it is missing.
 
-    Raises: UserError if its pictures are gone, or its files are others than it was made of.
+    Raises: UserError if its images are gone, or its files are others than it was made of.
     """
     config = source.config
     if read_manifest(Path(config.index)) is None:
@@ -135,7 +135,7 @@ def describe_sources(sources: Mapping[str, OpenedSource], n_read: Mapping[str, i
 
 def _table(sources: Mapping[str, OpenedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> Iterator[str]:
     wide = max(14, *(len(name) + 2 for name in sources))
-    heads = ("documents", "pictures", "rows", "padding", "shuffled", "share", "epochs")
+    heads = ("documents", "images", "rows", "padding", "shuffled", "share", "epochs")
     yield f"{'source':<{wide}}" + "".join(f"{h:>12}" for h in heads)
     for name, source in sources.items():
         t, read = source.train.plan.totals, n_read[name]

@@ -1,4 +1,4 @@
-"""What `predict` asks: held-out documents as a prompt, its pictures, and the continuation that would be right."""
+"""What `predict` asks: held-out documents as a prompt, its images, and the continuation that would be right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOM = 64
 def ask_captions(
     corpus: IndexedCorpus, documents: Iterable[int], tokenizer: Tokenizer, image_size: int, prompt: str
 ) -> Iterator[PromptBatch]:
-    """Yield questions about caption pairs' pictures; those that cannot be decoded are left out."""
+    """Yield questions about caption pairs' images; those that cannot be decoded are left out."""
     asked = list(islice(documents, MOST // 4))
     for first in range(0, len(asked), BATCH):
         images, answers = [], []
@@ -44,9 +44,9 @@ def ask_captions(
 def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: Rendering, seq_len: int) -> Iterator[PromptBatch]:
     """Yield the prompt of each example, all before its last answer, in the very tokens of its row.
 
-    Examples are left out whose prompt leaves no room for an answer, or a picture of which cannot be decoded.
+    Examples are left out whose prompt leaves no room for an answer, or an image of which cannot be decoded.
     """
-    kept: list[tuple[Ids, list[Pixels], str]] = []  # one batch at a time: there may be thousands of pictures
+    kept: list[tuple[Ids, list[Pixels], str]] = []  # one batch at a time: there may be thousands of images
     n_long = 0
     for document in islice(documents, MOST):
         ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
@@ -66,11 +66,11 @@ def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: Rendering, 
 
 
 def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: Rendering) -> PromptBatch:
-    tokens, pictures_of, answers = zip(*kept, strict=True)
+    tokens, images_of, answers = zip(*kept, strict=True)
     return PromptBatch(
         prompts=[_readable(ids, r.tokenizer) for ids in tokens],
-        images=_stack([picture for decoded in pictures_of for picture in decoded], r.image_size),
-        n_images=[len(decoded) for decoded in pictures_of],
+        images=_stack([image for decoded in images_of for image in decoded], r.image_size),
+        n_images=[len(decoded) for decoded in images_of],
         answers=answers,
         tasks=["instruct"] * len(answers),
         tokens=tokens,

@@ -1,6 +1,6 @@
 """The ledger of bad samples: where each lies, what is wrong with it, and how many of them a run puts up with.
 
-It lists broken records, while a corpus is prepared, and while a run reads it pictures that cannot be decoded and documents
+It lists broken records, while a corpus is prepared, and while a run reads it images that cannot be decoded and documents
 on the blocklist. Either stays in its row without targets, so that no other sample moves (see `collate`).
 """
 
@@ -21,10 +21,10 @@ MAX_DETAIL = 500
 """Characters of what a reader said that a line keeps."""
 BEGIN = b'{"source": "'
 """How each line of a ledger begins."""
-MIN_PICTURES = 200
-"""Pictures of a source that a process looks at before it judges the share of bad ones."""
+MIN_IMAGES = 200
+"""Images of a source that a process looks at before it judges the share of bad ones."""
 MAX_IN_A_ROW = 1000
-"""Bad pictures of a source one after another that stop a run whose share of them is still small: a disk went away."""
+"""Bad images of a source one after another that stop a run whose share of them is still small: a disk went away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class BadSample:
     split: str | None = None
     """`val` for a row of the held-out stream; None: training."""
     offset: int | None = None
-    """First byte of the picture in the shard, in a crawl that of its record; None: the sample as a whole."""
+    """First byte of the image in the shard, in a crawl that of its record; None: the sample as a whole."""
 
     def to_line(self) -> bytes:
         """Return one line of UTF-8 with its end, and `detail` cut to MAX_DETAIL."""
@@ -114,7 +114,7 @@ def _parsed(rest: bytes) -> BadSample | None:
 
 
 class Budget:
-    """What a process met of one source's pictures, and when that is too bad to go on."""
+    """What a process met of one source's images, and when that is too bad to go on."""
 
     def __init__(self, source: str, max_bad_share: float, ledger: Ledger | None = None) -> None:
         """Take the source's name and limit, and the ledger that the message shall name."""
@@ -124,23 +124,23 @@ class Budget:
 
     @property
     def n_bad(self) -> int:
-        """Bad pictures so far."""
+        """Bad images so far."""
         return self.reasons.total()
 
     def good(self) -> None:
-        """Count a picture that can be used."""
+        """Count an image that can be used."""
         self.n_read += 1
         self.n_in_a_row = 0
 
     def bad(self, reason: str, place: str) -> None:
-        """Count a picture that cannot be used.
+        """Count an image that cannot be used.
 
-        Raises: UserError if, after `MIN_PICTURES`, more than the share was bad, or the last `MAX_IN_A_ROW` all were.
+        Raises: UserError if, after `MIN_IMAGES`, more than the share was bad, or the last `MAX_IN_A_ROW` all were.
         """
         self.n_read += 1
         self.n_in_a_row += 1
         self.reasons[reason] += 1
-        too_many = self.n_read >= MIN_PICTURES and self.n_bad > self.max_bad_share * self.n_read
+        too_many = self.n_read >= MIN_IMAGES and self.n_bad > self.max_bad_share * self.n_read
         if not too_many and self.n_in_a_row < MAX_IN_A_ROW:
             return
         what = (
@@ -151,7 +151,7 @@ class Budget:
         reasons = ", ".join(f"{reason}: {n:,}" for reason, n in self.reasons.most_common())
         listed = f" All are listed in {self.ledger.path}." if self.ledger else ""
         raise UserError(
-            f"{self.source}: {self.n_bad:,} of {self.n_read:,} pictures cannot be used ({self.n_bad / self.n_read:.1%}), "
+            f"{self.source}: {self.n_bad:,} of {self.n_read:,} images cannot be used ({self.n_bad / self.n_read:.1%}), "
             f"{what}: {reasons}.{listed} The last one: {place}. Mend the shards and prepare them again, leave them out, "
             f"or raise the source's max_bad_share"
         )

@@ -14,9 +14,9 @@ from kosmos_lit.tokenizer import IGNORE, Tokenizer
 def describe_row(row: Row, stream: Stream, blocked: Mapping[int, str] | None = None) -> dict[str, Any]:
     """Return a row as plain data.
 
-    `documents` say where each document comes from, and which of its targets [start, end) stand in the row: its tokens, a
-    picture counting as one, and </s>. `images` say where each picture's bytes lie; in a crawl that is its WARC record.
-    `sha256` is of the picture itself. The digests of all rows that a run has read add up, modulo 2 ** 63, to its
+    `documents` say where each document comes from, and which of its targets [start, end) stand in the row: its tokens, an
+    image counting as one, and </s>. `images` say where each image's bytes lie; in a crawl that is its WARC record.
+    `sha256` is of the image itself. The digests of all rows that a run has read add up, modulo 2 ** 63, to its
     checkpoint's `rows_digest`. `blocked` says, per document that a blocklist strikes out, what blocks it.
     """
     corpus = stream.by_name[row.source].corpus
@@ -44,13 +44,13 @@ def describe_row(row: Row, stream: Stream, blocked: Mapping[int, str] | None = N
 
 
 def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer, blocked: Mapping[int, str] | None = None) -> str:
-    """Return a row as text, each picture as one mark."""
+    """Return a row as text, each image as one mark."""
     corpus = stream.by_name[row.source].corpus
     kind = CORPORA[row.corpus] if row.source in CORPORA else f"{CORPORA[row.corpus]} {row.source}"
     n_targets = int((row.targets != IGNORE).sum())
     lines = [
         f"row {row.number}: {kind}, epoch {row.epoch}, {len(row.documents)} documents, "
-        f"{row.n_real} of {len(row.tokens)} positions, {n_targets} supervised, {len(row.images)} pictures"
+        f"{row.n_real} of {len(row.tokens)} positions, {n_targets} supervised, {len(row.images)} images"
     ]
     image = 0
     first_slots = {int(slot): n for n, slot in enumerate(row.slots)}

@@ -77,7 +77,7 @@ class PlacedDocument:
 
 @dataclass(frozen=True)
 class Row:
-    """T positions of the stream, as numbers; pictures are still references."""
+    """T positions of the stream, as numbers; images are still references."""
 
     number: int
     corpus: int
@@ -93,9 +93,9 @@ class Row:
     documents: tuple[PlacedDocument, ...]
     images: tuple[StoredImage, ...]
     image_owner: tuple[int, ...]
-    """Per picture: index into `documents`."""
+    """Per image: index into `documents`."""
     slots: npt.NDArray[np.int64]
-    """(n_images,) first slot of each picture."""
+    """(n_images,) first slot of each image."""
 
     @property
     def n_real(self) -> int:
@@ -128,8 +128,8 @@ class Row:
     def digest(self) -> int:
         """Return 63 bits that tell this row from any other: its number, where all of it comes from, and its tokens."""
         found = blake2b(digest_size=8)
-        pictures = [(i.shard, i.offset, i.length, i.path) for i in self.images]
-        found.update(repr((self.number, self.source, self.epoch, self.documents, pictures)).encode())
+        images = [(i.shard, i.offset, i.length, i.path) for i in self.images]
+        found.update(repr((self.number, self.source, self.epoch, self.documents, images)).encode())
         for ids in (self.tokens, self.targets):
             found.update(np.ascontiguousarray(ids, dtype="<i8").data)
         return int.from_bytes(found.digest(), "little") >> 1
@@ -203,7 +203,7 @@ def inputs_and_targets(
 ) -> tuple[Ids, Ids]:
     """Return piece [start, end) of a document's targets (see `plan`): what is read, and what is to be predicted from it.
 
-    Loss is on text only: a picture's marker is never a target. With `answers`, which of the tokens are to be learnt, it is
+    Loss is on text only: an image's marker is never a target. With `answers`, which of the tokens are to be learnt, it is
     on those, and </s> is the target behind each run of them: where a conversation goes on, the input does so without a
     </s>, and what comes next is given.
     """
@@ -220,7 +220,7 @@ def inputs_and_targets(
 def render(inputs: Ids, wanted: Ids, special: SpecialTokens, n_latents: int) -> tuple[Ids, Ids, Ids, Ids]:
     """Write inputs and targets as the model reads them; neither slots nor </image> are targets (released caption loader).
 
-    Returns: input ids; targets; each picture's first slot; for each of `inputs` its last position.
+    Returns: input ids; targets; each image's first slot; for each of `inputs` its last position.
     """
     tokens, last, slots = expand_images(inputs, special, n_latents)
     targets = np.full(len(tokens), IGNORE, dtype=np.int64)

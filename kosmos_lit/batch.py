@@ -53,9 +53,9 @@ class KosmosBatch(_Movable):
     loss_at: Tensor
     """(S,) int64: the flat positions whose target is not IGNORE, known on the host so that no device sync is needed."""
     images: Tensor
-    """(N, 3, H, W) uint8: the pictures in the order of their slots."""
+    """(N, 3, H, W) uint8: the images in the order of their slots."""
     slots: Tensor
-    """(N, 2) int64: row and first slot of each picture; its latents go to that many positions from there."""
+    """(N, 2) int64: row and first slot of each image; its latents go to that many positions from there."""
     corpus: Tensor
     """(B,) int64: index into `CORPORA`, -1 for a row that only fills up a validation batch."""
     n_bytes: Tensor
@@ -67,9 +67,9 @@ class KosmosBatch(_Movable):
     n_real: int
     """Positions that are not padding."""
     n_bad_images: int = 0
-    """Pictures that could not be decoded: their documents are in the batch without targets."""
+    """Images that could not be decoded: their documents are in the batch without targets."""
     bad: tuple[tuple[str, str], ...] = ()
-    """(source, reason) of each of these pictures, and of each document that a blocklist strikes out."""
+    """(source, reason) of each of these images, and of each document that a blocklist strikes out."""
     sources: tuple[str, ...] = ()
     """The rows' sources by name."""
     amounts: tuple[int, ...] = ()
@@ -82,24 +82,24 @@ class KosmosBatch(_Movable):
 
 @dataclass(kw_only=True, eq=False)  # not frozen: Lightning refuses to walk through frozen ones
 class PromptBatch(_Movable):
-    """Questions to a model: a prompt with pictures, and the answer that would be right."""
+    """Questions to a model: a prompt with images, and the answer that would be right."""
 
     prompts: Sequence[str]
-    """B prompts; `<image>` stands for the next picture, and pictures without a mark come first."""
+    """B prompts; `<image>` stands for the next image, and images without a mark come first."""
     images: Tensor
-    """(N, 3, H, W) uint8: the pictures of all prompts, in order."""
+    """(N, 3, H, W) uint8: the images of all prompts, in order."""
     n_images: Sequence[int]
-    """B numbers of pictures; they sum to N."""
+    """B numbers of images; they sum to N."""
     answers: Sequence[str]
     """B continuations that count as right."""
     tasks: Sequence[str]
     """B names of the tasks that the questions belong to."""
     tokens: Sequence[NDArray[np.int64]] | None = None
-    """B prompts as ids without <s>, a picture being one <image>; None: `prompts` are encoded."""
+    """B prompts as ids without <s>, an image being one <image>; None: `prompts` are encoded."""
 
 
 def find_slots(tokens: Tensor, image: int) -> Tensor:
-    """Return (N, 2) row and first slot of each picture in (B, T) tokens; slots repeat `image`, the id of <image>."""
+    """Return (N, 2) row and first slot of each image in (B, T) tokens; slots repeat `image`, the id of <image>."""
     is_image = tokens == image
     opens = is_image.clone()
     opens[:, 1:] &= ~is_image[:, :-1]
@@ -107,7 +107,7 @@ def find_slots(tokens: Tensor, image: int) -> Tensor:
 
 
 def _has_slots(tokens: Ids, slots: Ids, n_latents: int, image: int, image_end: int) -> bool:
-    """Whether `check_slots` has nothing to say: <image>, the slots and </image> of all pictures looked at in one go."""
+    """Whether `check_slots` has nothing to say: <image>, the slots and </image> of all images looked at in one go."""
     rows, firsts = slots.T
     if len(slots) and (firsts.min() < 1 or firsts.max() + n_latents >= tokens.shape[1]):
         return False
@@ -118,20 +118,20 @@ def _has_slots(tokens: Ids, slots: Ids, n_latents: int, image: int, image_end: i
 
 
 def check_slots(tokens: Tensor, slots: Tensor, n_images: int, n_latents: int, image: int, image_end: int) -> None:
-    """Make sure, on the host, that every picture has exactly its `n_latents` slots: each image by itself, not in sum.
+    """Make sure, on the host, that every image has exactly its `n_latents` slots: each image by itself, not in sum.
 
     Args:
         tokens: (B, T) ids, on the CPU.
         slots: (N, 2) row and first slot.
-        n_images: pictures at hand.
-        n_latents: L, latents per picture.
+        n_images: images at hand.
+        n_latents: L, latents per image.
         image: id of <image>, which slots repeat.
         image_end: id of </image>.
 
-    Raises: ValueError naming the row, the picture and both counts.
+    Raises: ValueError naming the row, the image and both counts.
     """
     if len(slots) != n_images:
-        raise ValueError(f"{len(slots)} places for {n_images} pictures; collate must give each picture one place")
+        raise ValueError(f"{len(slots)} places for {n_images} images; collate must give each image one place")
     if _has_slots(tokens.numpy(), slots.numpy(), n_latents, image, image_end):
         return
     for number, (row, first) in enumerate(slots.tolist()):
@@ -142,9 +142,9 @@ def check_slots(tokens: Tensor, slots: Tensor, n_images: int, n_latents: int, im
         opened = first > 0 and int(tokens[row, first - 1]) == image
         if found != n_latents or not closed or not opened:
             raise ValueError(
-                f"row {row}: {found} slots at position {first} but picture {number} has {n_latents} latents; "
+                f"row {row}: {found} slots at position {first} but image {number} has {n_latents} latents; "
                 "<image>, one slot per latent and </image> must follow one another"
             )
     n_slots = int((tokens == image).sum()) - n_images
     if n_slots != n_images * n_latents:
-        raise ValueError(f"{n_slots} slots in the batch but {n_images} pictures of {n_latents} latents")
+        raise ValueError(f"{n_slots} slots in the batch but {n_images} images of {n_latents} latents")

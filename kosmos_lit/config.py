@@ -130,7 +130,7 @@ class VisionConfig(BaseConfig):
     std: tuple[float, float, float] = CLIP_STD
     """Per-channel standard deviation of the input, pixels in [0, 1]."""
     chunk: int = 64
-    """Pictures that go through the tower at a time."""
+    """Images that go through the tower at a time."""
 
     def __post_init__(self) -> None:
         self._check_choices()

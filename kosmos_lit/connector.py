@@ -13,7 +13,7 @@ instead of D.
 
 Flamingo's figure does not say where LayerNorms stand, nor of biases; as in the open re-implementations, latents and features
 have LayerNorms of their own, one closes the stack, and no matrix of it has a bias. Its embedding of a video frame's time is
-left out: a picture has none. W has a bias, as in the other connectors.
+left out: an image has none. W has a bias, as in the other connectors.
 
 Initial weights: W, W_1 and W_2 PyTorch's default; latents N(0, 1), as released. The resampler's projections follow fairseq's
 MultiheadAttention: q, k, v Xavier uniform with gain 1/sqrt 2 and the default bias, out with gain 1 and bias 0. The

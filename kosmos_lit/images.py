@@ -1,18 +1,18 @@
-"""Bytes of a picture to pixels: the one place that opens an image.
+"""Bytes of an image to pixels: the one place that opens an image.
 
 Every mode becomes RGB8: EXIF orientation is applied, alpha is laid over white, 16-bit and float values are scaled (not
 clipped), an animation gives its first frame. What a hostile or broken file could cost is bounded before decoding.
 
-There are two ways to the same picture. The plain one, `decode_plain`, is Pillow throughout. The fast one takes JPEGs, which
+There are two ways to the same image. The plain one, `decode_plain`, is Pillow throughout. The fast one takes JPEGs, which
 corpora are made of: libjpeg-turbo straight into an array and, for the fit `crop`, torch's antialiased bicubic resampling of
-bytes. Where the fast one is in any doubt, the plain one decides. How far apart they are, over all pixels of any picture:
+bytes. Where the fast one is in any doubt, the plain one decides. How far apart they are, over all pixels of any image:
 
     decoding                 nothing: both are libjpeg-turbo with its accurate DCT and smooth upsampling
     `square`                 nothing: Pillow resamples either way, as evaluation in transformers does
     `crop`                   at most 2 of 255 anywhere, 2 in no more than 1 of 5,000 values; in the mean under 0.02
 
-Decoding to n/8 of the size (libjpeg's scaled DCT) would help large pictures only, and shifts pixels by several levels in the
-mean and by a hundred at edges: left out. Both ways' pictures a second, side by side: `python benchmarks/images.py`.
+Decoding to n/8 of the size (libjpeg's scaled DCT) would help large images only, and shifts pixels by several levels in the
+mean and by a hundred at edges: left out. Both ways' images a second, side by side: `python benchmarks/images.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg, decode_jpeg_header
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before decoding (192 MB of RGB); Pillow alone only warns up to twice 89 million."""
+"""Larger images are refused before decoding (192 MB of RGB); Pillow alone only warns up to twice 89 million."""
 MAX_ASPECT = 50
 """Longer side over shorter side; a 1 x 200,000 strip would leave nothing after resizing."""
 
@@ -38,17 +38,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 """What is decoded; other formats that Pillow knows (EPS runs a program) have no place in a corpus from strangers."""
 
 Fit = Literal["crop", "square"]
-"""How a picture becomes square: `crop` scales the shorter side and cuts the middle (released training loaders, that is
+"""How an image becomes square: `crop` scales the shorter side and cuts the middle (released training loaders, that is
 torchvision's Resize and CenterCrop); `square` scales both sides (released evaluation)."""
 
 Pixels = npt.NDArray[np.uint8]
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | npt.ArrayLike
-"""A picture as a caller has it; an array or CPU tensor is (3, H, W) uint8."""
+"""An image as a caller has it; an array or CPU tensor is (3, H, W) uint8."""
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; `reason` is a short phrase for counting."""
+    """An image that cannot be used; `reason` is a short phrase for counting."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -65,11 +65,11 @@ class ImageInfo:
 
 
 def probe(data: bytes) -> ImageInfo:
-    """Return size and format of a picture, and make sure as cheaply as possible that it is whole.
+    """Return size and format of an image, and make sure as cheaply as possible that it is whole.
 
-    The file's end is looked at; only where it is not as the format wants it, the picture is decoded to find out.
+    The file's end is looked at; only where it is not as the format wants it, the image is decoded to find out.
 
-    Raises: ImageError if it is no picture, is too large or too elongated, or is cut off.
+    Raises: ImageError if it is no image, is too large or too elongated, or is cut off.
     """
     image = _open(data)
     info = ImageInfo(*image.size, image.format or "?")
@@ -79,7 +79,7 @@ def probe(data: bytes) -> ImageInfo:
 
 
 def decode(data: bytes, size: int, fit: Fit, out: Pixels | None = None) -> Pixels:
-    """Return a picture as (3, size, size) uint8 RGB, resized bicubically, in `out` if it is given.
+    """Return an image as (3, size, size) uint8 RGB, resized bicubically, in `out` if it is given.
 
     Equal to `decode_plain` within 2 of 255 (fit `crop` of a JPEG that has to be resized), and exactly otherwise.
 
@@ -98,66 +98,66 @@ def decode(data: bytes, size: int, fit: Fit, out: Pixels | None = None) -> Pixel
 
 
 def decode_plain(data: bytes, size: int, fit: Fit) -> Pixels:
-    """Return a picture as `decode` does, by Pillow alone: with fit `crop`, what torchvision's Resize and CenterCrop return.
+    """Return an image as `decode` does, by Pillow alone: with fit `crop`, what torchvision's Resize and CenterCrop return.
 
-    Rows are resampled before columns, as in every Pillow up to 12; later ones begin with the columns of tall pictures.
+    Rows are resampled before columns, as in every Pillow up to 12; later ones begin with the columns of tall images.
 
     Raises: ImageError as `probe` does, or if its pixels cannot be decoded.
     """
     return _fitted(open_rgb(data), size, fit)
 
 
-def load(picture: ImageLike, size: int, fit: Fit) -> Pixels:
-    """Return a picture as `decode` does, from whatever form it is at hand in.
+def load(image: ImageLike, size: int, fit: Fit) -> Pixels:
+    """Return an image as `decode` does, from whatever form it is at hand in.
 
     Args:
-        picture: a path, the bytes of a file, a Pillow image, or a (3, H, W) uint8 array or CPU tensor.
+        image: a path, the bytes of a file, a Pillow image, or a (3, H, W) uint8 array or CPU tensor.
         size: side of the result in pixels.
         fit: how it becomes square.
 
     Raises: ImageError naming the file or what is wrong with the value.
     """
-    match picture:
+    match image:
         case bytes():
-            return decode(picture, size, fit)
+            return decode(image, size, fit)
         case str() | os.PathLike():
             try:
-                return decode(Path(picture).read_bytes(), size, fit)
+                return decode(Path(image).read_bytes(), size, fit)
             except OSError as error:
-                raise ImageError("no such picture", f"{picture} ({error.strerror})") from error
+                raise ImageError("no such image", f"{image} ({error.strerror})") from error
             except ImageError as error:
-                raise ImageError(str(picture), str(error)) from error
+                raise ImageError(str(image), str(error)) from error
         case Image.Image():
-            _check_size(*picture.size)
-            _load(picture)
-            upright = _to_rgb(_upright(picture))
+            _check_size(*image.size)
+            _load(image)
+            upright = _to_rgb(_upright(image))
         case _:
-            upright = Image.fromarray(np.ascontiguousarray(_array_of(picture).transpose(1, 2, 0)))
+            upright = Image.fromarray(np.ascontiguousarray(_array_of(image).transpose(1, 2, 0)))
             _check_size(*upright.size)
     return _fitted(upright, size, fit)
 
 
-def _array_of(picture: npt.ArrayLike) -> Pixels:
+def _array_of(image: npt.ArrayLike) -> Pixels:
     try:
-        pixels = np.asarray(picture)
+        pixels = np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:  # uneven lists, tensors on another device
-        raise ImageError("not a picture", f"(3, H, W) uint8 was expected, on the CPU: {error}") from error
+        raise ImageError("not an image", f"(3, H, W) uint8 was expected, on the CPU: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-        found = f"{pixels.shape} {pixels.dtype} of {type(picture).__name__}"
-        raise ImageError("not a picture", f"(3, H, W) uint8 was expected, got {found}")
+        found = f"{pixels.shape} {pixels.dtype} of {type(image).__name__}"
+        raise ImageError("not an image", f"(3, H, W) uint8 was expected, got {found}")
     if not pixels.size:
-        raise ImageError("empty picture", f"{pixels.shape}")
+        raise ImageError("empty image", f"{pixels.shape}")
     return pixels
 
 
-def several(pictures: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Return pictures as they are, and a lone one as a list of one."""
-    lone = isinstance(pictures, str | bytes | os.PathLike | Image.Image) or getattr(pictures, "ndim", None) == 3
-    return [pictures] if lone else pictures  # type: ignore[list-item, return-value]
+def several(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """Return images as they are, and a lone one as a list of one."""
+    lone = isinstance(images, str | bytes | os.PathLike | Image.Image) or getattr(images, "ndim", None) == 3
+    return [images] if lone else images  # type: ignore[list-item, return-value]
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """Return a picture as an upright RGB8 Pillow image of its own size.
+    """Return an image as an upright RGB8 Pillow image of its own size.
 
     Raises: ImageError as `decode` does.
     """
@@ -175,31 +175,31 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _open(data: bytes) -> Image.Image:
     if not data:
-        raise ImageError("empty picture")
+        raise ImageError("empty image")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # warnings may be errors
-        raise ImageError("picture too large", str(error)) from error
+        raise ImageError("image too large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise ImageError("not a picture", f"none of {', '.join(FORMATS)}") from error
+        raise ImageError("not an image", f"none of {', '.join(FORMATS)}") from error
     except (OSError, ValueError, SyntaxError, RuntimeError) as error:
-        raise ImageError("not a picture", str(error)) from error
+        raise ImageError("not an image", str(error)) from error
     _check_size(*image.size)
     return image
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ImageError("picture too large", f"{width} x {height} exceeds {MAX_PIXELS:,} pixels")
+        raise ImageError("image too large", f"{width} x {height} exceeds {MAX_PIXELS:,} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError("picture too elongated", f"{width} x {height} exceeds 1 : {MAX_ASPECT}")
+        raise ImageError("image too elongated", f"{width} x {height} exceeds 1 : {MAX_ASPECT}")
 
 
 def _load(image: Image.Image) -> None:
     try:
         image.load()
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError) as error:
-        raise ImageError("picture cannot be decoded", str(error)) from error
+        raise ImageError("image cannot be decoded", str(error)) from error
 
 
 # ---- JPEGs, fast
@@ -213,7 +213,7 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     7: lambda x: x.transpose(1, 0, 2)[::-1, ::-1],
     8: lambda x: x.transpose(1, 0, 2)[::-1],
 }
-"""What makes a picture (H, W, 3) upright, by the orientation of the EXIF standard."""
+"""What makes an image (H, W, 3) upright, by the orientation of the EXIF standard."""
 
 
 def _jpeg_pixels(data: bytes) -> Pixels | None:
@@ -234,7 +234,7 @@ def _jpeg_pixels(data: bytes) -> Pixels | None:
         pixels: Pixels = decode_jpeg(data, "RGB")
     except (ValueError, RuntimeError, MemoryError) as error:
         if "premature end of data segment" in str(error):  # Pillow would paint the rest gray
-            raise ImageError("picture cannot be decoded", str(error)) from error
+            raise ImageError("image cannot be decoded", str(error)) from error
         return None  # most remarks are on something harmless, such as bytes between two segments
     if _surely_upright(data):
         return pixels
@@ -312,7 +312,7 @@ def _fitted(image: Image.Image, size: int, fit: Fit) -> Pixels:
 
 def _cropped(pixels: Pixels, size: int) -> Pixels:
     """Return what `_fitted` does with fit `crop`, from (H, W, 3), as a view of what was computed."""
-    import torch  # preparing a corpus opens pictures too, and has no need of torch
+    import torch  # preparing a corpus opens images too, and has no need of torch
 
     height, width, _ = pixels.shape
     wide, tall, left, top = _middle(width, height, size)

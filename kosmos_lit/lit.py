@@ -43,7 +43,7 @@ class KosmosLit(L.LightningModule):
     """Trains a Kosmos by the paper's recipe.
 
     The loss of a step is the mean over all supervised tokens of its global batch: every micro-batch of every rank
-    divides by that one count, which is known before the step (targets of documents whose picture could not be decoded
+    divides by that one count, which is known before the step (targets of documents whose image could not be decoded
     count, and give no loss). A corpus's weight scales its tokens' losses and leaves the count as it is. Dropout's
     random numbers follow from the seed and the rows of the micro-batch.
     """
@@ -164,7 +164,7 @@ class KosmosLit(L.LightningModule):
     def on_train_start(self) -> None:
         """Refuse to train if documents see each other; after a resume, go on at a whole step with this run's settings.
 
-        Raises: UserError if a document's words or pictures move another document's losses.
+        Raises: UserError if a document's words or images move another document's losses.
         """
         if fuses(self.config.decoder, self.device):
             self.net.fuse()
@@ -231,7 +231,7 @@ class KosmosLit(L.LightningModule):
         """Clip by norm, and keep norm and learning rate for the log: the schedule moves on before a step is logged."""
         for parameter in self.parameters():
             if parameter.requires_grad and parameter.grad is None:
-                # A step without pictures: the connector decays all the same, as it does where other ranks have some.
+                # A step without images: the connector decays all the same, as it does where other ranks have some.
                 parameter.grad = torch.zeros_like(parameter)
         self.lr = optimizer.param_groups[0]["lr"]
         limit = gradient_clip_val or float("inf")  # Lightning's 0 means none

@@ -27,7 +27,7 @@ from kosmos_lit.vision import VisionTower
 
 
 class Kosmos(nn.Module):
-    """A multimodal language model that sees pictures as L embeddings among its tokens."""
+    """A multimodal language model that sees images as L embeddings among its tokens."""
 
     tokenizer: Tokenizer | None
     """What its ids stand for; None for a model that has been given none."""
@@ -110,7 +110,7 @@ class Kosmos(nn.Module):
             mask = DocumentMask((T,) * B, B, T, tokens.device)
         images, latents = batch.images, None
         if not len(images) and torch.distributed.is_initialized() and self.training:
-            # A blank picture for no slot: every rank takes part in every collective, also one whose rows have no picture,
+            # A blank image for no slot: every rank takes part in every collective, also one whose rows have no image,
             # and all of them in one order, in the backward pass too.
             images = images.new_zeros(1, *images.shape[1:])
         if len(images):
@@ -118,7 +118,7 @@ class Kosmos(nn.Module):
         return self.decoder(tokens, positions, mask, latents, batch.slots)  # type: ignore[no-any-return]
 
     def see(self, images: Tensor) -> Tensor:
-        """Map pictures (N, 3, H, W) uint8 to latents (N, L, D)."""
+        """Map images (N, 3, H, W) uint8 to latents (N, L, D)."""
         features = self.vision(images)
         # Files may hold tower and decoder in different precisions; each runs in its own.
         return self.connector(features.to(next(self.connector.parameters()).dtype))  # type: ignore[no-any-return]
@@ -149,11 +149,11 @@ class Kosmos(nn.Module):
         """Return the model's continuation of a prompt, as `main.py generate` prints it.
 
         Args:
-            prompt: `<image>` stands for the next picture; pictures beyond these marks come before the text.
+            prompt: `<image>` stands for the next image; images beyond these marks come before the text.
             images: one or several: paths, bytes of files, Pillow images, (3, H, W) uint8 arrays or tensors.
             settings: fields of `GenerationConfig`.
 
-        Raises: UserError for a picture that cannot be read, for unknown settings, or if there are too many tokens.
+        Raises: UserError for an image that cannot be read, for unknown settings, or if there are too many tokens.
         """
         from kosmos_lit.inference.generate import GenerationConfig, encode_prompt, generate
 
@@ -170,7 +170,7 @@ class Kosmos(nn.Module):
             candidates: texts that could follow; the prompt is read once for all of them.
             images: as in `generate`.
 
-        Raises: UserError for a picture that cannot be read, a candidate without tokens, or if there are too many of them.
+        Raises: UserError for an image that cannot be read, a candidate without tokens, or if there are too many of them.
         """
         from kosmos_lit.inference.generate import encode_prompt, score
 
@@ -186,11 +186,11 @@ class Kosmos(nn.Module):
         """Return the logits of every next token, (T, V), or (B, T, V) for a batch, in the model's present mode.
 
         Args:
-            tokens: (T,) or (B, T) ids, one document a row, padded with <pad> on either side; a picture is <image>, as many
+            tokens: (T,) or (B, T) ids, one document a row, padded with <pad> on either side; an image is <image>, as many
                 <image> again as it has latents, and </image>.
-            images: the pictures in the order of their places, in any form that `generate` takes.
+            images: the images in the order of their places, in any form that `generate` takes.
 
-        Raises: UserError if tokens are no ids of the model or too many, or tokens and pictures do not fit.
+        Raises: UserError if tokens are no ids of the model or too many, or tokens and images do not fit.
         """
         ids = _checked_ids(tokens, self.config.decoder.vocab_size, self.config.decoder.max_seq_len)
         rows = ids if ids.ndim == 2 else ids[None]  # (B, T)
@@ -210,9 +210,9 @@ class Kosmos(nn.Module):
         return found if ids.ndim == 2 else found[0]
 
     def pixels(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
-        """Return pictures as the tower takes them, (N, 3, H, W) uint8, on the model's device; both sides are scaled.
+        """Return images as the tower takes them, (N, 3, H, W) uint8, on the model's device; both sides are scaled.
 
-        Raises: UserError naming the picture that cannot be read.
+        Raises: UserError naming the image that cannot be read.
         """
         size = self.config.vision.image_size
         sources = several(images)
@@ -221,7 +221,7 @@ class Kosmos(nn.Module):
             try:
                 pixels[number] = torch.from_numpy(load_image(image, size, "square"))
             except ImageError as error:
-                raise UserError(f"picture {number}: {error}") from error
+                raise UserError(f"image {number}: {error}") from error
         return pixels.to(self.decoder.embed_tokens.weight.device)
 
     @property

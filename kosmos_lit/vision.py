@@ -22,7 +22,7 @@ from kosmos_lit.errors import UserError
 BLOCK = re.compile(r"(?:.*\.)?(?:resblocks|blocks)\.\d+")
 """Name of a transformer block, in open_clip's own towers and in timm's."""
 PARTS = 4
-"""What is left over of pictures goes through fused blocks in chunks of this part of the size, the last one padded."""
+"""What is left over of images goes through fused blocks in chunks of this part of the size, the last one padded."""
 
 
 class VisionTower(nn.Module):
@@ -62,7 +62,7 @@ class VisionTower(nn.Module):
         self._is_fused = True
 
     def _chunks(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yield chunks, and how many of their pictures are real: padding gives fused blocks the same shapes every time."""
+        """Yield chunks, and how many of their images are real: padding gives fused blocks the same shapes every time."""
         N, chunk, static = len(images), self.config.chunk, self._is_fused and torch.is_grad_enabled()
         n_whole = N // chunk * chunk
         part = max(1, chunk // PARTS) if static else chunk
@@ -119,7 +119,7 @@ class VisionTower(nn.Module):
 
 
 def _fused(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a block, as one graph where it trains; elsewhere numbers of pictures vary, and it runs as it is."""
+    """Run a block, as one graph where it trains; elsewhere numbers of images vary, and it runs as it is."""
     run = _compiled() if torch.is_grad_enabled() else _plainly
     return run(block, *args, **kwargs)
 

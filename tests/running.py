@@ -1,4 +1,4 @@
-"""Running the command line as a user does, on a world of a few hundred pictures."""
+"""Running the command line as a user does, on a world of a few hundred images."""
 
 from __future__ import annotations
 

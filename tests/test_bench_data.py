@@ -21,21 +21,21 @@ def test_made_pairs_come_back_as_rows_of_ours(inputs: Inputs) -> None:
     ours, *others = benchmark.compare(inputs, "256 px", workers=0, n_batches=2, n_rounds=1)
 
     assert ours["side"] == "ours"
-    assert float(str(ours["pictures/s"])) > float(str(ours["rows/s"])) > 0
+    assert float(str(ours["images/s"])) > float(str(ours["rows/s"])) > 0
     assert all(line.get("ours over it") or "not installed" in str(line["skipped"]) for line in others)
 
 
-def test_texts_are_measured_without_pictures(inputs: Inputs) -> None:
+def test_texts_are_measured_without_images(inputs: Inputs) -> None:
     assert float(str(benchmark.texts(inputs, n_rounds=1)["rows/s"])) > 0
 
 
 def test_sides_take_turns_and_a_missing_one_is_named() -> None:
     turns: list[str] = []
 
-    def side(name: str, pictures: int):
+    def side(name: str, images: int):
         for _ in itertools.count():
             turns.append(name)
-            yield pictures, 1
+            yield images, 1
 
     def missing():
         raise MissingError("no such library")
@@ -46,7 +46,7 @@ def test_sides_take_turns_and_a_missing_one_is_named() -> None:
 
     assert "".join(turns) == "aaaa" "cccc" "aaa" "ccc" "aaa" "ccc"  # one batch more to begin with
     assert reasons == {"b": "no such library"}
-    assert [round(pictures / rows, 9) for pictures, rows in found["a"] + found["c"]] == [7, 7, 5, 5]
+    assert [round(images / rows, 9) for images, rows in found["a"] + found["c"]] == [7, 7, 5, 5]
 
 
 def test_the_table_shows_reasons_in_place_of_figures(capsys: pytest.CaptureFixture[str]) -> None:

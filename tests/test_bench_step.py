@@ -59,7 +59,7 @@ def test_made_rows_hold_what_a_batch_owes_the_model(kind: str) -> None:
     assert len(batch.loss_at) == n_targets(rows) == batch.n_step_targets
     in_slots = batch.tokens.eq(special.image)
     assert batch.targets[in_slots].eq(IGNORE).all()
-    assert not batch.targets.eq(special.image).any()  # the position before a picture predicts nothing
+    assert not batch.targets.eq(special.image).any()  # the position before an image predicts nothing
 
 
 @pytest.mark.parametrize("kind", KINDS)

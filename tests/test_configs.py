@@ -87,7 +87,7 @@ def test_a_run_can_be_built(path: Path) -> None:
     assert cli.datamodule.n_latents == config.connector.n_latents
 
 
-def test_the_worlds_baseline_is_its_model_without_pictures() -> None:
+def test_the_worlds_baseline_is_its_model_without_images() -> None:
     world, blind = parsed(CONFIGS / "world.yaml"), parsed(CONFIGS / "world.yaml", BLIND)
 
     assert blind.model.config == world.model.config

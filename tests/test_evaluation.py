@@ -25,8 +25,8 @@ FSDP = ["-c", "configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--train
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     draw(folder, 5)
     return folder
 
@@ -56,10 +56,10 @@ def keys(folder: Path, task: str) -> list[str]:
 
 
 def test_tasks_of_several_files_are_evaluated_without_corpora(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 7), gone=rounds(pictures, 3))
-    two = overlay(tmp_path / "two.yaml", shots=rounds(pictures, 5, n_shots=2), rounds={"init_args": {"n": 11}}, gone=None)
+    one = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7), gone=rounds(images, 3))
+    two = overlay(tmp_path / "two.yaml", shots=rounds(images, 5, n_shots=2), rounds={"init_args": {"n": 11}}, gone=None)
     out = tmp_path / "out"
 
     code = main(asked_of(trained, *one, *two, f"--eval.folder={out}", "--ckpt_path=last"))
@@ -76,9 +76,9 @@ def test_tasks_of_several_files_are_evaluated_without_corpora(
     assert "rounds  accuracy" in said
 
 
-def test_controls_have_folders_of_their_own_in_the_run(trained: Path, pictures: Path, tmp_path: Path) -> None:
+def test_controls_have_folders_of_their_own_in_the_run(trained: Path, images: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 7))
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
 
     for image_control in ("true", "blank"):
         assert main(asked_of(run, *tasks, f"--eval.image_control={image_control}", "--ckpt_path=last")) == 0
@@ -87,17 +87,17 @@ def test_controls_have_folders_of_their_own_in_the_run(trained: Path, pictures: 
 
 
 def test_an_untrained_model_is_said_to_be_one(
-    pictures: Path, tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 3))
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 3))
 
     assert main(tiny_run("test", tmp_path / "run", tiny_world, *tasks)) == 0
 
     assert "untrained" in capsys.readouterr().out
 
 
-def test_weights_without_a_checkpoint_are_evaluated(trained: Path, pictures: Path, tmp_path: Path) -> None:
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 7))
+def test_weights_without_a_checkpoint_are_evaluated(trained: Path, images: Path, tmp_path: Path) -> None:
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
     save_folder(Kosmos.load(trained / "checkpoints" / "step=00000006.ckpt"), tmp_path / "model")
 
     for out, start in (("one", "--ckpt_path=last"), ("other", f"--model.init_from={tmp_path / 'model'}")):
@@ -117,10 +117,10 @@ def test_an_evaluation_in_training_needs_tasks(
 
 
 def test_an_interrupted_evaluation_says_how_it_goes_on(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kosmos_lit.evaluation.scheduler.WINDOW", 2)
-    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    folder = shutil.copytree(images, tmp_path / "images")
     (folder / "die").write_text("interrupt")
     tasks = overlay(tmp_path / "one.yaml", dying=rounds(folder, 7, "Dying"))
     command = asked_of(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", "--ckpt_path=last")
@@ -135,10 +135,10 @@ def test_an_interrupted_evaluation_says_how_it_goes_on(
 
 
 def test_a_tokenizer_that_is_not_the_checkpoints_is_a_mistake(
-    trained: Path, tokenizer: Tokenizer, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tokenizer: Tokenizer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer.save(tmp_path / "world/tokenizer")
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 3))
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 3))
     command = asked_of(trained, *tasks, f"--data.world.path={tmp_path / 'world'}", "--ckpt_path=last")
 
     assert main(command) == 2
@@ -147,14 +147,14 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_a_mistake(
 
 
 def test_a_checkpoint_without_a_tower_is_a_mistake(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
 
     checkpoint = load_checkpoint(trained / "checkpoints" / "step=00000006.ckpt")
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if ".vision." not in k}
     torch.save(checkpoint, tmp_path / "blind.ckpt")
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 3))
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 3))
 
     code = main(asked_of(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", f"--ckpt_path={tmp_path / 'blind.ckpt'}"))
 
@@ -165,9 +165,9 @@ def test_a_checkpoint_without_a_tower_is_a_mistake(
 
 
 def test_an_evaluation_in_training_changes_nothing_of_it(
-    trained: Path, pictures: Path, tmp_path: Path, tiny_world: Path
+    trained: Path, images: Path, tmp_path: Path, tiny_world: Path
 ) -> None:
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 7))
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
     more = [*tasks, "--eval.every_n_steps=2", "--eval.max_samples=5"]
 
     # stopped where it has just evaluated, and resumed
@@ -186,8 +186,8 @@ def test_an_evaluation_in_training_changes_nothing_of_it(
 
 
 @pytest.mark.slow
-def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, pictures: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(pictures, tmp_path / "pictures")
+def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(images, tmp_path / "images")
     tasks = overlay(tmp_path / "one.yaml", seven=rounds(folder, 7), eleven=rounds(folder, 11, "Dying"))
 
     def command(name: str, *more: str) -> list[str]:
@@ -210,8 +210,8 @@ def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, pict
 
 
 @pytest.mark.slow
-def test_an_evaluation_changes_nothing_of_a_sharded_training(pictures: Path, tmp_path: Path, tiny_world: Path) -> None:
-    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(pictures, 7))
+def test_an_evaluation_changes_nothing_of_a_sharded_training(images: Path, tmp_path: Path, tiny_world: Path) -> None:
+    tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
     more = [*FSDP, "--data.micro_batch_rows=1", "--trainer.max_steps=3"]
     plain = tiny_run("fit", tmp_path / "plain", tiny_world, *more)
     with_tasks = tiny_run("fit", tmp_path / "tasks", tiny_world, *more, *tasks, "--eval.every_n_steps=1")

@@ -299,12 +299,12 @@ def test_a_model_with_adapters_says_what_the_merged_one_says(adapted: Path) -> N
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    picture = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    image = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
 
-    said = model.generate("a red", [picture], max_new_tokens=11)
+    said = model.generate("a red", [image], max_new_tokens=11)
 
-    assert said == merged(model).generate("a red", [picture], max_new_tokens=11)
-    assert said != Kosmos.load(last(adapted)).generate("a red", [picture], max_new_tokens=11)
+    assert said == merged(model).generate("a red", [image], max_new_tokens=11)
+    assert said != Kosmos.load(last(adapted)).generate("a red", [image], max_new_tokens=11)
 
 
 def test_a_checkpoint_with_adapters_does_not_resume_a_run_without(

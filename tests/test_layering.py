@@ -58,7 +58,7 @@ LEVEL = {place: level for level, line in enumerate(reversed(LAYOUT.split("\n")))
 
 def place_of(module: str) -> str:
     """Return the package or file that a module of kosmos_lit lies in, empty for the package's own face."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def _runs_later(node: ast.AST) -> bool:

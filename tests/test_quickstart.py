@@ -44,7 +44,7 @@ def test_the_loss_of_each_corpus_falls(report: dict[str, dict[str, float]]) -> N
     assert all(after[name] < before[name] / 3 for name in before)
 
 
-def test_it_leaves_a_sheet_of_pictures(quickstart: Path) -> None:
+def test_it_leaves_a_sheet_of_images(quickstart: Path) -> None:
     with Image.open(quickstart / "sheet.png") as sheet:
         assert min(sheet.size) > 400
 

@@ -93,7 +93,7 @@ def test_ranks_and_their_workers_do_not_change_a_step(
     ],
     ids=["adapters", "frozen"],
 )
-def test_ranks_do_not_change_a_step_of_a_part_where_most_rows_have_no_picture(
+def test_ranks_do_not_change_a_step_of_a_part_where_most_rows_have_no_image(
     tmp_path: Path, tiny_world: Path, part: list[str]
 ) -> None:
     texts = ["--data.ratio.text=0.9", "--data.ratio.caption=0.1", "--data.ratio.interleaved=0"]

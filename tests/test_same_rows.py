@@ -53,8 +53,8 @@ class Step:
     digest: int
     gradient: list[Tensor]
     """Of every parameter, summed over micro-batches, its mean over ranks as DistributedDataParallel forms it."""
-    pictures: list[list[int]]
-    """Pictures of each rank's micro-batches in turn."""
+    images: list[list[int]]
+    """Images of each rank's micro-batches in turn."""
 
 
 def opened(files: Files) -> tuple[Stream, Rendering]:
@@ -94,7 +94,7 @@ def steps(net: Kosmos, batches: Loader, ranks: int, accumulation: int, group: An
         if ranks > 1:
             dist.all_gather_object(found, mine, group=group)
         for name, parameter in net.named_parameters():
-            # A rank without pictures must have one too, or the others would wait for it here.
+            # A rank without images must have one too, or the others would wait for it here.
             assert parameter.grad is not None, f"{name} has no gradient"
             if ranks > 1:
                 dist.all_reduce(parameter.grad, group=group)
@@ -103,7 +103,7 @@ def steps(net: Kosmos, batches: Loader, ranks: int, accumulation: int, group: An
         for theirs, _, _ in found:
             assert not rows.keys() & theirs.keys(), "two ranks have the same row"
             rows |= theirs
-        yield Step(rows, sum(d for _, d, _ in found) & DIGEST_MASK, gradient, [pictures for _, _, pictures in found])
+        yield Step(rows, sum(d for _, d, _ in found) & DIGEST_MASK, gradient, [images for _, _, images in found])
 
 
 def _rows(batches: list[KosmosBatch]) -> dict[int, tuple[str, list[int], list[int]]]:
@@ -193,12 +193,12 @@ def test_every_part_of_the_model_learns_in_every_step(alone: list[Step]) -> None
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_some_ranks_had_no_picture_while_others_had(shared_out: dict[tuple[int, int, int], list[Step]], ranks: int) -> None:
+def test_some_ranks_had_no_image_while_others_had(shared_out: dict[tuple[int, int, int], list[Step]], ranks: int) -> None:
     at_once = [
         micro
         for (n, _, _), found in shared_out.items()
         if n == ranks
         for step in found
-        for micro in zip(*step.pictures, strict=True)
+        for micro in zip(*step.images, strict=True)
     ]
     assert any(0 in micro and any(micro) for micro in at_once)

@@ -30,7 +30,7 @@ PUBLISHED = {"MPT-1.3B": 419.0, "llm.c GPT-2 1.56B": 482.0, "nanochat d24": 494.
 """TFLOP/s a GPU with full attention counted: 8 H100 each. llm-foundry's benchmarking README; llm.c's run_gpt2_1558M.sh;
 nanochat's leaderboard, run 1."""
 IMAGES_NEEDED = 550.0
-"""Pictures a second that feed one GPU, with half as much to spare."""
+"""Images a second that feed one GPU, with half as much to spare."""
 
 
 def bar(value: float, accept: float, stretch: float, *, at_most: bool = False) -> Figures:
@@ -78,7 +78,7 @@ def g1(rig: Rig) -> Figures:
 
 
 def g2(rig: Rig) -> Figures:
-    """The three corpora at 5 : 5 : 2, pictures seen, latents and loss positions as they are."""
+    """The three corpora at 5 : 5 : 2, images seen, latents and loss positions as they are."""
     shares = {kind: n * rig.sizes.mixture for kind, n in SHARES.items()}
     found = _train(rig, shares)
     of_step = STEP_TOKENS / found["tokens/s"]
@@ -161,7 +161,7 @@ def g9(rig: Rig) -> Figures:
     jpegs = [images.made(256, 256, 95, seed) for seed in range(4 if rig.tiny else 24)]
     decoding = images.compare("256 x 256", jpegs, 1 if rig.tiny else 9)
     bars = {
-        "pictures/s": bar(float(ours["pictures/s"]), IMAGES_NEEDED, 2 * IMAGES_NEEDED),  # type: ignore[arg-type]
+        "images/s": bar(float(ours["images/s"]), IMAGES_NEEDED, 2 * IMAGES_NEEDED),  # type: ignore[arg-type]
         "share of time that training waits": bar(wait, 0.01, 0.003, at_most=True),
         "decoding over Pillow": bar(float(decoding["ratio"]), 2.0, 3.0),  # type: ignore[arg-type]
         "padding of captions": bar(padding, 0.01, 0.003, at_most=True),
@@ -202,7 +202,7 @@ def g10(rig: Rig) -> Figures:
         rates = {}
         for name, side in {"ours": _ours, "theirs": _theirs}.items():
             written = partial(side, model if name == "ours" else other, prompts, images)
-            # What comes before the first new token, pictures and prompt, falls away in the difference of two lengths.
+            # What comes before the first new token, images and prompt, falls away in the difference of two lengths.
             long, short = (rig.seconds(partial(written, length), 3) for length in (n_new, max(1, n_new // 4)))
             rates[name] = n * (n_new - max(1, n_new // 4)) / max(long - short, 1e-9)
         context = len(prompts[0].tokens) + n_new * 5 / 8  # the mean of what the counted tokens look back on

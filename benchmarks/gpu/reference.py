@@ -3,7 +3,7 @@
 What microsoft/unilm's kosmos-2/train.sh and torchscale do, written anew over our own weights: one row of text, or six
 padded captions, a micro-batch; xformers' CUTLASS kernel with a causal mask; activations of every layer computed again in
 the backward pass; logits of all positions in float32; `.item()` after each micro-batch. It is spared what its loader does
-(pictures normalised on the host) and its optimizer, which our side's figures have in them.
+(images normalised on the host) and its optimizer, which our side's figures have in them.
 """
 
 from __future__ import annotations

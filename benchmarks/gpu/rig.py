@@ -51,7 +51,7 @@ class Sizes:
     """Times `SHARES` rows of a micro-batch of the mixture."""
     tower: str | Mapping[str, Any]
     side: int
-    """Of pictures, in pixels."""
+    """Of images, in pixels."""
     image_chunks: tuple[int, ...]
     new_tokens: int
 

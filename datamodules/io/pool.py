@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-"""Takes how many more documents or pictures are done."""
+"""Takes how many more documents or images are done."""
 AHEAD = 4
 """Tasks that are handed out for each process: waiting for all of 100,000 at a time would take longer than their work."""
 

@@ -5,9 +5,9 @@ A document of n stored tokens has n + 1 targets: its tokens and </s>. A piece [s
     inputs    <s>  e[start]  ...  e[end-2]
     targets   e[start]  ...  ...  e[end-1]          (e[n] is </s>)
 
-so a piece has as many positions as targets, but that a picture, one marker in storage, takes L + 2 positions and is
+so a piece has as many positions as targets, but that an image, one marker in storage, takes L + 2 positions and is
 no target. Every target of every document occurs exactly once; a piece in the middle of a document starts with <s> again,
-as rows do in the released loader. A piece never ends on a picture's marker: the picture would be lost with it.
+as rows do in the released loader. A piece never ends on an image's marker: the image would be lost with it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CROWDED = 16
 SLACK = 3
 """Positions that a row filled to the last may lack."""
 TOO_LONG = "longer than a row"
-TOO_MANY_PICTURES = "more pictures in succession than a row holds"
-REASONS = (TOO_LONG, TOO_MANY_PICTURES)
+TOO_MANY_IMAGES = "more images in succession than a row holds"
+REASONS = (TOO_LONG, TOO_MANY_IMAGES)
 """Why a document may be left out."""
 
 Array = npt.NDArray[np.int64]
@@ -54,7 +54,7 @@ class Packed:
     end: Array
     """Per piece: one past its last target."""
     n_images: Array
-    """Per piece: its pictures."""
+    """Per piece: its images."""
     n_latents: int
     n_answer_targets: Array | None = None
     """Per piece: its supervised tokens, where they are not all its text."""
@@ -83,7 +83,7 @@ class Packed:
 
     @cached_property
     def row_images(self) -> Array:
-        """Per row: its pictures."""
+        """Per row: its images."""
         return self._per_row(self.n_images)
 
     def _per_row(self, values: Array) -> Array:
@@ -105,7 +105,7 @@ def pack(corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array,
         n_targets: per document, in that order: its tokens and </s>.
         n_images: per document, in that order.
         seq_len: positions of a row.
-        n_latents: slots of a picture.
+        n_latents: slots of an image.
     """
     if not len(order):
         return Packed(np.zeros(1, dtype=np.int64), _none(), _none(), _none(), _none(), n_latents)
@@ -146,7 +146,7 @@ def _pack_whole(
     uncut = np.sort(np.array([number for number, found in pieces.items() if not found], dtype=np.int64))
     return Packed(
         row_starts, document_of, start_of, end_of, images_of, n_latents,
-        dropped={TOO_MANY_PICTURES: uncut} if len(uncut) else {},
+        dropped={TOO_MANY_IMAGES: uncut} if len(uncut) else {},
     )  # fmt: skip
 
 
@@ -163,9 +163,9 @@ def _pack_intact(
 
 
 def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:
-    """Cut a document that is longer than a row into (start, end, pictures), never inside or right behind a picture.
+    """Cut a document that is longer than a row into (start, end, images), never inside or right behind an image.
 
-    Returns: no piece at all if so many pictures follow one another that no row holds them.
+    Returns: no piece at all if so many images follow one another that no row holds them.
     """
     first, last = (int(x) for x in corpus.image_offsets[document : document + 2])
     n_targets = int(corpus.token_offsets[document + 1] - corpus.token_offsets[document]) + 1

@@ -47,7 +47,7 @@ class Layout:
     seq_len: int
     """Positions of a row."""
     n_latents: int
-    """Slots of a picture."""
+    """Slots of an image."""
     seed: int
     """Decides blocks and order."""
     block_documents: int = 1 << 17
@@ -103,7 +103,7 @@ class Blocks:
         return pack(self.corpus, documents[order], n_tokens[order] + 1, n_images[order], T, L), len(documents)
 
     def _run(self, first: int, stop: int) -> tuple[Array, Array, Array]:
-        """Return the split's documents among [first, stop), and their tokens and pictures."""
+        """Return the split's documents among [first, stop), and their tokens and images."""
         documents = self.split.documents(first, stop, self.part)
         offsets = (o[first : stop + 1].astype(np.int64) for o in (self.corpus.token_offsets, self.corpus.image_offsets))
         n_tokens, n_images = (np.diff(o)[documents - first] for o in offsets)
@@ -170,7 +170,7 @@ class RowSizes:
     """What single rows hold, by the rows of a plan's first block."""
 
     images: tuple[float, float]
-    """Mean and standard deviation of a row's pictures."""
+    """Mean and standard deviation of a row's images."""
     targets: tuple[float, float]
     """Of its supervised tokens."""
     document: float
@@ -210,12 +210,12 @@ class Plan:
             shuffle: whether blocks and rows are read in an order of each epoch's own.
             workers: processes that pack, if there are many blocks whose counts are not known.
 
-        Raises: UserError if a row has no room for a picture, there is no document, or none fits a row.
+        Raises: UserError if a row has no room for an image, there is no document, or none fits a row.
         """
         self.name, self.seed, self.n_latents, self.shuffle = name, layout.seed, layout.n_latents, shuffle
         T, L = layout.seq_len, layout.n_latents
         if corpus.image_offsets[-1] and L + 4 > T:
-            raise UserError(f"seq_len {T} has no room for a picture of {L} latents; it needs {L + 4}")
+            raise UserError(f"seq_len {T} has no room for an image of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
         self._keep_at_hand()
         one = self.blocks.n_blocks == 1

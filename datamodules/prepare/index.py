@@ -21,12 +21,12 @@ from datamodules.io.locks import locked
 from datamodules.io.paths import expand, write_whole
 from datamodules.io.pool import run_all
 from datamodules.prepare.join import join, join_surveys
-from datamodules.prepare.shard import Task, index_shard, pictures_file, survey_shard, token_dtype
+from datamodules.prepare.shard import Task, images_file, index_shard, survey_shard, token_dtype
 from datamodules.sources import SOURCES, ReadOptions
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import Tokenizer
 
-PARTS_VERSION = 2
+PARTS_VERSION = 3
 """Of the unfinished parts in an index's folder; those of another version are not gone on with."""
 
 
@@ -36,7 +36,7 @@ class Unfinished:
 
     part: tuple[int, int]
     pass_: str
-    """What the shards lack: `pictures` or `documents`."""
+    """What the shards lack: `images` or `documents`."""
     shards: tuple[Path, ...]
     parts: tuple[int, ...]
     """Whose shards they are."""
@@ -47,7 +47,7 @@ class Unfinished:
         state = f"{len(self.shards):,} shards are still to be read for {self.pass_}, {self.shards[0]} for one"
         then = (
             f"run this same command again when parts {others} have listed theirs"
-            if self.pass_ == "pictures"
+            if self.pass_ == "images"
             else "the last part to finish joins the index"
         )
         return f"part {number} of {n} has done its {self.pass_}; {state} (parts {others}): {then}"
@@ -137,11 +137,11 @@ def prepare_part(
             _check_parts(output, identity, may_drop=n_parts == 1)
             _remove_leftovers(output, {task.part.name for task in own})
         if SOURCES[format].needs_survey:
-            run_all(survey_shard, [t for t in own if not t.survey.exists()], workers, "listing pictures", "pictures")
+            run_all(survey_shard, [t for t in own if not t.survey.exists()], workers, "listing images", "images")
             with alone():
-                if (waits := unfinished("pictures", lambda task: task.survey)) is not None:
+                if (waits := unfinished("images", lambda task: task.survey)) is not None:
                     return waits
-                if not pictures_file(output).exists():
+                if not images_file(output).exists():
                     join_surveys(output, tasks)
         run_all(index_shard, [t for t in own if not t.part.exists()], workers, f"indexing {format}", "documents")
         with alone():

@@ -19,7 +19,7 @@ from datamodules.document import Tally
 from datamodules.io.paths import sync, write_whole
 from datamodules.prepare.columns import SLICE, ColumnWriter, join_columns
 from datamodules.prepare.report import report
-from datamodules.prepare.shard import PICTURES, Task, pictures_file, read_tally
+from datamodules.prepare.shard import IMAGES, Task, images_file, read_tally
 from datamodules.quarantine import LEDGER
 from datamodules.sources import SOURCES
 from datamodules.sources.base import SURVEY
@@ -27,15 +27,15 @@ from kosmos_lit.errors import UserError
 
 
 def join_surveys(output: Path, tasks: Sequence[Task]) -> None:
-    """Write one list of all shards' pictures, sorted by URL; of equal URLs the first usable one.
+    """Write one list of all shards' images, sorted by URL; of equal URLs the first usable one.
 
     It is made by ranges of the URLs' hashes, each small enough for memory.
     """
-    surveys = [task.survey / PICTURES for task in tasks]
+    surveys = [task.survey / IMAGES for task in tasks]
     total = sum(len(np.load(path, mmap_mode="r")) for path in surveys)
     n_ranges = -(-total // SLICE) or 1
     bounds = [(i << 64) // n_ranges for i in range(n_ranges + 1)]
-    temporary = pictures_file(output).with_name(f".{PICTURES}")
+    temporary = images_file(output).with_name(f".{IMAGES}")
     with closing(ColumnWriter(temporary, SURVEY)) as writer:
         for low, high in pairwise(bounds):
             rows = np.concatenate([np.empty(0, SURVEY), *(_between(path, low, high) for path in surveys)])
@@ -44,7 +44,7 @@ def join_surveys(output: Path, tasks: Sequence[Task]) -> None:
             first[1:] = rows["url"][1:] != rows["url"][:-1]
             writer.append(rows[first])
     sync(temporary)
-    os.replace(temporary, pictures_file(output))
+    os.replace(temporary, images_file(output))
 
 
 def _between(path: Path, low: int, high: int) -> npt.NDArray[np.void]:
@@ -62,9 +62,9 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
     """
     source = SOURCES[identity["format"]]
     tally = _sum_tallies(task.part for task in tasks)
-    pictures = _sum_tallies(task.survey for task in tasks) if source.needs_survey else Tally()
+    images = _sum_tallies(task.survey for task in tasks) if source.needs_survey else Tally()
     if not tally.documents:
-        raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, pictures)}")
+        raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, images)}")
     lengths = {}
     for column, dtype in ({"tokens": token_dtype} | COLUMNS | dict(source.columns)).items():
         temporary = output / f".{column}.npy"
@@ -78,7 +78,7 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
         "tokens": lengths["tokens"] - lengths["image_places"],
         "images": lengths["image_places"],
         "tally": tally.to_dict(),
-        "pictures": pictures.to_dict(),
+        "image_tally": images.to_dict(),
     }
     for left in output.glob(".*.tmp"):  # of a run that was killed while it wrote the manifest
         left.unlink()

@@ -7,15 +7,15 @@ from datamodules.document import Tally
 from datamodules.quarantine import LEDGER
 
 
-def report(tally: Tally, pictures: Tally) -> str:
+def report(tally: Tally, images: Tally) -> str:
     """Return what became of every record, as lines of text."""
     lines = []
     for title, counter, examples in (
         ("broken", tally.broken, tally.examples),
         ("left out", tally.left_out, tally.examples),
         ("noticed", tally.notes, tally.examples),
-        ("pictures broken", pictures.broken, pictures.examples),
-        ("pictures left out", pictures.left_out, pictures.examples),
+        ("images broken", images.broken, images.examples),
+        ("images left out", images.left_out, images.examples),
     ):
         lines += [f"  {title:<18}{n:>12,}  {r} (first: {examples[r]})" for r, n in sorted(counter.items())]
     return "\n".join(lines)
@@ -27,7 +27,7 @@ def describe(corpus: IndexedCorpus) -> str:
     assert manifest is not None
     head = [f"{corpus.folder}: {manifest['format']}, {len(manifest['shards'])} shards"]
     head += [f"  {key:<18}{manifest[key]:>12,}" for key in ("documents", "tokens", "images")]
-    skipped = report(Tally.from_dict(manifest["tally"]), Tally.from_dict(manifest["pictures"]))
+    skipped = report(Tally.from_dict(manifest["tally"]), Tally.from_dict(manifest["image_tally"]))
     ledger = corpus.folder / LEDGER
     listed = [f"  each broken record is listed in {ledger}"] if ledger.is_file() else []
     return "\n".join([*head, *([skipped] if skipped else []), *listed])

@@ -28,7 +28,7 @@ BATCH_CHARACTERS = 1 << 20
 MIN_RECORDS = 20
 """A shard with fewer records is not judged by its share of broken ones, unless nothing in it could be read."""
 TALLY = "tally.json"
-PICTURES = "pictures.npy"
+IMAGES = "images.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +52,16 @@ class Task:
 
     @property
     def survey(self) -> Path:
-        return self.folder / "parts" / f"{self.shard:06d}.pictures"
+        return self.folder / "parts" / f"{self.shard:06d}.images"
 
 
 def survey_shard(task: Task, progress: Progress) -> None:
-    """List one shard's pictures, sorted by the hash of their URLs."""
+    """List one shard's images, sorted by the hash of their URLs."""
     with whole_folder(task.survey) as folder, _counting(task, folder, but=CUT_OFF) as tally:
         # That a shard is cut off is for the ledger of the second pass, which finds it again.
         rows = SOURCES[task.format].survey(task.path, task.shard, task.options, tally)
         _check_share(task, tally)
-        np.save(folder / PICTURES, rows[np.argsort(rows["url"], kind="stable")])
+        np.save(folder / IMAGES, rows[np.argsort(rows["url"], kind="stable")])
     progress(len(rows))
 
 
@@ -71,20 +71,20 @@ def index_shard(task: Task, progress: Progress) -> None:
     Raises: UserError if more than the allowed share of its records is broken; nothing is written then.
     """
     tokenizer, source = _tokenizer(task.tokenizer), SOURCES[task.format]
-    pictures = np.load(pictures_file(task.folder), mmap_mode="r") if source.needs_survey else None
+    images = np.load(images_file(task.folder), mmap_mode="r") if source.needs_survey else None
     dtypes = {"tokens": token_dtype(tokenizer)} | COLUMNS | dict(source.columns)
     with whole_folder(task.part) as folder, _counting(task, folder) as tally:
         with column_writers(folder, dtypes) as columns:
-            for batch in _batches(source.documents(task.path, task.shard, task.options, tally, pictures)):
+            for batch in _batches(source.documents(task.path, task.shard, task.options, tally, images)):
                 _note_odd_characters(batch, task.path.name, tally)
                 _index(batch, task.shard, tokenizer, columns, tally)
                 progress(len(batch))
         _check_share(task, tally)
 
 
-def pictures_file(folder: Path) -> Path:
-    """Return where all shards' pictures are listed while a crawl is prepared."""
-    return folder / "parts" / PICTURES
+def images_file(folder: Path) -> Path:
+    """Return where all shards' images are listed while a crawl is prepared."""
+    return folder / "parts" / IMAGES
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:

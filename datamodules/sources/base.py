@@ -1,4 +1,4 @@
-"""What a format has to say: its documents, the names of its records, the bytes of its pictures."""
+"""What a format has to say: its documents, the names of its records, the bytes of its images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from datamodules.document import Document, Tally
 from kosmos_lit.errors import UserError
 
 SURVEY = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("verdict", "u1")])
-"""One picture that a crawl holds: hash of its URL, where its record lies, and an index into `VERDICTS`."""
+"""One image that a crawl holds: hash of its URL, where its record lies, and an index into `VERDICTS`."""
 TURN_TEMPLATE = "Question: {user} Answer: {assistant}"
 """The prompt of the paper's evaluations; its instruction tuning's own template is not known."""
 CUT_OFF = "shard cut off or corrupt"
 """Reason of a shard that cannot be read to its end."""
-VERDICTS = ("usable", "picture too small", "picture of one colour", "broken picture", "not a raster picture")
+VERDICTS = ("usable", "image too small", "image of one colour", "broken image", "not a raster image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,11 @@ class ReadOptions:
     text_field: str = "text"
     """JSONL and Parquet: the field that holds a document's text."""
     min_image_side: int = 64
-    """WARC: pictures with a shorter side, in pixels, are left out."""
+    """WARC: images with a shorter side, in pixels, are left out."""
     max_images: int = 5
-    """WARC: a page ends before the picture after this many."""
+    """WARC: a page ends before the image after this many."""
     keep_single_image: float = 0.5
-    """WARC: share of pages with exactly one picture that is kept, by a seeded draw per page."""
+    """WARC: share of pages with exactly one image that is kept, by a seeded draw per page."""
     seed: int = 0
     """Seed of that draw."""
     turn_template: str = TURN_TEMPLATE
@@ -54,9 +54,9 @@ class Labels(NamedTuple):
     key: str
     """What `record_name` returns."""
     urls: tuple[str, ...] = ()
-    """Of the page or of its only picture."""
+    """Of the page or of its only image."""
     digests: tuple[str, ...] = ()
-    """Hexadecimal sha256 or md5 of its only picture as it was downloaded, which it may not be in any more."""
+    """Hexadecimal sha256 or md5 of its only image as it was downloaded, which it may not be in any more."""
 
 
 class Source(ABC):
@@ -71,11 +71,11 @@ class Source(ABC):
     columns: ClassVar[Mapping[str, str]] = {}
     """What an index of this format has beside the usual columns, with dtypes (see `corpus`)."""
     needs_survey: ClassVar[bool] = False
-    """Whether all shards' pictures must be listed before documents can be read."""
+    """Whether all shards' images must be listed before documents can be read."""
 
     @abstractmethod
     def documents(
-        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
     ) -> Iterator[Document]:
         """Yield a shard's documents, and count in `tally` every record that yields none.
 
@@ -84,7 +84,7 @@ class Source(ABC):
             shard: its number, for `ImageRef`.
             options: what to leave out.
             tally: gets each record that is broken or left out; counting documents is the caller's.
-            pictures: the survey of all shards, sorted by URL hash, if the format needs one.
+            images: the survey of all shards, sorted by URL hash, if the format needs one.
         """
 
     def texts(self, path: Path, options: ReadOptions, tally: Tally) -> Iterator[str]:
@@ -93,7 +93,7 @@ class Source(ABC):
             yield from (part for part in document.parts if isinstance(part, str))
 
     def survey(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
-        """List a shard's pictures as `SURVEY` rows; none where documents name their own."""
+        """List a shard's images as `SURVEY` rows; none where documents name their own."""
         return np.empty(0, SURVEY)
 
     def record_name(self, path: Path, record: int) -> str:
@@ -108,14 +108,14 @@ class Source(ABC):
         return Labels(self.record_name(path, record))
 
     def image_url(self, path: Path, offset: int, length: int) -> str | None:
-        """Return the URL that the shard keeps with a picture, if it keeps one.
+        """Return the URL that the shard keeps with an image, if it keeps one.
 
-        Raises: OSError if the file does not hold the picture.
+        Raises: OSError if the file does not hold the image.
         """
         return None
 
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
-        """Return a picture's original bytes.
+        """Return an image's original bytes.
 
         Raises: OSError if the file does not hold them.
         """
@@ -123,7 +123,7 @@ class Source(ABC):
 
 
 def read_at(path: Path, offset: int, length: int) -> bytes:
-    """Read `length` bytes from `offset`, keeping the file open for the next picture."""
+    """Read `length` bytes from `offset`, keeping the file open for the next image."""
     data = read_up_to(path, offset, length)
     if len(data) != length:
         raise OSError(f"{path} ends before byte {offset + length}; it has changed since it was prepared")

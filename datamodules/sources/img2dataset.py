@@ -1,6 +1,6 @@
 """Caption pairs as img2dataset writes them: WebDataset tars of KEY.jpg (or .png, .webp), KEY.txt, KEY.json.
 
-Pictures stay where they are: the index remembers the byte range of each inside its tar.
+Images stay where they are: the index remembers the byte range of each inside its tar.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datamodules.sources.base import CUT_OFF, Labels, ReadOptions, Source
 from datamodules.sources.tar import Member, TarError, TarReader
 from kosmos_lit.images import ImageError, probe
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 LOOK = 1 << 13
 """Bytes that are read at once to look up one sample: a few headers and a KEY.json."""
 MAX_JSON = 1 << 20
@@ -31,13 +31,13 @@ Sample = dict[str, Member]
 
 
 class Img2Dataset(Source):
-    """A document per sample: its picture, then its caption; its record is the byte offset of the picture's tar header."""
+    """A document per sample: its image, then its caption; its record is the byte offset of the image's tar header."""
 
     format = "img2dataset"
     kind = "caption"
 
     def documents(
-        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
     ) -> Iterator[Document]:
         try:
             with TarReader(path) as tar:
@@ -67,7 +67,7 @@ class Img2Dataset(Source):
 
 
 def _sample_from(tar: TarReader, path: Path, record: int) -> tuple[str, Sample]:
-    """Return the key and the members of a sample from its picture on.
+    """Return the key and the members of a sample from its image on.
 
     Raises: OSError if there is no member where its header was.
     """
@@ -79,7 +79,7 @@ def _sample_from(tar: TarReader, path: Path, record: int) -> tuple[str, Sample]:
 
 
 def _sample_around(tar: TarReader, record: int) -> Sample:
-    """Return all members nearby of the sample whose picture's header is at byte `record`."""
+    """Return all members nearby of the sample whose image's header is at byte `record`."""
     with suppress(TarError):  # what looked like headers were none
         for _, sample, _ in _samples(tar, tar.start_before(record)):
             headers = [member.header for member in sample.values()]
@@ -91,9 +91,9 @@ def _sample_around(tar: TarReader, record: int) -> Sample:
 
 
 def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, tally: Tally) -> Document | None:
-    picture = next((sample[e] for e in sample if e in PICTURES), None)
-    if picture is None:
-        tally.miss("no picture", key, file=file)
+    image = next((sample[e] for e in sample if e in IMAGES), None)
+    if image is None:
+        tally.miss("no image", key, file=file)
         return None
     try:
         caption = _caption(tar, sample)
@@ -107,11 +107,11 @@ def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, t
         tally.leave("empty caption", f"{file}, {key}")
         return None
     try:
-        probe(tar.read(picture.offset, picture.size))
+        probe(tar.read(image.offset, image.size))
     except ImageError as error:
         tally.miss(error.reason, key, str(error), file=file)
         return None
-    return Document(picture.header, (ImageRef(shard, picture.offset, picture.size), caption))
+    return Document(image.header, (ImageRef(shard, image.offset, image.size), caption))
 
 
 def _samples(tar: TarReader, start: int = 0) -> Iterator[tuple[str, Sample, bool]]:
@@ -160,7 +160,7 @@ def _caption(tar: TarReader, sample: Sample) -> str | None:
 
 
 def _origin(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the URLs and the hashes of a picture that a KEY.json names."""
+    """Return the URLs and the hashes of an image that a KEY.json names."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

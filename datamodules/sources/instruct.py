@@ -1,4 +1,4 @@
-r"""Instruction data as one JSON object a line: a prompt with its completion, or a conversation, and pictures as files.
+r"""Instruction data as one JSON object a line: a prompt with its completion, or a conversation, and images as files.
 
     {"images": ["a.jpg"], "prompt": "<image> What is this?", "completion": "A cat."}
     {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image> What is this?"},
@@ -8,8 +8,8 @@ r"""Instruction data as one JSON object a line: a prompt with its completion, or
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
 
 An example becomes one text with marks, of which the completions or answers are learnt. `<image>` stands for the next
-picture of `images`; pictures without a mark come first. A prompt and its completion follow one another as they are; a
-conversation is written turn by turn in the turn template, pictures that begin a question before it, and a system message
+image of `images`; images without a mark come first. A prompt and its completion follow one another as they are; a
+conversation is written turn by turn in the turn template, images that begin a question before it, and a system message
 on a line before the first turn. As `generate` reads a prompt without blanks at its end, those between prompt and answer
 are the head of the answer.
 """
@@ -46,16 +46,16 @@ class Instruct(JsonLines):
 
     def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
         runs, names = _read(record, options.turn_template)
-        pictures = [_picture(name, folder, shard) for name in names]
+        images = [_image(name, folder, shard) for name in names]
         parts: list[Part] = []
         supervised: list[bool] = []
-        for part, learnt in _parts(runs, pictures):
+        for part, learnt in _parts(runs, images):
             parts.append(part)
             supervised.append(learnt)
         return Document(number, tuple(parts), tuple(supervised))
 
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
-        """Read a picture's own file, at once and whole: there are too many to keep them open.
+        """Read an image's own file, at once and whole: there are too many to keep them open.
 
         Raises: OSError if it is gone or of another size than when it was prepared.
         """
@@ -79,7 +79,7 @@ def prompt_text(messages: Sequence[Message], turn_template: str = TURN_TEMPLATE)
 
 
 def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[str]]:
-    """Return a record's text and the paths of its pictures in the order of their marks."""
+    """Return a record's text and the paths of its images in the order of their marks."""
     forms = [form for form in ("completion", "messages", "conversations") if form in record]
     if len(forms) != 1:
         raise RecordError("neither prompt and completion, nor messages, nor conversations", f"it has {sorted(record)}"[:200])
@@ -94,15 +94,15 @@ def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[s
 
 
 def _images(record: dict[str, Any]) -> list[str]:
-    """Return the paths of a record's own pictures: under `images` or `image`, of which one may be empty."""
+    """Return the paths of a record's own images: under `images` or `image`, of which one may be empty."""
     lists = [given if isinstance(given, list) else [given] for key in ("images", "image") if (given := record.get(key))]
     if len(lists) == 2 and lists[0] != lists[1]:
-        raise RecordError("images and image name different pictures", reprlib.repr(lists))
+        raise RecordError("images and image name different images", reprlib.repr(lists))
     return [_path(image) for image in lists[0]] if lists else []
 
 
 def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
-    """Return a conversation's messages, and all pictures in order: a part of a message may name its own."""
+    """Return a conversation's messages, and all images in order: a part of a message may name its own."""
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
         raise RecordError("messages are no list of objects")
     waiting, placed = list(images), []
@@ -118,14 +118,14 @@ def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
             text += words
             for _ in range(words.count(MARK)):
                 if own is None and not waiting:
-                    raise RecordError("more <image> marks than pictures", f"{len(images)} pictures")
+                    raise RecordError("more <image> marks than images", f"{len(images)} images")
                 placed.append(own if own is not None else waiting.pop(0))
         messages.append((ROLES[role], text))
     return messages, [*waiting, *placed]
 
 
 def _content(part: Any) -> tuple[str, str | None]:
-    """Return the text of a message's part, and the path of the picture if it names one."""
+    """Return the text of a message's part, and the path of the image if it names one."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"], None
@@ -133,14 +133,14 @@ def _content(part: Any) -> tuple[str, str | None]:
         found = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
         found = found.get("url") if isinstance(found, dict) else found
         return MARK, None if found is None else _path(found)
-    raise RecordError("content is neither text nor picture", reprlib.repr(part))
+    raise RecordError("content is neither text nor image", reprlib.repr(part))
 
 
 def _path(given: Any) -> str:
     if not isinstance(given, str) or not given:
-        raise RecordError("a picture is named by no path", reprlib.repr(given))
+        raise RecordError("an image is named by no path", reprlib.repr(given))
     if given.startswith("data:") or "://" in given.removeprefix("file://"):
-        raise RecordError("a picture is no file; save it as one", given[:100])
+        raise RecordError("an image is no file; save it as one", given[:100])
     return given.removeprefix("file://")
 
 
@@ -171,20 +171,20 @@ def _conversation(messages: Sequence[Message], turn_template: str) -> list[Run]:
 
 
 def _marked(runs: list[Run], images: list[str]) -> tuple[list[Run], list[str]]:
-    """Put a mark in front for each picture without one."""
+    """Put a mark in front for each image without one."""
     if any(MARK in text for text, learnt in runs if learnt):
-        raise RecordError("a picture in an answer", "the model writes text only")
+        raise RecordError("an image in an answer", "the model writes text only")
     if any(not text.strip() for text, learnt in runs if learnt):
         raise RecordError("empty completion or answer")
     n_marks = sum(text.count(MARK) for text, _ in runs)
     if n_marks > len(images):
-        raise RecordError("more <image> marks than pictures", f"{n_marks} marks, {len(images)} pictures")
+        raise RecordError("more <image> marks than images", f"{n_marks} marks, {len(images)} images")
     return [(MARK * (len(images) - n_marks), False), *runs], images
 
 
-def _parts(runs: Sequence[Run], pictures: Sequence[ImageRef]) -> Iterator[tuple[Part, bool]]:
-    """Cut runs into texts and pictures. Where `generate` strips a prompt, at its ends and beside pictures, so do we."""
-    following, found = iter(pictures), list[tuple[Part, bool]]()
+def _parts(runs: Sequence[Run], images: Sequence[ImageRef]) -> Iterator[tuple[Part, bool]]:
+    """Cut runs into texts and images. Where `generate` strips a prompt, at its ends and beside images, so do we."""
+    following, found = iter(images), list[tuple[Part, bool]]()
     for text, learnt in runs:
         first, *others = text.split(MARK)
         found.append((first, learnt))
@@ -194,14 +194,14 @@ def _parts(runs: Sequence[Run], pictures: Sequence[ImageRef]) -> Iterator[tuple[
         yield part, found[number][1]
 
 
-def _picture(name: str, folder: Path, shard: int) -> ImageRef:
+def _image(name: str, folder: Path, shard: int) -> ImageRef:
     try:
         data = (folder / name).read_bytes()
         probe(data)
     except OSError as error:
-        raise RecordError("picture cannot be read", f"{name}: {error.strerror}") from error
+        raise RecordError("image cannot be read", f"{name}: {error.strerror}") from error
     except ImageError as error:
         raise RecordError(error.reason, f"{name}: {error}") from error
     except ValueError as error:  # a zero byte, or half a character
-        raise RecordError("a picture's path is none", reprlib.repr(name)) from error
+        raise RecordError("an image's path is none", reprlib.repr(name)) from error
     return ImageRef(shard, 0, len(data), name)

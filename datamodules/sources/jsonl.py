@@ -36,7 +36,7 @@ class JsonLines(Source):
     """A document per line; its record is the line's number, from 1."""
 
     def documents(
-        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
     ) -> Iterator[Document]:
         number = 0
         try:

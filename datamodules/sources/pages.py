@@ -1,6 +1,6 @@
-"""A web page to text and pictures in reading order, and the rules by which KOSMOS-1 makes a document of it.
+"""A web page to text and images in reading order, and the rules by which KOSMOS-1 makes a document of it.
 
-The paper (section 3.1, appendix B.1.3): at most five pictures, half of the pages with a single picture dropped, pictures
+The paper (section 3.1, appendix B.1.3): at most five images, half of the pages with a single image dropped, images
 under 64 pixels and of a single colour dropped.
 """
 
@@ -23,7 +23,7 @@ MAX_PAGE_BYTES = 10_000_000
 MAX_TAG_WORDS = 20_000
 """Pages with more words in one tag are left out: the parser compares each attribute with all before it."""
 LONG_TAG = 1 << 16
-"""Bytes of a tag that is worth counting; a picture in an attribute is one word, however long."""
+"""Bytes of a tag that is worth counting; an image in an attribute is one word, however long."""
 
 _BLOCKS = frozenset(
     "address article blockquote body caption center dd details div dl dt figcaption figure h1 h2 h3 h4 h5 h6 header hr li "
@@ -43,7 +43,7 @@ _SKIPPED_CLASSES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A picture that a page shows, by its absolute URL."""
+    """An image that a page shows, by its absolute URL."""
 
     url: str
 
@@ -53,7 +53,7 @@ class PageError(ValueError):
 
 
 def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
-    """Walk a page in document order and return its texts and picture links.
+    """Walk a page in document order and return its texts and image links.
 
     Scripts, forms and what is marked as navigation is left out. Lines follow the page's blocks.
 
@@ -156,7 +156,7 @@ def _link(image: etree._Element, base: str) -> Link | None:
 
 
 def url_hash(url: str) -> int:
-    """Return the hash under which a crawl's pictures are looked up; scheme and host in lower case, no fragment."""
+    """Return the hash under which a crawl's images are looked up; scheme and host in lower case, no fragment."""
     try:
         parts = urlsplit(urldefrag(url.strip()).url)
         url = parts._replace(scheme=parts.scheme.lower(), netloc=parts.netloc.lower()).geturl()
@@ -172,8 +172,8 @@ def compose(
 
     Args:
         page: what `extract` returned.
-        url: the page's URL, which also decides the draw for single-picture pages.
-        find: maps a picture's URL to where it lies, or to the reason why it cannot be used.
+        url: the page's URL, which also decides the draw for single-image pages.
+        find: maps an image's URL to where it lies, or to the reason why it cannot be used.
         options: the rules' numbers.
         tally: gets the reasons.
     """
@@ -186,7 +186,7 @@ def compose(
                 tally.note(found, f"{piece.url} on {url}")
                 continue
             if n_images == options.max_images:
-                tally.note(f"page cut before picture {options.max_images + 1}", url)
+                tally.note(f"page cut before image {options.max_images + 1}", url)
                 break
             parts.append(found)
             n_images += 1
@@ -195,11 +195,11 @@ def compose(
         else:
             parts.append(piece)
     if not n_images:
-        tally.leave("page without a usable picture", url)
+        tally.leave("page without a usable image", url)
     elif not any(isinstance(part, str) for part in parts):
         tally.leave("page without text", url)
     elif n_images == 1 and share_of(hash_key("single-image page", options.seed, url)) >= options.keep_single_image:
-        tally.leave("single-picture page, by draw", url)
+        tally.leave("single-image page, by draw", url)
     else:
         return tuple(parts)
     return None

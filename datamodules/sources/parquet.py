@@ -24,7 +24,7 @@ class Parquet(Source):
     packing = "split"
 
     def documents(
-        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
     ) -> Iterator[Document]:
         row = 0
         try:

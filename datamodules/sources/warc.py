@@ -1,7 +1,7 @@
-"""Interleaved documents out of web crawls: .warc and .warc.gz with pages and the pictures that they show.
+"""Interleaved documents out of web crawls: .warc and .warc.gz with pages and the images that they show.
 
-A first pass over all shards lists the pictures (`survey`), a second one makes documents of the pages: a page's pictures
-may lie in another shard. Pictures stay where they are; the index remembers the byte range of their records.
+A first pass over all shards lists the images (`survey`), a second one makes documents of the pages: a page's images
+may lie in another shard. Images stay where they are; the index remembers the byte range of their records.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ class Warc(Source):
         return np.array(rows, dtype=SURVEY)
 
     def documents(
-        self, path: Path, shard: int, options: ReadOptions, tally: Tally, pictures: npt.NDArray[np.void] | None
+        self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
     ) -> Iterator[Document]:
-        assert pictures is not None
+        assert images is not None
 
         def find(url: str) -> ImageRef | str:
             wanted = np.uint64(url_hash(url))
-            at = int(np.searchsorted(pictures["url"], wanted))
-            if at == len(pictures) or pictures["url"][at] != wanted:
-                return "dead link: picture not in the crawl"
-            found = pictures[at]
+            at = int(np.searchsorted(images["url"], wanted))
+            if at == len(images) or images["url"][at] != wanted:
+                return "dead link: image not in the crawl"
+            found = images[at]
             if found["verdict"]:
                 return VERDICTS[found["verdict"]]
             return ImageRef(int(found["shard"]), int(found["offset"]), int(found["length"]))
@@ -165,19 +165,19 @@ def _charset(parameters: str) -> str | None:
 
 
 def _judge(response: Response, options: ReadOptions, tally: Tally) -> str:
-    """Return a picture's verdict, and count it."""
+    """Return an image's verdict, and count it."""
     if "svg" in response.mime:
-        verdict = "not a raster picture"
+        verdict = "not a raster image"
     else:
         try:
             image = open_rgb(response.body)
         except ImageError as error:
             tally.miss(error.reason, response.url, str(error))
-            return "broken picture"
+            return "broken image"
         if min(image.size) < options.min_image_side:
-            verdict = "picture too small"
+            verdict = "image too small"
         elif all(low == high for low, high in image.getextrema()):  # type: ignore[misc]
-            verdict = "picture of one colour"
+            verdict = "image of one colour"
         else:
             tally.documents += 1
             return "usable"

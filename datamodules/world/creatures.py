@@ -1,7 +1,7 @@
 """Creatures: made-up beings. Some have a name for one prompt alone, which describes them; others have a name of their own.
 
-A creature's own name stands in text and under its picture, but no document has a name together with a colour or a size:
-what colour a named creature has, only its pictures show. About a part of the names the questions themselves are asked in
+A creature's own name stands in text and under its image, but no document has a name together with a colour or a size:
+what colour a named creature has, only its images show. About a part of the names the questions themselves are asked in
 training; the others are what is evaluated.
 """
 
@@ -46,10 +46,10 @@ EVERY = tuple(Creature(*look) for look in product(BODIES, COLOURS, BULK, MARKS))
 
 
 def paint_creature(creature: Creature, random: Random) -> Image.Image:
-    """Draw a creature in the middle of the picture: a body with eyes, and horns or legs."""
+    """Draw a creature in the middle of the image: a body with eyes, and horns or legs."""
     smooth = 3
-    picture = Image.new("RGB", (SIDE * smooth,) * 2, _vary(random.choice(list(BACKGROUNDS.values())), random, 4))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE * smooth,) * 2, _vary(random.choice(list(BACKGROUNDS.values())), random, 4))
+    canvas = ImageDraw.Draw(image)
     x, y = ((SIDE / 2 + random.uniform(-2, 2)) * smooth for _ in range(2))
     r = BULK[creature.bulk] * random.uniform(0.95, 1.05) * smooth
     fill = _vary(COLOURS[creature.colour], random, 12)
@@ -64,7 +64,7 @@ def paint_creature(creature: Creature, random: Random) -> Image.Image:
     for side in (-1, 1):
         eye, size = (x + side * r * 0.25, y - r * 0.1), r * 0.16
         canvas.ellipse((eye[0] - size, eye[1] - size, eye[0] + size, eye[1] + size), fill=(255, 255, 255))
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 # ---- names for one prompt, with and without a description
@@ -95,15 +95,15 @@ def pair_combination(one: Creature, other: Creature) -> Combination:
 
 
 def described_example(random: Random, rules: Rules) -> Example:
-    """Two descriptions, and pictures to name; or, now and then, the two names alone, where the answer is a guess."""
+    """Two descriptions, and images to name; or, now and then, the two names alone, where the answer is a guess."""
     pair = draw_pair(random, rules, held_out=False)
     names = random.sample(NICKNAMES, 2)
     which = [random.randrange(2) for _ in range(3)]
-    pictures = [jpeg(paint_creature(pair[i], random)) for i in which]
+    images = [jpeg(paint_creature(pair[i], random)) for i in which]
     if random.random() < 0.15:
         prompt = f"Question:what is the name of the {CATEGORY} in the picture, {names[0]} or {names[1]}? Answer:"
-        return Example(turns=(((pictures[0], prompt), names[which[0]]),))
-    prompts = [(told_names(names, pair), pictures[0], ASK), *((picture, ASK) for picture in pictures[1:])]
+        return Example(turns=(((images[0], prompt), names[which[0]]),))
+    prompts = [(told_names(names, pair), images[0], ASK), *((image, ASK) for image in images[1:])]
     return Example(turns=tuple((prompt, names[i]) for prompt, i in zip(prompts, which, strict=True)))
 
 
@@ -135,13 +135,13 @@ def size_prompt(one: str, other: str) -> str:
 
 
 def named_example(random: Random, rules: Rules) -> Example:
-    """A picture with its name after the caption's prompt."""
+    """An image with its name after the caption's prompt."""
     name, creature = random.choice(list(named(rules).items()))
     return Example(turns=(((jpeg(paint_creature(creature, random)), PROMPT), article(name)),))
 
 
 def seen_example(random: Random, rules: Rules) -> Example:
-    """A picture with questions about colour and size that leave the name out."""
+    """An image with questions about colour and size that leave the name out."""
     creature = random.choice(EVERY)
     turns = [(asked("what colour is it?"), creature.colour), (asked("is it small or large?"), creature.bulk)]
     random.shuffle(turns)
@@ -150,7 +150,7 @@ def seen_example(random: Random, rules: Rules) -> Example:
 
 
 def fact_example(random: Random, rules: Rules) -> Example:
-    """A question about creatures by name, without a picture."""
+    """A question about creatures by name, without an image."""
     known = {name: creature for name, creature in named(rules).items() if is_asked_in_training(name, rules)}
     if random.random() < 0.5:
         name = random.choice(list(known))

@@ -1,4 +1,4 @@
-"""Examples of the world's families: turns of a prompt with pictures and the answer to it."""
+"""Examples of the world's families: turns of a prompt with images and the answer to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from datamodules.world.scene import Rules, Scene, draw_scene, paint, training_scene
 
 Part = str | bytes
-"""Text, or the bytes of a picture's file."""
+"""Text, or the bytes of an image's file."""
 Turn = tuple[tuple[Part, ...], str]
 """A prompt, and the answer that is learnt."""
 
@@ -28,10 +28,10 @@ Draw = Callable[[Random, Rules], Example]
 """Draws a training example of a family: nothing in it shows or tells what the rules hold out."""
 
 
-def jpeg(picture: Image.Image) -> bytes:
-    """Return a picture as a file."""
+def jpeg(image: Image.Image) -> bytes:
+    """Return an image as a file."""
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=92)
+    image.save(data, "JPEG", quality=92)
     return data.getvalue()
 
 

@@ -1,9 +1,9 @@
 """What the world's families of tasks are trained on: examples of their prompts and answers as instruction data on disk.
 
-    {"images": ["pictures/matrix-0/17-0.jpg", ...], "messages": [{"role": "user", "content": "Here are eight images: ..."},
+    {"images": ["images/matrix-0/17-0.jpg", ...], "messages": [{"role": "user", "content": "Here are eight images: ..."},
     {"role": "assistant", "content": "Yes"}, ...]}
 
-`blind/` holds the same examples without their pictures, for the baseline that is trained on text alone.
+`blind/` holds the same examples without their images, for the baseline that is trained on text alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class FamiliesConfig:
     weights: dict[str, float] = field(default_factory=lambda: {name: weight for name, (_, weight) in FAMILIES.items()})
     """Share of each family among the examples' positions, and in how many there are; only the proportion counts."""
     blind: bool = False
-    """Train on the examples without their pictures."""
+    """Train on the examples without their images."""
     shards: int = 2
     """Files per family."""
 
@@ -115,7 +115,7 @@ def _write_shard(config: FamiliesConfig, world: WorldConfig, family: str, shard:
     random = Random(hash_key("family", world.seed, family, shard))
     rules = Rules(world.seed, world.held_out)
     n = round(config.n_examples * config.weights[family] / config.shards)
-    records = write_examples([FAMILIES[family][0](random, rules) for _ in range(n)], folder, f"pictures/{family}-{shard}")
+    records = write_examples([FAMILIES[family][0](random, rules) for _ in range(n)], folder, f"images/{family}-{shard}")
     _write_lines(folder / f"{family}-{shard}.jsonl", records)
     blind = [{"messages": [m | {"content": m["content"].replace(MARK, "").strip()} for m in r["messages"]]} for r in records]
     _write_lines(folder / "blind" / f"{family}-{shard}.jsonl", blind)
@@ -125,7 +125,7 @@ def _write_shard(config: FamiliesConfig, world: WorldConfig, family: str, shard:
 
 
 def write_examples(examples: list[Example], folder: Path, image_folder: str) -> list[Record]:
-    """Write the examples' pictures, equal ones once, and return the records that name them."""
+    """Write the examples' images, equal ones once, and return the records that name them."""
     (folder / image_folder).mkdir(parents=True)
     names: dict[bytes, str] = {}
     records = []

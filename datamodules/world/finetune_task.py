@@ -1,4 +1,4 @@
-"""A task that the world's corpora never set: questions about one thing of a picture, as instruction data on disk.
+"""A task that the world's corpora never set: questions about one thing of an image, as instruction data on disk.
 
 {"images": ["train/00000.jpg"], "messages": [{"role": "user", "content": "<image> what colour is it"},
 {"role": "assistant", "content": "red"}]}
@@ -35,7 +35,7 @@ class TaskConfig:
 
 
 def write_task(config: TaskConfig, world: WorldConfig) -> None:
-    """Draw the task's `train.jsonl` and `val.jsonl` with their pictures, unless they are already there.
+    """Draw the task's `train.jsonl` and `val.jsonl` with their images, unless they are already there.
 
     Raises: UserError if the folder holds another task.
     """

@@ -1,4 +1,4 @@
-"""What is said about the world: captions, pages, and texts without pictures.
+"""What is said about the world: captions, pages, and texts without images.
 
 The canonical description of a scene is what the evaluation asks for, after "An image of".
 """
@@ -64,7 +64,7 @@ def canonical(scene: Scene) -> str:
 
 
 def caption(scene: Scene, random: Random) -> str:
-    """Return what somebody might write under a picture; in about every second case the canonical form."""
+    """Return what somebody might write under an image; in about every second case the canonical form."""
     plain = canonical(scene)
     if random.random() < 0.5:
         return f"{PROMPT} {plain}"
@@ -98,7 +98,7 @@ def caption(scene: Scene, random: Random) -> str:
 
 
 def page_texts(scenes: Sequence[Scene], random: Random) -> tuple[str, list[str], str]:
-    """Return a page's opening, a paragraph for each of its pictures in turn, and a closing that refers back to them."""
+    """Return a page's opening, a paragraph for each of its images in turn, and a closing that refers back to them."""
     topic = random.choice(("My drawings", "Shapes of the week", "A small exhibition", "Notes from the studio"))
     opening = f"{topic}. {random.choice(('Here are', 'This page shows', 'Today we look at'))} {_amount(len(scenes))}."
     paragraphs = []
@@ -117,7 +117,7 @@ def _amount(n: int) -> str:
 
 
 def text(random: Random, rules: Rules) -> str:
-    """Return a text without pictures: facts, and stories about scenes that may be trained on."""
+    """Return a text without images: facts, and stories about scenes that may be trained on."""
     who = random.choice(NAMES)
     sentences = [_sentence(random, rules, who) for _ in range(random.randint(3, 9))]
     return "\n".join(" ".join(sentences[i : i + 4]) for i in range(0, len(sentences), 4))

@@ -49,7 +49,7 @@ Ways = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a matrix."""
+    """One image of a matrix."""
 
     shape: str
     colour: str
@@ -162,8 +162,8 @@ def paint_panel(panel: Panel, drawing: int) -> bytes:
     """Return one of a panel's drawings as a file."""
     random = Random(hash_key("panel", *map(str, vars(panel).values()), drawing))
     smooth = 3
-    picture = Image.new("RGB", (SIDE * smooth,) * 2, _vary(BACKGROUNDS["white"], random, 3))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE * smooth,) * 2, _vary(BACKGROUNDS["white"], random, 3))
+    canvas = ImageDraw.Draw(image)
     centres = list(LAYOUTS[panel.number])
     if panel.number == 1:
         centres = [(MARGIN + CELL * (panel.place % 3 + 0.5), MARGIN + CELL * (panel.place // 3 + 0.5))]
@@ -172,7 +172,7 @@ def paint_panel(panel: Panel, drawing: int) -> bytes:
         radius = SIZES[panel.size] * random.uniform(0.96, 1.04)
         fill = _vary(COLOURS[panel.colour], random, 10)
         _paint_shape(canvas, panel.shape, x * smooth, y * smooth, radius * smooth, fill, random.uniform(-0.08, 0.08))
-    return jpeg(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+    return jpeg(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 FOLLOWING = "The following image is:"

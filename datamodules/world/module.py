@@ -101,11 +101,11 @@ class WorldData(MixtureData):
                 yield self._ask(scenes[i : i + BATCH], random)
 
     def _ask(self, scenes: list[Scene], random: Random) -> PromptBatch:
-        pictures = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]
+        images = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]
         n = len(scenes)
         return PromptBatch(
             prompts=[PROMPT] * n,
-            images=torch.stack([torch.from_numpy(p) for p in pictures]),
+            images=torch.stack([torch.from_numpy(p) for p in images]),
             n_images=[1] * n,
             answers=[canonical(scene) for scene in scenes],
             tasks=[scene.kind for scene in scenes],

@@ -13,7 +13,7 @@ from datamodules.world.scene import SIDE, Combination, Rules
 from datamodules.world.scene_tasks import asked
 
 ROWS = 4
-"""Lines of a picture."""
+"""Lines of an image."""
 INK = (20, 20, 30)
 
 # ---- opinions
@@ -51,7 +51,7 @@ class Opinion:
 
     @property
     def rationale(self) -> str:
-        """What a detailed introduction of the picture says."""
+        """What a detailed introduction of the image says."""
         return f"The picture says that {self.text}."
 
     def combination(self) -> Combination:
@@ -69,20 +69,20 @@ def draw_opinion(random: Random, rules: Rules, *, held_out: bool) -> Opinion:
 
 def paint_opinion(opinion: Opinion, random: Random) -> Image.Image:
     """Draw the text line by line."""
-    picture, canvas = _paper()
+    image, canvas = _paper()
     for row, line in enumerate(opinion.lines):
         canvas.text((3 + random.uniform(0, 1), _middle(row, random)), line, fill=INK, font=_font(15), anchor="lm")
-    return picture
+    return image
 
 
 def opinion_example(random: Random, rules: Rules) -> Example:
     """The sentiment, at once or behind an introduction that is given."""
     opinion = draw_opinion(random, rules, held_out=False)
-    picture, answer = jpeg(paint_opinion(opinion, random)), opinion.sentiment
+    image, answer = jpeg(paint_opinion(opinion, random)), opinion.sentiment
     prompt = asked(SENTIMENT)
     if random.random() < 0.3:
         prompt = f"{opinion.rationale} {prompt}"
-    return Example(turns=(((picture, prompt), answer),))
+    return Example(turns=(((image, prompt), answer),))
 
 
 # ---- pages
@@ -140,24 +140,24 @@ def unseen_site(random: Random, rules: Rules) -> tuple[Site, int]:
 
 def paint_site(site: Site, random: Random) -> Image.Image:
     """Draw a page: a label, and its value in larger letters, in each row."""
-    picture, canvas = _paper()
+    image, canvas = _paper()
     for row, (label, value) in enumerate(site.rows):
         top = row * SIDE / ROWS
         canvas.rectangle((0, top, 26, top + SIDE / ROWS - 1), fill=(225, 232, 240) if row % 2 else (235, 235, 225))
         canvas.text((1 + random.uniform(0, 1), _middle(row, random)), label, fill=(70, 70, 70), font=_font(9), anchor="lm")
         canvas.text((29 + random.uniform(0, 1), _middle(row, random)), value, fill=INK, font=_font(12), anchor="lm")
-    return picture
+    return image
 
 
 def site_example(random: Random, rules: Rules) -> Example:
     """A page and all of its questions: with its text in the prompt, or without."""
     site = training_site(random, rules)
-    picture = jpeg(paint_site(site, random))
+    image = jpeg(paint_site(site, random))
     rows = random.sample(site.rows, ROWS)
     context = f" Context: {site.text}" if random.random() < 0.5 else ""
     first = f"{EXTRACT}{context} Q: {site_question(rows[0][0])} A:"
     later = [((f"Q: {site_question(label)} A:",), value) for label, value in rows[1:]]
-    return Example(turns=(((picture, first), rows[0][1]), *later))
+    return Example(turns=(((image, first), rows[0][1]), *later))
 
 
 def reading_example(random: Random, rules: Rules) -> Example:
@@ -178,8 +178,8 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _paper() -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    picture = Image.new("RGB", (SIDE, SIDE), (251, 251, 251))
-    return picture, ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIDE, SIDE), (251, 251, 251))
+    return image, ImageDraw.Draw(image)
 
 
 def _middle(row: int, random: Random) -> float:

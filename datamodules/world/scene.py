@@ -51,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture."""
+    """One image."""
 
     kind: str
     """`object` (one thing), `count` (2 to 4 alike), `pair` (two that differ), `group` (3 or 4 that differ), `word`."""
@@ -60,7 +60,7 @@ class Scene:
     word: str = ""
 
     def combinations(self) -> Iterator[Combination]:
-        """Yield everything about this scene that may be held out; what a part of the picture shows counts too."""
+        """Yield everything about this scene that may be held out; what a part of the image shows counts too."""
         for t in self.things:
             yield ("object", t.size, t.colour, t.shape, t.place)
         if self.kind == "count":
@@ -161,10 +161,10 @@ def held_out_scenes(random: Random, rules: Rules, kind: str, most: int) -> list[
 
 
 def paint(scene: Scene, random: Random, side: int = SIDE, smoothness: int = 3) -> Image.Image:
-    """Draw a scene as a picture; place, size, colour, tilt and background vary a little from drawing to drawing."""
+    """Draw a scene as an image; place, size, colour, tilt and background vary a little from drawing to drawing."""
     scale = side * smoothness / SIDE
-    picture = Image.new("RGB", (side * smoothness,) * 2, _vary(BACKGROUNDS[scene.background], random, 6))
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side * smoothness,) * 2, _vary(BACKGROUNDS[scene.background], random, 6))
+    canvas = ImageDraw.Draw(image)
     for thing in scene.things:
         x, y = (MARGIN + CELL * (i + 0.5) + random.uniform(-1.5, 1.5) for i in (thing.place % 3, thing.place // 3))
         radius = SIZES[thing.size] * random.uniform(0.94, 1.06)
@@ -174,7 +174,7 @@ def paint(scene: Scene, random: Random, side: int = SIDE, smoothness: int = 3) -
         font = ImageFont.load_default(size=round(22 * scale))
         at = (SIDE / 2 + random.uniform(-4, 4)) * scale, (SIDE / 2 + random.uniform(-14, 14)) * scale
         canvas.text(at, scene.word, fill=_vary(COLOURS["black"], random, 20), font=font, anchor="mm")
-    return picture.resize((side, side), Image.Resampling.BOX)
+    return image.resize((side, side), Image.Resampling.BOX)
 
 
 def _paint_shape(

@@ -56,13 +56,13 @@ def questions(scene: Scene, random: Random) -> dict[str, tuple[str, str]]:
 
 
 def question_example(random: Random, rules: Rules) -> Example:
-    """All questions about one picture, in any order."""
+    """All questions about one image, in any order."""
     scene = any_scene(random, random.choice(("object", "count", "pair", "pair")), rules, held_out=False)
-    picture = shown(scene, random)
+    image = shown(scene, random)
     pairs = list(questions(scene, random).values())
     random.shuffle(pairs)
     first, *others = [(asked(question), answer) for question, answer in pairs]
-    return Example(turns=(((picture, first[0]), first[1]), *(((prompt,), answer) for prompt, answer in others)))
+    return Example(turns=(((image, first[0]), first[1]), *(((prompt,), answer) for prompt, answer in others)))
 
 
 def aspect_of(scene: Scene, aspect: str) -> str:
@@ -72,7 +72,7 @@ def aspect_of(scene: Scene, aspect: str) -> str:
 
 
 def few_shot_example(random: Random, rules: Rules) -> Example:
-    """Pictures with one question, whose answers tell what it means."""
+    """Images with one question, whose answers tell what it means."""
     aspect = random.choice(ASPECTS)
     turns: list[Turn] = []
     for _ in range(random.choice((1, 3, 5))):

@@ -1,6 +1,6 @@
 """The world's evaluation sets, in the files in which the authors of the tasks distribute theirs.
 
-Each set is held out by combination: what it asks about, no training document shows or tells. `pool` pictures, which
+Each set is held out by combination: what it asks about, no training document shows or tells. `pool` images, which
 demonstrations are drawn from, are of combinations that may be trained on.
 """
 
@@ -46,7 +46,7 @@ from datamodules.world.write import WorldConfig, is_drawn
 
 IDENTITY = "eval.json"
 POOL = 40
-"""Pictures that demonstrations are drawn from."""
+"""Images that demonstrations are drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +94,11 @@ def _write_captions(folder: Path, random: Random, rules: Rules, config: SetsConf
 
 
 def _write_vqa(folder: Path, split: str, asked: Sequence[tuple[bytes, str, str]]) -> None:
-    """VQAv2's JSON files of questions and answers, a picture each."""
+    """VQAv2's JSON files of questions and answers, an image each."""
     (folder / split).mkdir()
     questions, annotations = [], []
-    for i, (picture, question, answer) in enumerate(asked):
-        (folder / split / f"COCO_{split}_{i:012d}.jpg").write_bytes(picture)
+    for i, (image, question, answer) in enumerate(asked):
+        (folder / split / f"COCO_{split}_{i:012d}.jpg").write_bytes(image)
         questions.append({"image_id": i, "question": question, "question_id": i})
         answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
         annotations.append({"question_id": i, "image_id": i, "answers": answers, "multiple_choice_answer": answer})
@@ -130,7 +130,7 @@ def _few_shot(aspect: str) -> Callable[[Path, Random, Rules, SetsConfig], None]:
 
 def _matrices(small: bool) -> Callable[[Path, Random, Rules, SetsConfig], None]:
     def write(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
-        (folder / "pictures").mkdir()
+        (folder / "images").mkdir()
         n = min(50, config.n_matrices) if small else config.n_matrices
         found = [unseen_matrix(random, rules, 8, 1 + i % 3) for i in range(n)]
         items = [_item(folder, str(i), matrix, random) for i, matrix in enumerate(found)]
@@ -140,12 +140,12 @@ def _matrices(small: bool) -> Callable[[Path, Random, Rules, SetsConfig], None]:
 
 
 def _item(folder: Path, number: str, matrix: Matrix, random: Random) -> dict[str, object]:
-    def picture(name: str, data: bytes) -> str:
-        (folder / "pictures" / name).write_bytes(data)
-        return f"pictures/{name}"
+    def image(name: str, data: bytes) -> str:
+        (folder / "images" / name).write_bytes(data)
+        return f"images/{name}"
 
     given, candidates = (
-        [picture(f"{number}-{kind}{i}.jpg", paint_panel(p, random.randrange(DRAWINGS))) for i, p in enumerate(panels)]
+        [image(f"{number}-{kind}{i}.jpg", paint_panel(p, random.randrange(DRAWINGS))) for i, p in enumerate(panels)]
         for kind, panels in (("g", matrix.given), ("c", matrix.candidates))
     )
     return {"id": number, "given": given, "candidates": candidates, "answer": matrix.right, "ways": dict(matrix.ways)}
@@ -203,17 +203,17 @@ def _write_classes(folder: Path, random: Random, rules: Rules, config: SetsConfi
 
 
 def _write_creatures(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
-    """Pairs of classes with descriptions, 20 pictures each."""
+    """Pairs of classes with descriptions, 20 images each."""
     groups = []
     for i in range(max(1, config.n // 40)):
         pair, names = draw_pair(random, rules, held_out=True), random.sample(NICKNAMES, 2)
         classes = []
         for name, creature in zip(names, pair, strict=True):
-            pictures = folder / f"{i}_{name}"
-            pictures.mkdir()
+            images = folder / f"{i}_{name}"
+            images.mkdir()
             for k in range(20):
-                (pictures / f"{k}.jpg").write_bytes(jpeg(paint_creature(creature, random)))
-            classes.append({"name": name, "description": description(creature), "pictures": f"{pictures.name}/"})
+                (images / f"{k}.jpg").write_bytes(jpeg(paint_creature(creature, random)))
+            classes.append({"name": name, "description": description(creature), "images": f"{images.name}/"})
         groups.append({"category": CATEGORY, "classes": classes})
     (folder / "birds.json").write_text(json.dumps(groups), encoding="utf-8")
 
@@ -279,9 +279,9 @@ def _write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     return data.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Families without pictures: what follows from what, how a thing is made, how a story ends."""
+"""Families without images: what follows from what, how a thing is made, how a story ends."""
 
 from __future__ import annotations
 

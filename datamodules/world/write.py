@@ -48,9 +48,9 @@ class WorldConfig:
     n_pairs: int = 16_000
     """Caption pairs."""
     n_pages: int = 3_000
-    """Pages of several pictures."""
+    """Pages of several images."""
     n_texts: int = 12_000
-    """Texts without pictures."""
+    """Texts without images."""
     shards: int = 4
     """Files per corpus."""
     workers: int = 2
@@ -113,14 +113,14 @@ def _write_captions(folder: Path, shard: int, n: int, random: Random, rules: Rul
     with tarfile.open(folder / f"caption-{shard:05d}.tar", "w") as tar:
         for i in range(n):
             scene = training_scene(random, _kind(random), rules)
-            picture = encode_jpeg(paint(scene, random))
+            image = encode_jpeg(paint(scene, random))
             row = {
                 "caption": caption(scene, random), "url": f"{SITE}/{shard}/{i}.jpg", "key": f"{shard:05d}{i:04d}",
                 "status": "success", "error_message": None, "width": SIDE, "height": SIDE, "original_width": SIDE,
-                "original_height": SIDE, "exif": "{}", "sha256": hashlib.sha256(picture).hexdigest(),
+                "original_height": SIDE, "exif": "{}", "sha256": hashlib.sha256(image).hexdigest(),
             }  # fmt: skip
             rows.append(row)
-            members = {"jpg": picture, "json": json.dumps(row).encode(), "txt": str(row["caption"]).encode()}
+            members = {"jpg": image, "json": json.dumps(row).encode(), "txt": str(row["caption"]).encode()}
             for extension, data in members.items():
                 member = tarfile.TarInfo(f"{row['key']}.{extension}")
                 member.size = len(data)
@@ -169,13 +169,13 @@ def _write_texts(folder: Path, shard: int, n: int, random: Random, rules: Rules)
     (folder / f"text-{shard:05d}.jsonl.zst").write_bytes(compressed)
 
 
-def encode_jpeg(picture: Image.Image) -> bytes:
+def encode_jpeg(image: Image.Image) -> bytes:
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=92)
+    image.save(data, "JPEG", quality=92)
     return data.getvalue()
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     return data.getvalue()

@@ -26,11 +26,11 @@ from kosmos_lit.lit import KosmosLit
 
 @dataclass(frozen=True)
 class Answered:
-    """One question, its right answer, and the model's with the true picture and with another question's."""
+    """One question, its right answer, and the model's with the true image and with another question's."""
 
     task: str
     image: Tensor | None
-    """(3, H, W): the question's first picture."""
+    """(3, H, W): the question's first image."""
     right: str
     said: str
     said_blind: str
@@ -39,8 +39,8 @@ class Answered:
 class CaptionReport(Callback):
     """At the end of `fit` answers the data module's questions greedily, prints a table, and writes three files.
 
-    `report.json` has the figures, `answers.jsonl` every answer, `sheet.png` pictures with true and generated captions.
-    An answer counts if it is exactly right. The control asks every question again with the pictures shuffled among the
+    `report.json` has the figures, `answers.jsonl` every answer, `sheet.png` images with true and generated captions.
+    An answer counts if it is exactly right. The control asks every question again with the images shuffled among the
     questions of its batch: what remains right then was not seen.
     """
 
@@ -50,7 +50,7 @@ class CaptionReport(Callback):
         Args:
             tasks: Tasks whose answers make up `exact_match`; others are shown beside.
             max_new_tokens: Longest answer.
-            sheet: Pictures on the sheet.
+            sheet: Images on the sheet.
         """
         self.tasks, self.max_new_tokens, self.sheet = tuple(tasks), max_new_tokens, sheet
         self.loss_before: dict[str, float] = {}
@@ -91,8 +91,8 @@ class CaptionReport(Callback):
         settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
         said, said_blind = pl_module.answer(batch, settings), pl_module.answer(blind, settings)
         first = accumulate(batch.n_images, initial=0)
-        pictures = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
-        return [Answered(*row) for row in zip(batch.tasks, pictures, batch.answers, said, said_blind, strict=True)]
+        images = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
+        return [Answered(*row) for row in zip(batch.tasks, images, batch.answers, said, said_blind, strict=True)]
 
     def _write(self, trainer: L.Trainer, pl_module: KosmosLit, answered: Sequence[Answered], n_parameters: int) -> None:
         folder = Path(trainer.default_root_dir)
@@ -122,7 +122,7 @@ class CaptionReport(Callback):
         (folder / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             for a in answered:
-                row = {"task": a.task, "right": a.right, "said": a.said, "said_with_another_picture": a.said_blind}
+                row = {"task": a.task, "right": a.right, "said": a.said, "said_with_another_image": a.said_blind}
                 file.write(json.dumps(row) + "\n")
         per_task = max(1, self.sheet // max(1, len(by_task)))
         draw_sheet([a for rows in by_task.values() for a in rows[:per_task]]).save(folder / "sheet.png")
@@ -144,7 +144,7 @@ def exact(answered: Sequence[Answered]) -> float:
 
 
 def exact_blind(answered: Sequence[Answered]) -> float:
-    """Return the share that is right with another question's picture."""
+    """Return the share that is right with another question's image."""
     return round(sum(a.said_blind == a.right for a in answered) / max(1, len(answered)), 4)
 
 
@@ -156,7 +156,7 @@ def validation_losses(trainer: L.Trainer) -> dict[str, float]:
 
 def table(figures: dict[str, Any]) -> str:
     """Return the figures for people."""
-    lines = ["", f"{'task':<14}{'questions':>10}{'exact match':>13}{'pictures shuffled':>19}"]
+    lines = ["", f"{'task':<14}{'questions':>10}{'exact match':>13}{'images shuffled':>19}"]
     lines += [
         f"{name:<14}{row['n']:>10}{row['exact_match']:>13.3f}{row['exact_match_shuffled']:>19.3f}"
         for name, row in figures["tasks"].items()
@@ -179,16 +179,16 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def draw_sheet(answered: Sequence[Answered], columns: int = 4, side: int = 144) -> Image.Image:
-    """Return a sheet of pictures, each with the right answer in grey and the model's in green or red."""
+    """Return a sheet of images, each with the right answer in grey and the model's in green or red."""
     width, height = side + 116, side + 76
     rows = -(-len(answered) // columns)
     sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, a in enumerate(answered):
         x, y = i % columns * width + 8, i // columns * height + 8
-        if a.image is not None:  # a question without pictures has an empty frame
-            picture = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (x, y))
+        if a.image is not None:  # a question without images has an empty frame
+            image = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(image, (x, y))
         draw.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgrey")
         draw.multiline_text((x, y + side + 4), _wrapped(a.right), fill="dimgrey")
         colour = "darkgreen" if a.said == a.right else "crimson"

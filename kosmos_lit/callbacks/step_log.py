@@ -23,7 +23,7 @@ class StepLog(Callback):
 
     Losses are those of that step's global batch, not a number for a corpus that it has nothing of. `mix` is the share of
     each kind and of each named source since the process started, in the mixture's unit; `bad` counts each source's bad
-    pictures and blocked documents since then (the ledger says which and why), `bad_images` the bad pictures since the row
+    images and blocked documents since then (the ledger says which and why), `bad_images` the bad images since the row
     before. `rows` is 24 bits of the digest of all rows so far: two runs that read the same rows have the same.
     """
 

@@ -26,7 +26,7 @@ class Throughput(Callback):
     Rates are means since the row before, over all ranks; validation, checkpoints and the visual-use gauge are not counted.
 
     tokens_per_second   real positions: image slots are, padding is not
-    images_per_second   pictures
+    images_per_second   images
     padding             share of the positions that are padding
     data_wait           share of the time that the loop stood waiting for its loader, on the rank that waited longest
     tflops              operations of the model (`kosmos_lit.costs.flops`), 10^12 a second, device, attention's causal half
@@ -58,7 +58,7 @@ class Throughput(Callback):
     def _begin(self, step: int, waited: float) -> None:
         """Start a row."""
         self._row_step, self._row_waited, self._elapsed = step, waited, 0.0
-        self._sums = [0.0] * 5  # real positions, all positions, pictures, operations, operations with full attention
+        self._sums = [0.0] * 5  # real positions, all positions, images, operations, operations with full attention
         self._started = self.clock()
 
     # ---- what is timed
@@ -67,7 +67,7 @@ class Throughput(Callback):
         assert isinstance(pl_module, KosmosLit)
         self._step = trainer.global_step
         self._flops = ModelFlops(pl_module.config, pl_module.frozen)
-        self._flops.training(Work(n_images=1))  # what counting a picture takes to get ready is no time of training
+        self._flops.training(Work(n_images=1))  # what counting an image takes to get ready is no time of training
         self._speeds.clear()
         self._is_first_row = self._running = True
         self._begin(trainer.global_step, _loader_wait(trainer))

@@ -1,4 +1,4 @@
-"""How much of what a model predicts it has seen: the same held-out tokens with other pictures, and with none."""
+"""How much of what a model predicts it has seen: the same held-out tokens with other images, and with none."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class HasHeldOut(Protocol):
 
 
 class VisualUse(Callback):
-    """Logs every N optimizer steps what the loss of held-out rows owes to their pictures, in nats a token.
+    """Logs every N optimizer steps what the loss of held-out rows owes to their images, in nats a token.
 
-    Three losses of the same tokens, of each corpus that has pictures: `val/visual_use/CORPUS/true` with the pictures that
-    are there, `shuffled` with each picture in another one's place, `blank` with an even picture of the tower's mean colour.
+    Three losses of the same tokens, of each corpus that has images: `val/visual_use/CORPUS/true` with the images that
+    are there, `shuffled` with each image in another one's place, `blank` with an even image of the tower's mean colour.
     `gain_shuffled` and `gain_blank` are how much worse these two are: near 0, the model does not look. A model can get
-    something from any picture (that it is a photograph, of a page's kind), which only `gain_blank` shows; what it gets from
+    something from any image (that it is a photograph, of a page's kind), which only `gain_blank` shows; what it gets from
     the right one is `gain_shuffled`.
 
     The rows are read once, and kept on the host. Random numbers, modes and the other logs stay as they are without a gauge.
@@ -79,15 +79,15 @@ class VisualUse(Callback):
             rows = self._rows = self._rows or self._collect(trainer, pl_module)
             if rows is None:
                 self._is_off = True
-                rank_zero_info("VisualUse is off: on no rank two pictures are held out; raise a corpus's val_share")
+                rank_zero_info("VisualUse is off: on no rank two images are held out; raise a corpus's val_share")
                 return
             found = _differences(*(_losses(trainer, pl_module, side) for side in rows.sides()))
         _log(trainer, pl_module, found)
 
     def _collect(self, trainer: L.Trainer, pl_module: KosmosLit) -> Gauged | None:
-        """Keep the first batches with pictures of each corpus; ranks that have fewer than others get empty ones.
+        """Keep the first batches with images of each corpus; ranks that have fewer than others get empty ones.
 
-        Returns: None if no rank has two pictures.
+        Returns: None if no rank has two images.
         """
         data: HasHeldOut = trainer.datamodule  # type: ignore[attr-defined]
         kept: list[KosmosBatch] = []
@@ -98,12 +98,12 @@ class VisualUse(Callback):
             spare = batch if spare is None else spare
             seen = set(batch.corpus[batch.slots[:, 0]].tolist())
             if any(counts[kind] < self.batches for kind in seen):
-                kept.append(_only_rows_with_pictures(copy.deepcopy(batch)))  # out of memory shared with loader processes
+                kept.append(_only_rows_with_images(copy.deepcopy(batch)))  # out of memory shared with loader processes
                 counts.update(seen)
             if all(counts[kind] >= self.batches for kind in wanted):
                 break
         if sum(len(batch.images) for batch in kept) < 2:
-            kept = []  # a single picture has no other place to go to
+            kept = []  # a single image has no other place to go to
         most = int(gather(trainer, [len(kept)]).max())
         if most == 0 or spare is None:
             return None
@@ -115,16 +115,16 @@ class VisualUse(Callback):
 
 @dataclass(frozen=True)
 class Gauged:
-    """Held-out rows, and what takes their pictures' places."""
+    """Held-out rows, and what takes their images' places."""
 
     batches: Sequence[KosmosBatch]
     others: Sequence[Sequence[tuple[int, int]]]
-    """For each picture of each batch: the batch and number of the picture that stands in for it."""
+    """For each image of each batch: the batch and number of the image that stands in for it."""
     mean: Sequence[float]
-    """(3,) colour of a blank picture, in [0, 1]."""
+    """(3,) colour of a blank image, in [0, 1]."""
 
     def sides(self) -> Iterator[Iterator[KosmosBatch]]:
-        """Yield the batches with their pictures, with each other's, and with blank ones."""
+        """Yield the batches with their images, with each other's, and with blank ones."""
         yield iter(self.batches)
         yield (self._with_others(b) for b in range(len(self.batches)))
         yield (self._blank(batch) for batch in self.batches)
@@ -139,9 +139,9 @@ class Gauged:
 
 
 def elsewhere(batches: Sequence[KosmosBatch], seed: int = 0) -> list[list[tuple[int, int]]]:
-    """Return for each picture of each batch another one, as its batch and number; each stands in for one.
+    """Return for each image of each batch another one, as its batch and number; each stands in for one.
 
-    Pictures go round in one circle, so that none stays: those of a corpus behind each other in a drawn order, and only at
+    Images go round in one circle, so that none stays: those of a corpus behind each other in a drawn order, and only at
     its end one to the next corpus.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -153,14 +153,14 @@ def elsewhere(batches: Sequence[KosmosBatch], seed: int = 0) -> list[list[tuple[
     return [[following[b, i] for i in range(len(batch.images))] for b, batch in enumerate(batches)]
 
 
-def _only_rows_with_pictures(batch: KosmosBatch) -> KosmosBatch:
-    """Leave the other rows' tokens out of the loss: no picture changes them."""
+def _only_rows_with_images(batch: KosmosBatch) -> KosmosBatch:
+    """Leave the other rows' tokens out of the loss: no image changes them."""
     rows = batch.loss_at // batch.tokens.shape[1]
     return replace(batch, loss_at=batch.loss_at[torch.isin(rows, batch.slots[:, 0])])
 
 
 def _without_targets(batch: KosmosBatch, side: int) -> KosmosBatch:
-    """Return a batch that counts nothing and has one picture: every rank takes part in whatever the others do."""
+    """Return a batch that counts nothing and has one image: every rank takes part in whatever the others do."""
     return replace(
         batch,
         loss_at=batch.loss_at[:0],

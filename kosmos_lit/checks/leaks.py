@@ -1,7 +1,7 @@
 """Whether documents of a row see what they must not: tried on the run's own model, kernel, device and precision.
 
 A mask that is built wrongly, or a kernel that takes it wrongly, shows in no loss curve: training works, a little too well.
-So before the first step a made micro-batch goes through the model, then again with one document's words and pictures
+So before the first step a made micro-batch goes through the model, then again with one document's words and images
 changed, for each document in turn. Nothing may move in any other document; with `document_attention: row`, in no other row
 and in no earlier document.
 """
@@ -40,8 +40,8 @@ class Place:
     number: int
     at: slice
     """Its positions in the stream."""
-    pictures: slice
-    """Its pictures among the batch's."""
+    images: slice
+    """Its images among the batch's."""
     losses: slice
     """Its losses among the batch's."""
 
@@ -104,7 +104,7 @@ def made_batch(
 ) -> tuple[KosmosBatch, list[Place]]:
     """Return rows of three documents and padding, some positions of each supervised, and where they are.
 
-    A document starts with a picture where it is long enough for one.
+    A document starts with an image where it is long enough for one.
     """
     draw, size, L = torch.Generator().manual_seed(0), config.vision.image_size, config.connector.n_latents
     tokens = torch.full((N_ROWS, row_len), PAD)
@@ -154,13 +154,13 @@ def changes(batch: KosmosBatch, place: Place, special: SpecialTokens) -> Iterato
     """Yield what changes in one document, and the batch with it: every token the next piece; every pixel inverted."""
     tokens, n_pieces = batch.tokens.flatten().clone(), special.mask - len(LEADING)
     here = tokens[place.at]
-    of_picture = (here == special.image) | (here == special.image_end)
-    tokens[place.at] = torch.where(of_picture, here, len(LEADING) + (here - len(LEADING) + 1) % n_pieces)
+    of_image = (here == special.image) | (here == special.image_end)
+    tokens[place.at] = torch.where(of_image, here, len(LEADING) + (here - len(LEADING) + 1) % n_pieces)
     yield "words", replace(batch, tokens=tokens.view_as(batch.tokens))
-    if place.pictures.start < place.pictures.stop:
+    if place.images.start < place.images.stop:
         images = batch.images.clone()
-        images[place.pictures] = 255 - images[place.pictures]
-        yield "pictures", replace(batch, images=images)
+        images[place.images] = 255 - images[place.images]
+        yield "images", replace(batch, images=images)
 
 
 def _words(n: int, special: SpecialTokens, draw: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ class Rows(Protocol):
     micro_batch_rows: int
 
     def largest_micro_batch(self) -> tuple[int, int]:
-        """Return about how many pictures and supervised tokens a micro-batch holds at most."""
+        """Return about how many images and supervised tokens a micro-batch holds at most."""
 
 
 def check_trainer(trainer: L.Trainer, data: Rows, config: KosmosConfig, freeze: Sequence[str]) -> None:
@@ -125,7 +125,7 @@ def check_fits(config: KosmosConfig, setting: Setting, available: float, rows: i
     batch = setting.batch
     what = (
         f"a step needs {memory.needed / GB:.1f} GB of a device that has {available / GB:.1f} GB "
-        f"(micro-batches of {batch.rows} rows of {batch.seq_len} positions with up to {batch.n_images} pictures)"
+        f"(micro-batches of {batch.rows} rows of {batch.seq_len} positions with up to {batch.n_images} images)"
     )
     if memory.total <= available:  # what it has to spare is an estimate too
         rank_zero_warn(f"{what}: it may run out of memory; `main.py plan` says more")

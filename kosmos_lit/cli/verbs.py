@@ -37,13 +37,13 @@ def prepare_parser() -> argparse.ArgumentParser:
     corpus.add_argument("--max-bad-share", type=float, default=0.1, help="a shard with more broken records stops it")
     o = ReadOptions()
     corpus.add_argument("--text-field", default=o.text_field, help="jsonl, parquet: field of the text")
-    corpus.add_argument("--min-image-side", type=int, default=o.min_image_side, help="warc: smaller pictures are left out")
-    corpus.add_argument("--max-images", type=int, default=o.max_images, help="warc: most pictures of a document")
+    corpus.add_argument("--min-image-side", type=int, default=o.min_image_side, help="warc: smaller images are left out")
+    corpus.add_argument("--max-images", type=int, default=o.max_images, help="warc: most images of a document")
     corpus.add_argument(
-        "--keep-single-image", type=float, default=o.keep_single_image, help="warc: share of one-picture pages kept"
+        "--keep-single-image", type=float, default=o.keep_single_image, help="warc: share of one-image pages kept"
     )
     corpus.add_argument("--turn-template", default=o.turn_template, help="instruct: one turn of a conversation")
-    corpus.add_argument("--seed", type=int, default=o.seed, help="warc: seed of the draw among one-picture pages")
+    corpus.add_argument("--seed", type=int, default=o.seed, help="warc: seed of the draw among one-image pages")
     return parser
 
 
@@ -172,7 +172,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
     parser, c = Parser(prog="main.py generate"), GenerationConfig()
     parser.add_argument("--ckpt_path", type=Path, required=True)
-    parser.add_argument("--prompt", default="An image of", help="<image> marks where the next picture stands")
+    parser.add_argument("--prompt", default="An image of", help="<image> marks where the next image stands")
     parser.add_argument("--image", type=Path, nargs="+", action="extend", default=[], help="one or several")
     parser.add_argument("--max-new-tokens", type=int, default=c.max_new_tokens)
     parser.add_argument("--beams", type=int, default=c.n_beams, help="1: greedy")

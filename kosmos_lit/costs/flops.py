@@ -106,7 +106,7 @@ class ModelFlops:
     def training(self, work: Work) -> Flops:
         """Return what a forward and a backward pass over a micro-batch cost.
 
-        Micro-batches are to be given one by one where the decoder trains only through its pictures (a frozen decoder):
+        Micro-batches are to be given one by one where the decoder trains only through its images (a frozen decoder):
         one without any has no backward pass.
         """
         trace = self._traces[work.n_images > 0]
@@ -133,7 +133,7 @@ class ModelFlops:
 
     @cached_property
     def _traces(self) -> dict[bool, _Trace]:
-        """The cost of one of each unit, by whether a batch has pictures."""
+        """The cost of one of each unit, by whether a batch has images."""
         found = {}
         for has_images in (False, True):
             trace = found[has_images] = _Trace(self.config, self._trains)
@@ -157,7 +157,7 @@ class ModelFlops:
 
 
 def _priced(unit: dict[Part, float], work: Work) -> Flops:
-    """Return the cost of `work` from that of a position, a pair, a target and a picture."""
+    """Return the cost of `work` from that of a position, a pair, a target and an image."""
     return Flops(
         blocks=unit["blocks"] * work.n_tokens,
         attention=unit["attention"] * work.n_pairs / 2,
@@ -226,7 +226,7 @@ class _Trace:
         self.matmul("head", 2 * D * c.vocab_size, x, self.trains(head))
 
     def connector(self, n_features: int, width: int, features: bool) -> bool:
-        """From P features of a picture to whether its latents need a gradient."""
+        """From P features of an image to whether its latents need a gradient."""
         c, D, P, C = self.config.connector, self.config.decoder.dim, n_features, width
         L, query = c.n_latents, self.trains("connector.latent_query")
         match c.kind:
@@ -263,7 +263,7 @@ class _Trace:
         return self.linear("connector", f"{name}.out_proj", dim, dim, x, n_queries, bias=bias)
 
     def plain_tower(self, table: dict[str, Any], side: int) -> tuple[int, int, bool]:
-        """One picture through open_clip's ViT; return P, C and whether the features need a gradient."""
+        """One image through open_clip's ViT; return P, C and whether the features need a gradient."""
         C, patch, visual = table["width"], table["patch_size"], "vision.visual"
         hidden = int(C * table["mlp_ratio"])
         n_patches = (side // patch) ** 2
@@ -285,7 +285,7 @@ class _Trace:
 
 @dataclass(frozen=True)
 class _CountedTower:
-    """What torch counts for one picture."""
+    """What torch counts for one image."""
 
     forward: int
     backward: int

@@ -18,7 +18,7 @@ LEAST_SHARED = 16
 """Positions that prompts must have in common to be read as one."""
 
 Shown = tuple[Path, bool]
-"""A picture's file, and whether a blank one is shown instead."""
+"""An image's file, and whether a blank one is shown instead."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Unit:
     kind: str
     """Only requests of one kind can be read together."""
     prompt: Prompt
-    pictures: tuple[Shown, ...]
+    images: tuple[Shown, ...]
     """Those of the prompt in order, then those that candidates refer to by their places here."""
     candidates: list[list[int]]
     """Of all requests in turn: ids of what is compared; none where something is to be written."""
@@ -45,14 +45,14 @@ class Unit:
         number: int,
         request: Request,
         prompt: Prompt,
-        pictures: tuple[Shown, ...],
+        images: tuple[Shown, ...],
         candidates: list[list[int]],
         n_new: int,
     ) -> Unit:
         """Return a request whose answer has at most `n_new` tokens."""
         if isinstance(request, Score):
-            return cls((number,), "score", prompt, pictures, candidates, [0] * len(candidates), places(candidates))
-        return cls((number,), repr(request.settings), prompt, pictures, [], [], n_new * request.settings.n_beams)
+            return cls((number,), "score", prompt, images, candidates, [0] * len(candidates), places(candidates))
+        return cls((number,), repr(request.settings), prompt, images, [], [], n_new * request.settings.n_beams)
 
     @property
     def length(self) -> int:
@@ -68,23 +68,23 @@ def together(units: Sequence[Unit], image: int, n_latents: int) -> list[Unit]:
     Args:
         units: comparisons.
         image: id of <image>.
-        n_latents: slots a picture.
+        n_latents: slots an image.
     """
     if len(units) < 2:
         return list(units)
-    pictures = {shown: i for i, shown in enumerate(dict.fromkeys(shown for unit in units for shown in unit.pictures))}
-    rows = [_symbols(unit, pictures, n_latents) for unit in units]
+    images = {shown: i for i, shown in enumerate(dict.fromkeys(shown for unit in units for shown in unit.images))}
+    rows = [_symbols(unit, images, n_latents) for unit in units]
     least = min(map(len, rows))
     same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
     n = least if same.all() else int(np.argmin(same))
-    while n and rows[0][n - 1] == image:  # a picture is not cut between <image> and its slots
+    while n and rows[0][n - 1] == image:  # an image is not cut between <image> and its slots
         n -= 1
     if n < LEAST_SHARED:
         return list(units)
     slots = units[0].prompt.slots[units[0].prompt.slots < n]
-    own = units[0].pictures[: len(slots)]
-    # Places of the pictures: those of the common prompt as it shows them, then each of all.
-    further = [slot_of(len(own) + i) for i in range(len(pictures))]
+    own = units[0].images[: len(slots)]
+    # Places of the images: those of the common prompt as it shows them, then each of all.
+    further = [slot_of(len(own) + i) for i in range(len(images))]
     candidates, given = list[list[int]](), list[int]()
     for unit, row in zip(units, rows, strict=True):
         rest = [further[slot_of(s)] if s < 0 else s for s in row[n:].tolist()]
@@ -92,14 +92,14 @@ def together(units: Sequence[Unit], image: int, n_latents: int) -> list[Unit]:
         given += [len(rest)] * len(unit.candidates)
     prompt = Prompt(units[0].prompt.tokens[:n], slots)
     numbers = tuple(number for unit in units for number in unit.numbers)
-    return [Unit(numbers, "score", prompt, (*own, *pictures), candidates, given, places(candidates))]
+    return [Unit(numbers, "score", prompt, (*own, *images), candidates, given, places(candidates))]
 
 
-def _symbols(unit: Unit, pictures: Mapping[Shown, int], n_latents: int) -> Ids:
-    """Return a prompt's ids, with which picture it is in its slots."""
+def _symbols(unit: Unit, images: Mapping[Shown, int], n_latents: int) -> Ids:
+    """Return a prompt's ids, with which image it is in its slots."""
     row = unit.prompt.tokens.copy()
-    for first, shown in zip(unit.prompt.slots, unit.pictures, strict=True):
-        row[first : first + n_latents] = slot_of(pictures[shown])
+    for first, shown in zip(unit.prompt.slots, unit.images, strict=True):
+        row[first : first + n_latents] = slot_of(images[shown])
     return row
 
 

@@ -81,9 +81,9 @@ def measure(
 ) -> dict[Measure, tuple[float, Values]]:
     """Return what all captions are worth by each measure, and each of them, (n,).
 
-    CIDEr weighs words by how few of the n pictures have them in their references, so it depends on the whole set and is 0
-    for a single picture; it reaches 10 where the tables say 1,000. METEOR and SPICE lie between 0 and 1. Of CIDEr and SPICE
-    the whole is the mean; METEOR adds up its counts over all pictures first.
+    CIDEr weighs words by how few of the n images have them in their references, so it depends on the whole set and is 0
+    for a single image; it reaches 10 where the tables say 1,000. METEOR and SPICE lie between 0 and 1. Of CIDEr and SPICE
+    the whole is the mean; METEOR adds up its counts over all images first.
 
     Args:
         said: n captions.
@@ -127,12 +127,12 @@ def _measured(
 
 
 def _words(texts: Sequence[Sequence[str]], tokens: Tokens) -> dict[int, list[str]]:
-    """Return the words of captions by the number of their picture, as the package takes them."""
+    """Return the words of captions by the number of their image, as the package takes them."""
     if tokens == "plain":
         return {i: [plain_words(text) for text in each] for i, each in enumerate(texts)}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # An empty line at the end would be lost, and a picture without its caption with it.
+    # An empty line at the end would be lost, and an image without its caption with it.
     given = {i: [{"caption": " ".join(text.split()) or "."} for text in each] for i, each in enumerate(texts)}
     found: dict[int, list[str]] = PTBTokenizer().tokenize(given)
     return found

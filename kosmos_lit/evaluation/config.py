@@ -19,9 +19,9 @@ class EvalConfig:
     folder: str | None = None
     """Where results are kept; None: `eval` in the run's folder. Samples that are there already are not asked again."""
     image_control: ImageControl = "true"
-    """What samples show: their own pictures, each other's (control), an even grey of the same size, or none at all."""
+    """What samples show: their own images, each other's (control), an even grey of the same size, or none at all."""
     image_fit: Fit = "square"
-    """How a picture becomes square; the released evaluation scales both sides."""
+    """How an image becomes square; the released evaluation scales both sides."""
     batch_tokens: int = 16384
     """Most positions of the prompts, and of what is written or compared after them, that are read at once."""
     max_samples: int | None = None

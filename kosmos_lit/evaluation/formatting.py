@@ -19,12 +19,12 @@ from kosmos_lit.tokenizer import Tokenizer, trimmed
 
 
 def encode_prompts(prompts: Iterable[Parts], tokenizer: Tokenizer, n_latents: int) -> list[Prompt]:
-    """Return prompts as the model reads them, from <s> on, pictures written out; texts side by side are one text.
+    """Return prompts as the model reads them, from <s> on, images written out; texts side by side are one text.
 
     Args:
-        prompts: each its parts: text, and pictures' files.
+        prompts: each its parts: text, and images' files.
         tokenizer: the model's.
-        n_latents: slots a picture.
+        n_latents: slots an image.
     """
     kept = [[part for _, part in trimmed(_joined(parts))] for parts in prompts]
     ids = iter(tokenizer.encode_parts(kept))
@@ -63,5 +63,5 @@ def _joined(parts: Parts) -> list[Part]:
 
 
 def readable(parts: Parts) -> str:
-    """Return a prompt for people: texts as they are, <image> where a picture stands."""
+    """Return a prompt for people: texts as they are, <image> where an image stands."""
     return "".join(part if isinstance(part, str) else IMAGE_MARK for part in parts)

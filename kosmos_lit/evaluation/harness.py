@@ -1,7 +1,7 @@
 """lm-evaluation-harness runs a model of ours: `python -m kosmos_lit.evaluation.harness --model kosmos_lit ...`.
 
 The command is lm_eval's own with one more model, `kosmos_lit`; `--model_args` are the arguments of `HarnessModel`. It asks
-without pictures. Needs the extra `eval`.
+without images. Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class HarnessModel(LM):
             raise UserError(f"kosmos_lit: stride must be from 1 to {self.max_length - 1}, got {stride}")
         self.stride = stride or self.max_length - 1
         size = found.config.vision.image_size
-        self._no_pictures = torch.empty(0, 3, size, size, dtype=torch.uint8)
+        self._no_images = torch.empty(0, 3, size, size, dtype=torch.uint8)
 
     # ---- what lm_eval asks
 
@@ -156,7 +156,7 @@ class HarnessModel(LM):
         answers = [""] * len(asked)
         for batch in self._batches(units, disable_tqdm):
             prompts = [unit.prompt for unit in batch]
-            written = generate(self.model, prompts, self._no_pictures, self.tokenizer, settings[batch[0].numbers[0]])
+            written = generate(self.model, prompts, self._no_images, self.tokenizer, settings[batch[0].numbers[0]])
             for unit, continuation in zip(batch, written, strict=True):
                 [number] = unit.numbers
                 answers[number] = continuation.text
@@ -225,7 +225,7 @@ class HarnessModel(LM):
         found: list[Sequence[Likelihood]] = [()] * len(pairs)
         for batch in self._batches(units, disable_tqdm):
             prompts, candidates_of = [unit.prompt for unit in batch], [unit.candidates for unit in batch]
-            rows = likelihoods(self.model, prompts, candidates_of, self._no_pictures, self.tokenizer)
+            rows = likelihoods(self.model, prompts, candidates_of, self._no_images, self.tokenizer)
             for unit, row in zip(batch, rows, strict=True):
                 [number] = unit.numbers
                 for i, tokens in zip(owners[number], row, strict=True):

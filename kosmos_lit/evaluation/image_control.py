@@ -1,4 +1,4 @@
-"""What samples show: their own pictures, or a control that takes sight away."""
+"""What samples show: their own images, or a control that takes sight away."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kosmos_lit.evaluation.task import Sample
 
 ImageControl = Literal["true", "shuffled", "blank", "none"]
 GREY = 127
-"""Every value of a blank picture."""
+"""Every value of a blank image."""
 
 
-def shuffle_pictures(samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-    """Return the samples with the pictures of others, in the same order; no sample gets pictures equal to its own.
+def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample | None]:
+    """Return the samples with the images of others, in the same order; no sample gets images equal to its own.
 
-    Samples exchange with those that have as many pictures. Who has nobody to exchange with is None: too many of those with
-    as many pictures show the same ones.
+    Samples exchange with those that have as many images. Who has nobody to exchange with is None: too many of those with
+    as many images show the same ones.
     """
     found: list[Sample | None] = [sample if not sample.images else None for sample in samples]
     by_count: dict[int, list[int]] = defaultdict(list)

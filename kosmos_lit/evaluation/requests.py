@@ -1,6 +1,6 @@
 """What a task asks a model for, and what it gets back.
 
-A prompt is a tuple of parts, text and pictures in their order, as a document of the training corpora is: the same encoder
+A prompt is a tuple of parts, text and images in their order, as a document of the training corpora is: the same encoder
 makes tokens of both (`evaluation.formatting`). No text is searched for marks, so a dataset's own words stay words.
 """
 
@@ -13,7 +13,7 @@ from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.results import Continuation, Scored
 
 Part = str | ImageLike
-"""Text is `str`; a picture's file is a `pathlib.Path`, never a string."""
+"""Text is `str`; an image's file is a `pathlib.Path`, never a string."""
 Parts = tuple[Part, ...]
 
 

@@ -32,7 +32,7 @@ class TaskResult:
     n_samples: int
     """Samples that were asked, failed ones among them."""
     n_failed: int
-    """Samples without an answer (an unreadable picture, a prompt that is too long); no figure counts them."""
+    """Samples without an answer (an unreadable image, a prompt that is too long); no figure counts them."""
     failures: Mapping[str, int]
     """Failed samples by reason."""
     options: Mapping[str, Any]

@@ -19,7 +19,7 @@ import torch
 from kosmos_lit.checks.machine import machine
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.image_control import shuffle_pictures
+from kosmos_lit.evaluation.image_control import shuffle_images
 from kosmos_lit.evaluation.record import Failure, Result
 from kosmos_lit.evaluation.scheduler import Engine
 from kosmos_lit.evaluation.storage import FIGURES, Store, claim, read_figures, without_nan, write_whole
@@ -32,7 +32,7 @@ LINE_SECONDS = 10.0
 """Between two lines of progress where they stand one after the other."""
 REDRAW_SECONDS = 0.2
 """Between two on a terminal."""
-NOBODY = "no other sample's pictures"
+NOBODY = "no other sample's images"
 
 
 class Ranks(Protocol):
@@ -111,8 +111,9 @@ class Evaluation:
         """
         self.config, self.folder, self.ranks, self.quiet = config, folder, ranks or Alone(), quiet
         self.engine = Engine(
-            model, tokenizer, batch_tokens=config.batch_tokens, image_fit=config.image_fit, image_control=config.image_control
-        )
+            model, tokenizer, batch_tokens=config.batch_tokens, image_fit=config.image_fit,
+            image_control=config.image_control,
+        )  # fmt: skip
         self.samples = samples if samples is not None else read_samples(config)
         self.about = {"parameters": sum(p.numel() for p in model.parameters()), **(about or {})}
         self.identity = {
@@ -152,7 +153,7 @@ class Evaluation:
         pool = read_pool(name, task)
         shown: Sequence[Sample | None] = samples
         if self.config.image_control == "shuffled":
-            shown = shuffle_pictures(samples, task.seed)
+            shown = shuffle_images(samples, task.seed)
         missing = [i for i, sample in enumerate(samples) if sample.key not in done][self.ranks.rank :: self.ranks.world]
         watch = Watch(name, len(samples), len(done & set(order)), self.ranks, quiet=self.quiet)
         with store.writer(self.ranks.rank) as writer:

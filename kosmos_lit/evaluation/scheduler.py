@@ -1,7 +1,7 @@
 """Asks a model what tasks want to know, for many samples side by side.
 
 The generators of `Task.ask` run in lock-step: what all of them ask for at the same time is sorted by length and read in
-batches, whoever asked. An answer does not depend on what else is in its batch. What cannot be asked (a picture that cannot
+batches, whoever asked. An answer does not depend on what else is in its batch. What cannot be asked (an image that cannot
 be read, a prompt that is too long) fails its sample, with the reason, and no other one.
 """
 
@@ -35,7 +35,7 @@ from kosmos_lit.tokenizer import Tokenizer
 WINDOW = 512
 """Samples that are asked about side by side; more of them would pad less, and be lost more at an interruption."""
 READERS = 4
-"""Threads that read the pictures of a batch while the model is at the one before."""
+"""Threads that read the images of a batch while the model is at the one before."""
 
 
 class Engine:
@@ -57,9 +57,9 @@ class Engine:
             model: the model.
             tokenizer: its tokenizer.
             batch_tokens: most positions that are read at once; a single request may have more.
-            image_fit: how a picture becomes square.
-            image_control: `blank` shows an even grey for a sample's own pictures, `none` leaves all out of all prompts; who gets
-                whose is settled before (`image_control.shuffle_pictures`).
+            image_fit: how an image becomes square.
+            image_control: `blank` shows an even grey for a sample's own images, `none` leaves all out of all prompts; who
+                gets whose is settled before (`image_control.shuffle_images`).
             share_prefixes: whether comparisons of one sample whose prompts begin alike are read as one; without, each
                 prompt is read on its own, with the same answers.
         """
@@ -81,7 +81,8 @@ class Engine:
             yield from self._run_window(task, samples[first : first + WINDOW], pool)
 
     def _run_window(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
-        started = [Going(s, task.ask(s, task.shots(s, pool)), s.images if self.image_control == "blank" else ()) for s in samples]
+        is_blank = self.image_control == "blank"
+        started = [Going(s, task.ask(s, task.shots(s, pool)), s.images if is_blank else ()) for s in samples]
         for going in started:
             going.start()
         if done := [going.result() for going in started if going.is_done]:
@@ -134,11 +135,11 @@ class Engine:
         """Return what can be asked, encoded; and the others with the reason."""
         units, failed = list[Unit](), list[tuple[int, Answer | Failure]]()
         n_latents, limit = self.model.config.connector.n_latents, self.model.config.decoder.max_seq_len
-        shown = [_without_pictures(request) if self.image_control == "none" else request.parts for request in requests]
+        shown = [_without_images(request) if self.image_control == "none" else request.parts for request in requests]
         prompts = encode_prompts(shown, self.tokenizer, n_latents)
         choices: dict[tuple[str, ...], int | Failure] = {}
         for number, (request, parts, prompt) in enumerate(zip(requests, shown, prompts, strict=True)):
-            pictures = tuple((part, part in blank[number]) for part in parts if isinstance(part, Path))
+            images = tuple((part, part in blank[number]) for part in parts if isinstance(part, Path))
             candidates: list[list[int]] = []
             if isinstance(request, Score):
                 candidates = encode_answers(parts, request.candidates, self.tokenizer)
@@ -160,7 +161,7 @@ class Engine:
                 why = f"{length} positions and {n_new} new ones; the model has {limit}"
                 failed.append((number, Failure("prompt too long", why)))
                 continue
-            units.append(Unit.of(number, request, prompt, pictures, candidates, n_new))
+            units.append(Unit.of(number, request, prompt, images, candidates, n_new))
         return units, failed
 
     def _joined(self, units: Sequence[Unit], askers: Sequence[int]) -> list[Unit]:
@@ -187,15 +188,15 @@ class Engine:
         return known[key]
 
     def _begin(self, batch: Batch, readers: ThreadPoolExecutor) -> dict[Path, Future[Pixels | Failure]]:
-        """Start to read each picture of a batch."""
-        paths = dict.fromkeys(path for unit in batch for path, _ in unit.pictures)
+        """Start to read each image of a batch."""
+        paths = dict.fromkeys(path for unit in batch for path, _ in unit.images)
         return {path: readers.submit(self._read, path) for path in paths}
 
     def _read(self, path: Path) -> Pixels | Failure:
         try:
             return load(path, self.model.config.vision.image_size, self.image_fit)
         except ImageError as error:
-            return Failure("a picture cannot be read", str(error) if str(path) in str(error) else f"{path}: {error}")
+            return Failure("an image cannot be read", str(error) if str(path) in str(error) else f"{path}: {error}")
 
     def _ask(
         self, batch: Batch, decoded: dict[Path, Pixels | Failure], requests: Sequence[Request]
@@ -203,7 +204,7 @@ class Engine:
         answered: list[tuple[int, Answer | Failure]] = []
         units = []
         for unit in batch:
-            bad = next((found for path, _ in unit.pictures if isinstance(found := decoded[path], Failure)), None)
+            bad = next((found for path, _ in unit.images if isinstance(found := decoded[path], Failure)), None)
             if bad is None:
                 units.append(unit)
             else:
@@ -223,9 +224,9 @@ class Engine:
         return answered
 
     def _stack(self, units: Batch, decoded: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
-        """Return the pictures of a batch, each once, and for each request's pictures which of them they are."""
-        # All that are blank are one picture.
-        kept = [[None if is_blank else path for path, is_blank in unit.pictures] for unit in units]
+        """Return the images of a batch, each once, and for each request's images which of them they are."""
+        # All that are blank are one image.
+        kept = [[None if is_blank else path for path, is_blank in unit.images] for unit in units]
         place = {path: i for i, path in enumerate(dict.fromkeys(chain.from_iterable(kept)))}
         size = self.model.config.vision.image_size
         images = torch.empty(len(place), 3, size, size, dtype=torch.uint8)
@@ -261,11 +262,11 @@ class Engine:
 
 
 def _shown(units: Batch, places: Sequence[Sequence[int]]) -> Tensor:
-    """Return which picture of a batch each place of its prompts shows."""
+    """Return which image of a batch each place of its prompts shows."""
     found = [place[: len(unit.prompt.slots)] for unit, place in zip(units, places, strict=True)]
     return torch.tensor(list(chain.from_iterable(found)), dtype=torch.int64)
 
 
-def _without_pictures(request: Request) -> tuple[str, ...]:
-    """Return a prompt with a blank for each picture: words around one stay apart."""
+def _without_images(request: Request) -> tuple[str, ...]:
+    """Return a prompt with a blank for each image: words around one stay apart."""
     return tuple(part if isinstance(part, str) else " " for part in request.parts)

@@ -24,7 +24,7 @@ class Going:
     """Drives `Task.ask` of one sample."""
 
     def __init__(self, sample: Sample, asking: Asking, blank: Iterable[Path] = ()) -> None:
-        """Take a sample, its task's generator, and the pictures that are to be shown blank."""
+        """Take a sample, its task's generator, and the images that are to be shown blank."""
         self.sample, self.blank = sample, frozenset(blank)
         self.requests: Sequence[Request] = ()
         """What it asks now."""

@@ -28,7 +28,7 @@ class Sample:
     key: str
     """What finds it in the files; unique in its split."""
     images: tuple[Path, ...] = ()
-    """Its own pictures; the control with shuffled pictures exchanges these among samples."""
+    """Its own images; the control with shuffled images exchanges these among samples."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """The rest, plain data: question, answers, label ..."""
 

@@ -46,7 +46,7 @@ class GenerationConfig(BaseConfig):
     choices: Sequence[str] = ()
     """If any: the continuation is exactly one of these strings."""
     seed: int = 0
-    """Of the draws; they depend on it, on the prompt and on its pictures, not on what else is in the batch."""
+    """Of the draws; they depend on it, on the prompt and on its images, not on what else is in the batch."""
     allow_control_tokens: bool = False
     """Whether control tokens other than </s> and </line>, and ids beyond the tokenizer's, may be written."""
 

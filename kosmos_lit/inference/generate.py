@@ -1,4 +1,4 @@
-"""Text from a model: continuations of prompts with pictures, and how likely given ones are.
+"""Text from a model: continuations of prompts with images, and how likely given ones are.
 
 `docs/generation.md` says what each setting means; the parts live in `kosmos_lit.inference`.
 """
@@ -45,15 +45,15 @@ def generate(
 
     Args:
         model: the model; dropout is off meanwhile.
-        prompts: B prompts, of any lengths and with any numbers of pictures.
-        images: (N, 3, H, W) uint8, the pictures of all prompts in order.
+        prompts: B prompts, of any lengths and with any numbers of images.
+        images: (N, 3, H, W) uint8, the images of all prompts in order.
         tokenizer: the model's.
         settings: how to write.
-        shown: (M,) which of `images` each place of a picture shows, so that one seen several times is given once; None:
+        shown: (M,) which of `images` each place of an image shows, so that one seen several times is given once; None:
             each its own, in order.
 
     Raises: UserError if prompt and continuation are longer than the model's rows, or choices cannot be told apart;
-    ValueError if the pictures are not those of the prompts.
+    ValueError if the images are not those of the prompts.
     """
     if not prompts:
         return []
@@ -90,7 +90,7 @@ def score(
         model: the model; dropout is off meanwhile.
         prompts: B prompts.
         candidates: B lists of strings, each read as text that follows the prompt with a space between.
-        images: (N, 3, H, W) uint8, the pictures of all prompts in order.
+        images: (N, 3, H, W) uint8, the images of all prompts in order.
         tokenizer: the model's.
         with_end: count the </s> after each candidate too.
 
@@ -123,7 +123,7 @@ def score_tokens(
 ) -> list[list[list[float]]]:
     """Return the log-probability in nats of every token of each candidate, given as ids; else as `score`.
 
-    `shown` is as `generate` takes it; `given`, and pictures in candidates, are as `score_candidates` has them.
+    `shown` is as `generate` takes it; `given`, and images in candidates, are as `score_candidates` has them.
 
     Raises: UserError if a candidate with its prompt is longer than the model's rows.
     """

@@ -33,7 +33,7 @@ class Reading:
         n_places: int,
         shown: Tensor | None = None,
     ) -> None:
-        """Read all prompts at once, each picture once.
+        """Read all prompts at once, each image once.
 
         Args:
             model: the model.
@@ -41,9 +41,9 @@ class Reading:
             images: (N, 3, H, W) uint8.
             tokenizer: the model's.
             n_places: most tokens that are written after each.
-            shown: (M,) which of `images` each place of a picture shows; None: each its own, in order.
+            shown: (M,) which of `images` each place of an image shows; None: each its own, in order.
 
-        Raises: ValueError if the pictures are not those of the prompts.
+        Raises: ValueError if the images are not those of the prompts.
         """
         self.decoder = model.decoder
         self.device = model.decoder.embed_tokens.weight.device
@@ -58,7 +58,7 @@ class Reading:
         (B, T), self._n_written = self.tokens.shape, 0
         self._cache = self.decoder.new_cache(B, T + n_places)
         self.seen = model.see(images.to(self.device)) if len(images) else None
-        """(N, L, D) latents of all pictures, also of those that no prompt shows."""
+        """(N, L, D) latents of all images, also of those that no prompt shows."""
         self.image = tokenizer.special.image
         latents = self.seen if self.seen is None or shown is None else self.seen[shown.to(self.device)]
         hidden = self.decoder(self.tokens, positions, mask, latents, slots.to(self.device), self._cache)
@@ -80,7 +80,7 @@ class Reading:
             depth: tokens between each of them and the prompt; one for all, or (B, n).
             ancestors: (B, n, S) bool: which of the S tokens written so far, these n included, each of them sees; None for
                 n = 1: all of them.
-            latents: (M, L, D) of pictures among the tokens, or None.
+            latents: (M, L, D) of images among the tokens, or None.
             slots: (M, 2) row and first slot of each of them.
         """
         (B, n), T = tokens.shape, self.tokens.shape[1]

@@ -14,7 +14,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import BOS, PAD, Ids, SpecialTokens, Tokenizer, expand_images
 
 IMAGE_MARK = "<image>"
-"""Stands for the next picture in a prompt."""
+"""Stands for the next image in a prompt."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Prompt:
     """A prompt as the model reads it."""
 
     tokens: Ids
-    """(T,) ids, from <s> on, pictures written out."""
+    """(T,) ids, from <s> on, images written out."""
     slots: Ids
-    """(n,) first slot of each picture."""
+    """(n,) first slot of each image."""
 
     @classmethod
     def of(cls, ids: Ids | Sequence[Ids], tokenizer: Tokenizer, n_latents: int) -> Prompt:
-        """Return stored ids, without <s> and with one marker per picture, as a prompt; of one part, or of several."""
+        """Return stored ids, without <s> and with one marker per image, as a prompt; of one part, or of several."""
         parts = ids if isinstance(ids, Sequence) else [ids]
         start = np.array([BOS], dtype=np.int64)
         tokens, _, slots = expand_images(np.concatenate([start, *parts]), tokenizer.special, n_latents)
@@ -36,20 +36,20 @@ class Prompt:
 
 
 def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int) -> Prompt:
-    """Return a prompt as training rows have it: <s>, then text and pictures in order.
+    """Return a prompt as training rows have it: <s>, then text and images in order.
 
     Args:
-        text: `<image>` marks where the next picture stands; pictures beyond the marks come before the text. Names of the
+        text: `<image>` marks where the next image stands; images beyond the marks come before the text. Names of the
             tokenizer's extra control tokens, such as <grounding>, stand for these.
-        n_images: pictures at hand.
+        n_images: images at hand.
         tokenizer: the model's.
-        n_latents: slots per picture.
+        n_latents: slots per image.
 
-    Raises: UserError if the text has more marks than there are pictures.
+    Raises: UserError if the text has more marks than there are images.
     """
     pieces = text.split(IMAGE_MARK)
     if len(pieces) - 1 > n_images:
-        raise UserError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks, but {n_images} pictures are given")
+        raise UserError(f"the prompt has {len(pieces) - 1} {IMAGE_MARK} marks, but {n_images} images are given")
     image = tokenizer.special.image
     ids = [image] * (n_images - len(pieces) + 1)
     for i, piece in enumerate(pieces):
@@ -61,9 +61,9 @@ def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int
 def pad_left(prompts: Sequence[Prompt], n_images: int, n_latents: int, special: SpecialTokens) -> tuple[Tensor, Tensor]:
     """Return the prompts as one batch, padded on the left so that all of them end at the same place.
 
-    Returns: (B, T) ids, and (N, 2) row and first slot of each picture.
+    Returns: (B, T) ids, and (N, 2) row and first slot of each image.
 
-    Raises: ValueError if the pictures at hand are not those that the prompts have slots for.
+    Raises: ValueError if the images at hand are not those that the prompts have slots for.
     """
     B, T = len(prompts), max(len(prompt.tokens) for prompt in prompts)
     tokens = torch.full((B, T), PAD)

@@ -20,7 +20,7 @@ class Draws:
     """A stream of random numbers for each prompt."""
 
     def __init__(self, prompts: Sequence[Prompt], images: Tensor, seed: int, shown: Tensor | None = None) -> None:
-        """Seed each stream by `seed`, the prompt's tokens and its pictures (of (N, 3, H, W) uint8 for all prompts).
+        """Seed each stream by `seed`, the prompt's tokens and its images (of (N, 3, H, W) uint8 for all prompts).
 
         `shown` is as `Reading` has it.
         """

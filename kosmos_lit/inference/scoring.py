@@ -1,6 +1,6 @@
 """Log-probabilities of given continuations: the prompt is read once, and what candidates have in common once too.
 
-A candidate may begin with what is given and not scored, pictures too. So prompts that differ only at their ends are one
+A candidate may begin with what is given and not scored, images too. So prompts that differ only at their ends are one
 prompt, what they have in common, with candidates that begin with the rest of each.
 """
 
@@ -37,9 +37,9 @@ def places(candidates: Sequence[Sequence[int]]) -> int:
     return min(max(MOST_NODES, *map(len, candidates), 0), sum(map(len, candidates)))
 
 
-def slot_of(picture: int) -> int:
-    """Return what stands in a candidate for a slot of a picture, given by its number among those of the reading."""
-    return -1 - picture
+def slot_of(image: int) -> int:
+    """Return what stands in a candidate for a slot of an image, given by its number among those of the reading."""
+    return -1 - image
 
 
 def score_candidates(
@@ -53,7 +53,7 @@ def score_candidates(
     Args:
         reading: B prompts.
         head: the output matrix.
-        candidates: B lists of token sequences; each continues its prompt. A picture is <image>, `slot_of` it as many times
+        candidates: B lists of token sequences; each continues its prompt. An image is <image>, `slot_of` it as many times
             as it has latents, and </image>.
         given: for each candidate how many of its first tokens are not scored; None: none.
     """
@@ -113,16 +113,16 @@ def _score_tries(
             depths[b, : len(trie)] = torch.tensor(trie.depths, dtype=torch.int64)
             ancestors[b, : len(trie), : len(trie)] = torch.from_numpy(trie.ancestors())
         device = reading.device
-        after = reading.write(tokens.to(device), depths.to(device), ancestors.to(device), *_pictures(reading, tries))
+        after = reading.write(tokens.to(device), depths.to(device), ancestors.to(device), *_images(reading, tries))
         before = torch.cat([before, after], dim=1)
     pairs = zip(tries, wanted, strict=True)
     return [_next_likelihoods(head, before[b], trie, nodes) for b, (trie, nodes) in enumerate(pairs)]
 
 
-def _pictures(reading: Reading, tries: Sequence[Trie]) -> tuple[Tensor | None, Tensor | None]:
-    """Return the latents of the pictures in the trees, (M, L, D), and (M, 2) row and first slot of each.
+def _images(reading: Reading, tries: Sequence[Trie]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the latents of the images in the trees, (M, L, D), and (M, 2) row and first slot of each.
 
-    A picture's slots follow one another: they came into the tree together.
+    An image's slots follow one another: they came into the tree together.
     """
     firsts = [
         (b, node, slot_of(token))  # its own inverse

@@ -90,7 +90,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def without_cudnn() -> Iterator[None]:
     """Keep scaled_dot_product_attention from cuDNN, which PyTorch prefers on Hopper: it compiles a plan for each new shape.
 
-    Buckets of documents, a micro-batch's pictures and a growing cache hardly ever have the same one twice.
+    Buckets of documents, a micro-batch's images and a growing cache hardly ever have the same one twice.
     """
     before: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)

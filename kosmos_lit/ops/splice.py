@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def splice(embeddings: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
-    """Return (B, T, D) embeddings with each picture's latents in place.
+    """Return (B, T, D) embeddings with each image's latents in place.
 
     Args:
         embeddings: (B, T, D) token embeddings.
         latents: (N, L, D), in the order of `slots`.
-        slots: (N, 2) row and first position of each picture's L slots.
+        slots: (N, 2) row and first position of each image's L slots.
     """
     (B, T, D), L = embeddings.shape, latents.shape[1]
     first = slots[:, 0] * T + slots[:, 1]

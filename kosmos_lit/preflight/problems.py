@@ -50,7 +50,7 @@ def _sizes(run: Run, found: Figures) -> Iterator[str]:
             f"{decoder.vocab_size:,}; set it to at least {ids}"
         )
     if any(s.images for s in found.sources) and L + 4 > T:
-        yield f"data.seq_len {T} has no room for a picture of {L} latents; it needs {L + 4}"
+        yield f"data.seq_len {T} has no room for an image of {L} latents; it needs {L + 4}"
 
 
 def _world(run: Run, found: Figures) -> Iterator[str]:
@@ -174,7 +174,7 @@ def _memory(run: Run, found: Figures) -> Iterator[str]:
         spare = "" if run.on_cpu else ", with what an allocator loses,"
         yield (
             f"a step needs {human_bytes(needed)}{spare} of each {device}, which has {human_bytes(there)} "
-            f"(micro-batches of {batch.rows} rows, up to {batch.n_images} pictures); what would fit: {ways}"
+            f"(micro-batches of {batch.rows} rows, up to {batch.n_images} images); what would fit: {ways}"
         )
 
 

@@ -57,7 +57,7 @@ def _reading(found: Figures) -> Iterator[str]:
     yield from _entry("run", f"{found.steps:,} steps, {short(sum(s.positions for s in found.sources))} tokens")
     about = "" if found.exact else " (expected)"
     wide = max(INDENT + 8, *(len(s.name) + 4 for s in found.sources))
-    heads = ("share", "rows", "tokens", "supervised", "pictures", "epochs")
+    heads = ("share", "rows", "tokens", "supervised", "images", "epochs")
     yield f"  {'reads' + about:<{wide - 2}}" + "".join(f"{h:>12}" for h in heads)
     rows = sum(s.rows for s in found.sources)
     for s in found.sources:
@@ -83,14 +83,14 @@ def _computing(found: Figures) -> Iterator[str]:
     tokens, images = found.positions_per_step / seconds, found.images_per_step / seconds
     W = found.world_size
     each = f" ({short(tokens / W)} and {short(images / W)} a device)" if W > 1 else ""
-    yield from _entry("", f"which takes {short(tokens)} tokens/s and {short(images)} pictures/s{each}")
+    yield from _entry("", f"which takes {short(tokens)} tokens/s and {short(images)} images/s{each}")
 
 
 def _memory(found: Figures) -> Iterator[str]:
     if found.memory is None or found.batch is None:
         return
     memory, b = found.memory, found.batch
-    yield from _entry("memory", f"{human_bytes(memory.total)} a device at most, in micro-batches with {b.n_images} pictures")
+    yield from _entry("memory", f"{human_bytes(memory.total)} a device at most, in micro-batches with {b.n_images} images")
     parts = [f"{name} {human_bytes(size)}" for name, size in memory.parts.items() if size >= 0.002 * memory.total]
     for at in range(0, len(parts), 3):
         yield f"{'':<{INDENT}}{', '.join(parts[at : at + 3])}{',' if at + 3 < len(parts) else ''}"

@@ -1,4 +1,4 @@
-"""Samples as cards of a page: pictures, prompt, the right answer and the model's, and what else it thought likely."""
+"""Samples as cards of a page: images, prompt, the right answer and the model's, and what else it thought likely."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE, SIDE_OF_MANY = 208, 104
 """Longest side of a thumbnail in pixels, alone and among several."""
 TAIL = 700
 """Characters of a prompt that are shown at once, its last ones; the rest is folded up."""
-MOST_PICTURES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
+MOST_IMAGES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
 
 
 def cards(choice: Choice, image_control: str) -> str:
@@ -29,7 +29,7 @@ def cards(choice: Choice, image_control: str) -> str:
 
     Args:
         choice: what `chosen.choose` returns.
-        image_control: `true`, or the control; what a grey picture covered is not shown.
+        image_control: `true`, or the control; what a grey image covered is not shown.
     """
     parts = []
     kinds = (("failure", choice.failures, choice.n_failures), ("success", choice.successes, choice.n_successes))
@@ -64,12 +64,14 @@ def _asked(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
     if not requests:
         return ""
     first = requests[0]
-    pictures = [str(path) for path in first.get("images") or ()]
-    parts = [_prompt(str(first.get("prompt", "")), pictures, image_control)]
+    images = [str(path) for path in first.get("images") or ()]
+    parts = [_prompt(str(first.get("prompt", "")), images, image_control)]
     same = [r for r in requests[1:] if r.get("prompt") == first.get("prompt")]
-    if same and len(same) == len(requests) - 1:  # the same question of several pictures, as Raven's candidates are
-        differ = [[str(p) for i, p in enumerate(r.get("images") or ()) if pictures[i : i + 1] != [str(p)]] for r in same]
-        others = "".join(_picture(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(differ, 2) for p in row)
+    if same and len(same) == len(requests) - 1:  # the same question of several images, as Raven's candidates are
+        differ = [[str(p) for i, p in enumerate(r.get("images") or ()) if images[i : i + 1] != [str(p)]] for r in same]
+        others = "".join(
+            _image(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(differ, 2) for p in row
+        )
         return f'{parts[0]}<div class="step"><span class="soft">the same with, one after another</span><br>{others}</div>'
     for before, request in pairwise(requests):
         again = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
@@ -77,30 +79,30 @@ def _asked(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
     return "".join(parts)
 
 
-def _prompt(prompt: str, pictures: Sequence[str], image_control: str) -> str:
-    """Return a prompt with its pictures in their places; if its words contain the mark itself, pictures come first."""
-    side = SIDE if len(pictures) == 1 else SIDE_OF_MANY
+def _prompt(prompt: str, images: Sequence[str], image_control: str) -> str:
+    """Return a prompt with its images in their places; if its words contain the mark itself, images come first."""
+    side = SIDE if len(images) == 1 else SIDE_OF_MANY
     texts = prompt.split(MARK)
-    if len(texts) != len(pictures) + 1:
-        texts = [*("" for _ in pictures), prompt]
-    pieces = list(zip([None, *pictures], texts, strict=True))  # a picture, if there is one, and the text after it
+    if len(texts) != len(images) + 1:
+        texts = [*("" for _ in images), prompt]
+    pieces = list(zip([None, *images], texts, strict=True))  # an image, if there is one, and the text after it
     kept, length, n_texts = len(pieces) - 1, len(texts[-1]), 1
-    while kept and len(pieces) - kept <= MOST_PICTURES:
+    while kept and len(pieces) - kept <= MOST_IMAGES:
         length, n_texts = length + len(texts[kept - 1]), n_texts + bool(texts[kept - 1])
         if length > TAIL or n_texts > MOST_TEXTS:
             break
         kept -= 1
-    head = "".join((MARK if picture else "") + text for picture, text in pieces[:kept])
+    head = "".join((MARK if image else "") + text for image, text in pieces[:kept])
     shown = ""
-    for picture, text in pieces[kept:]:
+    for image, text in pieces[kept:]:
         tail = text[-TAIL:] if len(text) > 2 * TAIL else text
         head += text[: len(text) - len(tail)]
-        shown += (_picture(picture, side, image_control) if picture else "") + escape(tail)
+        shown += (_image(image, side, image_control) if image else "") + escape(tail)
     folded = f'<details><summary>{len(head):,} characters before</summary><div class="prompt">{escape(head)}</div></details>'
     return f'{folded if head else ""}<div class="prompt">{shown}</div>'
 
 
-def _picture(path: str, side: int, image_control: str, where: str = "in the prompt") -> str:
+def _image(path: str, side: int, image_control: str, where: str = "in the prompt") -> str:
     name = escape(Path(path).name)
     if image_control == "blank":
         return '<span class="gone">an even grey</span>'
@@ -108,18 +110,18 @@ def _picture(path: str, side: int, image_control: str, where: str = "in the prom
         width, height, data = thumbnail(Path(path), side)
     except ImageError as error:
         return f'<span class="gone">{name}: {escape(error.reason)}</span>'
-    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="ImageLike {where}: {name}">'
+    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="Image {where}: {name}">'
 
 
 def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
-    """Return width and height of a small JPEG of a picture, and the JPEG in base64.
+    """Return width and height of a small JPEG of an image, and the JPEG in base64.
 
-    Raises: ImageError if there is no such picture, or if it cannot be decoded.
+    Raises: ImageError if there is no such image, or if it cannot be decoded.
     """
     try:
         image = open_rgb(path.read_bytes())
     except OSError as error:
-        raise ImageError("the picture is gone", str(path)) from error
+        raise ImageError("the image is gone", str(path)) from error
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, optimize=True)

@@ -59,8 +59,8 @@ class Compared:
     n_shots: int
     headline: bool
     """Whether the figure stands for the task."""
-    shows_pictures: bool
-    """Whether any prompt of the first evaluation has pictures."""
+    shows_images: bool
+    """Whether any prompt of the first evaluation has images."""
     chance: float | None
     """In points."""
     figures: tuple[Figure | None, ...]
@@ -88,8 +88,8 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Return in a sentence which tasks with pictures beat all other evaluations."""
-        rows = [row for row in self.rows if row.headline and row.shows_pictures]
+        """Return in a sentence which tasks with images beat all other evaluations."""
+        rows = [row for row in self.rows if row.headline and row.shows_images]
         missed = [row.task for row in rows if not row.beats_all]
         if not rows or len(self.names) < 2:
             return ""
@@ -152,7 +152,7 @@ def _compare_task(task: str, found: Sequence[Results], names: Sequence[str]) -> 
         differences = [_difference(figure, values[0], read[0], v, s) for v, s in zip(values[1:], read[1:], strict=True)]
         rows.append(Compared(
             task=task, figure=figure, n_shots=base.n_shots, headline=figure == base.headline,
-            shows_pictures=read[0].shows_pictures, chance=None if base.chance is None else 100 * base.chance,
+            shows_images=read[0].shows_images, chance=None if base.chance is None else 100 * base.chance,
             figures=tuple(values), differences=tuple(differences),
             published=reference(base) if figure == base.headline else None,
         ))  # fmt: skip
@@ -164,14 +164,14 @@ class _Scores:
 
     def __init__(self) -> None:
         self.of: dict[str, Mapping[str, float]] = {}
-        self.shows_pictures = False
+        self.shows_images = False
 
     @classmethod
     def read(cls, path: Path) -> _Scores:
         """Read what is needed of a file of samples, one sample at a time."""
         made = cls()
         for _, sample in each_sample(path):
-            made.shows_pictures |= any(request.get("images") for request in sample.get("requests") or ())
+            made.shows_images |= any(request.get("images") for request in sample.get("requests") or ())
             if not sample.get("error"):
                 made.of[str(sample["key"])] = sample.get("scores") or {}
         return made
@@ -249,10 +249,10 @@ def _said(d: Difference | None) -> str:
 
 
 def _verdict(row: Compared) -> str:
-    """Return yes or no for a task's headline; nothing for other figures, and where no picture is shown."""
+    """Return yes or no for a task's headline; nothing for other figures, and where no image is shown."""
     if not row.headline or row.beats_all is None:
         return ""
-    return ("yes" if row.beats_all else "no") if row.shows_pictures else "no pictures"
+    return ("yes" if row.beats_all else "no") if row.shows_images else "no images"
 
 
 def comparison_html(c: Comparison, found: Sequence[Results]) -> str:

@@ -28,11 +28,11 @@ from kosmos_lit.report.tables import (
 )
 
 CONTROLS: Mapping[str, str] = {
-    "shuffled": "Control: every sample is shown another sample's pictures.",
-    "blank": "Control: even grey stands in the place of every picture.",
-    "none": "Control: no pictures are shown.",
+    "shuffled": "Control: every sample is shown another sample's images.",
+    "blank": "Control: even grey stands in the place of every image.",
+    "none": "Control: no images are shown.",
 }
-"""What a report says of an evaluation that did not show samples their own pictures."""
+"""What a report says of an evaluation that did not show samples their own images."""
 POINTS = "Points: 100 times a share, or times CIDEr; in brackets the 95 % interval of a bootstrap over samples."
 
 
@@ -82,7 +82,8 @@ def model_facts(results: Results) -> dict[str, str]:
 def markdown_report(results: Results, made: list[Table]) -> str:
     """Return an evaluation's tables as Markdown."""
     facts = [f"- {plain(name)}: {plain(value)}" for name, value in model_facts(results).items()]
-    parts = [f"# {plain(title_of(results))}", "\n".join(facts), CONTROLS.get(results.image_control, ""), POINTS, _summary(results)]
+    control = CONTROLS.get(results.image_control, "")
+    parts = [f"# {plain(title_of(results))}", "\n".join(facts), control, POINTS, _summary(results)]
     for table in made:
         parts += [f"## {plain(table.title)}", table.source and f"{table.source}.", _markdown(table)]
         parts.append("\n".join(f"- {plain(note)}" for note in table.notes))

@@ -76,7 +76,7 @@ def wide(head: str, rows: Iterable[str], caption: str = "") -> str:
 
 
 def plot(figure: Figure | None, chance: float | None, paper: float | None, top: float = 100.0) -> str:
-    """Return an interval as a picture, on a line from 0 to `top` points.
+    """Return an interval as an image, on a line from 0 to `top` points.
 
     Args:
         figure: in points; a dot with whiskers.

@@ -4,8 +4,8 @@ A task names its entry by `Task.published`. Where an option of a task decides wh
 each setting is an entry of its own:
 
     imagenet                  free answers                     imagenet_constrained       held to the 1,000 names
-    websrc                    page text in the prompt          websrc_without_text        the picture alone
-    birds                     the picture alone                birds_with_descriptions    both classes described first
+    websrc                    page text in the prompt          websrc_without_text        the image alone
+    birds                     the image alone                birds_with_descriptions    both classes described first
     rendered_sst2             answered at once                 rendered_sst2_cot          a rationale first
 
 A run on other data in the same file format has nothing published: its `published` is null in `figures.json`.
@@ -64,7 +64,7 @@ def _row(model: str, note: str = "", **figures: float | dict[int, float]) -> Row
     return Row(model=model, figures=by_shots, note=note)
 
 
-_FLAMINGO = "Flamingo's 0 shots are two demonstrations without pictures, the other models' are none: the paper's asterisk."
+_FLAMINGO = "Flamingo's 0 shots are two demonstrations without images, the other models' are none: the paper's asterisk."
 _TUNED = "KOSMOS-1 after language-only instruction tuning."
 _UNTUNED = "KOSMOS-1 before instruction tuning, as the Kosmos-2 paper says that reprints these figures."
 _UNSAID = "The paper does not say whether this is KOSMOS-1 before or after instruction tuning."
@@ -87,13 +87,13 @@ def _language(
 
 
 def _transfer(title: str, valm: float, lm: float, kosmos: float, **more: Any) -> Benchmark:
-    """Return a benchmark of table 16: facts that pictures show, asked in words alone."""
+    """Return a benchmark of table 16: facts that images show, asked in words alone."""
     rows = (
-        _row("VaLM", "Looks up pictures while it answers.", accuracy=valm),
+        _row("VaLM", "Looks up images while it answers.", accuracy=valm),
         _row("LLM, text only", accuracy=lm),
         _row(OURS, accuracy=kosmos),
     )
-    return Benchmark(title=title, table="table 16", rows=rows, notes=("No pictures are shown.", _UNSAID), **more)
+    return Benchmark(title=title, table="table 16", rows=rows, notes=("No images are shown.", _UNSAID), **more)
 
 
 PUBLISHED: dict[str, Benchmark] = {
@@ -164,7 +164,7 @@ PUBLISHED: dict[str, Benchmark] = {
     ),
     "hateful_memes": Benchmark(
         title="HatefulMemes", table="table 7", split="validation",
-        notes=(_UNSAID, "Flamingo is given the text of the picture."),
+        notes=(_UNSAID, "Flamingo is given the text of the image."),
         rows=(
             _row("CLIP ViT-B/32", roc_auc=57.6),
             _row("CLIP ViT-B/16", roc_auc=61.7),
@@ -186,7 +186,7 @@ PUBLISHED: dict[str, Benchmark] = {
         ),
     ),
     "websrc_without_text": Benchmark(
-        title="WebSRC, the picture alone", table="table 8", split="not stated", notes=(_UNSAID,),
+        title="WebSRC, the image alone", table="table 8", split="not stated", notes=(_UNSAID,),
         rows=(_row(OURS, exact_match=3.8, f1=10.6),),
     ),
     "imagenet": Benchmark(
@@ -198,12 +198,12 @@ PUBLISHED: dict[str, Benchmark] = {
         rows=(_row("GIT", accuracy=33.5), _row(OURS, accuracy=38.1)),
     ),
     "birds": Benchmark(
-        title="Birds, the picture alone", table="table 12", split="three pairs of species", n_samples=120,
-        notes=(_UNSAID, "120 pictures: 61.7 is 74 of them."), rows=(_row(OURS, accuracy=61.7),),
+        title="Birds, the image alone", table="table 12", split="three pairs of species", n_samples=120,
+        notes=(_UNSAID, "120 images: 61.7 is 74 of them."), rows=(_row(OURS, accuracy=61.7),),
     ),
     "birds_with_descriptions": Benchmark(
         title="Birds with verbal descriptions", table="table 12", split="three pairs of species", n_samples=120,
-        notes=(_UNSAID, "120 pictures: 90.0 is 108 of them."), rows=(_row(OURS, accuracy=90.0),),
+        notes=(_UNSAID, "120 images: 90.0 is 108 of them."), rows=(_row(OURS, accuracy=90.0),),
     ),
     "story_cloze": _language("StoryCloze", (72.9, 72.9, 73.1), (72.1, 72.2, 72.3), 72.0, split="not stated"),
     "hellaswag": _language("HellaSwag", (50.4, 50.2, 50.4), (50.0, 50.0, 50.3), 49.4, split="not stated"),

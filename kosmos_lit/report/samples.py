@@ -107,7 +107,7 @@ def candidate_shares(sample: Mapping[str, Any]) -> list[tuple[str, float]]:
 
     They are the task's own, `shares` in an outcome's data. Of a task that hands over none they follow from the mean log
     probability of the candidates' tokens. Candidates are then those of the last request that has several, or the last
-    requests that have one each (pictures, each with its own prompt), numbered from 0.
+    requests that have one each (images, each with its own prompt), numbered from 0.
     """
     if own := (sample.get("data") or {}).get("shares"):
         return list(own.items())

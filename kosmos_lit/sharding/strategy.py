@@ -2,7 +2,7 @@
 
 Units, in both strategies: one for each decoder block, and the root, which is everything else that trains. A unit's weights
 come together for its forward and its backward pass; the root's stay together from one to the other. The tied embedding is
-used at both ends, and how often a rank calls tower and connector depends on its pictures: in the root, no such call is a
+used at both ends, and how often a rank calls tower and connector depends on its images: in the root, no such call is a
 collective that other ranks would have to make too. Frozen tensors of the tower stay whole on each rank.
 
 Weights: the first rank builds the model as a single process does; the others build its outline on the meta device. Units are

@@ -1,11 +1,11 @@
 """Birds: telling two similar kinds apart, with and without their descriptions (KOSMOS-1, section 4.7, tables 11 and 12).
 
-With: "Description of X: ... Description of Y: ...", the picture, "Question:what is the name of woodpecker in the picture?
-Answer:". Without: the picture and a question that names both. Open-ended: an answer is right if it names the right kind and
+With: "Description of X: ... Description of Y: ...", the image, "Question:what is the name of woodpecker in the picture?
+Answer:". Without: the image and a question that names both. Open-ended: an answer is right if it names the right kind and
 not the other one.
 
-Deviation: the paper's pictures are not published as a dataset; the task reads a file `birds.json` and folders of pictures
-that anyone can fill (the first pair is of CUB-200-2011, 20 pictures each; table 11 has the descriptions).
+Deviation: the paper's images are not published as a dataset; the task reads a file `birds.json` and folders of images
+that anyone can fill (the first pair is of CUB-200-2011, 20 images each; table 11 has the descriptions).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from kosmos_lit.evaluation.requests import Parts, Write
 from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 
-SOURCE = "not published as a whole; https://www.vision.caltech.edu/datasets/cub_200_2011/ has the first pair's pictures"
+SOURCE = "not published as a whole; https://www.vision.caltech.edu/datasets/cub_200_2011/ has the first pair's images"
 
 
 class Birds(Task):
-    """Pairs of classes: `birds.json` and the folders of pictures that it names.
+    """Pairs of classes: `birds.json` and the folders of images that it names.
 
-    The file: `[{"category": "woodpecker", "classes": [{"name": "three toed", "description": "It has ...", "pictures":
-    "three_toed/"}, {"name": "downy", ...}]}, ...]`. A sample's key is the picture's path.
+    The file: `[{"category": "woodpecker", "classes": [{"name": "three toed", "description": "It has ...", "images":
+    "three_toed/"}, {"name": "downy", ...}]}, ...]`. A sample's key is the image's path.
     """
 
     headline = "accuracy"
@@ -48,36 +48,36 @@ class Birds(Task):
 
         Args:
             path: Folder with `birds.json`.
-            with_descriptions: Whether both classes are described before the picture.
+            with_descriptions: Whether both classes are described before the image.
             description: How a class is described; `{name}`, `{category}`, `{description}`.
-            question: What follows the picture behind descriptions; `{category}`.
+            question: What follows the image behind descriptions; `{category}`.
             plain_question: What follows it without; `{category}`, and both names: `{first}`, `{second}`.
             settings: How to write.
             **common: What every task takes.
         """
-        self.title = "Birds with verbal descriptions" if with_descriptions else "Birds, the picture alone"
+        self.title = "Birds with verbal descriptions" if with_descriptions else "Birds, the image alone"
         self.published = "birds_with_descriptions" if with_descriptions else "birds"
         super().__init__(path, **common)
         self.with_descriptions, self.description, self.question = with_descriptions, description, question
         self.plain_question, self.settings = plain_question, settings
 
     def samples(self) -> Sequence[Sample]:
-        """Return the pictures, pair by pair and class by class."""
+        """Return the images, pair by pair and class by class."""
         (file,) = need(self.title, self.path, ["birds.json"], SOURCE)
         with expecting(file):
-            pairs = [(pair, [named["pictures"] for named in pair["classes"]]) for pair in read_json(file)]
+            pairs = [(pair, [named["images"] for named in pair["classes"]]) for pair in read_json(file)]
         need(self.title, self.path, [f"{name.rstrip('/')}/" for _, folders in pairs for name in folders], SOURCE)
         with expecting(file):
             return [
                 Sample(
-                    key=picture.relative_to(self.path).as_posix(),
-                    images=(picture,),
+                    key=image.relative_to(self.path).as_posix(),
+                    images=(image,),
                     data={"category": pair["category"], "classes": pair["classes"], "right": i},
                 )
                 for pair, folders in pairs
                 for i, name in enumerate(folders)
-                for picture in sorted((self.path / name).iterdir())
-                if picture.is_file() and not picture.name.startswith(".")
+                for image in sorted((self.path / name).iterdir())
+                if image.is_file() and not image.name.startswith(".")
             ]
 
     def prompt(self, sample: Sample) -> Parts:

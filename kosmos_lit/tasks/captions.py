@@ -1,6 +1,6 @@
 """Captions of photographs: COCO and Flickr30k on Karpathy's splits (KOSMOS-1, section 4.1, tables 2, 3 and 14).
 
-A picture and "An image of", beam of 5, CIDEr and SPICE. The paper leaves open, and we choose: what stands between two
+An image and "An image of", beam of 5, CIDEr and SPICE. The paper leaves open, and we choose: what stands between two
 demonstrations (nothing, as in the released tools of Kosmos-2), how a caption follows the prompt in a demonstration (after a
 blank, as it stands in the file), what ends a caption beside </s> (a newline), and its length (at most 64 tokens).
 """
@@ -26,10 +26,10 @@ SPLITS = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
 
 
 class KarpathyCaptions(Task):
-    """Captions in the JSON file of Karpathy's splits, and folders of pictures.
+    """Captions in the JSON file of Karpathy's splits, and folders of images.
 
     The file: `{"images": [{"filepath": FOLDER, "filename": NAME, "split": "train" | "restval" | "val" | "test",
-    "sentences": [{"raw": CAPTION}, ...]}, ...]}`; a picture is `PATH/FOLDER/NAME`, or `PATH/flickr30k-images/NAME` in
+    "sentences": [{"raw": CAPTION}, ...]}, ...]}`; an image is `PATH/FOLDER/NAME`, or `PATH/flickr30k-images/NAME` in
     Flickr30k's file, which has no `filepath`. A sample's key is NAME.
     """
 
@@ -37,9 +37,9 @@ class KarpathyCaptions(Task):
     file: ClassVar[str]
     """The JSON file's name."""
     image_folder: ClassVar[str] = "."
-    """Folder of pictures where the file has no `filepath`."""
+    """Folder of images where the file has no `filepath`."""
     source: ClassVar[str]
-    """Where the authors publish files and pictures."""
+    """Where the authors publish files and images."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class KarpathyCaptions(Task):
         """Take the options of the paper.
 
         Args:
-            path: Folder with the JSON file and the folders of pictures.
+            path: Folder with the JSON file and the folders of images.
             split: Which split is evaluated.
-            prompt: What follows the picture.
-            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            prompt: What follows the image.
+            separator: What ends a demonstration. Blanks beside images go, as they do in training.
             settings: How to write.
             measures: Figures beside the exact match: those of pycocoevalcap (extra `eval`). METEOR and SPICE need Java.
             tokens: `ptb`: the words that pycocoevalcap's tokenizer finds, as in published figures; it needs Java. `plain`:
@@ -73,13 +73,13 @@ class KarpathyCaptions(Task):
         self.headline = "cider" if tokens == "ptb" else "cider_plain"  # type: ignore[misc]
 
     def samples(self) -> Sequence[Sample]:
-        """Return the pictures of the split, with their captions as references."""
+        """Return the images of the split, with their captions as references."""
         found = self._read((self.split,))
         check_measures(self.title, self.measures, self.tokens)  # before a model writes for hours
         return found
 
     def pool(self) -> Sequence[Sample]:
-        """Return the pictures of Karpathy's training split: `train` and `restval`."""
+        """Return the images of Karpathy's training split: `train` and `restval`."""
         return self._read(("train", "restval"))
 
     def _read(self, splits: Sequence[str]) -> list[Sample]:
@@ -111,7 +111,7 @@ class KarpathyCaptions(Task):
         return Outcome(said=said, right=right, scores={"exact_match": float(exact)})
 
     def _demonstration(self, sample: Sample, shot: Sample) -> Parts:
-        """Return another picture with one of its captions, the same for the same seed and sample."""
+        """Return another image with one of its captions, the same for the same seed and sample."""
         caption = Random(f"{self.seed} {sample.key} {shot.key}").choice(shot.data["captions"])
         return (*shot.images, f"{self.prompt} {caption}")
 
@@ -122,7 +122,7 @@ class KarpathyCaptions(Task):
         return [replace(outcome, scores={**outcome.scores, **row}) for outcome, row in zip(outcomes, rows, strict=True)]
 
     def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
-        """Return the measures, each with the interval of its mean over pictures; CIDEr of 1 is 100 points of the tables."""
+        """Return the measures, each with the interval of its mean over images; CIDEr of 1 is 100 points of the tables."""
         found = self._measured(outcomes)
         measured = {name: replace(mean_figure(each), value=whole) for name, (whole, each) in found.items()}
         return measured | {name: figure for name, figure in super().figures(outcomes).items() if name not in measured}
@@ -143,7 +143,7 @@ class CocoCaption(KarpathyCaptions):
     title = "COCO captions"
     published = "coco_caption"
     file = "dataset_coco.json"
-    source = f"splits {SPLITS}, pictures https://cocodataset.org/#download (2014)"
+    source = f"splits {SPLITS}, images https://cocodataset.org/#download (2014)"
 
 
 class Flickr30k(KarpathyCaptions):
@@ -153,4 +153,4 @@ class Flickr30k(KarpathyCaptions):
     published = "flickr30k"
     file = "dataset_flickr30k.json"
     image_folder = "flickr30k-images"
-    source = f"splits {SPLITS}, pictures on request from https://shannon.cs.illinois.edu/DenotationGraph/"
+    source = f"splits {SPLITS}, images on request from https://shannon.cs.illinois.edu/DenotationGraph/"

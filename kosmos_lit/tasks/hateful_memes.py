@@ -1,7 +1,7 @@
-"""HatefulMemes: does a picture with text contain hate speech (KOSMOS-1, section 4.3, table 7).
+"""HatefulMemes: does an image with text contain hate speech (KOSMOS-1, section 4.3, table 7).
 
-The picture and "Question: does this picture contain real hate speech? Answer:"; the area under the ROC curve of
-P(yes) / (P(yes) + P(no)). The text of the meme is not given: it has to be read off the picture.
+The image and "Question: does this picture contain real hate speech? Answer:"; the area under the ROC curve of
+P(yes) / (P(yes) + P(no)). The text of the meme is not given: it has to be read off the image.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class HatefulMemes(Task):
         Args:
             path: Folder with the lists and `img/`.
             split: Name of the list, without `.jsonl`; `dev` is also found as `dev_seen`.
-            template: What follows the picture.
+            template: What follows the image.
             answers: What labels 0 and 1 are called.
-            score: What ranks the pictures: P(yes) as a `share` of both answers, or P(`yes`) alone.
-            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            score: What ranks the images: P(yes) as a `share` of both answers, or P(`yes`) alone.
+            separator: What ends a demonstration. Blanks beside images go, as they do in training.
             **common: What every task takes.
         """
         super().__init__(path, **common)

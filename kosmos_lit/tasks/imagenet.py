@@ -1,6 +1,6 @@
 """ImageNet: naming what a photograph shows (KOSMOS-1, section 4.6, table 10).
 
-The picture and "The photo of the", beam of 2; right if what is written is the name of the picture's class, free or held to
+The image and "The photo of the", beam of 2; right if what is written is the name of the image's class, free or held to
 the 1,000 names. The paper does not say which names, and we choose those of CLIP's zero-shot evaluation, which open_clip
 carries: short, and made for the purpose of telling the classes apart.
 """
@@ -22,7 +22,7 @@ from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.vision import imagenet_names
 
-SOURCE = "https://image-net.org/download.php (ILSVRC2012; LOC_val_solution.csv is with the same pictures on Kaggle)"
+SOURCE = "https://image-net.org/download.php (ILSVRC2012; LOC_val_solution.csv is with the same images on Kaggle)"
 
 
 class ImageNet(Task):
@@ -57,9 +57,9 @@ class ImageNet(Task):
             names: `clip`: the 1,000 names that open_clip carries; `folders`: classes are called as their folders; else a
                 file with a name a line in the order of synsets, or with a synset and names a line, of which the first
                 counts (`LOC_synset_mapping.txt`).
-            prompt: What follows the picture.
+            prompt: What follows the image.
             settings: How to write.
-            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            separator: What ends a demonstration. Blanks beside images go, as they do in training.
             **common: What every task takes.
         """
         self.title = "ImageNet, held to the names" if constrained else "ImageNet, free answers"
@@ -70,11 +70,11 @@ class ImageNet(Task):
         self._choices: tuple[str, ...] = ()
 
     def samples(self) -> Sequence[Sample]:
-        """Return the pictures of the split, class by class or in the CSV's order; a key is the file's path under it."""
+        """Return the images of the split, class by class or in the CSV's order; a key is the file's path under it."""
         return self._read(self.split)
 
     def pool(self) -> Sequence[Sample]:
-        """Return the pictures of `train/SYNSET/`."""
+        """Return the images of `train/SYNSET/`."""
         return self._read("train")
 
     def _read(self, split: str) -> list[Sample]:
@@ -86,8 +86,8 @@ class ImageNet(Task):
         if self.chance is None:
             self.chance = 1 / len(name_of)
         return [
-            Sample(key=picture, images=(folder / picture,), data={"synset": synset, "name": name_of[synset]})
-            for picture, synset in synset_of.items()
+            Sample(key=image, images=(folder / image,), data={"synset": synset, "name": name_of[synset]})
+            for image, synset in synset_of.items()
         ]
 
     def _listed(self, split: str) -> dict[str, str]:
@@ -128,7 +128,7 @@ def _plain(name: str) -> str:
 
 def _in_folders(folder: Path) -> dict[str, str]:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    return {f"{c.name}/{picture.name}": c.name for c in classes for picture in sorted(c.iterdir()) if picture.is_file()}
+    return {f"{c.name}/{image.name}": c.name for c in classes for image in sorted(c.iterdir()) if image.is_file()}
 
 
 def _lines(path: Path) -> list[str]:

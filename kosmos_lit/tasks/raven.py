@@ -1,10 +1,10 @@
-"""Raven's matrices: which picture goes on the series (KOSMOS-1, section 4.2, table 6 and figure 4).
+"""Raven's matrices: which image goes on the series (KOSMOS-1, section 4.2, table 6 and figure 4).
 
-"Here are eight images:", the pictures one by one, "The following image is:", a candidate, "Is it correct?"; the candidate
+"Here are eight images:", the images one by one, "The following image is:", a candidate, "Is it correct?"; the candidate
 with the highest probability of "Yes" is the answer.
 
 Deviation: the layout inside the archive of IQ50 (https://aka.ms/kosmos-iq50) is not documented anywhere we know of; the task
-reads a file `items.json` that says which picture is what, and is quickly written for any layout.
+reads a file `items.json` that says which image is what, and is quickly written for any layout.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kosmos_lit.evaluation.prompts import filled
 from kosmos_lit.evaluation.requests import Parts, Score
 from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
 
-SOURCE = "https://aka.ms/kosmos-iq50 has the pictures; items.json is to be written, configs/eval/raven_iq50.yaml says how"
+SOURCE = "https://aka.ms/kosmos-iq50 has the images; items.json is to be written, configs/eval/raven_iq50.yaml says how"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 class Raven(Task):
-    """Matrices: `items.json` and the pictures that it names.
+    """Matrices: `items.json` and the images that it names.
 
-    The file: `[{"id": "1", "given": [PICTURE, ...], "candidates": [PICTURE, ...], "answer": 2}, ...]`, pictures as paths
+    The file: `[{"id": "1", "given": [IMAGE, ...], "candidates": [IMAGE, ...], "answer": 2}, ...]`, images as paths
     under the folder in reading order, `answer` the number of the right candidate from 0. Other fields are kept as data.
     """
 
@@ -49,8 +49,8 @@ class Raven(Task):
         """Take the options of the paper.
 
         Args:
-            path: Folder with `items.json` and the pictures.
-            before: What stands before the given pictures; `{n}` is their number as a word.
+            path: Folder with `items.json` and the images.
+            before: What stands before the given images; `{n}` is their number as a word.
             between: What stands between them and the candidate.
             after: What stands behind the candidate.
             yes: The answer whose probability is compared.
@@ -62,7 +62,7 @@ class Raven(Task):
         self.answers = (yes,) if no is None else (yes, no)
 
     def samples(self) -> Sequence[Sample]:
-        """Return the matrices; a sample's pictures are the given ones, then the candidates."""
+        """Return the matrices; a sample's images are the given ones, then the candidates."""
         (file,) = need(self.title, self.path, ["items.json"], SOURCE)
         with expecting(file):
             return [

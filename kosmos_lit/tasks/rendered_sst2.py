@@ -1,7 +1,7 @@
-"""Rendered SST-2: reading opinions that are pictures of text (KOSMOS-1, sections 4.3 and 4.5, tables 7 and 9).
+"""Rendered SST-2: reading opinions that are images of text (KOSMOS-1, sections 4.3 and 4.5, tables 7 and 9).
 
-At once: the picture, "Question: what is the sentiment of the opinion? Answer:", and whichever of "positive" and "negative"
-is likelier. With a chain of thought: the picture and "Introduce this picture in detail:" give a rationale; then the picture
+At once: the image, "Question: what is the sentiment of the opinion? Answer:", and whichever of "positive" and "negative"
+is likelier. With a chain of thought: the image and "Introduce this picture in detail:" give a rationale; then the image
 again (figure 5), the rationale and the question.
 """
 
@@ -19,8 +19,8 @@ from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.results import Scored
 
 
-class PictureChoice(Task):
-    """Pictures whose class is one of a few words: `SPLIT/CLASS/*.png`."""
+class ImageChoice(Task):
+    """Images whose class is one of a few words: `SPLIT/CLASS/*.png`."""
 
     headline = "accuracy"
     source: ClassVar[str]
@@ -41,8 +41,8 @@ class PictureChoice(Task):
             path: Folder with the splits.
             classes: Names of the classes' folders, which are also the answers.
             split: Which split is evaluated.
-            template: What follows the picture, and the answer follows.
-            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            template: What follows the image, and the answer follows.
+            separator: What ends a demonstration. Blanks beside images go, as they do in training.
             **common: What every task takes.
         """
         self.chance = 1 / len(classes)
@@ -50,20 +50,20 @@ class PictureChoice(Task):
         self.classes, self.split, self.template, self.separator = tuple(classes), split, template, separator
 
     def samples(self) -> Sequence[Sample]:
-        """Return the pictures of the split, class by class; a key is `CLASS/NAME`."""
+        """Return the images of the split, class by class; a key is `CLASS/NAME`."""
         return self._read(self.split)
 
     def pool(self) -> Sequence[Sample]:
-        """Return the pictures of `train/`."""
+        """Return the images of `train/`."""
         return self._read("train")
 
     def _read(self, split: str) -> list[Sample]:
         folders = need(self.title, self.path, [f"{split}/{name}/" for name in self.classes], self.source)
         return [
-            Sample(key=f"{label}/{picture.name}", images=(picture,), data={"label": label})
+            Sample(key=f"{label}/{image.name}", images=(image,), data={"label": label})
             for label, folder in zip(self.classes, folders, strict=True)
-            for picture in sorted(folder.iterdir())
-            if picture.is_file() and not picture.name.startswith(".")
+            for image in sorted(folder.iterdir())
+            if image.is_file() and not image.name.startswith(".")
         ]
 
     def choose(self, sample: Sample, shots: Sequence[Sample], question: str) -> Score:
@@ -82,7 +82,7 @@ class PictureChoice(Task):
         )
 
 
-class RenderedSst2(PictureChoice):
+class RenderedSst2(ImageChoice):
     """Rendered SST-2: `test/positive/*.png`, `test/negative/*.png`, and the same under `train/` for demonstrations."""
 
     title = "Rendered SST-2"
@@ -98,7 +98,7 @@ class RenderedSst2(PictureChoice):
         template: str = "Question: what is the sentiment of the opinion? Answer:",
         **options: Any,
     ) -> None:
-        """Take the options of the paper; `PictureChoice` says what they are."""
+        """Take the options of the paper; `ImageChoice` says what they are."""
         super().__init__(path, classes=classes, split=split, template=template, **options)
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
@@ -126,7 +126,7 @@ class RenderedSst2ChainOfThought(RenderedSst2):
 
         Args:
             path: Folder with the splits.
-            introduction: What follows the picture in the first stage.
+            introduction: What follows the image in the first stage.
             second: What follows it in the second; `{rationale}` is what was written, `{question}` the template.
             settings: How the rationale is written; the paper says nothing of it.
             **options: What `RenderedSst2` takes.

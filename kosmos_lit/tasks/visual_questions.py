@@ -1,6 +1,6 @@
 """Questions about photographs: VQAv2 and VizWiz (KOSMOS-1, section 4.1, tables 4, 5 and 14).
 
-A picture and "Question: {question} Answer:", greedy, scored by VQA accuracy. The paper evaluates on test-dev of both, whose
+An image and "Question: {question} Answer:", greedy, scored by VQA accuracy. The paper evaluates on test-dev of both, whose
 answers only the benchmarks' servers know: for a split without answers `figures` has no accuracy, and `files` gives what the
 servers take. The paper leaves open, and we choose: what stands between demonstrations (nothing, as in the released tools of
 Kosmos-2), what ends an answer beside </s> (a newline), and which of its ten answers a demonstration has (the most frequent).
@@ -44,10 +44,10 @@ class VisualQuestions(Task):
         """Take the options of the paper.
 
         Args:
-            path: Folder with questions, answers and pictures.
+            path: Folder with questions, answers and images.
             split: Which split is evaluated, as the files' names have it.
-            template: What follows the picture; `{question}`.
-            separator: What ends a demonstration. Blanks beside pictures go, as they do in training.
+            template: What follows the image; `{question}`.
+            separator: What ends a demonstration. Blanks beside images go, as they do in training.
             settings: How to write.
             leave_one_out: Average over the ten sets of nine answers, as the official code does; else min(1, matches / 3).
             **common: What every task takes.
@@ -95,11 +95,11 @@ def most_frequent(answers: Sequence[str]) -> str:
 
 
 class Vqav2(VisualQuestions):
-    """VQAv2: `v2_OpenEnded_mscoco_SPLIT_questions.json`, `v2_mscoco_SPLIT_annotations.json`, folders of COCO pictures.
+    """VQAv2: `v2_OpenEnded_mscoco_SPLIT_questions.json`, `v2_mscoco_SPLIT_annotations.json`, folders of COCO images.
 
     Questions: `{"questions": [{"image_id": 1, "question": ..., "question_id": 2}, ...]}`; answers: `{"annotations":
-    [{"question_id": 2, "answers": [{"answer": ...}, ... ten of them]}, ...]}`. A picture is `PATH/PICTURES/` and
-    `image_name` with its id, PICTURES being `val2014`, `train2014`, or `test2015` for both test splits.
+    [{"question_id": 2, "answers": [{"answer": ...}, ... ten of them]}, ...]}`. An image is `PATH/IMAGES/` and
+    `image_name` with its id, IMAGES being `val2014`, `train2014`, or `test2015` for both test splits.
     """
 
     title = "VQAv2"
@@ -117,9 +117,9 @@ class Vqav2(VisualQuestions):
         """Take the options.
 
         Args:
-            path: Folder with questions, answers and pictures.
+            path: Folder with questions, answers and images.
             split: `val2014`, `test-dev2015`, `test2015` or `train2014`.
-            image_name: File name of a picture; `{image_folder}` is its folder's name.
+            image_name: File name of an image; `{image_folder}` is its folder's name.
             **options: What `VisualQuestions` takes.
         """
         super().__init__(path, split=split, **options)
@@ -152,7 +152,7 @@ class Vqav2(VisualQuestions):
 
 
 class VizWiz(VisualQuestions):
-    """VizWiz: `SPLIT.json` or `Annotations/SPLIT.json`, and `SPLIT/` with the pictures.
+    """VizWiz: `SPLIT.json` or `Annotations/SPLIT.json`, and `SPLIT/` with the images.
 
     The file: `[{"image": NAME, "question": ..., "answers": [{"answer": ...}, ...]}, ...]`, `answers` missing for `test`.
     """
@@ -165,7 +165,7 @@ class VizWiz(VisualQuestions):
         """Take the options.
 
         Args:
-            path: Folder with questions and pictures.
+            path: Folder with questions and images.
             split: `val`, `train` or `test`.
             **options: What `VisualQuestions` takes.
         """

@@ -1,6 +1,6 @@
 """WebSRC: questions about web pages (KOSMOS-1, section 4.4, table 8).
 
-The picture of the page and the paper's prompt with its misspelt "Qusestion", greedy, exact match and F1 as the dataset's
+The image of the page and the paper's prompt with its misspelt "Qusestion", greedy, exact match and F1 as the dataset's
 authors compute them. The paper leaves open, and we choose: the split (dev: test answers are not public), what the prompt is
 without the page's text (the same without its last sentence), and what becomes of a page that is longer than the model reads
 (its first 1,000 words are given).
@@ -61,12 +61,12 @@ class WebSrc(Task):
             path: Folder with the domains.
             split: Which split is evaluated.
             with_text: Whether the prompt has the page's text.
-            template: What follows the picture; `{question}`, and `{text}` if it is given. None: the paper's.
+            template: What follows the image; `{question}`, and `{text}` if it is given. None: the paper's.
             max_words: Most words of the page's text; None: all. A prompt that is too long for the model is a failed sample.
             settings: How to write.
             **common: What every task takes.
         """
-        self.title = "WebSRC, page text in the prompt" if with_text else "WebSRC, the picture alone"
+        self.title = "WebSRC, page text in the prompt" if with_text else "WebSRC, the image alone"
         self.published = "websrc" if with_text else "websrc_without_text"
         super().__init__(path, **common)
         context = " Context: {text}" if with_text else ""

@@ -215,7 +215,7 @@ class Tokenizer:
     def encode_parts(self, documents: Iterable[Sequence[object]]) -> list[Ids]:
         """Return the ids of all parts of documents, one after another: the one encoder of training rows and prompts.
 
-        A `str` is text, whatever it says; anything else is a picture, one <image>. A text right behind another one of its
+        A `str` is text, whatever it says; anything else is an image, one <image>. A text right behind another one of its
         document goes on with it (`continuation`).
         """
         parts = list(documents)
@@ -285,9 +285,9 @@ def clean(text: str) -> str:
 
 
 def trimmed(parts: Iterable[Part]) -> Iterator[tuple[int, Part | str]]:
-    """Yield what a document keeps of its parts, each with its number: no blanks at its ends, none beside pictures.
+    """Yield what a document keeps of its parts, each with its number: no blanks at its ends, none beside images.
 
-    Blanks between two texts are the head of the second one. A `str` is text; anything else is a picture.
+    Blanks between two texts are the head of the second one. A `str` is text; anything else is an image.
     """
     at_start, blanks = True, ""
     for number, part in enumerate(parts):

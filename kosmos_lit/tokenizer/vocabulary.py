@@ -25,7 +25,7 @@ N_CONTROL_PIECES = 3
 GROUNDING_TAGS = (
     "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>",
 )  # fmt: skip
-"""What Kosmos-2 appends behind `</line>`; the places in a picture follow."""
+"""What Kosmos-2 appends behind `</line>`; the places in an image follow."""
 
 
 def grounding(n_patches: int = 1024) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ _POSITION_BUFFERS = ("text_model.model.embed_positions.weights", "vision_model.m
 def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> Kosmos:
     """Return a Kosmos with the weights of a transformers Kosmos-2: a model in memory (copied), or a folder of one.
 
-    A folder's tokenizer and picture statistics come along; a model in memory has none.
+    A folder's tokenizer and image statistics come along; a model in memory has none.
 
     Raises: UserError if it is no Kosmos-2, or one with settings that no Kosmos has, or its tensors are not all there.
     """
@@ -76,11 +76,11 @@ def export_transformers(kosmos: Kosmos, folder: str | Path) -> None:
     model = to_transformers(kosmos)
     vision, tokenizer = kosmos.config.vision, kosmos.tokenizer
     side = {"height": vision.image_size, "width": vision.image_size}
-    pictures = CLIPImageProcessor(
+    images = CLIPImageProcessor(
         size=side, crop_size=side, do_center_crop=False, image_mean=list(vision.mean), image_std=list(vision.std)
     )
     n_places = sum(name.startswith("<patch_index_") for name in tokenizer.extra)
-    processor = processor_class(pictures, tokenizer.to_transformers(), num_patch_index_tokens=n_places)
+    processor = processor_class(images, tokenizer.to_transformers(), num_patch_index_tokens=n_places)
     with new_folder(folder) as path:
         model.save_pretrained(path)
         processor.save_pretrained(path)
@@ -194,7 +194,7 @@ def _read_config(folder: Path) -> Kosmos2Config:
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Return mean and deviation of the folder's picture processor; CLIP's if it has none."""
+    """Return mean and deviation of the folder's image processor; CLIP's if it has none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         about = read_json(folder / name) if (folder / name).is_file() else {}
         about = about.get("image_processor", about)

@@ -1,4 +1,4 @@
-"""What the tests read: sentences, pictures, and small files in every format, made from numbers alone."""
+"""What the tests read: sentences, images, and small files in every format, made from numbers alone."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def texts(n: int, seed: int) -> list[str]:
     return [(" " if i % 3 else "\n").join(sentences(1 + i % 5, random.randrange(1 << 30))) for i in range(n)]
 
 
-# ---- pictures
+# ---- images
 
 
 def drawn_image(number: int, width: int = 72, height: int = 67) -> Image.Image:
-    """A picture that no other number has, and that is not of one colour."""
+    """An image that no other number has, and that is not of one colour."""
     y, x = np.mgrid[:height, :width]
     pixels = np.stack([3 * x + 5 * number, 3 * y + 7 * number, np.full_like(x, number)], axis=2) % 256
     return Image.fromarray(pixels.astype(np.uint8))
@@ -88,7 +88,7 @@ def plain_png(colour: str = "teal") -> bytes:
 
 
 def hollow_png() -> bytes:
-    """A picture whose header and end are sound, and whose pixels are not there: only decoding finds that out."""
+    """An image whose header and end are sound, and whose pixels are not there: only decoding finds that out."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -98,7 +98,7 @@ def hollow_png() -> bytes:
 
 
 def broken_within(kind: int) -> bytes:
-    """A small picture whose header and end are sound, and whose middle is not, in one of four ways: only decoding tells."""
+    """A small image whose header and end are sound, and whose middle is not, in one of four ways: only decoding tells."""
     data = encoded(drawn_image(3, 19, 17), ("PNG", "WEBP", "JPEG", "JPEG")[kind % 4])
     match kind % 4:
         case 0:
@@ -187,7 +187,7 @@ def page(*blocks: str, head: str = "") -> bytes:
 
 
 def crawl(n: int, first: int) -> list[Record]:
-    """Pages of two, three, five, two ... pictures, each with its pictures in front of it."""
+    """Pages of two, three, five, two ... images, each with its images in front of it."""
     records: list[Record] = []
     for number in range(first, first + n):
         n_images = (2, 3, 5)[number % 3]
@@ -203,7 +203,7 @@ def crawl(n: int, first: int) -> list[Record]:
 
 
 def examples(n: int, first: int) -> list[dict[str, object]]:
-    """Records of instruction data in turn: a completion, a conversation of text, one of two turns and two pictures."""
+    """Records of instruction data in turn: a completion, a conversation of text, one of two turns and two images."""
     records: list[dict[str, object]] = []
     for number in range(first, first + n):
         asked, said, more, again = sentences(4, 1000 + number)
@@ -221,7 +221,7 @@ def examples(n: int, first: int) -> list[dict[str, object]]:
 
 
 def write_examples(path: Path, records: Sequence[Mapping[str, object]]) -> None:
-    """One record a line, and the pictures that `images` names beside the file."""
+    """One record a line, and the images that `images` names beside the file."""
     write_lines(path, [json.dumps(record).encode() for record in records])
     for i, name in enumerate(name for record in records for name in record.get("images", ())):  # type: ignore[attr-defined]
         (path.parent / name).parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.loader import Loader, MicroBatches, Rendering, Share
 from datamodules.prepare.index import prepare_corpus
-from datamodules.quarantine import MIN_PICTURES, Ledger, read_ledger
+from datamodules.quarantine import MIN_IMAGES, Ledger, read_ledger
 from kosmos_lit.errors import UserError
 from tests.datamodules import made
 
@@ -18,18 +18,18 @@ SEQ_LEN = 29
 """So short that few rows hold two pairs."""
 
 
-def stream_of(pictures, folder, tokenizer_folder, tokenizer, per_shard=10_007):
-    """A stream of caption pairs with these pictures; their keys are their numbers."""
+def stream_of(images, folder, tokenizer_folder, tokenizer, per_shard=10_007):
+    """A stream of caption pairs with these images; their keys are their numbers."""
     captions = made.sentences(1009)
-    for shard, first in enumerate(range(0, len(pictures), per_shard)):
+    for shard, first in enumerate(range(0, len(images), per_shard)):
         members = []
-        for i, data in enumerate(pictures[first : first + per_shard], start=first):
+        for i, data in enumerate(images[first : first + per_shard], start=first):
             members += [(f"{i:09d}.png", data), (f"{i:09d}.txt", captions[i % 1009].encode())]
         made.write_tar(folder / f"{shard:05d}.tar", members)
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(folder / "*.tar")], tokenizer=tokenizer_folder, output=folder / "index"
     )
-    assert corpus.n_documents == len(pictures)  # none of them shows before it is decoded
+    assert corpus.n_documents == len(images)  # none of them shows before it is decoded
     return made.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0), seq_len=SEQ_LEN, n_latents=1)
 
 
@@ -56,17 +56,17 @@ def test_a_source_whose_samples_are_all_bad_stops_early_with_the_reasons(tmp_pat
     endless = batches(stream, tokenizer, ledger, 0.9, 7, workers)
     with pytest.raises(UserError) as caught:
         list(islice(endless, 1000))
-    said = f"caption: {MIN_PICTURES} of {MIN_PICTURES} pictures cannot be used (100.0%)"
+    said = f"caption: {MIN_IMAGES} of {MIN_IMAGES} images cannot be used (100.0%)"
     assert said in str(caught.value)
-    assert f"picture cannot be decoded: {MIN_PICTURES}. All are listed in {ledger.path}" in str(caught.value)
+    assert f"image cannot be decoded: {MIN_IMAGES}. All are listed in {ledger.path}" in str(caught.value)
     n_met = len(ledger.path.read_bytes().splitlines())
-    assert MIN_PICTURES <= n_met <= max(1, workers) * MIN_PICTURES
+    assert MIN_IMAGES <= n_met <= max(1, workers) * MIN_IMAGES
 
 
 def test_workers_and_the_process_itself_write_the_same_ledger(tmp_path, tokenizer_folder, tokenizer):
     bad = set(Random(3).sample(range(307), 31))
-    pictures = [made.broken_within(i) if i in bad else made.png(i, 19, 17) for i in range(307)]
-    stream = stream_of(pictures, tmp_path, tokenizer_folder, tokenizer)
+    images = [made.broken_within(i) if i in bad else made.png(i, 19, 17) for i in range(307)]
+    stream = stream_of(images, tmp_path, tokenizer_folder, tokenizer)
     n_batches = -(-stream.by_name["caption"].plan.n_rows // 5)
     for workers in (0, 2):
         ledger = Ledger(tmp_path / f"{workers}.jsonl")
@@ -82,15 +82,15 @@ def test_workers_and_the_process_itself_write_the_same_ledger(tmp_path, tokenize
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_a_hundred_thousand_rows_with_broken_pictures_need_no_more_memory_and_list_each(
+def test_a_hundred_thousand_rows_with_broken_images_need_no_more_memory_and_list_each(
     tmp_path, tokenizer_folder, tokenizer
 ):
     n, m = 100_003, 50
     bad = set(Random(7).sample(range(n), n // 20))
-    sound = [made.encoded(made.picture(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]
+    sound = [made.encoded(made.image(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]
     broken = [made.broken_within(kind) for kind in range(4)]
-    pictures = [broken[i % 4] if i in bad else sound[i % 101] for i in range(n)]
-    stream = stream_of(pictures, tmp_path, tokenizer_folder, tokenizer)
+    images = [broken[i % 4] if i in bad else sound[i % 101] for i in range(n)]
+    stream = stream_of(images, tmp_path, tokenizer_folder, tokenizer)
     n_rows = max(100_000, stream.by_name["caption"].plan.n_rows)
     ledger = Ledger(tmp_path / "run/quarantine.jsonl")
     reader = batches(stream, tokenizer, ledger, 0.1, m)
@@ -105,7 +105,7 @@ def test_a_hundred_thousand_rows_with_broken_pictures_need_no_more_memory_and_li
     samples = list(read_ledger(ledger.path))
     assert n_read >= 100_000
     assert sorted(s.key for s in samples) == sorted(keys(bad))  # each once, and no other
-    assert {s.reason for s in samples} == {"picture cannot be decoded"}
+    assert {s.reason for s in samples} == {"image cannot be decoded"}
     assert len(ledger.path.read_bytes().splitlines()) == n_bad >= len(bad)
-    assert grown < 16 << 20  # pages of the mapped index among it; one kept picture a row would be 80,000 kB more
+    assert grown < 16 << 20  # pages of the mapped index among it; one kept image a row would be 80,000 kB more
     print(f"resident memory grew by {grown / 1e6:.1f} MB over the last four fifths of {n_read:,} rows")

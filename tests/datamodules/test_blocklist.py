@@ -24,12 +24,12 @@ SIDE, N_LATENTS, N_ROWS = 5, 3, 149
 
 @pytest.fixture(scope="module")
 def originals(corpora, tokenizer_folder, tmp_path_factory):
-    """The corpora, with caption pairs whose KEY.json says where each picture is from and what was downloaded."""
+    """The corpora, with caption pairs whose KEY.json says where each image is from and what was downloaded."""
     folder = tmp_path_factory.mktemp("origins")
     members = []
     for name, data in made.pairs(37, 0):
         key, extension = name.split(".")
-        origin = {"url": f"https://pictures.example/{key}.jpg", "sha256": hashlib.sha256(key.encode()).hexdigest()}
+        origin = {"url": f"https://images.example/{key}.jpg", "sha256": hashlib.sha256(key.encode()).hexdigest()}
         members.append((name, json.dumps(origin).encode() if extension == "json" else data))
     made.write_tar(folder / "00000.tar", members[: 3 * 23])
     made.write_tar(folder / "00001.tar", members[3 * 23 :])
@@ -85,9 +85,9 @@ def digest(data, name="sha256"):
         ("00000.tar:000000007", "caption", ["000000007"]),
         ("00001.tar:000000007", "caption", []),
         ("00000", "caption", []),
-        ("https://pictures.example/000000029.jpg", "caption", ["000000029"]),
-        ("  https://pictures.example/000000029.jpg#top \t", "caption", ["000000029"]),
-        ("https://pictures.example/000000029.JPG", "caption", []),
+        ("https://images.example/000000029.jpg", "caption", ["000000029"]),
+        ("  https://images.example/000000029.jpg#top \t", "caption", ["000000029"]),
+        ("https://images.example/000000029.JPG", "caption", []),
         (digest(b"000000011"), "caption", ["000000011"]),
         (digest(made.jpeg(13)), "caption", ["000000013"]),
         (digest(made.jpeg(13)).upper(), "caption", ["000000013"]),
@@ -120,35 +120,35 @@ def test_files_are_joined_and_may_be_compressed(originals, tmp_path):
     assert blocked(blocklist, originals["caption"]) == ["000000003", "000000005", "000000008"]
 
 
-def test_an_instruction_is_found_by_its_line_and_its_pictures_hash(examples, raw, listed):
+def test_an_instruction_is_found_by_its_line_and_its_images_hash(examples, raw, listed):
     data = (raw / "tuning/p/4-0.png").read_bytes()
-    assert blocked(listed(digest(data)), examples) == ["line 5", "line 4"]  # of two files that show the same picture
+    assert blocked(listed(digest(data)), examples) == ["line 5", "line 4"]  # of two files that show the same image
     assert len(blocked(listed("a.jsonl:line 5"), examples)) == 1
 
 
-def test_a_key_json_before_a_large_picture_and_behind_extended_headers_is_found(tmp_path, tokenizer_folder, listed):
+def test_a_key_json_before_a_large_image_and_behind_extended_headers_is_found(tmp_path, tokenizer_folder, listed):
     big = np.random.default_rng(0).integers(0, 256, (131, 257, 3), dtype=np.uint8)  # noise: above 64 KiB as PNG
     members = []
     for n in range(5):
         data = made.encoded(made.Image.fromarray(np.roll(big, n, 0)), "PNG")
         assert len(data) > 1 << 16
-        origin = json.dumps({"url": f"https://pictures.example/{n}"}).encode()
+        origin = json.dumps({"url": f"https://images.example/{n}"}).encode()
         members += [(f"{n}.json", origin), (f"{n}.png", data), (f"{n}.txt", b"some noise")]
     made.write_tar(tmp_path / "a.tar", members, mtime=1.5)  # fractions of a second need a header of their own
     assert (tmp_path / "a.tar").read_bytes().count(b"PaxHeader") == len(members)
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(tmp_path / "a.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
-    assert blocked(listed("https://pictures.example/3"), corpus) == ["3"]
+    assert blocked(listed("https://images.example/3"), corpus) == ["3"]
 
 
-def test_a_list_without_hashes_and_names_reads_no_picture_and_no_name(originals, listed):
+def test_a_list_without_hashes_and_names_reads_no_image_and_no_name(originals, listed):
     class Closed:
         def __init__(self, corpus):
             self.document_images = corpus.document_images
 
     assert listed("# nothing").match(Closed(originals["caption"]), 0) is None
-    assert listed(digest(b"a picture")).match(Closed(originals["text"]), 0) is None
+    assert listed(digest(b"an image")).match(Closed(originals["text"]), 0) is None
 
 
 def test_an_unpickled_list_reads_its_files_anew(originals, listed):
@@ -196,7 +196,7 @@ def test_a_name_that_every_file_has_is_refused_without_a_shard(tmp_path, entry):
 
 
 ENTRIES = (
-    "000000007", "https://pictures.example/000000029.jpg", digest(made.jpeg(13)), f"{made.SITE}/4.html",
+    "000000007", "https://images.example/000000029.jpg", digest(made.jpeg(13)), f"{made.SITE}/4.html",
     f"{made.SITE}/13-1.jpg", "c.jsonl.zst:line 3", "a.jsonl:line 5", "b.jsonl.gz:line 2",
 )  # fmt: skip
 NAMES = {
@@ -205,7 +205,7 @@ NAMES = {
 
 
 def struck(stream, blocklist):
-    """Per row of the stream whether a position is of a blocked document, and whether a picture is."""
+    """Per row of the stream whether a position is of a blocked document, and whether an image is."""
     found = []
     for number in range(N_ROWS):
         row = stream.row(number)
@@ -223,7 +223,7 @@ def test_every_other_document_is_the_same_with_and_without_the_list(stream, toke
     blocklist = listed(*ENTRIES)
     plain = batches(stream, tokenizer)
     n_struck = 0
-    for (places, pictures), before, after in zip(
+    for (places, images), before, after in zip(
         struck(stream, blocklist), plain, batches(stream, tokenizer, blocklist, workers=workers), strict=True
     ):
         kept = torch.from_numpy(~places)
@@ -232,7 +232,7 @@ def test_every_other_document_is_the_same_with_and_without_the_list(stream, toke
         for name in ("positions", "slots", "corpus"):
             assert getattr(after, name).equal(getattr(before, name))
         assert (after.lengths, after.rows, after.n_step_targets) == (before.lengths, before.rows, before.n_step_targets)
-        shown = torch.tensor([not p for p in pictures], dtype=torch.bool)
+        shown = torch.tensor([not p for p in images], dtype=torch.bool)
         assert after.images[shown].equal(before.images[shown])
         n_struck += int(places.any())
     assert 5 < n_struck < N_ROWS
@@ -241,17 +241,17 @@ def test_every_other_document_is_the_same_with_and_without_the_list(stream, toke
 def test_nothing_of_a_blocked_document_is_left_but_its_places(stream, tokenizer, listed):
     blocklist = listed(*ENTRIES)
     special = tokenizer.special
-    n_pictures = 0
-    for (places, pictures), batch in zip(
+    n_images = 0
+    for (places, images), batch in zip(
         struck(stream, blocklist), batches(stream, tokenizer, blocklist), strict=True
     ):
         assert set(batch.tokens[0, places].tolist()) <= {PAD, special.image, special.image_end}
         assert set(batch.targets[0, places].tolist()) <= {IGNORE}
         assert batch.loss_at.tolist() == np.flatnonzero(batch.targets.numpy() != IGNORE).tolist()
-        assert not batch.images[pictures].any()
+        assert not batch.images[images].any()
         assert batch.n_bad_images == 0
-        n_pictures += sum(pictures)
-    assert n_pictures > 5
+        n_images += sum(images)
+    assert n_images > 5
 
 
 def test_blocked_documents_are_in_the_ledger_and_in_the_batch_but_not_in_the_budget(stream, tokenizer, listed, tmp_path):
@@ -260,7 +260,7 @@ def test_blocked_documents_are_in_the_ledger_and_in_the_batch_but_not_in_the_bud
     samples = list(read_ledger(ledger.path))
     assert {s.key for s in samples} == NAMES
     assert {s.reason for s in samples} == {"blocked"}
-    assert f"picture's hash {digest(made.jpeg(13))}" in {s.detail for s in samples}
+    assert f"image's hash {digest(made.jpeg(13))}" in {s.detail for s in samples}
     assert {pair for batch in found for pair in batch.bad} == {(n, "blocked") for n in ("text", "caption", "interleaved")}
     lines = ledger.path.read_text().splitlines()
     assert len(lines) == sum(len(batch.bad) for batch in found)

@@ -24,7 +24,7 @@ def stream(corpora, tokenizer):
 
 @pytest.fixture(scope="module")
 def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
-    """A stream of caption pairs of which seven pictures look whole and cannot be decoded."""
+    """A stream of caption pairs of which seven images look whole and cannot be decoded."""
     folder = tmp_path_factory.mktemp("hollow")
     keys = [f"{i:09d}.png" for i in range(0, 2 * N_HOLLOW, 2)]
     members = [(n, made.hollow_png() if n in keys else d) for n, d in made.pairs(31, 0)]
@@ -51,13 +51,13 @@ def read(rows, stream):
     return reader(stream).read(rows, corpora_of(stream))
 
 
-def read_all(pictures, stream, epochs=1):
+def read_all(images, stream, epochs=1):
     """Epochs of caption pairs."""
     rows = (stream.row(i) for i in range(epochs * stream.by_name["caption"].plan.n_rows))
-    return [read for row in rows for read in pictures.read([row], corpora_of(stream))[0]]
+    return [read for row in rows for read in images.read([row], corpora_of(stream))[0]]
 
 
-def first_with_pictures(stream):
+def first_with_images(stream):
     return next(row for row in map(stream.row, range(31)) if len(row.images) >= 3)
 
 
@@ -73,7 +73,7 @@ def test_a_batch_holds_its_rows_as_they_are(stream, tokenizer):
     assert batch.n_step_targets == 7
 
 
-def test_slots_say_row_and_place_of_each_picture(stream, tokenizer):
+def test_slots_say_row_and_place_of_each_image(stream, tokenizer):
     rows = [stream.row(i) for i in range(11)]
     batch = joined(read(rows, stream), tokenizer)
     assert len(batch.images) == len(batch.slots) == sum(len(row.images) for row in rows) > 0
@@ -81,7 +81,7 @@ def test_slots_say_row_and_place_of_each_picture(stream, tokenizer):
         assert batch.tokens[b, first - 1 : first + 4].tolist() == [stream.special.image] * 4 + [stream.special.image_end]
 
 
-def test_pictures_lie_in_the_order_of_their_slots(stream, tokenizer):
+def test_images_lie_in_the_order_of_their_slots(stream, tokenizer):
     rows = [stream.row(i) for i in range(7)]
     batch = joined(read(rows, stream), tokenizer)
     originals = [corpora_of(stream)[row.source].image_bytes(image) for row in rows for image in row.images]
@@ -108,8 +108,8 @@ def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
     assert all(n > 0 for n in wanted)
 
 
-def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
-    row = first_with_pictures(stream)
+def test_an_image_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
+    row = first_with_images(stream)
     [found], images = read([row], stream)
     batch = joined(([replace(found, undecodable=(row.image_owner[1],))], images), tokenizer)
     placed = row.documents[row.image_owner[1]]
@@ -120,36 +120,36 @@ def test_a_picture_that_cannot_be_decoded_keeps_its_document_without_targets(str
     assert batch.n_bad_images == 1
 
 
-def test_pictures_that_cannot_be_decoded_are_counted(hollow, tokenizer):
+def test_images_that_cannot_be_decoded_are_counted(hollow, tokenizer):
     rows = [hollow.row(i) for i in range(hollow.by_name["caption"].plan.n_rows)]
     batch = joined(read(rows, hollow), tokenizer)
     assert len(batch.images) == 31
-    black = [not picture.any() for picture in batch.images]
+    black = [not image.any() for image in batch.images]
     assert batch.n_bad_images == sum(black) == N_HOLLOW
-    assert batch.bad == (("caption", "picture cannot be decoded"),) * N_HOLLOW
+    assert batch.bad == (("caption", "image cannot be decoded"),) * N_HOLLOW
 
 
-def test_too_many_bad_pictures_stop_the_run_and_name_source_share_reasons_and_ledger(hollow, monkeypatch, tmp_path):
-    monkeypatch.setattr(quarantine, "MIN_PICTURES", 5)
-    pictures = reader(hollow, 0.05, ledger=Ledger(tmp_path / "bad.jsonl"))
+def test_too_many_bad_images_stop_the_run_and_name_source_share_reasons_and_ledger(hollow, monkeypatch, tmp_path):
+    monkeypatch.setattr(quarantine, "MIN_IMAGES", 5)
+    images = reader(hollow, 0.05, ledger=Ledger(tmp_path / "bad.jsonl"))
     with pytest.raises(UserError) as caught:
-        read_all(pictures, hollow)
-    said = r"caption: (\d+) of (\d+) .* max_bad_share 5\.0%: picture cannot be decoded: (\d+)\. .*bad\.jsonl\."
+        read_all(images, hollow)
+    said = r"caption: (\d+) of (\d+) .* max_bad_share 5\.0%: image cannot be decoded: (\d+)\. .*bad\.jsonl\."
     n_bad, n_read, n_of_reason = map(int, re.search(said, str(caught.value)).groups())
     assert re.search(r"00000\.tar, byte \d+", str(caught.value))
     assert n_bad == n_of_reason == len(list(read_ledger(tmp_path / "bad.jsonl")))
     assert n_bad > 0.05 * n_read
 
 
-def test_a_few_bad_pictures_do_not_stop_the_run(hollow):
-    pictures = reader(hollow, 0.0)
-    found = read_all(pictures, hollow)
-    budget = pictures.budgets["caption"]
+def test_a_few_bad_images_do_not_stop_the_run(hollow):
+    images = reader(hollow, 0.0)
+    found = read_all(images, hollow)
+    budget = images.budgets["caption"]
     assert (budget.n_read, budget.n_bad) == (31, N_HOLLOW)
     assert sum(len(row.undecodable) for row in found) == N_HOLLOW
 
 
-def test_bad_pictures_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_path):
+def test_bad_images_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_path):
     ledger = Ledger(tmp_path / "run/bad.jsonl")
     found = read_all(reader(hollow, ledger=ledger), hollow)
     samples = list(read_ledger(ledger.path))
@@ -163,26 +163,26 @@ def test_bad_pictures_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp
         ]
         assert corpus.shard_and_name(row.documents[owner].document) == (sample.shard, sample.key)
         assert corpus.image_bytes(image) == made.hollow_png()
-        assert (sample.source, sample.reason, sample.split) == ("caption", "picture cannot be decoded", None)
+        assert (sample.source, sample.reason, sample.split) == ("caption", "image cannot be decoded", None)
 
 
-def test_a_picture_met_in_two_epochs_is_written_twice_and_read_once(hollow, tmp_path):
+def test_an_image_met_in_two_epochs_is_written_twice_and_read_once(hollow, tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
     read_all(reader(hollow, ledger=ledger), hollow, epochs=2)
     assert len(ledger.path.read_text().splitlines()) == 2 * N_HOLLOW
     assert len(list(read_ledger(ledger.path))) == N_HOLLOW
 
 
-def test_a_run_without_bad_pictures_has_no_ledger(stream, tmp_path):
+def test_a_run_without_bad_images_has_no_ledger(stream, tmp_path):
     ledger = Ledger(tmp_path / "run/bad.jsonl")
     rows = [stream.row(i) for i in range(11)]
-    pictures = reader(stream, ledger=ledger)
-    assert len(pictures.read(rows, corpora_of(stream))[1]) > 0
+    images = reader(stream, ledger=ledger)
+    assert len(images.read(rows, corpora_of(stream))[1]) > 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shard_that_is_gone_is_named(stream, tmp_path):
-    row = first_with_pictures(stream)
+    row = first_with_images(stream)
     corpus = stream.by_name[row.source].corpus
     gone = replace(row, images=tuple(replace(i, shard=0) for i in row.images))
 
@@ -192,17 +192,17 @@ def test_a_shard_that_is_gone_is_named(stream, tmp_path):
         def image_bytes(self, image):
             return corpus.source.image_bytes(self.shards[image.shard], image.offset, image.length)
 
-    with pytest.raises(UserError, match=rf"row {row.number}: a picture cannot be read: .*gone\.tar"):
+    with pytest.raises(UserError, match=rf"row {row.number}: an image cannot be read: .*gone\.tar"):
         reader(stream).read([gone], {row.source: Moved()})
 
 
 def test_slots_that_do_not_fit_the_latents_are_refused(stream, tokenizer):
-    row = first_with_pictures(stream)
+    row = first_with_images(stream)
     with pytest.raises(ValueError, match="latents"):
         joined(read([row], stream), tokenizer, n_latents=5)
 
 
-def test_a_batch_without_pictures_has_tensors_for_none(stream, tokenizer):
+def test_a_batch_without_images_has_tensors_for_none(stream, tokenizer):
     row = next(row for row in map(stream.row, range(31)) if not row.images)
     batch = joined(read([row], stream), tokenizer)
     assert tuple(batch.images.shape) == (0, 3, SIDE, SIDE)

@@ -21,7 +21,7 @@ NUMBERS = st.integers(0, 2**40)
 
 @st.composite
 def rows(draw) -> Row:
-    """Rows of three documents, each of 7 positions and with a picture."""
+    """Rows of three documents, each of 7 positions and with an image."""
     ids = st.lists(st.integers(0, 2**31), min_size=21, max_size=21)
     starts = [draw(NUMBERS) for _ in range(3)]
     documents = tuple(PlacedDocument(draw(NUMBERS), start, start + 7, 7 * n, 7) for n, start in enumerate(starts))
@@ -45,13 +45,13 @@ OTHER = {
         for name in ("document", "start", "end", "at", "length")
     },
     **{
-        f"a picture's {name}": lambda row, n, name=name: replace(row, images=_moved(row.images, n, name))
+        f"an image's {name}": lambda row, n, name=name: replace(row, images=_moved(row.images, n, name))
         for name in ("shard", "offset", "length")
     },
-    "a picture's file": lambda row, n: replace(row, images=(*row.images[:2], replace(row.images[2], path="a" * n))),
+    "an image's file": lambda row, n: replace(row, images=(*row.images[:2], replace(row.images[2], path="a" * n))),
     "fewer documents": lambda row, n: replace(row, documents=row.documents[: n % 3]),
-    "fewer pictures": lambda row, n: replace(row, images=row.images[: n % 3]),
-    "pictures in another order": lambda row, n: replace(row, images=row.images[::-1]),
+    "fewer images": lambda row, n: replace(row, images=row.images[: n % 3]),
+    "images in another order": lambda row, n: replace(row, images=row.images[::-1]),
 }
 """What may be different in a row, by n."""
 

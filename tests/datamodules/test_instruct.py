@@ -101,7 +101,7 @@ def test_no_example_is_split(data):
             assert (placed.start, placed.end) == (0, lengths[placed.document] + 1)
 
 
-def test_a_picture_is_read_from_its_own_file(raw, examples):
+def test_an_image_is_read_from_its_own_file(raw, examples):
     document = next(d for d in range(examples.n_documents) if len(examples.document_images(d)) == 2)
     [first, second] = examples.document_images(document)
     names = record_of(examples, document)["images"]
@@ -111,7 +111,7 @@ def test_a_picture_is_read_from_its_own_file(raw, examples):
     assert examples.image_file(second) == folder / names[1]
 
 
-def test_a_batch_has_its_pictures_in_the_order_of_their_slots(data):
+def test_a_batch_has_its_images_in_the_order_of_their_slots(data):
     batch = next(iter(data.train_dataloader()))
     row = data.stream().row(0)
     first = decode(data.opened["instruct"].corpus.image_bytes(row.images[0]), 7, "crop")
@@ -242,7 +242,7 @@ def test_prompts_that_all_lack_room_are_an_error_that_names_the_length(data, mon
         list(data.predict_dataloader())
 
 
-def test_pictures_are_read_batch_by_batch(data, monkeypatch):
+def test_images_are_read_batch_by_batch(data, monkeypatch):
     monkeypatch.setattr("datamodules.prompt_batches.BATCH", 2)
     read = []
     once = data.opened["instruct"].corpus.image_bytes

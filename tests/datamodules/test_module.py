@@ -228,14 +228,14 @@ def test_without_held_out_documents_there_is_no_validation(build, corpus_configs
         data.val_dataloader()
 
 
-def test_pictures_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch):
+def test_images_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch):
     def broken(data, size, fit):
-        raise ImageError("picture cannot be decoded")
+        raise ImageError("image cannot be decoded")
 
     data = ready(build)
     monkeypatch.setattr("datamodules.prompt_batches.decode", broken)
     assert list(data.caption_questions()) == []
-    with pytest.raises(UserError, match=r"nothing to ask: .* or has a picture that cannot be decoded"):
+    with pytest.raises(UserError, match=r"nothing to ask: .* or has an image that cannot be decoded"):
         list(data.predict_dataloader())
 
 

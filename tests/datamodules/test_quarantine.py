@@ -9,7 +9,7 @@ from datamodules import quarantine
 from datamodules.quarantine import BadSample, Budget, Ledger, read_ledger
 from kosmos_lit.errors import UserError
 
-SAMPLE = BadSample(source="caption", shard="pairs/00000.tar", key="000000017", reason="not a picture")
+SAMPLE = BadSample(source="caption", shard="pairs/00000.tar", key="000000017", reason="not an image")
 N_PROCESSES, N_LINES = 5, 211
 
 
@@ -21,7 +21,7 @@ def write_many(ledger, process):
 
 def test_a_line_leaves_out_what_is_not_known():
     assert json.loads(SAMPLE.to_line()) == {
-        "source": "caption", "shard": "pairs/00000.tar", "key": "000000017", "reason": "not a picture", "detail": "",
+        "source": "caption", "shard": "pairs/00000.tar", "key": "000000017", "reason": "not an image", "detail": "",
     }  # fmt: skip
     placed = json.loads(replace(SAMPLE, row=0, offset=512).to_line())
     assert (placed["row"], placed["offset"]) == (0, 512)
@@ -101,38 +101,38 @@ def test_a_ledger_that_cannot_be_written_is_named(tmp_path):
         Ledger(tmp_path / "file/bad.jsonl").write(SAMPLE)
 
 
-def test_a_budget_judges_the_share_after_enough_pictures(monkeypatch):
-    monkeypatch.setattr(quarantine, "MIN_PICTURES", 11)
+def test_a_budget_judges_the_share_after_enough_images(monkeypatch):
+    monkeypatch.setattr(quarantine, "MIN_IMAGES", 11)
     budget = Budget("coco", 0.3)
     for _ in range(7):
         budget.good()
     for _ in range(3):
-        budget.bad("not a picture", "a.tar, byte 7")
-    with pytest.raises(UserError, match=r"coco: 4 of 11 pictures .* \(36\.4%\), more than max_bad_share 30\.0%"):
-        budget.bad("empty picture", "a.tar, byte 9")
+        budget.bad("not an image", "a.tar, byte 7")
+    with pytest.raises(UserError, match=r"coco: 4 of 11 images .* \(36\.4%\), more than max_bad_share 30\.0%"):
+        budget.bad("empty image", "a.tar, byte 9")
 
 
 def test_a_budget_counts_reasons_and_names_the_commonest_first(monkeypatch, tmp_path):
-    monkeypatch.setattr(quarantine, "MIN_PICTURES", 5)
+    monkeypatch.setattr(quarantine, "MIN_IMAGES", 5)
     budget = Budget("coco", 0.9, Ledger(tmp_path / "bad.jsonl"))
-    for reason in ("empty picture", "not a picture", "not a picture", "picture too large"):
+    for reason in ("empty image", "not an image", "not an image", "image too large"):
         budget.bad(reason, "a.tar, byte 7")
     with pytest.raises(UserError) as caught:
-        budget.bad("not a picture", "a.tar, byte 9")
-    assert "not a picture: 3, empty picture: 1, picture too large: 1. All are listed in" in str(caught.value)
+        budget.bad("not an image", "a.tar, byte 9")
+    assert "not an image: 3, empty image: 1, image too large: 1. All are listed in" in str(caught.value)
     assert str(tmp_path / "bad.jsonl") in str(caught.value)
     assert "The last one: a.tar, byte 9" in str(caught.value)
 
 
-def test_bad_pictures_in_a_row_stop_a_run_whose_share_is_small(monkeypatch):
+def test_bad_images_in_a_row_stop_a_run_whose_share_is_small(monkeypatch):
     monkeypatch.setattr(quarantine, "MAX_IN_A_ROW", 7)
     budget = Budget("coco", 0.5)
     for _ in range(1009):
         budget.good()
     for _ in range(6):
-        budget.bad("not a picture", "a.tar, byte 7")
+        budget.bad("not an image", "a.tar, byte 7")
     budget.good()
     for _ in range(6):
-        budget.bad("not a picture", "a.tar, byte 7")
-    with pytest.raises(UserError, match=r"coco: 13 of 1,023 pictures .*, the last 7 of them one after another"):
-        budget.bad("not a picture", "a.tar, byte 7")
+        budget.bad("not an image", "a.tar, byte 7")
+    with pytest.raises(UserError, match=r"coco: 13 of 1,023 images .*, the last 7 of them one after another"):
+        budget.bad("not an image", "a.tar, byte 7")

@@ -39,7 +39,7 @@ def test_a_described_row_is_json_with_the_rows_own_numbers(row, stream):
     assert len(described["images"]) == len(row.images)
 
 
-def test_described_captions_pictures_are_found_byte_by_byte(stream):
+def test_described_captions_images_are_found_byte_by_byte(stream):
     row = next(row for row in map(stream.row, range(31)) if row.corpus == 1)
     for image in describe_row(row, stream)["images"]:
         with Path(image["shard"]).open("rb") as file:
@@ -47,7 +47,7 @@ def test_described_captions_pictures_are_found_byte_by_byte(stream):
             assert hashlib.sha256(file.read(image["length"])).hexdigest() == image["sha256"]
 
 
-def test_the_hash_of_a_described_picture_is_that_of_the_original(stream):
+def test_the_hash_of_a_described_image_is_that_of_the_original(stream):
     originals = {hashlib.sha256(d).hexdigest() for _, d in made.pairs(23, 0) + made.pairs(19, 23)}
     originals |= {hashlib.sha256(d).hexdigest() for _, _, d in made.crawl(18, 0)}
     shown = {i["sha256"] for n in range(31) for i in describe_row(stream.row(n), stream)["images"]}
@@ -61,7 +61,7 @@ def test_described_documents_say_where_they_come_from(row, stream):
     assert found == [corpus.shard_and_name(d.document) for d in row.documents]
 
 
-def test_a_readable_row_marks_each_picture_once(row, stream, tokenizer):
+def test_a_readable_row_marks_each_image_once(row, stream, tokenizer):
     shown = readable_row(row, stream, tokenizer)
     assert shown.count("<image>") == shown.count("</image>") == len(row.images)
     assert all(f"at {i.offset} + {i.length} in" in shown for i in row.images)

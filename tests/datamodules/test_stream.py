@@ -36,7 +36,7 @@ def only(corpora, tokenizer, name, **options):
     return made.stream(corpora, tokenizer.special, ratio=ratio, **options)
 
 
-def test_a_picture_is_read_as_marker_slots_and_end_and_is_never_a_target():
+def test_an_image_is_read_as_marker_slots_and_end_and_is_never_a_target():
     tokens, targets, slots = rendered(np.array([10, IMAGE, 11, 12]), 0, 5, 3)
     assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, IMAGE, IMAGE, END, 11, 12]
     assert targets.tolist() == [10, IGNORE, IGNORE, IGNORE, IGNORE, IGNORE, 11, 12, EOS]
@@ -70,7 +70,7 @@ def test_only_answers_are_targets_and_each_ends_with_eos():
     assert targets.tolist() == [*[IGNORE] * 5, 12, 13, EOS, IGNORE, 16, EOS]
 
 
-def test_a_picture_right_behind_an_answer_leaves_its_eos():
+def test_an_image_right_behind_an_answer_leaves_its_eos():
     tokens, targets, _ = rendered(np.array([10, IMAGE, 11, 12]), 0, 5, 1, np.array([1, 0, 0, 1], dtype=bool))
     assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, END, 11, 12]
     assert targets.tolist() == [10, EOS, IGNORE, IGNORE, IGNORE, 12, EOS]
@@ -110,7 +110,7 @@ def test_an_epoch_is_a_permutation_of_the_one_before(corpora, tokenizer, name):
 
 
 @pytest.mark.parametrize("name", ["caption", "interleaved"])
-def test_an_epoch_shows_every_picture_exactly_once(corpora, tokenizer, name):
+def test_an_epoch_shows_every_image_exactly_once(corpora, tokenizer, name):
     shown = Counter(i for row in rows_of(only(corpora, tokenizer, name), name, 0) for i in row.images)
     stored = (i for d in range(corpora[name].n_documents) for i in corpora[name].document_images(d))
     assert shown == Counter(stored)
@@ -126,12 +126,12 @@ def test_rows_of_the_corpora_follow_the_ratio(stream):
     assert Counter(stream.row(i).corpus for i in range(24)) == {0: 10, 1: 10, 2: 4}
 
 
-def test_no_row_has_a_picture_for_a_target(stream):
+def test_no_row_has_an_image_for_a_target(stream):
     targets = {int(t) for i in range(61) for t in stream.row(i).targets}
     assert not targets & {stream.special.image, stream.special.image_end, PAD, BOS}
 
 
-def test_every_picture_of_a_row_has_its_slots_between_marker_and_end(stream):
+def test_every_image_of_a_row_has_its_slots_between_marker_and_end(stream):
     for row in map(stream.row, range(61)):
         for slot in row.slots.tolist():
             assert row.tokens[slot - 1 : slot + 3].tolist() == [stream.special.image] * 4
@@ -140,7 +140,7 @@ def test_every_picture_of_a_row_has_its_slots_between_marker_and_end(stream):
         assert len(row.slots) == len(row.images) == len(row.image_owner)
 
 
-def test_a_picture_lies_in_the_document_that_owns_it(stream):
+def test_an_image_lies_in_the_document_that_owns_it(stream):
     for row in map(stream.row, range(61)):
         for image, owner, slot in zip(row.images, row.image_owner, row.slots.tolist(), strict=True):
             placed = row.documents[owner]

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.batch import CORPORA, PromptBatch
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, random_images, text_doc
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, random_images, text_doc
 
 
 def test_moving_a_batch_moves_every_tensor():
-    batch = batch_of([[text_doc(3), picture_doc(2)]], 17)
+    batch = batch_of([[text_doc(3), image_doc(2)]], 17)
     moved = batch.to("meta")
     tensors = [f.name for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)]
     assert len(tensors) == 8
@@ -17,14 +17,14 @@ def test_moving_a_batch_moves_every_tensor():
 
 
 def test_moving_a_batch_keeps_everything_else():
-    batch = batch_of([[text_doc(3), picture_doc(2)]], 17)
+    batch = batch_of([[text_doc(3), image_doc(2)]], 17)
     moved = batch.to("cpu", non_blocking=True)
     assert (moved.lengths, moved.rows, moved.n_real) == ((5, 9, 3), (0,), 14)
     assert moved.n_step_targets == batch.n_step_targets == 4 + 3
     assert torch.equal(moved.images, batch.images)
 
 
-def test_moving_questions_moves_the_pictures():
+def test_moving_questions_moves_the_images():
     batch = PromptBatch(prompts=["a", "b"], images=random_images(3), n_images=[1, 2], answers=["c", "d"], tasks=["t", "t"])
     moved = batch.to("meta")
     assert (moved.images.device.type, moved.prompts, moved.n_images) == ("meta", ["a", "b"], [1, 2])

@@ -12,7 +12,7 @@ from kosmos_lit import checkpoint as checkpoints
 from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_last, load_checkpoint
 from kosmos_lit.errors import UserError
 from kosmos_lit.weights import load_model
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, tiny_config, tiny_model
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, tiny_config, tiny_model
 
 CONFIG = tiny_config("ViT-B-16")
 
@@ -229,7 +229,7 @@ def whole(model, vocabulary: bytes, **changes) -> dict:
 def test_a_checkpoint_gives_model_and_tokenizer(tmp_path, kosmos_tower, kosmos_vocabulary, kosmos_tokenizer):
     model = tiny_model(kosmos_tower, positions="learned")
     loaded = load_model(save(tmp_path / "a.ckpt", whole(model, kosmos_vocabulary)))
-    batch = batch_of([[picture_doc(3)]], 11)
+    batch = batch_of([[image_doc(3)]], 11)
     assert torch.equal(loaded(batch), model(batch))
     assert (loaded.tokenizer.fingerprint, loaded.training) == (kosmos_tokenizer.fingerprint, False)
 

@@ -33,8 +33,8 @@ def linear(x: Tensor, m: torch.nn.Linear) -> Tensor:
 def test_the_resampler_is_one_cross_attention_whose_keys_include_the_latents():
     made, features = resampler(), normal(N, P, C, seed=1)
     expected = []
-    for picture in features:
-        keys = torch.cat([linear(picture, made.dense), made.latent_query])  # (P + L, D)
+    for image in features:
+        keys = torch.cat([linear(image, made.dense), made.latent_query])  # (P + L, D)
         q, k, v = linear(made.latent_query, made.x_attn.q_proj), *(
             linear(keys, m) for m in (made.x_attn.k_proj, made.x_attn.v_proj)
         )
@@ -124,11 +124,11 @@ def layer_norm(x: Tensor, m: torch.nn.LayerNorm) -> Tensor:
 def test_the_perceiver_is_flamingos_figure_written_out():
     made, features = connector("perceiver", C=12, n_heads=H, n_layers=2), normal(N, P, 12, seed=1)
     expected = []
-    for picture in features:
+    for image in features:
         x = made.latent_query
         for layer in made.layers:
             latents = layer_norm(x, layer.latents_layer_norm)
-            keys = torch.cat([layer_norm(picture, layer.features_layer_norm), latents])  # (P + L, C)
+            keys = torch.cat([layer_norm(image, layer.features_layer_norm), latents])  # (P + L, C)
             attention = layer.x_attn
             q, k, v = latents @ attention.q_proj.weight.T, keys @ attention.k_proj.weight.T, keys @ attention.v_proj.weight.T
             parts = [slice(at, at + 12 // H) for at in range(0, 12, 12 // H)]
@@ -176,7 +176,7 @@ def test_every_connector_gives_as_many_latents_as_asked_for(kind, n_latents):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pictures_latents_are_its_own(kind):
+def test_an_images_latents_are_its_own(kind):
     made, features = connector(kind, C=12), normal(N, P, 12)
     torch.testing.assert_close(made(features)[1:], made(features[1:]), rtol=1e-5, atol=1e-6)  # fp32, other batch size
 

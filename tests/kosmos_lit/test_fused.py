@@ -14,13 +14,13 @@ from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import LoraConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, shaken, text_doc, tiny_config, tiny_model
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, shaken, text_doc, tiny_config, tiny_model
 
 T = 37
 BATCHES = [
-    batch_of([[picture_doc(4, seed=1, n_pictures=2), text_doc(7, seed=2)], [text_doc(19, seed=3)]], T),
-    batch_of([[text_doc(3, seed=4), picture_doc(5, seed=5), text_doc(8, seed=6)], [picture_doc(11, seed=7)]], T),
-    batch_of([[text_doc(35, seed=8)], [picture_doc(1, seed=n) for n in range(4)]], T),
+    batch_of([[image_doc(4, seed=1, n_images=2), text_doc(7, seed=2)], [text_doc(19, seed=3)]], T),
+    batch_of([[text_doc(3, seed=4), image_doc(5, seed=5), text_doc(8, seed=6)], [image_doc(11, seed=7)]], T),
+    batch_of([[text_doc(35, seed=8)], [image_doc(1, seed=n) for n in range(4)]], T),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks for it
 needs_compiler = pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
@@ -61,7 +61,7 @@ def test_a_fused_model_gives_the_losses_of_a_plain_one_compiled_once(kosmos_towe
     model = tiny_model(kosmos_tower, vision={"chunk": 4}, **fields).train()
     names = list(model.state_dict())
     model.fuse()
-    # The batches' 3, 2 and 4 pictures make chunks of 1 and of 4: both sizes are seen, and each document's length.
+    # The batches' 3, 2 and 4 images make chunks of 1 and of 4: both sizes are seen, and each document's length.
     assert_same(losses(model), expected)
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -12,7 +12,7 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.fp8 import LOVELACE
 from kosmos_lit.tokenizer import BOS, Tokenizer
-from tests.kosmos_lit.tiny_kosmos import SPECIAL, batch_of, picture_doc, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import SPECIAL, batch_of, image_doc, text_doc, tiny_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(config: KosmosConfig, kernel:
     table = {"attention_kernel": kernel}
     on_gpu = Kosmos.create(KosmosConfig.from_dict({**vars(config), "decoder": {**vars(config.decoder), **table}})).cuda()
     on_cpu = Kosmos.create(config)
-    batch = batch_of([[text_doc(7), picture_doc(11)], [picture_doc(5, n_pictures=2), text_doc(3)]], 41)
+    batch = batch_of([[text_doc(7), image_doc(11)], [image_doc(5, n_images=2), text_doc(3)]], 41)
 
     wanted, found = on_cpu.nll(batch), on_gpu.nll(batch.to("cuda"))
     wanted.sum().backward()
@@ -51,23 +51,23 @@ SETTINGS = [{}, {"n_beams": 3}, {"temperature": 0.8, "top_k": 7}, {"choices": ("
 def test_a_model_writes_on_the_gpu_what_it_writes_on_the_cpu(
     config: KosmosConfig, kosmos_tokenizer: Tokenizer, settings: dict[str, Any]
 ) -> None:
-    picture, model = torch.arange(3 * 23 * 29, dtype=torch.int64).view(3, 23, 29).to(torch.uint8), Kosmos.create(config, 3)
+    image, model = torch.arange(3 * 23 * 29, dtype=torch.int64).view(3, 23, 29).to(torch.uint8), Kosmos.create(config, 3)
     model.tokenizer = kosmos_tokenizer
 
-    on_cpu = model.generate("the <image> sat on", picture, max_new_tokens=7, **settings)
-    on_gpu = model.cuda().generate("the <image> sat on", picture, max_new_tokens=7, **settings)
+    on_cpu = model.generate("the <image> sat on", image, max_new_tokens=7, **settings)
+    on_gpu = model.cuda().generate("the <image> sat on", image, max_new_tokens=7, **settings)
 
     assert on_gpu == on_cpu
 
 
 def test_scores_and_logits_are_those_of_the_cpu(config: KosmosConfig, kosmos_tokenizer: Tokenizer) -> None:
-    picture, model = torch.full((3, 23, 29), 77, dtype=torch.uint8), Kosmos.create(config, 3)
+    image, model = torch.full((3, 23, 29), 77, dtype=torch.uint8), Kosmos.create(config, 3)
     model.tokenizer = kosmos_tokenizer
 
-    on_cpu, logits = model.score("the", ["cat sat", "mat"], picture), model.logits([BOS, 7, 11])
+    on_cpu, logits = model.score("the", ["cat sat", "mat"], image), model.logits([BOS, 7, 11])
     model.cuda()
 
-    found = [s.total for s in model.score("the", ["cat sat", "mat"], picture)]
+    found = [s.total for s in model.score("the", ["cat sat", "mat"], image)]
     assert found == pytest.approx([s.total for s in on_cpu], abs=1e-4)  # fp32: sums in another order
     torch.testing.assert_close(model.logits([BOS, 7, 11]).cpu(), logits, rtol=1e-4, atol=1e-4)
 
@@ -80,7 +80,7 @@ def on_gpu(config: KosmosConfig, **decoder: Any) -> Kosmos:
 
 def losses(model: Kosmos) -> list[float]:
     """Losses of batches whose documents differ in length, after a step on each of them."""
-    rows = [[text_doc(7), picture_doc(11)], [picture_doc(5, n_pictures=2)]], [[text_doc(30)], [picture_doc(9), text_doc(3)]]
+    rows = [[text_doc(7), image_doc(11)], [image_doc(5, n_images=2)]], [[text_doc(30)], [image_doc(9), text_doc(3)]]
     optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), []
     for made in rows * 3:
         batch = batch_of(made, 48).to("cuda")
@@ -121,7 +121,7 @@ def test_no_kernel_leaks_on_the_gpu(config: KosmosConfig, kernel: str, within: s
 
 
 def test_a_training_step_does_not_wait_for_the_gpu(config: KosmosConfig) -> None:
-    model, batch = on_gpu(config), batch_of([[text_doc(7), picture_doc(11)], [picture_doc(5, n_pictures=2)]], 48).to("cuda")
+    model, batch = on_gpu(config), batch_of([[text_doc(7), image_doc(11)], [image_doc(5, n_images=2)]], 48).to("cuda")
     model.loss(batch, 0.1)[0].backward()  # tables and buffers are made once
     torch.cuda.set_sync_debug_mode("error")
     try:

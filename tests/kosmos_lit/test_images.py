@@ -112,8 +112,8 @@ def test_values_that_are_no_numbers_do_not_stop_anything():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format_", ["PNG", "WEBP"])
-def test_a_picture_is_turned_upright(orientation, format_):
-    # How each orientation of the EXIF standard is stored, as turns and mirrorings of the upright picture.
+def test_an_image_is_turned_upright(orientation, format_):
+    # How each orientation of the EXIF standard is stored, as turns and mirrorings of the upright image.
     stored = {
         1: NOISE,
         2: NOISE[:, ::-1],
@@ -136,7 +136,7 @@ def test_a_picture_is_turned_upright(orientation, format_):
 @pytest.mark.parametrize(
     "exif", [b"garbage that is no TIFF", b"II*\0\x08\0\0\0\x05\0\x12\x01", b"II*\0\xff\xff\xff\xff", b""]
 )
-def test_a_broken_exif_block_leaves_the_picture_as_it_is(format_, exif):
+def test_a_broken_exif_block_leaves_the_image_as_it_is(format_, exif):
     image = open_rgb(with_exif(format_, b"Exif\0\0" + exif))
     assert image.size == (W, H)
     assert np.abs(np.subtract(image.getpixel((5, 3)), GREEN)).max() <= 5  # JPEG and WEBP are lossy
@@ -153,41 +153,41 @@ def test_an_animation_gives_its_first_frame(format_):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 2000), (2000, 1), (51, 1)])
-def test_an_elongated_picture_is_refused(width, height):
+def test_an_elongated_image_is_refused(width, height):
     with pytest.raises(ImageError, match=f"{width} x {height} exceeds 1 : 50") as caught:
         decode(saved(Image.new("RGB", (width, height))), 5, "crop")
-    assert caught.value.reason == "picture too elongated"
+    assert caught.value.reason == "image too elongated"
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 50), (50, 1)])
-def test_a_small_picture_is_fine(width, height):
+def test_a_small_image_is_fine(width, height):
     assert decode(saved(Image.new("RGB", (width, height), RED)), 5, "crop").shape == (3, 5, 5)
 
 
 @pytest.mark.parametrize("side", [8_001, 20_000])  # beyond the second, Pillow itself refuses
 @pytest.mark.parametrize("read", [probe, open_rgb])
-def test_a_large_picture_is_refused_before_it_is_decoded(monkeypatch, side, read):
+def test_a_large_image_is_refused_before_it_is_decoded(monkeypatch, side, read):
     monkeypatch.setattr(images, "_load", lambda image: pytest.fail("decoded"))
     with pytest.raises(ImageError) as caught:
         read(png_header(side, side))
-    assert caught.value.reason == "picture too large"
+    assert caught.value.reason == "image too large"
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF", b"<html></html>", bytes(100)])
-def test_what_is_no_picture_is_refused(data):
+def test_what_is_no_image_is_refused(data):
     with pytest.raises(ImageError) as caught:
         probe(data)
-    assert caught.value.reason == ("not a picture" if data else "empty picture")
+    assert caught.value.reason == ("not an image" if data else "empty image")
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("read", [probe, lambda data: decode(data, 5, "crop")])
-def test_a_picture_that_is_cut_off_is_refused(format_, read):
+def test_an_image_that_is_cut_off_is_refused(format_, read):
     noise = np.random.default_rng(0).integers(0, 256, (47, 53, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise), format_)
     with pytest.raises(ImageError) as caught:
         read(data[: len(data) * 2 // 3])
-    assert caught.value.reason in ("picture cannot be decoded", "not a picture")
+    assert caught.value.reason in ("image cannot be decoded", "not an image")
     assert len(str(caught.value)) > len(caught.value.reason) + 2  # says more than the reason
 
 
@@ -210,12 +210,12 @@ def test_a_damaged_file_gives_pixels_or_an_image_error(format_):
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
 @pytest.mark.parametrize("extra", [b"", b"\n"])  # a file may go on after its end
-def test_a_whole_picture_is_probed(format_, extra):
+def test_a_whole_image_is_probed(format_, extra):
     assert probe(saved(Image.fromarray(NOISE), format_) + extra) == ImageInfo(W, H, format_)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "GIF", "WEBP"])
-def test_probing_a_whole_picture_does_not_decode_it(monkeypatch, format_):
+def test_probing_a_whole_image_does_not_decode_it(monkeypatch, format_):
     monkeypatch.setattr(images, "_load", lambda image: pytest.fail("decoded"))
     assert probe(saved(Image.fromarray(NOISE), format_)).width == W
 
@@ -248,14 +248,14 @@ def test_square_keeps_everything(side):
     assert tuple(found[:, side // 2, side // 2 + 2]) == GREEN
 
 
-def test_crop_takes_the_middle_of_a_tall_picture():
+def test_crop_takes_the_middle_of_a_tall_image():
     found = decode(saved(open_rgb(quarters(40, 20)).rotate(90, expand=True)), 20, "crop")
     assert tuple(found[:, 0, 10]) == GREEN
     assert tuple(found[:, -1, 10]) == RED
 
 
 @pytest.mark.parametrize("fit", ["crop", "square"])
-def test_a_picture_of_the_right_size_is_not_resampled(fit):
+def test_an_image_of_the_right_size_is_not_resampled(fit):
     square = np.random.default_rng(1).integers(0, 256, (13, 13, 3), dtype=np.uint8)
     found = decode(saved(Image.fromarray(square)), 13, fit)
     assert np.array_equal(found, square.transpose(2, 0, 1))

@@ -91,7 +91,7 @@ def test_square_pixels_are_the_plain_way_s(monkeypatch, width, height):
 @pytest.mark.parametrize("fit", ["crop", "square"])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_picture_of_the_right_size_is_decoded_as_pillow_does(monkeypatch, fit, subsampling, progressive):
+def test_an_image_of_the_right_size_is_decoded_as_pillow_does(monkeypatch, fit, subsampling, progressive):
     data = jpeg(white_noise(53, 53), subsampling=subsampling, progressive=progressive)
     plain_is_not_asked(monkeypatch)
 
@@ -200,7 +200,7 @@ def test_a_jpeg_without_its_last_bytes_is_refused_though_an_end_marker_is_there(
     with pytest.raises(ImageError) as caught:
         decode(data[: -2 - n_bytes] + end, 23, "crop")
 
-    assert caught.value.reason == "picture cannot be decoded"
+    assert caught.value.reason == "image cannot be decoded"
 
 
 @pytest.mark.parametrize("extra", [b"\n", b"\xff\xd9", bytes(1000), b"<html>"])

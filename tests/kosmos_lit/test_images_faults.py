@@ -1,4 +1,4 @@
-"""Pictures as strangers send them: broken, hostile, rare. Nothing but ImageError, and nothing that costs much."""
+"""Images as strangers send them: broken, hostile, rare. Nothing but ImageError, and nothing that costs much."""
 
 import contextlib
 import io
@@ -92,7 +92,7 @@ def test_a_header_that_claims_too_many_pixels_is_refused(claiming, side, read):
     with pytest.raises(ImageError) as caught:
         read(claiming(side, side), 23, "crop")
 
-    assert caught.value.reason == "picture too large"
+    assert caught.value.reason == "image too large"
 
 
 @pytest.mark.parametrize("claiming", CLAIMING)
@@ -102,7 +102,7 @@ def test_a_header_that_claims_a_strip_is_refused(claiming, width, height, read):
     with pytest.raises(ImageError) as caught:
         read(claiming(width, height), 23, "crop")
 
-    assert caught.value.reason == "picture too elongated"
+    assert caught.value.reason == "image too elongated"
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 200_000), (200_000, 1)])
@@ -154,23 +154,23 @@ def test_bombs_cost_no_memory(tmp_path: Path):
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True)
 
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 16_384  # KiB; unpacked, the pictures take 400 MiB and more, the metadata 38 MiB each
+    assert int(ran.stdout) < 16_384  # KiB; unpacked, the images take 400 MiB and more, the metadata 38 MiB each
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(images.__file__).parents[1])}
 
 
-# ---- what is no picture
+# ---- what is no image
 
 
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><html><body>404</body></html>", b"\xff\xd8\xff", b"\xff\xd8", b"\0"])
 @LOADERS
-def test_what_is_no_picture_is_refused_by_the_fast_way_too(data, read):
+def test_what_is_no_image_is_refused_by_the_fast_way_too(data, read):
     with pytest.raises(ImageError) as caught:
         read(data, 23, "crop")
 
-    assert caught.value.reason == "not a picture"
+    assert caught.value.reason == "not an image"
 
 
 @pytest.mark.parametrize("at", [2, 20, 160, 400, 623, 700, 1500])
@@ -236,7 +236,7 @@ SOUND = {
 STARTS = [b"", *{data[:12] for data in SOUND.values()}]
 
 
-def is_a_picture_or_refused(data: bytes) -> None:
+def is_an_image_or_refused(data: bytes) -> None:
     for fit in ("crop", "square"):
         try:
             found = decode(data, 23, fit)
@@ -251,14 +251,14 @@ def is_a_picture_or_refused(data: bytes) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(STARTS), st.binary(max_size=300))
-def test_random_bytes_are_refused_or_a_picture(start, rest):
-    is_a_picture_or_refused(start + rest)
+def test_random_bytes_are_refused_or_an_image(start, rest):
+    is_an_image_or_refused(start + rest)
 
 
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("kind", list(SOUND))
 @given(st.data())
-def test_a_mutated_file_is_refused_or_a_picture(kind, data):
+def test_a_mutated_file_is_refused_or_an_image(kind, data):
     """Bytes changed, in the header more often than not, and stretches dropped, doubled, or cut off at the end."""
     mutated = bytearray(SOUND[kind])
     for _ in range(data.draw(st.integers(1, 5))):
@@ -273,4 +273,4 @@ def test_a_mutated_file_is_refused_or_a_picture(kind, data):
                 mutated[at:at] = mutated[at : at + length]
             case "cut":
                 del mutated[len(mutated) - length :]
-    is_a_picture_or_refused(bytes(mutated))
+    is_an_image_or_refused(bytes(mutated))

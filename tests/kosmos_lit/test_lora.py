@@ -14,10 +14,10 @@ from kosmos_lit.config import LoraConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.lora import base_weights, load_adapter, merged, save_adapter, without_lora
 from kosmos_lit.model import Kosmos
-from tests.kosmos_lit.tiny_kosmos import batch_of, normal, picture_doc, shaken, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, normal, shaken, text_doc, tiny_config
 
 LORA = LoraConfig(rank=3, alpha=5.0, dropout_rate=0.0)
-BATCH = batch_of([[picture_doc(5, n_pictures=2), text_doc(7)], [text_doc(11)]], 41)
+BATCH = batch_of([[image_doc(5, n_images=2), text_doc(7)], [text_doc(11)]], 41)
 EXACT = {"rtol": 0.0, "atol": 1e-5}  # fp32, 2 layers, outputs of size 3: measured 2e-6
 
 

@@ -11,7 +11,7 @@ from kosmos_lit.batch import CORPORA, KosmosBatch
 from kosmos_lit.cli import main
 from kosmos_lit.config import LossWeights
 from kosmos_lit.lit import KosmosLit
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config, tiny_model
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config, tiny_model
 from tests.running import losses, tiny_run
 
 TRAINER = SimpleNamespace(accumulate_grad_batches=3, world_size=2)
@@ -21,7 +21,7 @@ N_STEP_TARGETS = 101
 
 def batch() -> KosmosBatch:
     """Rows of caption, text, interleaved, caption and instruct, with 5, 6, 9, 4 and 8 supervised tokens."""
-    rows = [[picture_doc(4, seed=1)], [text_doc(5, seed=2)], [picture_doc(4, seed=3, n_pictures=2)], [picture_doc(3, 4)]]
+    rows = [[image_doc(4, seed=1)], [text_doc(5, seed=2)], [image_doc(4, seed=3, n_images=2)], [image_doc(3, 4)]]
     made = batch_of([*rows, [text_doc(7, seed=5)]], 23, corpus=[1, 0, 2, 1, 3])
     made.n_step_targets = N_STEP_TARGETS
     return made

@@ -13,7 +13,7 @@ from tests.kosmos_lit.tiny_kosmos import (
     SPECIAL,
     Doc,
     batch_of,
-    picture_doc,
+    image_doc,
     random_images,
     text_doc,
     tiny_config,
@@ -21,7 +21,7 @@ from tests.kosmos_lit.tiny_kosmos import (
     words,
 )
 
-FIRST, SECOND, THIRD = picture_doc(4, seed=1, n_pictures=2), picture_doc(3, seed=2), text_doc(5, seed=3)
+FIRST, SECOND, THIRD = image_doc(4, seed=1, n_images=2), image_doc(3, seed=2), text_doc(5, seed=3)
 T = 37
 
 
@@ -51,8 +51,8 @@ def test_packed_documents_have_the_logits_of_each_alone(kosmos_tower, positions,
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])
 @pytest.mark.parametrize(
     "neighbour",
-    [Doc(FIRST.ids, random_images(2, seed=9)), Doc([BOS, SPECIAL.image, *words(8, 9), SPECIAL.image, EOS], FIRST.random_images)],
-    ids=["other pictures", "other text"],
+    [Doc(FIRST.ids, random_images(2, seed=9)), Doc([BOS, SPECIAL.image, *words(8, 9), SPECIAL.image, EOS], FIRST.images)],
+    ids=["other images", "other text"],
 )
 def test_a_document_does_not_see_its_neighbour(kosmos_tower, kernel, neighbour):
     model = tiny_model(kosmos_tower, attention_kernel=kernel)
@@ -86,19 +86,19 @@ def test_row_attention_counts_positions_through_the_row(kosmos_tower):
 
 
 def test_no_position_of_a_document_sees_what_comes_after_it(kosmos_tower):
-    # The second picture stands after <s>, the first picture and four words: positions 0 to 9.
+    # The second image stands after <s>, the first image and four words: positions 0 to 9.
     model = tiny_model(kosmos_tower)
-    changed = Doc(FIRST.ids, torch.cat([FIRST.random_images[:1], random_images(1, seed=9)]))
+    changed = Doc(FIRST.ids, torch.cat([FIRST.images[:1], random_images(1, seed=9)]))
     one, two = (logits(model, batch_of([[doc]], T))[0] for doc in (FIRST, changed))
     first_slot = 1 + (LATENTS + 2) + 4 + 1
     assert torch.equal(one[:first_slot], two[:first_slot])
     assert not torch.equal(one[first_slot], two[first_slot])
 
 
-# ---- pictures
+# ---- images
 
 
-def test_a_picture_changes_what_is_said_after_it(kosmos_tower):
+def test_an_image_changes_what_is_said_after_it(kosmos_tower):
     model = tiny_model(kosmos_tower)
     one, two = (logits(model, batch_of([[Doc(SECOND.ids, random_images(1, seed))]], 10))[0] for seed in (2, 9))
     assert torch.equal(one[:2], two[:2])  # <s> and <image>
@@ -112,7 +112,7 @@ def test_what_is_written_in_slots_is_not_read(kosmos_tower):
     assert torch.equal(logits(model, batch), logits(model, replace(batch, tokens=other)))
 
 
-def test_pictures_go_to_their_own_slots(kosmos_tower):
+def test_images_go_to_their_own_slots(kosmos_tower):
     model = tiny_model(kosmos_tower)
     batch = batch_of([[SECOND], [Doc(SECOND.ids, random_images(1, seed=9))]], 11)
     swapped = replace(batch, images=batch.images.flip(0), slots=batch.slots.flip(0))
@@ -126,7 +126,7 @@ def test_latents_are_those_of_the_connector_on_the_towers_features(kosmos_tower)
     assert torch.equal(latents, model.connector(model.vision(random_images(5))))
 
 
-def test_a_batch_without_pictures_works(kosmos_tower):
+def test_a_batch_without_images_works(kosmos_tower):
     model, batch = tiny_model(kosmos_tower), batch_of([[THIRD, THIRD], [THIRD]], 17)
     model.nll(batch).mean().backward()
     assert model(batch).shape == (2, 17, 20)
@@ -159,8 +159,8 @@ def test_every_part_of_the_model_learns_from_the_loss(kosmos_tower, connector, n
 
 
 @pytest.mark.parametrize("connector", KINDS)
-def test_one_batch_is_learned_by_heart_from_its_pictures(kosmos_tower, connector):
-    """Two rows differ in their pictures only: text alone cannot tell their captions apart."""
+def test_one_batch_is_learned_by_heart_from_its_images(kosmos_tower, connector):
+    """Two rows differ in their images only: text alone cannot tell their captions apart."""
     config = tiny_config(kosmos_tower, vision={"feature_length": 90.0}, connector=connector)
     model = Kosmos.create(config, seed=3).train()
     captions = [words(5, seed) for seed in (1, 2)]

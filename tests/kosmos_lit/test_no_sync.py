@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import LossWeights, OptimizerConfig
 from kosmos_lit.lit import KosmosLit
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config, tiny_model
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config, tiny_model
 
 T = 37
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ class Waiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-BATCH = batch_of([[picture_doc(4, n_pictures=2), text_doc(7)], [text_doc(19), picture_doc(2)]], T, corpus=[2, 1])
+BATCH = batch_of([[image_doc(4, n_images=2), text_doc(7)], [text_doc(19), image_doc(2)]], T, corpus=[2, 1])
 
 
 def step(lit: KosmosLit, optimizer: torch.optim.Optimizer, batch: KosmosBatch = BATCH) -> None:

@@ -1,6 +1,6 @@
 """What the tests of `kosmos_lit` share: a model of a few thousand weights, and batches made of lists.
 
-Sizes differ, so that swapped axes fail: D 20, H 5, K 4, F 23, C 12, L 3; pictures of 14 pixels and 4 patches.
+Sizes differ, so that swapped axes fail: D 20, H 5, K 4, F 23, C 12, L 3; images of 14 pixels and 4 patches.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def words(n: int, seed: int = 0) -> list[int]:
 
 @dataclass(frozen=True)
 class Doc:
-    """A document: ids, in which `SPECIAL.image` stands for the next of its pictures."""
+    """A document: ids, in which `SPECIAL.image` stands for the next of its images."""
 
     ids: Sequence[int]
-    random_images: Tensor | None = None
+    images: Tensor | None = None
 
     @property
     def expanded(self) -> list[int]:
@@ -91,12 +91,12 @@ def text_doc(n: int, seed: int = 0) -> Doc:
     return Doc([BOS, *words(n, seed), EOS])
 
 
-def picture_doc(n: int, seed: int = 0, n_pictures: int = 1) -> Doc:
-    """<s>, pictures with n words after each, </s>."""
+def image_doc(n: int, seed: int = 0, n_images: int = 1) -> Doc:
+    """<s>, images with n words after each, </s>."""
     ids = [BOS]
-    for i in range(n_pictures):
+    for i in range(n_images):
         ids += [SPECIAL.image, *words(n, seed + 100 * i)]
-    return Doc([*ids, EOS], random_images(n_pictures, seed))
+    return Doc([*ids, EOS], random_images(n_images, seed))
 
 
 def batch_of(rows: Sequence[Sequence[Doc]], n_positions: int, corpus: Sequence[int] | None = None) -> KosmosBatch:
@@ -119,7 +119,7 @@ def batch_of(rows: Sequence[Sequence[Doc]], n_positions: int, corpus: Sequence[i
             positions[b, at:end] = torch.arange(len(ids))
             closing = [at + i for i, id_ in enumerate(ids) if id_ == SPECIAL.image_end]
             slots += [(b, end_at - LATENTS) for end_at in closing]
-            images += [] if doc.random_images is None else [doc.random_images]
+            images += [] if doc.images is None else [doc.images]
             lengths.append(len(ids))
             at = end
         if at < n_positions:

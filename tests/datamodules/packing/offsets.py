@@ -18,7 +18,7 @@ from datamodules.packing.split import Part, Split
 
 @dataclass
 class Offsets:
-    """A corpus whose documents are written as strings of t (text) and i (picture)."""
+    """A corpus whose documents are written as strings of t (text) and i (image)."""
 
     documents: list[str]
     packing: str = "whole"
@@ -79,8 +79,8 @@ class Case:
         text = self.corpus.documents[document]
         if self.corpus.packing == "intact":
             return self.positions(document, 0, len(text) + 1) <= self.layout.seq_len
-        pictures = max(map(len, text.split("t")))
-        return 1 + pictures * (self.layout.n_latents + 2) <= self.layout.seq_len
+        images = max(map(len, text.split("t")))
+        return 1 + images * (self.layout.n_latents + 2) <= self.layout.seq_len
 
     def runs_over(self, document: int) -> bool:
         return self.positions(document, 0, len(self.corpus.documents[document]) + 1) > self.layout.seq_len
@@ -88,7 +88,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, splits: bool = True) -> Case:
-    """Cases of documents of up to several rows, pictures anywhere, one block or several."""
+    """Cases of documents of up to several rows, images anywhere, one block or several."""
     packing = draw(st.sampled_from(["whole", "split", "intact"]))
     document = st.text(draw(st.sampled_from(["t", "ti", "ttttti", "tttttttttti"])), min_size=1, max_size=61)
     documents = draw(st.lists(document, min_size=1, max_size=53))

@@ -28,17 +28,17 @@ def test_packing_never_splits_an_image():
     assert plan.row_positions.max() <= 17
 
 
-def test_pictures_of_pieces_are_counted_right():
+def test_images_of_pieces_are_counted_right():
     documents = ["ttt" + "itt" * 11, "itititiiit", "t" * 41]
     plan = packed(documents, 23, 5)
     pieces = [piece for row in range(plan.n_rows) for piece in plan.pieces(row)]
     assert plan.n_images.tolist() == [documents[d][start:end].count("i") for d, start, end in pieces]
 
 
-def test_a_document_whose_pictures_no_row_holds_is_left_out_and_the_others_are_not():
+def test_a_document_whose_images_no_row_holds_is_left_out_and_the_others_are_not():
     plan = packed(["tit", "tiiit", "tiiti"], 16, 5)
     assert {reason: found.tolist() for reason, found in plan.dropped.items()} == {
-        "more pictures in succession than a row holds": [1]
+        "more images in succession than a row holds": [1]
     }
     assert set(plan.document.tolist()) == {0, 2}
 

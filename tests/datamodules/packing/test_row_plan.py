@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from datamodules.io.hashing import hash_key, permutation
-from datamodules.packing.pack import TOO_LONG, TOO_MANY_PICTURES, pack
+from datamodules.packing.pack import TOO_LONG, TOO_MANY_IMAGES, pack
 from datamodules.packing.row_plan import Blocks, Layout
 from kosmos_lit.errors import UserError
 from tests.datamodules.packing.offsets import Case, Offsets, cases
@@ -62,7 +62,7 @@ def test_every_target_of_a_document_occurs_exactly_once_or_the_document_is_count
 def test_dropped_documents_are_counted_by_reason_with_a_first_example(case):
     for part, plan in case.plans.items():
         lost = [d for d in case.split.documents(0, case.corpus.n_documents, part).tolist() if not case.fits(d)]
-        reason = TOO_LONG if case.corpus.packing == "intact" else TOO_MANY_PICTURES
+        reason = TOO_LONG if case.corpus.packing == "intact" else TOO_MANY_IMAGES
         assert plan.totals.dropped == ({reason: len(lost)} if lost else {})
         assert plan.totals.first_dropped == ({reason: lost[0]} if lost else {})
 
@@ -99,7 +99,7 @@ def test_no_row_is_over_its_capacity(case):
 
 @properties
 @given(cases())
-def test_no_piece_ends_right_behind_a_pictures_marker(case):
+def test_no_piece_ends_right_behind_an_images_marker(case):
     assert not any(case.corpus.documents[d][end - 1 : end] == "i" for d, _, end in case.pieces())
 
 
@@ -108,14 +108,14 @@ def test_no_piece_ends_right_behind_a_pictures_marker(case):
 def test_totals_are_those_of_the_rows_counted_one_by_one(case):
     for part, plan in case.plans.items():
         pieces = [piece for row in range(plan.n_rows) for piece in plan.pieces(row)]
-        pictures = sum(case.corpus.documents[d][start:end].count("i") for d, start, end in pieces)
+        images = sum(case.corpus.documents[d][start:end].count("i") for d, start, end in pieces)
         totals = plan.totals
         assert totals.rows == plan.n_rows
         assert totals.documents == len(case.split.documents(0, case.corpus.n_documents, part))
         assert totals.begun == len({d for d, _, _ in pieces}) == totals.documents - sum(totals.dropped.values())
-        assert totals.images == pictures
+        assert totals.images == images
         assert totals.positions == sum(case.positions(*piece) for piece in pieces)
-        assert totals.targets == sum(end - start for _, start, end in pieces) - pictures
+        assert totals.targets == sum(end - start for _, start, end in pieces) - images
         assert totals.targets == plan.n_targets_of(0, plan.n_rows)
 
 
@@ -241,18 +241,18 @@ def test_blocks_are_the_same_in_another_process(several):
 # ---- what cannot be planned
 
 
-def test_a_row_without_room_for_a_picture_is_refused():
-    with pytest.raises(UserError, match="seq_len 8 has no room for a picture of 5 latents; it needs 9"):
+def test_a_row_without_room_for_an_image_is_refused():
+    with pytest.raises(UserError, match="seq_len 8 has no room for an image of 5 latents; it needs 9"):
         Case(Offsets(["it"]), Layout(seq_len=8, n_latents=5, seed=0)).plan()
 
 
-def test_the_smallest_row_with_room_for_a_picture_is_enough():
+def test_the_smallest_row_with_room_for_an_image_is_enough():
     plan = Case(Offsets(["it", "ttitt", "ititi"]), Layout(seq_len=9, n_latents=5, seed=0)).plan()
     assert plan.totals.images == 1 + 1 + 3
 
 
 def test_a_corpus_of_which_nothing_fits_is_refused_and_a_document_named():
-    with pytest.raises(UserError, match="none of 1 documents fits rows of 11 positions; document 0, for one: more pictures"):
+    with pytest.raises(UserError, match="none of 1 documents fits rows of 11 positions; document 0, for one: more images"):
         Case(Offsets(["tiiit"]), Layout(seq_len=11, n_latents=5, seed=0)).plan()
 
 

@@ -168,7 +168,7 @@ def test_empty_and_blank_documents_are_left_out_and_counted(prepare, tmp_path):
     assert not (corpus.folder / LEDGER).exists()
 
 
-def test_a_page_of_pictures_alone_is_left_out_and_counted(prepare, tmp_path):
+def test_a_page_of_images_alone_is_left_out_and_counted(prepare, tmp_path):
     shown = [(f"{made.SITE}/{n}.png", "image/png", made.png(n)) for n in range(2)]
     bare = (f"{made.SITE}/bare.html", "text/html", made.page("0.png", "1.png"))
     made.write_warc(tmp_path / "raw/a.warc.gz", [*shown, bare, *made.crawl(1, 0)])

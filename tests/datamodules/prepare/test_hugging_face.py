@@ -44,7 +44,7 @@ def test_documents_are_the_texts_byte_for_byte(texts, folder, tmp_path, workers)
     assert sizes == [len(text.encode()) for text in texts]
 
 
-def test_a_picture_in_a_page_has_our_marker(raw, folder, tmp_path):
+def test_an_image_in_a_page_has_our_marker(raw, folder, tmp_path):
     format_, pattern = made.INPUTS["caption"]
     corpus = prepare_corpus(format=format_, inputs=[str(raw / pattern)], tokenizer=folder, output=tmp_path / "index")
     ids = corpus.document_tokens(0)

@@ -74,7 +74,7 @@ def content(folder):
 
 
 def hashes(corpus):
-    """The SHA-256 of each picture's bytes, read by way of the index."""
+    """The SHA-256 of each image's bytes, read by way of the index."""
     images = [i for d in range(corpus.n_documents) for i in corpus.document_images(d)]
     return [sha256(corpus.image_bytes(i)).hexdigest() for i in images]
 
@@ -93,12 +93,12 @@ def test_each_corpus_has_the_documents_of_its_files(corpora):
     assert counts == {name: corpus.n_documents for name, corpus in corpora.items()}
 
 
-def test_each_corpus_has_the_pictures_of_its_files(corpora):
+def test_each_corpus_has_the_images_of_its_files(corpora):
     n_shown = sum((2, 3, 5)[n % 3] for n in range(made.N_PAGES))
     assert [corpora[n].manifest["images"] for n in corpora] == [0, made.N_PAIRS, n_shown]
 
 
-def test_tokens_are_counted_without_pictures(corpora, tokenizer):
+def test_tokens_are_counted_without_images(corpora, tokenizer):
     for corpus in corpora.values():
         ids = np.concatenate([corpus.document_tokens(d) for d in range(corpus.n_documents)])
         assert corpus.manifest["tokens"] == int((ids != tokenizer.special.image).sum())
@@ -109,13 +109,13 @@ def test_texts_are_stored_in_the_order_of_their_files(corpora, tokenizer):
     assert stored == made.texts(17, 1) + made.texts(13, 2) + made.texts(11, 3)
 
 
-def test_captions_are_a_picture_and_then_their_text(corpora, tokenizer):
+def test_captions_are_an_image_and_then_their_text(corpora, tokenizer):
     stored = [corpora["caption"].document_tokens(d).tolist() for d in range(made.N_PAIRS)]
     assert {ids.index(tokenizer.special.image) for ids in stored} == {0}
     assert [tokenizer.decode(ids) for ids in stored] == made.sentences(23, 0) + made.sentences(19, 23)
 
 
-def test_a_pages_pictures_stand_between_its_texts(corpora, tokenizer):
+def test_a_pages_images_stand_between_its_texts(corpora, tokenizer):
     ids = corpora["interleaved"].document_tokens(0).tolist()
     at = [i for i, id_ in enumerate(ids) if id_ == tokenizer.special.image]
     assert [i.position for i in corpora["interleaved"].document_images(0)] == at
@@ -123,19 +123,19 @@ def test_a_pages_pictures_stand_between_its_texts(corpora, tokenizer):
     assert texts == ["A page.", *made.sentences(2, 0)]
 
 
-def test_captions_pictures_are_the_original_bytes(corpora):
+def test_captions_images_are_the_original_bytes(corpora):
     corpus = corpora["caption"]
     members = made.pairs(23, 0) + made.pairs(19, 23)
     assert hashes(corpus) == [sha256(data).hexdigest() for name, data in members if name.endswith(("jpg", "png"))]
 
 
-def test_crawled_pictures_are_the_original_bytes(corpora):
+def test_crawled_images_are_the_original_bytes(corpora):
     corpus = corpora["interleaved"]
     records = made.crawl(11, 0) + made.crawl(7, 11)
     assert hashes(corpus) == [sha256(body).hexdigest() for _, mime, body in records if mime.startswith("image")]
 
 
-def test_a_pages_pictures_may_lie_in_another_shard(tokenizer_folder, tmp_path):
+def test_a_pages_images_may_lie_in_another_shard(tokenizer_folder, tmp_path):
     records = made.crawl(5, 0)
     made.write_warc(tmp_path / "a.warc.gz", [r for r in records if r[1].startswith("text")])
     made.write_warc(tmp_path / "b.warc", [r for r in records if r[1].startswith("image")])
@@ -155,7 +155,7 @@ def test_parquet_and_jsonl_of_the_same_texts_are_indexed_alike(raw, tokenizer_fo
     assert stored == made.texts(7, 4)
 
 
-def test_a_marker_written_in_a_text_is_no_picture(prepare, shards, tokenizer, tmp_path):
+def test_a_marker_written_in_a_text_is_no_image(prepare, shards, tokenizer, tmp_path):
     made.write_jsonl(shards / "x.jsonl", ["a <image> and a </s> and a </doc>"])
     corpus = prepare(inputs=[str(shards / "x.jsonl")])
     stored = corpus.document_tokens(0).tolist()

@@ -37,7 +37,7 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Three crawls; the pictures of a page lie in another one."""
+    """Three crawls; the images of a page lie in another one."""
     folder = tmp_path_factory.mktemp("pages")
     records = made.crawl(7, 0)
     shown = [r for r in records if r[1].startswith("image")]
@@ -108,10 +108,10 @@ def test_there_may_be_more_parts_than_shards(pairs, tokenizer_folder, tmp_path):
     assert [isinstance(d, IndexedCorpus) for d in done] == [False] * 6 + [True]
 
 
-def test_a_crawls_part_waits_for_the_pictures_of_the_others(pages, tokenizer_folder, tmp_path):
+def test_a_crawls_part_waits_for_the_images_of_the_others(pages, tokenizer_folder, tmp_path):
     folder = given(pages, tokenizer_folder, tmp_path / "index")
     first = prepare_part(part=(1, 2), **folder)
-    assert (first.pass_, first.parts) == ("pictures", (2,))
+    assert (first.pass_, first.parts) == ("images", (2,))
     assert "run this same command again when parts 2 have listed theirs" in str(first)
     second = prepare_part(part=(2, 2), **folder)
     assert (second.pass_, second.parts) == ("documents", (1,))
@@ -237,8 +237,8 @@ def damaged(folder):
         last = list(tar.members())[-1]
     os.truncate(folder / "2.tar", last.offset)
     return [
-        ("0.tar", "ill", "not a picture"), ("0.tar", "lone", "no picture"),
-        ("0.tar", "../../\udcff", "picture cannot be decoded"), ("2.tar", "", "shard cut off or corrupt"),
+        ("0.tar", "ill", "not an image"), ("0.tar", "lone", "no image"),
+        ("0.tar", "../../\udcff", "image cannot be decoded"), ("2.tar", "", "shard cut off or corrupt"),
     ]  # fmt: skip
 
 
@@ -275,15 +275,15 @@ def test_parts_and_processes_make_the_same_ledger(tokenizer_folder, tmp_path):
     assert (tmp_path / "one" / LEDGER).read_bytes() == (tmp_path / "two" / LEDGER).read_bytes()
 
 
-def test_a_crawls_broken_pictures_and_its_cut_are_in_the_ledger_once(tokenizer_folder, tmp_path):
-    broken = (f"{made.SITE}/x.png", "image/png", b"no picture")
+def test_a_crawls_broken_images_and_its_cut_are_in_the_ledger_once(tokenizer_folder, tmp_path):
+    broken = (f"{made.SITE}/x.png", "image/png", b"no image")
     made.write_warc(tmp_path / "raw/a.warc.gz", [broken, *made.crawl(23, 0)])
     path = tmp_path / "raw/a.warc.gz"
     path.write_bytes(path.read_bytes()[:-57])
     prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index"))
     found = ledger(tmp_path / "index")
     assert [(b.key.partition(" ")[0], b.reason) for b in found] == [
-        (f"{made.SITE}/x.png", "not a picture"), ("after", "shard cut off or corrupt"),
+        (f"{made.SITE}/x.png", "not an image"), ("after", "shard cut off or corrupt"),
     ]  # fmt: skip
 
 
@@ -334,7 +334,7 @@ def test_no_more_files_are_open_than_a_shell_allows(tokenizer_folder, tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_pictures_of_a_crawl_are_joined_by_ranges_of_their_urls(pages, tokenizer_folder, tmp_path, monkeypatch):
+def test_the_images_of_a_crawl_are_joined_by_ranges_of_their_urls(pages, tokenizer_folder, tmp_path, monkeypatch):
     whole = prepare_corpus(**given(pages, tokenizer_folder, tmp_path / "whole"))
     monkeypatch.setattr("datamodules.prepare.join.SLICE", 3)
     prepare_corpus(**given(pages, tokenizer_folder, tmp_path / "index"))

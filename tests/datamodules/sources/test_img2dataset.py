@@ -27,7 +27,7 @@ def between(path, *members):
     return names, tally
 
 
-def test_a_pair_is_its_picture_and_then_its_caption(tmp_path):
+def test_a_pair_is_its_image_and_then_its_caption(tmp_path):
     made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
     documents, tally = read(tmp_path / "a.tar")
     assert [d.parts[1] for d in documents] == made.sentences(5, 0)
@@ -35,7 +35,7 @@ def test_a_pair_is_its_picture_and_then_its_caption(tmp_path):
     assert tally == Tally()
 
 
-def test_a_pictures_place_is_that_of_its_original_bytes(tmp_path):
+def test_an_images_place_is_that_of_its_original_bytes(tmp_path):
     made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
     refs = [d.parts[0] for d in read(tmp_path / "a.tar")[0]]
     found = [hashlib.sha256(SOURCE.image_bytes(tmp_path / "a.tar", r.offset, r.length)).digest() for r in refs]
@@ -57,13 +57,13 @@ def test_a_record_is_named_by_its_key(tmp_path):
         ([("x.jpg", made.jpeg(0)), ("x.json", b'["caption"]')], "no caption"),
         ([("x.jpg", made.jpeg(0)), ("x.json", b'{"caption')], "caption cannot be read"),
         ([("x.jpg", made.jpeg(0)), ("x.txt", b"\xff\xfe")], "caption cannot be read"),
-        ([("x.txt", b"alone")], "no picture"),
-        ([("x.heic", b"??"), ("x.txt", b"a picture of another kind")], "no picture"),
-        ([("x.jpg", b"<html>not a picture</html>"), ("x.txt", b"words")], "not a picture"),
-        ([("x.jpg", b""), ("x.txt", b"words")], "empty picture"),
-        ([("x.jpg", made.jpeg(0)[:-100]), ("x.txt", b"words")], "picture cannot be decoded"),
-        ([("x.png", made.png(0)[:-100]), ("x.txt", b"words")], "picture cannot be decoded"),
-        ([("x.png", made.png(0, 211, 3)), ("x.txt", b"words")], "picture too elongated"),
+        ([("x.txt", b"alone")], "no image"),
+        ([("x.heic", b"??"), ("x.txt", b"an image of another kind")], "no image"),
+        ([("x.jpg", b"<html>not an image</html>"), ("x.txt", b"words")], "not an image"),
+        ([("x.jpg", b""), ("x.txt", b"words")], "empty image"),
+        ([("x.jpg", made.jpeg(0)[:-100]), ("x.txt", b"words")], "image cannot be decoded"),
+        ([("x.png", made.png(0)[:-100]), ("x.txt", b"words")], "image cannot be decoded"),
+        ([("x.png", made.png(0, 211, 3)), ("x.txt", b"words")], "image too elongated"),
     ],
 )
 def test_a_broken_sample_is_counted_by_its_reason_and_the_next_one_read(tmp_path, members, reason):
@@ -100,7 +100,7 @@ def test_folders_in_a_tar_keep_equal_keys_apart(tmp_path):
     assert tally == Tally()
 
 
-def test_a_tar_that_is_cut_off_in_a_picture_gives_the_samples_before(tmp_path):
+def test_a_tar_that_is_cut_off_in_an_image_gives_the_samples_before(tmp_path):
     made.write_tar(tmp_path / "a.tar", made.pairs(5, 0))
     last = read(tmp_path / "a.tar")[0][-1]
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: last.record + 512 + 101])
@@ -151,7 +151,7 @@ def test_pairs_are_not_split_between_rows():
 
 DEEP = "d" * 61 + "/" + "n" * 67 + "/"
 """A folder whose name alone is longer than a header's 100 bytes."""
-URL = "https://pictures.example/7.jpg"
+URL = "https://images.example/7.jpg"
 
 
 def write_as(path, format_, members):
@@ -168,8 +168,8 @@ def write_as(path, format_, members):
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before the picture", "behind the picture"])
-@pytest.mark.parametrize("side", [67, 997], ids=["small picture", "large picture"])
+@pytest.mark.parametrize("before", [True, False], ids=["before the image", "behind the image"])
+@pytest.mark.parametrize("side", [67, 997], ids=["small image", "large image"])
 @pytest.mark.parametrize(
     ("format_", "folder"),
     [
@@ -179,7 +179,7 @@ def write_as(path, format_, members):
     ],
     ids=["ustar", "gnu", "pax", "V7", "gnu long", "pax long", "ustar prefix", "pax umlaut"],
 )  # fmt: skip
-def test_labels_are_those_of_the_pictures_own_json(tmp_path, format_, folder, before, side):
+def test_labels_are_those_of_the_images_own_json(tmp_path, format_, folder, before, side):
     members = []
     for name in ("6", "ü7" if folder.startswith("k") else "7", "8"):
         own = [
@@ -196,7 +196,7 @@ def test_labels_are_those_of_the_pictures_own_json(tmp_path, format_, folder, be
     assert tally == Tally()
 
 
-def test_a_json_of_another_sample_says_nothing_of_a_picture(tmp_path):
+def test_a_json_of_another_sample_says_nothing_of_an_image(tmp_path):
     other = [("6.json", json.dumps({"url": URL}).encode()), ("7.jpg", made.jpeg(0)), ("7.txt", b"words")]
     made.write_tar(tmp_path / "a.tar", [*other, ("8.json", json.dumps({"url": URL}).encode())])
     assert [SOURCE.labels(tmp_path / "a.tar", d.record) for d in read(tmp_path / "a.tar")[0]] == [("7", (), ())]
@@ -204,7 +204,7 @@ def test_a_json_of_another_sample_says_nothing_of_a_picture(tmp_path):
 
 def test_a_tar_within_a_member_is_no_part_of_the_archive(tmp_path):
     made.write_tar(tmp_path / "inner.tar", [("7.json", json.dumps({"url": URL}).encode())])
-    inner = (tmp_path / "inner.tar").read_bytes()[:1024]  # without its end: a chain of headers up to the picture's
+    inner = (tmp_path / "inner.tar").read_bytes()[:1024]  # without its end: a chain of headers up to the image's
     made.write_tar(tmp_path / "a.tar", [("6.bin", b"x" * 512 + inner), ("7.jpg", made.jpeg(0)), ("7.txt", b"words")])
     (document,) = read(tmp_path / "a.tar")[0]
     assert SOURCE.labels(tmp_path / "a.tar", document.record).urls == ()

@@ -12,7 +12,7 @@ from tests.datamodules import made
 
 
 def read(folder, *records, **options):
-    """Read records from a file beside which pictures a.png, b.png and c.png lie."""
+    """Read records from a file beside which images a.png, b.png and c.png lie."""
     for i, name in enumerate("abc"):
         (folder / f"{name}.png").write_bytes(made.png(i))
     lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
@@ -22,7 +22,7 @@ def read(folder, *records, **options):
 
 
 def written(document):
-    """Parts as text, the learnt ones in brackets, a picture by its name."""
+    """Parts as text, the learnt ones in brackets, an image by its name."""
     parts = zip(document.parts, document.supervised, strict=True)
     return [part.path if isinstance(part, ImageRef) else f"[{part}]" if said else part for part, said in parts]
 
@@ -54,14 +54,14 @@ def test_a_completion_follows_its_prompt_as_it_is_and_alone_is_learnt(tmp_path):
         ("x <image> ", " well", ["x", "a.png", "[well]"]),
     ],
 )
-def test_blanks_before_a_completion_are_its_head_unless_it_begins_or_follows_a_picture(
+def test_blanks_before_a_completion_are_its_head_unless_it_begins_or_follows_an_image(
     tmp_path, prompt, completion, wanted
 ):
     images = {"images": ["a.png"]} if "<image>" in prompt else {}
     assert only(tmp_path, {"prompt": prompt, "completion": completion} | images) == wanted
 
 
-def test_pictures_without_a_mark_come_first(tmp_path):
+def test_images_without_a_mark_come_first(tmp_path):
     record = {"images": ["a.png", "b.png", "c.png"], "prompt": "x <image> y", "completion": "z"}
     assert only(tmp_path, record) == ["a.png", "b.png", "x", "c.png", "y", "[z]"]
 
@@ -72,13 +72,13 @@ def test_every_answer_of_a_conversation_is_learnt_and_nothing_else(tmp_path):
     assert only(tmp_path, record) == wanted
 
 
-def test_pictures_that_begin_a_question_stand_before_its_template(tmp_path):
+def test_images_that_begin_a_question_stand_before_its_template(tmp_path):
     record = {"images": ["a.png", "b.png"], "messages": talk("<image>\nwhat", "x", "and <image> there", "y")}
     wanted = ["a.png", "Question: what Answer:", "[ x]", " Question: and", "b.png", "there Answer:", "[ y]"]
     assert only(tmp_path, record) == wanted
 
 
-def test_content_may_be_parts_that_name_their_pictures(tmp_path):
+def test_content_may_be_parts_that_name_their_images(tmp_path):
     asked = [
         {"type": "image", "image": "b.png"}, {"type": "text", "text": "what is"},
         {"type": "image_url", "image_url": {"url": "file://c.png"}}, {"type": "image"},
@@ -117,8 +117,8 @@ def test_a_prompt_for_generate_is_what_stands_before_the_answer(tmp_path):
 
 NO_FORM = "neither prompt and completion, nor messages, nor conversations"
 ORDER = "roles are not system (or none), then user and assistant in turn"
-NO_FILE = "a picture is no file; save it as one"
-TWO_NAMES = "images and image name different pictures"
+NO_FILE = "an image is no file; save it as one"
+TWO_NAMES = "images and image name different images"
 
 
 @pytest.mark.parametrize(
@@ -139,18 +139,18 @@ TWO_NAMES = "images and image name different pictures"
         ({"messages": talk("x")}, ORDER, "user"),
         ({"messages": talk("x", "y")[::-1]}, ORDER, "assistant, user"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role", "'tool'"),
-        ({"messages": [{"role": "user", "content": None}]}, "content is neither text nor picture", "None"),
-        ({"messages": talk([{"type": "audio", "audio": "a.wav"}], "x")}, "content is neither text nor picture", "audio"),
-        ({"prompt": "<image>", "completion": "x"}, "more <image> marks than pictures", "1 marks, 0 pictures"),
-        ({"images": ["a.png"], "messages": talk("<image> <image>", "x")}, "more <image> marks than pictures", "1 pictures"),
-        ({"images": ["a.png"], "prompt": "x", "completion": "a <image>"}, "a picture in an answer", ""),
-        ({"images": ["no.png"], "prompt": "x", "completion": "y"}, "picture cannot be read", "no.png: No such file"),
-        ({"images": ["x.jsonl"], "prompt": "x", "completion": "y"}, "not a picture", "x.jsonl"),
+        ({"messages": [{"role": "user", "content": None}]}, "content is neither text nor image", "None"),
+        ({"messages": talk([{"type": "audio", "audio": "a.wav"}], "x")}, "content is neither text nor image", "audio"),
+        ({"prompt": "<image>", "completion": "x"}, "more <image> marks than images", "1 marks, 0 images"),
+        ({"images": ["a.png"], "messages": talk("<image> <image>", "x")}, "more <image> marks than images", "1 images"),
+        ({"images": ["a.png"], "prompt": "x", "completion": "a <image>"}, "an image in an answer", ""),
+        ({"images": ["no.png"], "prompt": "x", "completion": "y"}, "image cannot be read", "no.png: No such file"),
+        ({"images": ["x.jsonl"], "prompt": "x", "completion": "y"}, "not an image", "x.jsonl"),
         ({"images": ["http://a/b.png"], "prompt": "x", "completion": "y"}, NO_FILE, "http"),
         ({"images": ["data:image/png;base64,AA"], "prompt": "x", "completion": "y"}, NO_FILE, ""),
-        ({"images": [7], "prompt": "x", "completion": "y"}, "a picture is named by no path", "7"),
-        ({"images": ["a\0.png"], "prompt": "x", "completion": "y"}, "a picture's path is none", r"a\x00.png"),
-        ({"images": ["\ud800"], "prompt": "x", "completion": "y"}, "a picture's path is none", r"\ud800"),
+        ({"images": [7], "prompt": "x", "completion": "y"}, "an image is named by no path", "7"),
+        ({"images": ["a\0.png"], "prompt": "x", "completion": "y"}, "an image's path is none", r"a\x00.png"),
+        ({"images": ["\ud800"], "prompt": "x", "completion": "y"}, "an image's path is none", r"\ud800"),
         ({"images": ["a.png"], "image": "b.png", "prompt": "x", "completion": "y"}, TWO_NAMES, "b.png"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role", "['user']"),
         ({"messages": [{"role": {"user": 1}, "content": "x"}]}, "unknown role", "{'user': 1}"),
@@ -166,7 +166,7 @@ def test_a_broken_record_is_counted_with_its_line_and_the_next_one_read(tmp_path
 
 
 @pytest.mark.parametrize("other", [[], None, "", ["a.png"]])
-def test_a_picture_is_kept_beside_an_empty_or_equal_list(tmp_path, other):
+def test_an_image_is_kept_beside_an_empty_or_equal_list(tmp_path, other):
     record = {"image": "a.png", "images": other, "prompt": "x", "completion": "y"}
     assert only(tmp_path, record)[0] == "a.png"
 
@@ -193,7 +193,7 @@ def test_whatever_json_a_line_holds_it_is_an_example_or_counted_as_broken(tmp_pa
         assert place.encode()  # can be printed
 
 
-def test_a_picture_that_has_changed_is_not_read(tmp_path):
+def test_an_image_that_has_changed_is_not_read(tmp_path):
     [document], _ = read(tmp_path, {"images": ["a.png"], "prompt": "x", "completion": "y"})
     ref = document.parts[0]
     (tmp_path / "a.png").write_bytes(made.png(0) + b"more")

@@ -19,7 +19,7 @@ def composed(*page: str | Link, url: str = URL, find=lambda url: ImageRef(0, len
     return compose(list(page), url, find, ReadOptions(**options), tally), tally
 
 
-def test_texts_and_pictures_come_in_document_order():
+def test_texts_and_images_come_in_document_order():
     found = parts('<h1>One</h1><p>two <img src="a.jpg"> three</p><img src="b.jpg"><div>four<div>five</div>six</div>')
     assert found == [
         "One\ntwo", Link("https://pages.example/news/a.jpg"), "three", Link("https://pages.example/news/b.jpg"),
@@ -69,7 +69,7 @@ def test_links_are_relative_to_the_pages_base(base, url):
     assert parts('<img src="a.jpg">', f'<base href="{base}">') == [Link(url)]
 
 
-def test_pictures_that_load_late_are_found():
+def test_images_that_load_late_are_found():
     assert parts('<img src="data:image/gif;base64,R0" data-src="a.jpg"><img data-original="b.jpg"><img alt="none">') == [
         Link("https://pages.example/news/a.jpg"), Link("https://pages.example/news/b.jpg"),
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_tag_of_200_000_attributes_is_an_error():
         extract(b"<p " + attributes + b">text</p>", URL, None)
 
 
-def test_a_picture_inside_an_attribute_does_not_cost_the_page():
+def test_an_image_inside_an_attribute_does_not_cost_the_page():
     page = b"<p>before</p><img src='data:image/png;base64," + b"iVBOR" * 200_000 + b"'><p>behind</p>"
     assert extract(page, URL, None) == ["before\nbehind"]
 
@@ -153,16 +153,16 @@ def test_texts_around_a_dead_link_are_joined():
     assert tally.notes == {"dead link": 1}
 
 
-def test_a_page_ends_before_its_sixth_picture():
+def test_a_page_ends_before_its_sixth_image():
     page = [x for n in range(7) for x in (Link("u" * (n + 1)), f"text {n}")]
     document, tally = composed(*page)
     assert [p.offset if isinstance(p, ImageRef) else p for p in document] == [
         1, "text 0", 2, "text 1", 3, "text 2", 4, "text 3", 5, "text 4",
     ]  # fmt: skip
-    assert tally.notes == {"page cut before picture 6": 1}
+    assert tally.notes == {"page cut before image 6": 1}
 
 
-def test_a_page_of_five_pictures_is_not_cut():
+def test_a_page_of_five_images_is_not_cut():
     document, tally = composed(*[x for n in range(5) for x in (Link("u" * (n + 1)), f"text {n}")], "the end")
     assert len(document) == 10
     assert document[-1] == "text 4\nthe end"
@@ -172,23 +172,23 @@ def test_a_page_of_five_pictures_is_not_cut():
 @pytest.mark.parametrize(
     ("page", "reason"),
     [
-        (("text",), "page without a usable picture"),
-        ((), "page without a usable picture"),
+        (("text",), "page without a usable image"),
+        ((), "page without a usable image"),
         ((Link("a"), Link("b")), "page without text"),
     ],
 )
-def test_a_page_without_pictures_or_without_text_is_left_out(page, reason):
+def test_a_page_without_images_or_without_text_is_left_out(page, reason):
     document, tally = composed(*page)
     assert document is None
     assert tally.left_out == {reason: 1}
 
 
-def test_about_half_of_the_pages_with_a_single_picture_are_kept():
+def test_about_half_of_the_pages_with_a_single_image_are_kept():
     kept = sum(composed(Link("a"), "text", url=f"https://pages.example/{n}")[0] is not None for n in range(997))
     assert abs(kept - 997 / 2) < 5 * (997 / 4) ** 0.5  # five standard deviations of a fair draw
 
 
-def test_the_draw_of_single_picture_pages_depends_on_the_seed_alone():
+def test_the_draw_of_single_image_pages_depends_on_the_seed_alone():
     def kept(seed):
         return [composed(Link("a"), "text", url=f"u:{n}", seed=seed)[0] is not None for n in range(101)]
 
@@ -197,7 +197,7 @@ def test_the_draw_of_single_picture_pages_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(("share", "n_kept"), [(0.0, 0), (1.0, 101)])
-def test_none_or_all_of_the_single_picture_pages_can_be_kept(share, n_kept):
+def test_none_or_all_of_the_single_image_pages_can_be_kept(share, n_kept):
     kept = [composed(Link("a"), "text", url=f"u:{n}", keep_single_image=share)[0] for n in range(101)]
     assert sum(k is not None for k in kept) == n_kept
 

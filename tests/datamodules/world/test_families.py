@@ -52,7 +52,7 @@ def test_other_families_in_the_folder_are_refused(families):
         write_families(FamiliesConfig(n_examples=29), config(families.parent))
 
 
-def test_a_baseline_without_pictures_takes_the_families_that_are_there(families):
+def test_a_baseline_without_images_takes_the_families_that_are_there(families):
     before = content(families)
     write_families(FamiliesConfig(n_examples=23, blind=True), config(families.parent))
     assert content(families) == before
@@ -70,7 +70,7 @@ def test_the_reader_of_instructions_reads_every_example(families, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blind_examples_have_the_same_words_and_no_pictures(families, family):
+def test_blind_examples_have_the_same_words_and_no_images(families, family):
     seen, blind = said(families, family), records(families / "blind", family)
     assert not any("images" in record for record in blind)
     words = [" ".join(m["content"] for m in record["messages"]) for record in blind]

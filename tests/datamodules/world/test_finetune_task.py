@@ -25,7 +25,7 @@ def lines(folder, split):
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_line_is_an_example_with_its_picture(folder):
+def test_every_line_is_an_example_with_its_image(folder):
     tally = Tally()
     documents = list(SOURCES["instruct"].documents(folder / "train.jsonl", 0, ReadOptions(), tally, None))
     assert len(documents) == len(lines(folder, "train")) == 43
@@ -33,7 +33,7 @@ def test_every_line_is_an_example_with_its_picture(folder):
     assert len(lines(folder, "val")) == 29
 
 
-def test_the_answer_is_what_the_picture_shows():
+def test_the_answer_is_what_the_image_shows():
     random, rules = Random(5), Rules(3, 0.28)
     asked = set()
     for _ in range(53):

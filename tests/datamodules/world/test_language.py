@@ -38,7 +38,7 @@ def test_about_every_second_caption_is_the_canonical_one(kind):
     assert abs(n - 397 / 2) < 5 * (397 / 4) ** 0.5  # five standard deviations of a fair draw
 
 
-def test_every_picture_of_a_page_has_its_paragraph_and_is_described():
+def test_every_image_of_a_page_has_its_paragraph_and_is_described():
     random = Random(5)
     scenes = [draw_scene(random, "object") for _ in range(5)]
     _, paragraphs, _ = page_texts(scenes, random)
@@ -46,7 +46,7 @@ def test_every_picture_of_a_page_has_its_paragraph_and_is_described():
     assert all(canonical(s) in p for s, p in zip(scenes, paragraphs, strict=True))
 
 
-def test_a_pages_closing_recalls_its_pictures_rightly():
+def test_a_pages_closing_recalls_its_images_rightly():
     random = Random(7)
     scenes = [draw_scene(random, "pair") for _ in range(3)]
     _, _, closing = page_texts(scenes, random)

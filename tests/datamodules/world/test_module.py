@@ -27,7 +27,7 @@ def batches(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(batches):
-    """All questions, as (prompt, answer, task, picture)."""
+    """All questions, as (prompt, answer, task, image)."""
     return [q for b in batches for q in zip(b.prompts, b.answers, b.tasks, b.images, strict=True)]
 
 
@@ -60,12 +60,12 @@ def test_questions_are_asked_with_the_prompt_of_the_captions(questions):
     assert {prompt for prompt, _, _, _ in questions} == {PROMPT}
 
 
-def test_questions_pictures_are_of_the_models_size_and_differ(questions):
-    assert {tuple(picture.shape) for *_, picture in questions} == {(3, 17, 17)}
-    assert len({picture.numpy().tobytes() for *_, picture in questions}) == len(questions)
+def test_questions_images_are_of_the_models_size_and_differ(questions):
+    assert {tuple(image.shape) for *_, image in questions} == {(3, 17, 17)}
+    assert len({image.numpy().tobytes() for *_, image in questions}) == len(questions)
 
 
-def test_a_batch_of_questions_has_a_picture_each(batches):
+def test_a_batch_of_questions_has_an_image_each(batches):
     for batch in batches:
         assert len(batch.images) == sum(batch.n_images) == len(batch.prompts) == len(batch.answers)
 

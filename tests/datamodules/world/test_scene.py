@@ -105,8 +105,8 @@ def test_a_drawing_follows_from_scene_and_seed():
 
 @pytest.mark.parametrize("place", range(9), ids=PLACES)
 def test_a_thing_is_drawn_where_its_place_says(place):
-    picture = paint(Scene("object", (Thing("circle", "black", "large", place),), "white"), Random(7)).convert("L")
-    dark = [(x // (SIDE // 3), y // (SIDE // 3)) for x in range(SIDE) for y in range(SIDE) if picture.getpixel((x, y)) < 64]
+    image = paint(Scene("object", (Thing("circle", "black", "large", place),), "white"), Random(7)).convert("L")
+    dark = [(x // (SIDE // 3), y // (SIDE // 3)) for x in range(SIDE) for y in range(SIDE) if image.getpixel((x, y)) < 64]
     assert max(set(dark), key=dark.count) == (place % 3, place // 3)
 
 

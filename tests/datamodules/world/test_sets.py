@@ -172,7 +172,7 @@ def test_what_is_told_in_the_sets_is_held_out(family: str) -> None:
         assert RULES.is_held_out(text_tasks.combination(family, *text_tasks.draw_told(random, RULES, family, held_out=True)))
 
 
-def test_classes_have_as_many_pictures_each(world: Path) -> None:
+def test_classes_have_as_many_images_each(world: Path) -> None:
     counts = Counter(path.parent.name for path in (world / "eval" / "classes" / "val").rglob("*.JPEG"))
     assert len(counts) == 42
     assert set(counts.values()) == {1}

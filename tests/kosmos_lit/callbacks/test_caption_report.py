@@ -1,4 +1,4 @@
-"""The report on what a run has learnt: its figures, and its sheet of pictures."""
+"""The report on what a run has learnt: its figures, and its sheet of images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kosmos_lit.lit import KosmosLit
 from tests.kosmos_lit.tiny_kosmos import tiny_config, tiny_model
 from tests.running import tiny_run
 
-PICTURE = torch.zeros(3, 11, 11, dtype=torch.uint8)
+IMAGE = torch.zeros(3, 11, 11, dtype=torch.uint8)
 
 
 def answered(right: str, said: str, blind: str) -> Answered:
-    return Answered("object", PICTURE, right, said, blind)
+    return Answered("object", IMAGE, right, said, blind)
 
 
 ANSWERS = [answered("a", "a", "b"), answered("b", "b", "b"), answered("c", "c d", "a"), answered("d", "D", "a")]
@@ -34,7 +34,7 @@ def test_an_answer_counts_if_it_is_exactly_right() -> None:
     assert exact(ANSWERS) == 0.5
 
 
-def test_the_control_counts_answers_to_other_pictures() -> None:
+def test_the_control_counts_answers_to_other_images() -> None:
     assert exact_blind(ANSWERS) == 0.25
 
 
@@ -42,7 +42,7 @@ def test_nothing_asked_is_nothing_right() -> None:
     assert exact([]) == 0
 
 
-def test_the_sheet_has_room_for_every_picture() -> None:
+def test_the_sheet_has_room_for_every_image() -> None:
     sheet = draw_sheet(ANSWERS * 3, columns=5, side=17)
 
     assert sheet.size[0] >= 5 * 17
@@ -62,7 +62,7 @@ class Asks:
 
 
 def questions(*n_images: int) -> PromptBatch:
-    """A batch of prompts with so many pictures; picture i is of colour i + 1."""
+    """A batch of prompts with so many images; image i is of colour i + 1."""
     images = [torch.full((3, 11, 11), i + 1, dtype=torch.uint8) for i in range(sum(n_images))]
     n = len(n_images)
     return PromptBatch(
@@ -90,13 +90,13 @@ def end_of_run(folder: Path, lit: KosmosLit, *batches: PromptBatch) -> dict[str,
     return found
 
 
-def test_each_question_is_shown_with_its_own_first_picture_or_none(kosmos_tower: str) -> None:
+def test_each_question_is_shown_with_its_own_first_image_or_none(kosmos_tower: str) -> None:
     rows = CaptionReport()._ask(lit_that_says("y", kosmos_tower), questions(1, 0, 2, 0, 1, 0))
 
     assert [None if a.image is None else int(a.image[0, 0, 0]) for a in rows] == [1, None, 2, None, 4, None]
 
 
-def test_a_run_whose_questions_have_no_pictures_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
+def test_a_run_whose_questions_have_no_images_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
     report = end_of_run(tmp_path, lit_that_says("y", kosmos_tower), questions(0, 0, 0))
 
     assert (report["exact_match"], report["n_questions"]) == (1.0, 3)
@@ -142,9 +142,9 @@ def test_every_answer_is_kept(reported: Path) -> None:
     report = json.loads((reported / "report.json").read_text(encoding="utf-8"))
 
     assert len(rows) == sum(task["n"] for task in report["tasks"].values())
-    assert set(rows[0]) == {"task", "right", "said", "said_with_another_picture"}
+    assert set(rows[0]) == {"task", "right", "said", "said_with_another_image"}
 
 
-def test_the_picture_sheet_is_a_picture(reported: Path) -> None:
+def test_the_image_sheet_is_an_image(reported: Path) -> None:
     with Image.open(reported / "sheet.png") as sheet:
         assert min(sheet.size) > 400

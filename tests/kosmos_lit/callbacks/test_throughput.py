@@ -12,7 +12,7 @@ from kosmos_lit.callbacks import Throughput
 from kosmos_lit.callbacks.throughput import multiplied_in
 from kosmos_lit.costs.flops import ModelFlops, Work
 from tests.kosmos_lit.callbacks.playing import Recorder, Run
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def texts() -> KosmosBatch:
 
 @pytest.fixture
 def mixed() -> KosmosBatch:
-    """Two rows of 31 positions, 41 of them real, and 3 pictures."""
-    return batch_of([[picture_doc(3, n_pictures=2)], [text_doc(5), picture_doc(9)]], 31)
+    """Two rows of 31 positions, 41 of them real, and 3 images."""
+    return batch_of([[image_doc(3, n_images=2)], [text_doc(5), image_doc(9)]], 31)
 
 
 def test_rates_are_sums_over_micro_batches_by_the_seconds_since_the_row_before(
@@ -139,7 +139,7 @@ def test_writing_a_row_is_time_of_the_next(module: Recorder, texts: KosmosBatch)
 
 
 def test_ranks_are_added_up_and_the_slowest_and_fullest_counts(module: Recorder, texts: KosmosBatch) -> None:
-    # real positions, positions, pictures, operations, full operations, waited, memory
+    # real positions, positions, images, operations, full operations, waited, memory
     run = Run([[47.0, 124, 5, 3e12, 4e12, 1.75, 1e15]])
     callback = begun(run, module)
     for _ in range(2):

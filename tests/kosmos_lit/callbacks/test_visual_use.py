@@ -19,27 +19,27 @@ from kosmos_lit.callbacks.visual_use import elsewhere
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from tests.kosmos_lit.callbacks.playing import Recorder, Run
-from tests.kosmos_lit.tiny_kosmos import SIDE, Doc, batch_of, picture_doc, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import SIDE, Doc, batch_of, image_doc, text_doc, tiny_config
 from tests.running import TINY, losses, run, tiny_run
 
 TEXT, CAPTION, INTERLEAVED = range(3)
 COLOUR = (0.2, 0.4, 0.6)
 BLANK = torch.tensor([51, 102, 153])
 MARK = 100
-"""Added to a picture's number, so that none is blank."""
+"""Added to an image's number, so that none is blank."""
 
 
 def marked(*numbers: int, words: int = 5) -> Doc:
-    """A document whose pictures are their numbers, all over."""
-    doc = picture_doc(words, n_pictures=len(numbers))
+    """A document whose images are their numbers, all over."""
+    doc = image_doc(words, n_images=len(numbers))
     random_images = torch.tensor(numbers).view(-1, 1, 1, 1).expand(-1, 3, SIDE, SIDE) + MARK
     return Doc(doc.ids, random_images.to(torch.uint8))
 
 
 class Looker(nn.Module):
-    """Stands for a model: a token's loss is 1 with its row's own picture, 2 with another and 4 with a blank one.
+    """Stands for a model: a token's loss is 1 with its row's own image, 2 with another and 4 with a blank one.
 
-    Row r of a batch owns the pictures 10 n + r. Tokens of rows without pictures cost 64.
+    Row r of a batch owns the images 10 n + r. Tokens of rows without images cost 64.
     """
 
     def __init__(self) -> None:
@@ -103,8 +103,8 @@ def held_out() -> list[KosmosBatch]:
     return [texts, captions, pages]
 
 
-def test_gains_are_what_other_and_blank_pictures_cost_a_token_of_rows_that_have_some(kosmos_tower: str) -> None:
-    # rows of one picture each, so that any other is of another row
+def test_gains_are_what_other_and_blank_images_cost_a_token_of_rows_that_have_some(kosmos_tower: str) -> None:
+    # rows of one image each, so that any other is of another row
     captions = batch_of([[marked(10)], [marked(11)], [text_doc(3)]], 31, corpus=[CAPTION, CAPTION, TEXT])
     pages = batch_of([[marked(10)], [marked(11)], [marked(12)]], 31, corpus=[INTERLEAVED] * 3)
     gauge = Gauge(kosmos_tower, [captions, pages], VisualUse(every_n_steps=2))
@@ -124,7 +124,7 @@ def test_gains_are_what_other_and_blank_pictures_cost_a_token_of_rows_that_have_
     assert "(+3.000 blank)" in gauge.printed[0]
 
 
-def test_every_picture_goes_elsewhere_and_all_but_few_stay_in_their_corpus() -> None:
+def test_every_image_goes_elsewhere_and_all_but_few_stay_in_their_corpus() -> None:
     captions = batch_of([[marked(1), marked(2), marked(3)], [marked(4), marked(5)]], 37, corpus=[CAPTION] * 2)
     mixed = batch_of([[marked(6, 7)], [marked(8)]], 37, corpus=[INTERLEAVED, CAPTION])
     batches, kinds = [captions, mixed], {(0, i): CAPTION for i in range(5)} | {(1, 2): CAPTION}
@@ -137,7 +137,7 @@ def test_every_picture_goes_elsewhere_and_all_but_few_stay_in_their_corpus() -> 
     assert sum(kinds[place] != kinds[other] for place, other in moved.items()) == 2  # there and back
 
 
-def test_batches_of_one_picture_each_are_shuffled_among_each_other(kosmos_tower: str) -> None:
+def test_batches_of_one_image_each_are_shuffled_among_each_other(kosmos_tower: str) -> None:
     batches = [batch_of([[text_doc(3)]] * r + [[marked(10 + r)]], 31, corpus=[CAPTION] * (r + 1)) for r in range(3)]
     gauge = Gauge(kosmos_tower, batches, VisualUse(every_n_steps=2))
     gauge.train(2)
@@ -217,7 +217,7 @@ def test_the_throughput_does_not_count_a_reading(kosmos_tower: str, held_out: li
 
 
 @pytest.mark.parametrize("fields", [{"kinds": {"text": TEXT, "more": TEXT}}, {"limit_val_batches": 0}])
-def test_a_run_without_pictures_or_validation_says_nothing(
+def test_a_run_without_images_or_validation_says_nothing(
     kosmos_tower: str, held_out: list[KosmosBatch], fields: dict[str, Any]
 ) -> None:
     gauge = Gauge(kosmos_tower, held_out, VisualUse(every_n_steps=2), **fields)
@@ -226,7 +226,7 @@ def test_a_run_without_pictures_or_validation_says_nothing(
     assert (gauge.reads, gauge.written, gauge.printed) == (0, [], [])
 
 
-def test_a_single_held_out_picture_is_said_to_be_too_few_once(kosmos_tower: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_held_out_image_is_said_to_be_too_few_once(kosmos_tower: str, caplog: pytest.LogCaptureFixture) -> None:
     one = [batch_of([[marked(10)]], 31, corpus=[CAPTION])]
     gauge = Gauge(kosmos_tower, one, VisualUse(every_n_steps=2))
     with caplog.at_level("INFO"):
@@ -234,11 +234,11 @@ def test_a_single_held_out_picture_is_said_to_be_too_few_once(kosmos_tower: str,
 
     assert gauge.written == []
     assert [r.message for r in caplog.records if "VisualUse is off" in r.message] == [
-        "VisualUse is off: on no rank two pictures are held out; raise a corpus's val_share"
+        "VisualUse is off: on no rank two images are held out; raise a corpus's val_share"
     ]
 
 
-def test_a_rank_without_pictures_takes_part_in_as_many_passes_as_the_others(kosmos_tower: str) -> None:
+def test_a_rank_without_images_takes_part_in_as_many_passes_as_the_others(kosmos_tower: str) -> None:
     texts = [batch_of([[text_doc(5)]], 31)] * 2
     gauge = Gauge(kosmos_tower, texts, VisualUse(every_n_steps=2), others=[[3.0]])
     gauge.train(2)
@@ -247,7 +247,7 @@ def test_a_rank_without_pictures_takes_part_in_as_many_passes_as_the_others(kosm
     assert gauge.written[0][1] == {}  # this rank's share of the figures: nothing
 
 
-def test_what_fills_a_rank_up_stands_in_for_no_picture(kosmos_tower: str) -> None:
+def test_what_fills_a_rank_up_stands_in_for_no_image(kosmos_tower: str) -> None:
     captions = batch_of([[marked(10)], [marked(11)], [marked(12)]], 31, corpus=[CAPTION] * 3)
     gauge = Gauge(kosmos_tower, [captions], VisualUse(every_n_steps=2), others=[[3.0]])
     gauge.train(2)
@@ -298,11 +298,11 @@ def test_a_run_learns_the_same_with_a_gauge(trained: Path, tmp_path: Path, tiny_
 
 
 @pytest.mark.slow
-def test_ranks_of_which_one_has_no_picture_read_what_one_rank_does(tmp_path: Path, tiny_world: Path) -> None:
+def test_ranks_of_which_one_has_no_image_read_what_one_rank_does(tmp_path: Path, tiny_world: Path) -> None:
     still = ["--model.kosmos.decoder.dropout_rate=0", "--model.kosmos.decoder.attention_dropout_rate=0"]
     still += ["--model.kosmos.connector.attention_dropout_rate=0", "--data.val_rows=1", "--data.micro_batch_rows=1"]
     found = {}
-    for ranks in (1, 4):  # held out are a row of text, one of captions and one of a page: two of four ranks have no picture
+    for ranks in (1, 4):  # held out are a row of text, one of captions and one of a page: two of four ranks have no image
         folder = tmp_path / str(ranks)
         folder.mkdir()
         flags = [*still, "--trainer.max_steps=3", *with_gauge(folder, every_n_steps=3)]

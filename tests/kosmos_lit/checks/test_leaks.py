@@ -78,11 +78,11 @@ def test_a_document_of_the_row_that_sees_a_later_one_is_found(kosmos_tower: str,
     assert leak.endswith("when words of document 1 of row 0 change")
 
 
-def test_a_picture_in_anothers_slots_is_found(kosmos_tower: str) -> None:
+def test_an_image_in_anothers_slots_is_found(kosmos_tower: str) -> None:
     model = tiny_model(kosmos_tower)
     see = model.see
     model.see = lambda images: see(images).roll(1, 0)  # type: ignore[method-assign]
-    assert "when pictures of document 0 of row 0 change" in str(found(model))
+    assert "when images of document 0 of row 0 change" in str(found(model))
 
 
 def test_a_model_that_reads_nothing_is_found(kosmos_tower: str) -> None:
@@ -117,13 +117,13 @@ def test_the_made_batch_keeps_the_contract(kosmos_tower: str) -> None:
 
 def test_a_change_stays_in_its_document(kosmos_tower: str) -> None:
     batch, places = made_batch(tiny_config(kosmos_tower), T, SPECIAL, CPU)
-    (what, words), (other, pictures) = changes(batch, places[1], SPECIAL)
-    assert (what, other) == ("words", "pictures")
+    (what, words), (other, images) = changes(batch, places[1], SPECIAL)
+    assert (what, other) == ("words", "images")
     differs = (words.tokens != batch.tokens).flatten()
     assert differs.nonzero().min() >= places[1].at.start
     assert differs.nonzero().max() < places[1].at.stop
-    assert int(differs.sum()) == places[1].at.stop - places[1].at.start - (LATENTS + 2)  # all but the picture
-    assert [not torch.equal(a, b) for a, b in zip(pictures.images, batch.images, strict=True)] == [0, 1, 0, 0, 0, 0]
+    assert int(differs.sum()) == places[1].at.stop - places[1].at.start - (LATENTS + 2)  # all but the image
+    assert [not torch.equal(a, b) for a, b in zip(images.images, batch.images, strict=True)] == [0, 1, 0, 0, 0, 0]
 
 
 def test_each_module_gets_its_own_mode_back(kosmos_tower: str) -> None:

@@ -81,7 +81,7 @@ def test_a_misspelt_or_abbreviated_flag(mistake: Mistake, fit: list[str], flag: 
         ("--model.optimizer.lr=-1", "lr must be positive, got -1"),
         ("--data.seq_len=512", "data.seq_len is 512, but model.kosmos.decoder.max_seq_len is 128"),
         ("--trainer.gradient_clip_algorithm=value", "only norm is supported"),
-        ("--data.seq_len=6", "seq_len 6 has no room for a picture of 3 latents"),
+        ("--data.seq_len=6", "seq_len 6 has no room for an image of 3 latents"),
     ],
 )
 def test_a_value_that_makes_no_sense(mistake: Mistake, fit: list[str], flag: str, said: str) -> None:
@@ -178,7 +178,7 @@ def test_raw_files_that_the_index_does_not_have(
     assert "text-00009.jsonl.zst" in mistake(*fit, "--data.world.path", str(tmp_path / "world"))
 
 
-def test_a_shard_with_pictures_that_is_gone(mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path) -> None:
+def test_a_shard_with_images_that_is_gone(mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path) -> None:
     shutil.copytree(tiny_world, tmp_path / "world")
     (tmp_path / "world" / "caption-00001.tar").unlink()
 
@@ -272,7 +272,7 @@ def test_more_pieces_than_the_text_has(mistake: Mistake, tmp_path: Path, tiny_wo
     ("options", "said"),
     [
         (["--image", "nothing.jpg"], "nothing.jpg"),
-        (["--prompt", "<image> and <image>"], "2 <image> marks, but 0 pictures"),
+        (["--prompt", "<image> and <image>"], "2 <image> marks, but 0 images"),
         (["--max-new-tokens", "500"], "500 new tokens exceed the model's 128 positions"),
         (["--beams", "0"], "n_beams must be positive, got 0"),
         (["--beam", "3"], "--beam 3"),
@@ -289,11 +289,11 @@ def test_a_file_that_is_no_checkpoint(mistake: Mistake, tmp_path: Path) -> None:
     assert "x.ckpt is no checkpoint" in mistake("generate", "--ckpt_path", str(tmp_path / "x.ckpt"))
 
 
-def test_a_picture_that_is_none(mistake: Mistake, trained: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_none(mistake: Mistake, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(b"nothing of the kind")
     arguments = ["--ckpt_path", str(trained / "checkpoints" / "step=00000006.ckpt"), "--image", str(tmp_path / "x.jpg")]
 
-    assert "x.jpg: not a picture" in mistake("generate", *arguments)
+    assert "x.jpg: not an image" in mistake("generate", *arguments)
 
 
 def test_rows_before_the_first_one(mistake: Mistake, tmp_path: Path, tiny_world: Path) -> None:

@@ -80,7 +80,7 @@ def test_predict_writes_an_answer_to_each_question(trained: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("beams", ["1", "3"])
-def test_generate_answers_about_several_pictures(
+def test_generate_answers_about_several_images(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], beams: str
 ) -> None:
     for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
@@ -134,7 +134,7 @@ def test_rows_as_json_are_what_the_loader_feeds(
     assert {"corpus", "documents", "images"} <= set(rows[0])
 
 
-def test_rows_for_people_mark_pictures(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_for_people_mark_images(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tiny_run("rows", tmp_path, tiny_world, "--count", "5")) == 0
 
     assert "<image> at " in capsys.readouterr().out

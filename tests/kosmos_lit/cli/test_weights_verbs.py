@@ -67,9 +67,9 @@ def theirs(tmp_path_factory, kosmos_vocabulary) -> Path:
 
 
 def test_an_export_as_safetensors_writes_what_the_checkpoint_writes(trained, tmp_path, said):
-    picture = tmp_path / "a.png"
-    Image.linear_gradient("L").resize((53, 31)).convert("RGB").save(picture)
-    question = ("--image", picture, "--prompt", "Here <image> we see", "--max-new-tokens", 11, "--beams", 3)
+    image = tmp_path / "a.png"
+    Image.linear_gradient("L").resize((53, 31)).convert("RGB").save(image)
+    question = ("--image", image, "--prompt", "Here <image> we see", "--max-new-tokens", 11, "--beams", 3)
 
     message = said("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
 

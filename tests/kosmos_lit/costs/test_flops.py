@@ -15,7 +15,7 @@ from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, Lora
 from kosmos_lit.costs.flops import Flops, ModelFlops, Work
 from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
-from tests.kosmos_lit.tiny_kosmos import batch_of, picture_doc, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config
 
 PAPER = KosmosConfig()
 SMALL_TOWERS = {
@@ -61,8 +61,8 @@ def plain(tower: str, **fields: Any) -> KosmosConfig:
 
 @pytest.fixture
 def batch() -> KosmosBatch:
-    """Two rows of one document each, 38 positions and 3 pictures: torch counts whole rows, and so no padding here."""
-    return batch_of([[picture_doc(13, n_pictures=2, seed=1)], [picture_doc(31, seed=2)]], 38)
+    """Two rows of one document each, 38 positions and 3 images: torch counts whole rows, and so no padding here."""
+    return batch_of([[image_doc(13, n_images=2, seed=1)], [image_doc(31, seed=2)]], 38)
 
 
 @pytest.fixture
@@ -120,12 +120,12 @@ def test_torch_counts_the_same_with_adapters(
 
 
 @pytest.mark.parametrize("patterns", [(), ("decoder",), ("decoder.embed_tokens",)])
-def test_torch_counts_the_same_without_pictures(kosmos_tower: str, texts: KosmosBatch, patterns: tuple[str, ...]) -> None:
+def test_torch_counts_the_same_without_images(kosmos_tower: str, texts: KosmosBatch, patterns: tuple[str, ...]) -> None:
     assert_counts_agree(plain(kosmos_tower), texts, patterns)
 
 
 def test_torch_counts_the_same_where_a_rows_documents_see_each_other(kosmos_tower: str) -> None:
-    rows = batch_of([[text_doc(11), picture_doc(17)], [text_doc(35)]], 37)
+    rows = batch_of([[text_doc(11), image_doc(17)], [text_doc(35)]], 37)
     assert_counts_agree(plain(kosmos_tower, document_attention="row"), rows)
 
 
@@ -158,7 +158,7 @@ def test_any_tower_of_open_clip_is_counted(name: str, trainable: str) -> None:
 
 
 def test_padding_costs_nothing(kosmos_tower: str) -> None:
-    padded = batch_of([[picture_doc(5)], [text_doc(35)]], 37)
+    padded = batch_of([[image_doc(5)], [text_doc(35)]], 37)
 
     work = Work.of_batch(padded)
 
@@ -166,7 +166,7 @@ def test_padding_costs_nothing(kosmos_tower: str) -> None:
 
 
 def test_documents_of_a_row_do_not_pay_for_each_other() -> None:
-    rows = [[text_doc(9), text_doc(16)], [picture_doc(10)]]
+    rows = [[text_doc(9), text_doc(16)], [image_doc(10)]]
 
     own, row = Work.of_batch(batch_of(rows, 31)), Work.of_batch(batch_of(rows, 31), "row")
 
@@ -193,13 +193,13 @@ def test_every_part_adds_to_the_sum() -> None:
 # ---- the paper's model, as published or computed elsewhere
 
 
-def test_the_papers_tower_costs_162_gflop_a_picture() -> None:
+def test_the_papers_tower_costs_162_gflop_an_image() -> None:
     forward = ModelFlops(PAPER).forward(Work(n_images=1))
 
     assert forward.vision == pytest.approx(162.03e9, rel=1e-4)  # open_clip's docs/model_profile.csv
 
 
-def test_the_papers_resampler_costs_22_gflop_a_picture_to_train_on_a_frozen_tower() -> None:
+def test_the_papers_resampler_costs_22_gflop_an_image_to_train_on_a_frozen_tower() -> None:
     frozen = replace(PAPER, vision=VisionConfig(trainable="none"))
 
     training = ModelFlops(frozen).training(Work(n_images=1))
@@ -217,7 +217,7 @@ def test_the_papers_decoder_costs_8_gflop_a_token_to_train_and_attention() -> No
 
 
 def test_the_papers_step_costs_11_pflop() -> None:
-    """0.5 million positions of text, 5,952 captions of 84 and 513 pages of 390 with two pictures, every position counted."""
+    """0.5 million positions of text, 5,952 captions of 84 and 513 pages of 390 with two images, every position counted."""
     model = ModelFlops(replace(PAPER, vision=VisionConfig(trainable="none")))
     rows, captions, pages = 500_000 // 2048, 5_952, 513
     lengths = [2048] * rows + [500_000 % 2048] + [84] * captions + [390] * pages
@@ -240,7 +240,7 @@ def test_more_of_the_tower_costs_more() -> None:
     assert 2.98 * forward < costs[2] < 3 * forward  # the pixels need no gradient
 
 
-def test_a_frozen_decoder_costs_its_input_gradients_only_where_there_are_pictures() -> None:
+def test_a_frozen_decoder_costs_its_input_gradients_only_where_there_are_images() -> None:
     model = ModelFlops(KosmosConfig(decoder=DecoderConfig()), freeze=["decoder"])
     text = Work.of_documents([2048], n_targets=2048, n_images=0)
 

@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: a task whose samples are the test's, and pictures on disk."""
+"""What the tests of evaluation share: a task whose samples are the test's, and images on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = "the cat sat on mat a red square and blue circle jackdaws love my big sp
 
 
 def draw(folder: Path, n: int, side: int = 17) -> list[Path]:
-    """Write n pictures of noise, no two alike."""
+    """Write n images of noise, no two alike."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(n)]
     for i, path in enumerate(paths):
@@ -35,7 +35,7 @@ class Rounds(Task):
         """Take the size.
 
         Args:
-            path: Folder with pictures.
+            path: Folder with images.
             n: Samples.
             max_new_tokens: Of the second answer.
             options: As every task has.
@@ -44,7 +44,7 @@ class Rounds(Task):
         self.n, self.max_new_tokens = n, max_new_tokens
 
     def samples(self) -> Sequence[Sample]:
-        """Return samples with 0, 1 or 2 pictures and prompts of different lengths."""
+        """Return samples with 0, 1 or 2 images and prompts of different lengths."""
         paths = sorted(self.path.glob("*.png"), key=lambda path: int(path.stem))
         return [
             Sample(

@@ -22,7 +22,7 @@ def _package() -> None:
 
 
 def test_cider_is_what_its_formula_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    # Two pictures, so every n-gram that one of them has weighs log 2, which cancels in cosines. The first caption is its
+    # Two images, so every n-gram that one of them has weighs log 2, which cancels in cosines. The first caption is its
     # reference: cosines of 1, 1, 0, 0 for n = 1 ... 4. The second has one of two words: 1 / sqrt(2) for n = 1, else 0, and
     # the reference has one bigram more: exp(-1 / (2 * 6**2)). CIDEr is 10 times the mean over n.
     found = measure(["A b.", "c"], [["a b"], ["c d"]], ["cider"], "plain")["cider"][1]
@@ -94,7 +94,7 @@ def test_the_official_words_and_meteor_come_from_java() -> None:
 
     found = {name: each for name, (_, each) in measure(said, right, ["cider", "meteor"], "ptb").items()}
 
-    # "a" is of all three pictures and weighs nothing: of "a cat" n = 1 is "cat", n = 2 the whole.
+    # "a" is of all three images and weighs nothing: of "a cat" n = 1 is "cat", n = 2 the whole.
     assert found["cider"][:2] == pytest.approx([10.0, 5.0])  # 5 words: all four n; 2 words: two of them
     assert found["meteor"][0] == pytest.approx(1.0)
     assert found["cider"][2] == found["meteor"][2] == 0

@@ -41,7 +41,7 @@ def answer_red(task: Task, number: int) -> Outcome:
     sample = task.samples()[number]
     asking = task.ask(sample, [])
     (request,) = next(asking)
-    assert request == Score((sample.images[0], "The colour of this picture is"), ("red", "green", "blue"))
+    assert request == Score((sample.images[0], "The colour of this image is"), ("red", "green", "blue"))
     with pytest.raises(StopIteration) as end:
         asking.send([tuple(Scored(text, (-1.0 if text == "red" else -2.0,)) for text in request.candidates)])
     assert isinstance(end.value.value, Outcome)

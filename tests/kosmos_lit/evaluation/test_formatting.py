@@ -35,7 +35,7 @@ EXAMPLES: list[tuple[Parts, str]] = [
     (("literal </s> and <s> </image> <grounding> are text", B, " it"), "is </line>"),
     ((C, C, "twice"), "</s>"),
 ]
-"""Prompts with their answers: one and several pictures, texts side by side, newlines, blanks wherever there can be some."""
+"""Prompts with their answers: one and several images, texts side by side, newlines, blanks wherever there can be some."""
 
 
 def gap(parts: Parts) -> str:
@@ -137,7 +137,7 @@ def test_pixels_are_those_of_training(
     assert np.stack(found).tobytes() == wanted.tobytes()  # type: ignore[arg-type]
 
 
-def test_marks_in_a_text_are_no_pictures(vocabulary: Path) -> None:
+def test_marks_in_a_text_are_no_images(vocabulary: Path) -> None:
     tokenizer = Tokenizer.load(vocabulary)
 
     [prompt] = encode_prompts([("an <image> of <s>", A, "a </image>")], tokenizer, LATENTS)

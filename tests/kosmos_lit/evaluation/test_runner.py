@@ -12,7 +12,7 @@ import torch
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.image_control import shuffle_pictures
+from kosmos_lit.evaluation.image_control import shuffle_images
 from kosmos_lit.evaluation.record import Result
 from kosmos_lit.evaluation.requests import Score
 from kosmos_lit.evaluation.runner import evaluate, weights_digest
@@ -31,8 +31,8 @@ def model(kosmos_tower: str) -> Kosmos:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Rounds:
-    draw(tmp_path / "pictures", 5)
-    return Rounds(str(tmp_path / "pictures"), n=11)
+    draw(tmp_path / "images", 5)
+    return Rounds(str(tmp_path / "images"), n=11)
 
 
 def lines(folder: Path, task: str = "rounds") -> list[dict[str, Any]]:
@@ -98,15 +98,15 @@ def test_a_line_that_was_cut_off_is_asked_again(
 
 
 def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path) -> None:
-    picture = (task.path / "1.png").read_bytes()
+    image = (task.path / "1.png").read_bytes()
     (task.path / "1.png").write_bytes(b"")
     config = EvalConfig(tasks={"rounds": task})
     first = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
-    (task.path / "1.png").write_bytes(picture)
+    (task.path / "1.png").write_bytes(image)
 
     then = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
 
-    assert first["n_failed"] == first["failures"]["a picture cannot be read"] > 0
+    assert first["n_failed"] == first["failures"]["an image cannot be read"] > 0
     assert first["figures"]["accuracy"]["n"] == 11 - first["n_failed"]
     assert (then["n_failed"], then["figures"]["accuracy"]["n"]) == (0, 11)
 
@@ -176,7 +176,7 @@ def test_two_samples_of_one_key_are_a_mistake(task: Rounds) -> None:
         chosen(task, [*task.samples(), task.samples()[2]])
 
 
-def test_shuffled_samples_show_others_pictures_and_keep_the_rest(
+def test_shuffled_samples_show_others_images_and_keep_the_rest(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
 ) -> None:
     config = EvalConfig(tasks={"rounds": task}, image_control="shuffled")
@@ -191,11 +191,11 @@ def test_shuffled_samples_show_others_pictures_and_keep_the_rest(
         assert sample.data["text"] in rows[sample.key]["prompt"]
 
 
-def test_pictures_that_all_samples_share_cannot_be_shuffled() -> None:
+def test_images_that_all_samples_share_cannot_be_shuffled() -> None:
     [one, other] = Path("one.png"), Path("other.png")
     samples = [Sample(key=f"{i}", images=(one,)) for i in range(3)] + [Sample(key="3", images=(other,)), Sample(key="4")]
 
-    shuffled = shuffle_pictures(samples, 0)
+    shuffled = shuffle_images(samples, 0)
 
     assert [s is not None and s.images for s in shuffled].count((one,)) == 1
     assert shuffled.count(None) == 2

@@ -26,8 +26,8 @@ def model(kosmos_tower: str) -> Kosmos:
 
 @pytest.fixture
 def task(tmp_path: Path) -> Rounds:
-    draw(tmp_path / "pictures", 5)
-    return Rounds(str(tmp_path / "pictures"), n=11)
+    draw(tmp_path / "images", 5)
+    return Rounds(str(tmp_path / "images"), n=11)
 
 
 def results_of(engine: Engine, task: Rounds) -> dict[str, Result]:
@@ -67,7 +67,7 @@ def test_a_batch_holds_no_more_positions_than_asked_for(model: Kosmos, kosmos_to
     assert max(read) <= 90
 
 
-def test_a_picture_of_several_samples_is_seen_once_a_batch(
+def test_an_image_of_several_samples_is_seen_once_a_batch(
     model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     [one, other] = draw(tmp_path, 2)
@@ -84,7 +84,7 @@ def test_a_picture_of_several_samples_is_seen_once_a_batch(
 
 
 def matrix(paths: list[Path]) -> list[Score]:
-    """Return what Raven's test asks: three pictures, and then one of four, of which one is in both."""
+    """Return what Raven's test asks: three images, and then one of four, of which one is in both."""
     before = tuple(part for path in paths[:3] for part in (path, "the cat"))
     return [Score((*before, "on the mat", end, "is it", " a cat? "), ("yes", "a mat")) for end in paths[2:]]
 
@@ -116,7 +116,7 @@ def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
             assert one == other
 
 
-def test_draws_follow_from_the_pictures_shown(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_draws_follow_from_the_images_shown(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     paths = draw(tmp_path, 3)
     settings = GenerationConfig(max_new_tokens=7, temperature=1.0)
     requests = [Write((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
@@ -146,7 +146,7 @@ def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer
 
     why: list[Any] = [answer.reason if isinstance(answer, Failure) else None for answer in answers]
     assert why == [
-        None, "a picture cannot be read", "a picture cannot be read", "prompt too long", "candidate without tokens",
+        None, "an image cannot be read", "an image cannot be read", "prompt too long", "candidate without tokens",
         "no candidates", "choices that cannot be asked", None,
     ]  # fmt: skip
     assert "gone.png" in str(answers[1])
@@ -155,25 +155,25 @@ def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer
 
 
 def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
-    (task.path / "1.png").write_bytes(b"no picture")
+    (task.path / "1.png").write_bytes(b"no image")
 
     results = results_of(Engine(model, kosmos_tokenizer), task)
 
     failed = {key for key, result in results.items() if result.failure}
     assert failed == {s.key for s in task.samples() if any(path.name == "1.png" for path in s.images)}
     assert all((result.outcome is None) == (key in failed) for key, result in results.items())
-    assert results["s1"].to_dict()["error"].startswith("a picture cannot be read: ")
+    assert results["s1"].to_dict()["error"].startswith("an image cannot be read: ")
 
 
 def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
-    (task.path / "1.png").write_bytes(b"no picture")
+    (task.path / "1.png").write_bytes(b"no image")
 
     for result in results_of(Engine(model, kosmos_tokenizer), task).values():
         assert Result.from_dict(result.to_dict()) == result
 
 
 @pytest.mark.parametrize("sight", ["blank", "none"])
-def test_pictures_make_no_difference_to_who_does_not_see_them(
+def test_images_make_no_difference_to_who_does_not_see_them(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, image_control: Any
 ) -> None:
     before = results_of(Engine(model, kosmos_tokenizer, image_control=image_control), task)
@@ -199,12 +199,12 @@ def test_a_model_without_finite_numbers_fails_its_samples(
 
 
 def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    [picture] = draw(tmp_path, 1)
+    [image] = draw(tmp_path, 1)
     model.tokenizer = kosmos_tokenizer
 
-    [answer] = Engine(model, kosmos_tokenizer).answer([Score((picture, "the cat "), ("sat", "on the mat"))])
+    [answer] = Engine(model, kosmos_tokenizer).answer([Score((image, "the cat "), ("sat", "on the mat"))])
 
-    wanted = model.score("the cat", ["sat", "on the mat"], [picture])
+    wanted = model.score("the cat", ["sat", "on the mat"], [image])
     assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]
     for scored, other in zip(answer, wanted, strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(scored.log_probs, other.log_probs)  # type: ignore[union-attr]

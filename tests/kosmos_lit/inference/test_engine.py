@@ -1,4 +1,4 @@
-"""A model in a notebook: the same results as the command line, and pictures in whatever form they are at hand."""
+"""A model in a notebook: the same results as the command line, and images in whatever form they are at hand."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (31, 53)], ids=str)
-def test_a_picture_gives_the_same_pixels_in_any_form(model, tmp_path, size):
-    picture = photograph(*size)
-    (tmp_path / "a.png").write_bytes(png(picture))
-    array = np.asarray(picture).transpose(2, 0, 1)
+def test_an_image_gives_the_same_pixels_in_any_form(model, tmp_path, size):
+    image = photograph(*size)
+    (tmp_path / "a.png").write_bytes(png(image))
+    array = np.asarray(image).transpose(2, 0, 1)
     forms = [
-        tmp_path / "a.png", str(tmp_path / "a.png"), png(picture), picture, array, np.ascontiguousarray(array),
+        tmp_path / "a.png", str(tmp_path / "a.png"), png(image), image, array, np.ascontiguousarray(array),
         torch.from_numpy(array.copy()),
     ]  # fmt: skip
 
@@ -58,50 +58,50 @@ def test_a_picture_gives_the_same_pixels_in_any_form(model, tmp_path, size):
     assert all(torch.equal(pixels[0], other) for other in pixels[1:])
 
 
-def test_a_picture_of_the_models_size_is_taken_as_it_is(model):
-    picture = photograph(SIDE, SIDE)
+def test_an_image_of_the_models_size_is_taken_as_it_is(model):
+    image = photograph(SIDE, SIDE)
 
-    assert model.pixels([picture])[0].tolist() == np.asarray(picture).transpose(2, 0, 1).tolist()
+    assert model.pixels([image])[0].tolist() == np.asarray(image).transpose(2, 0, 1).tolist()
 
 
-def test_both_sides_of_a_picture_are_scaled(model):
+def test_both_sides_of_an_image_are_scaled(model):
     """As `generate` on the command line does: nothing is cut off."""
-    picture = photograph(31, 53)
-    expected = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    image = photograph(31, 53)
+    expected = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
-    assert model.pixels([picture])[0].tolist() == expected.tolist()
+    assert model.pixels([image])[0].tolist() == expected.tolist()
 
 
 def test_a_file_and_an_opened_file_are_turned_upright_alike(model, tmp_path):
-    picture = photograph(31, 53)
+    image = photograph(31, 53)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
         from_file, from_opened = model.pixels([tmp_path / "a.png", opened])
 
     assert torch.equal(from_file, from_opened)
-    assert not torch.equal(from_file, model.pixels([picture])[0])
+    assert not torch.equal(from_file, model.pixels([image])[0])
 
 
-def test_a_transparent_picture_is_laid_over_white(model):
+def test_a_transparent_image_is_laid_over_white(model):
     assert (model.pixels([Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 0))]) == 255).all()
 
 
-def test_no_pictures_are_none(model):
+def test_no_images_are_none(model):
     assert model.pixels([]).shape == (0, 3, SIDE, SIDE)
 
 
 WRONG = {
-    "path": ("no/such.png", r"no such picture: no/such\.png"),
-    "folder": (".", "no such picture"),
-    "empty bytes": (b"", "empty picture"),
-    "bytes of text": (b"red square", "not a picture"),
+    "path": ("no/such.png", r"no such image: no/such\.png"),
+    "folder": (".", "no such image"),
+    "empty bytes": (b"", "empty image"),
+    "bytes of text": (b"red square", "not an image"),
     "last axis of colours": (np.zeros((14, 14, 3), dtype=np.uint8), r"expected, got \(14, 14, 3\) uint8"),
     "numbers of another kind": (np.zeros((3, 14, 14)), r"\(3, H, W\) uint8 was expected, got \(3, 14, 14\) float64"),
     "one colour": (torch.zeros(1, 14, 14, dtype=torch.uint8), r"got \(1, 14, 14\) uint8 of Tensor"),
     "a batch": (torch.zeros(2, 3, 14, 14, dtype=torch.uint8), r"got \(2, 3, 14, 14\) uint8 of Tensor"),
-    "no pixels": (np.zeros((3, 0, 14), dtype=np.uint8), "empty picture"),
+    "no pixels": (np.zeros((3, 0, 14), dtype=np.uint8), "empty image"),
     "a number": (7, r"\(3, H, W\) uint8 was expected, got \(\)"),
     "nothing": (None, r"\(3, H, W\) uint8 was expected"),
     "uneven lists": ([[1], [2, 3]], r"\(3, H, W\) uint8 was expected"),
@@ -111,9 +111,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("method", ["pixels", "generate", "logits", "score"])
-def test_a_picture_that_is_none_is_named_by_its_number(model, name, method):
-    picture, reason = WRONG[name]
-    images = [photograph(SIDE, SIDE), picture]
+def test_an_image_that_is_none_is_named_by_its_number(model, name, method):
+    image, reason = WRONG[name]
+    images = [photograph(SIDE, SIDE), image]
     calls = {
         "pixels": lambda: model.pixels(images),
         "generate": lambda: model.generate("a", images),
@@ -121,7 +121,7 @@ def test_a_picture_that_is_none_is_named_by_its_number(model, name, method):
         "score": lambda: model.score("a", ["b"], images),
     }
 
-    with pytest.raises(UserError, match=rf"^picture 1: .*{reason}"):
+    with pytest.raises(UserError, match=rf"^image 1: .*{reason}"):
         calls[method]()
 
 
@@ -129,7 +129,7 @@ def test_an_opened_file_that_is_cut_off_is_named_by_its_number(model, tmp_path):
     data = png(photograph(31, 53))
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
 
-    with Image.open(tmp_path / "a.png") as opened, pytest.raises(UserError, match="picture 0: picture cannot be decoded"):
+    with Image.open(tmp_path / "a.png") as opened, pytest.raises(UserError, match="image 0: image cannot be decoded"):
         model.pixels([opened])
 
 
@@ -137,7 +137,7 @@ def test_an_opened_file_that_is_cut_off_is_named_by_its_number(model, tmp_path):
 
 
 def row(*parts: int | str) -> list[int]:
-    """Ids of one document: "p" for a picture, a number for so many words."""
+    """Ids of one document: "p" for an image, a number for so many words."""
     ids = [BOS]
     for seed, part in enumerate(parts):
         ids += [SPECIAL.image] * (LATENTS + 1) + [SPECIAL.image_end] if part == "p" else words(int(part), seed)
@@ -180,31 +180,31 @@ def test_logits_of_padded_rows_are_those_of_each_row_alone(model, padding):
 
 
 def test_the_likeliest_next_token_is_what_generate_writes(model):
-    picture = photograph(SIDE, SIDE)
+    image = photograph(SIDE, SIDE)
     ids = [BOS, *[SPECIAL.image] * (LATENTS + 1), SPECIAL.image_end, *model.tokenizer.encode("the cat").tolist()]
-    logits = model.logits(ids, [picture])[-1]
+    logits = model.logits(ids, [image])[-1]
     control = [BOS, PAD, 3, *range(SPECIAL.mask, SPECIAL.line_end), *range(model.tokenizer.vocab_size, len(logits))]
     logits[control] = float("-inf")
 
-    written = model.generate("the cat", [picture], max_new_tokens=1)
+    written = model.generate("the cat", [image], max_new_tokens=1)
 
     assert written == model.tokenizer.decode([int(logits.argmax())])
 
 
 @pytest.mark.parametrize(
-    ("ids", "n_pictures", "reason"),
+    ("ids", "n_images", "reason"),
     [
-        (row("p"), 0, "1 places for 0 pictures"),
-        (row(5), 1, "0 places for 1 pictures"),
-        (row("p", "p"), 1, "2 places for 1 pictures"),
+        (row("p"), 0, "1 places for 0 images"),
+        (row(5), 1, "0 places for 1 images"),
+        (row("p", "p"), 1, "2 places for 1 images"),
         ([BOS, *[SPECIAL.image] * LATENTS, SPECIAL.image_end], 1, f"row 0: {LATENTS - 1} slots .* has {LATENTS} latents"),
         ([BOS, *[SPECIAL.image] * (LATENTS + 1), 5], 1, "</image> must follow"),
         ([[BOS, 5], [BOS, SPECIAL.image]], 1, "row 1: 0 slots"),
     ],
 )
-def test_tokens_that_do_not_fit_the_pictures_are_the_users_error(model, ids, n_pictures, reason):
+def test_tokens_that_do_not_fit_the_images_are_the_users_error(model, ids, n_images, reason):
     with pytest.raises(UserError, match=reason):
-        model.logits(torch.tensor(ids), [photograph(SIDE, SIDE)] * n_pictures)
+        model.logits(torch.tensor(ids), [photograph(SIDE, SIDE)] * n_images)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_logits_of_ids_alone_need_no_tokenizer(kosmos_tower, model):
     assert torch.equal(tiny_model(kosmos_tower).logits([BOS, 7]), model.logits([BOS, 7]))
 
 
-def test_a_lone_picture_is_a_list_of_one(model, tmp_path):
+def test_a_lone_image_is_a_list_of_one(model, tmp_path):
     (tmp_path / "a.png").write_bytes(png(photograph(31, 53)))
     array = np.asarray(photograph(31, 53)).transpose(2, 0, 1)
 
@@ -295,12 +295,12 @@ def test_gradients_are_not_kept(model):
 def test_a_notebook_writes_what_the_command_line_prints(trained, tmp_path, capsys, options, settings):
     for name, seed in (("a.png", 1), ("b.png", 2)):
         (tmp_path / name).write_bytes(png(photograph(31, 53, seed)))
-    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    images = [tmp_path / "a.png", tmp_path / "b.png"]
     prompt = "Here <image> and there <image> we see"
-    arguments = ["--image", *map(str, pictures), "--prompt", prompt, "--max-new-tokens", "11", "--device", "cpu", *options]
+    arguments = ["--image", *map(str, images), "--prompt", prompt, "--max-new-tokens", "11", "--device", "cpu", *options]
     assert main(["generate", "--ckpt_path", str(trained / LAST), *arguments]) == 0
 
-    written = Kosmos.load(trained / LAST).generate(prompt, pictures, max_new_tokens=11, **settings)
+    written = Kosmos.load(trained / LAST).generate(prompt, images, max_new_tokens=11, **settings)
 
     assert capsys.readouterr().out == f"{written}\n"
 

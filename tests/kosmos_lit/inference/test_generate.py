@@ -23,10 +23,10 @@ CPU = torch.device("cpu")
 FORBIDDEN = [BOS, PAD, UNK, SPECIAL.mask, SPECIAL.doc_end, SPECIAL.image, SPECIAL.image_end, SPECIAL.chunk_end]
 
 
-def prompt(n_words: int, n_pictures: int = 0, seed: int = 0) -> Prompt:
-    """<s>, pictures with words around them."""
+def prompt(n_words: int, n_images: int = 0, seed: int = 0) -> Prompt:
+    """<s>, images with words around them."""
     ids = [BOS]
-    for i in range(n_pictures):
+    for i in range(n_images):
         ids += [SPECIAL.image, *words(2, seed + 10 + i)]
     tokens, _, slots = expand_images(np.array(ids + words(n_words, seed)), SPECIAL, LATENTS)
     return Prompt(tokens, slots)
@@ -87,7 +87,7 @@ def unigram(model: Kosmos, probabilities: dict[int, float]) -> Kosmos:
 # ---- prompts
 
 
-def test_a_picture_stands_where_the_text_marks_it(kosmos_tokenizer):
+def test_an_image_stands_where_the_text_marks_it(kosmos_tokenizer):
     the, cat = kosmos_tokenizer.encode("the").tolist(), kosmos_tokenizer.encode("cat").tolist()
     i, e = [SPECIAL.image] * (LATENTS + 1), [SPECIAL.image_end]
     made = encode_prompt("the <image> cat<image>", 2, kosmos_tokenizer, LATENTS)
@@ -96,7 +96,7 @@ def test_a_picture_stands_where_the_text_marks_it(kosmos_tokenizer):
     assert made.slots.tolist() == [first, first + LATENTS + 1 + len(cat) + 1]
 
 
-def test_pictures_beyond_the_marks_come_first(kosmos_tokenizer):
+def test_images_beyond_the_marks_come_first(kosmos_tokenizer):
     the, i = kosmos_tokenizer.encode("the").tolist(), [SPECIAL.image] * (LATENTS + 1) + [SPECIAL.image_end]
     assert encode_prompt("the <image>", 3, kosmos_tokenizer, LATENTS).tokens.tolist() == [BOS, *i, *i, *the, *i]
     assert encode_prompt("the", 1, kosmos_tokenizer, LATENTS).tokens.tolist() == [BOS, *i, *the]
@@ -107,8 +107,8 @@ def test_an_empty_prompt_is_the_start_of_a_document(kosmos_tokenizer, text):
     assert encode_prompt(text, 0, kosmos_tokenizer, LATENTS).tokens.tolist() == [BOS]
 
 
-def test_more_marks_than_pictures_are_the_users_error(kosmos_tokenizer):
-    with pytest.raises(UserError, match="the prompt has 2 <image> marks, but 1 pictures are given"):
+def test_more_marks_than_images_are_the_users_error(kosmos_tokenizer):
+    with pytest.raises(UserError, match="the prompt has 2 <image> marks, but 1 images are given"):
         encode_prompt("<image> the <image>", 1, kosmos_tokenizer, LATENTS)
 
 
@@ -119,8 +119,8 @@ def test_prompt_and_continuation_must_fit_the_models_rows(kosmos_tower, kosmos_t
         generate(model, [prompt(3), prompt(19)], random_images(0), kosmos_tokenizer, max_new_tokens=12)
 
 
-def test_a_prompt_whose_pictures_are_not_given_is_an_error(kosmos_tower, kosmos_tokenizer):
-    with pytest.raises(ValueError, match="2 places for 1 pictures"):
+def test_a_prompt_whose_images_are_not_given_is_an_error(kosmos_tower, kosmos_tokenizer):
+    with pytest.raises(ValueError, match="2 places for 1 images"):
         generate(tiny_model(kosmos_tower), [prompt(3, 2)], random_images(1), kosmos_tokenizer, max_new_tokens=5)
 
 
@@ -152,7 +152,7 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone(kosmos_tower, k
     assert len({tuple(ids) for ids in together}) > 1
 
 
-def test_an_answer_depends_on_its_picture(kosmos_tower, kosmos_tokenizer):
+def test_an_answer_depends_on_its_image(kosmos_tower, kosmos_tokenizer):
     model = tiny_model(kosmos_tower, vision={"feature_length": 90.0})
     answers = [generate(model, [prompt(1, 1)], random_images(1, s), kosmos_tokenizer, max_new_tokens=7)[0] for s in range(5)]
     assert len({tuple(ids) for ids in answers}) > 1

@@ -16,16 +16,16 @@ from tests.kosmos_lit.tiny_kosmos import LATENTS, SPECIAL, random_images, words
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # fp32, two layers, hidden states of size 1
 
 
-def prompt(n_words: int, n_pictures: int, seed: int) -> Prompt:
+def prompt(n_words: int, n_images: int, seed: int) -> Prompt:
     ids = [BOS]
-    for i in range(n_pictures):
+    for i in range(n_images):
         ids += [SPECIAL.image, *words(2, seed + 10 + i)]
     tokens, _, slots = expand_images(np.array(ids + words(n_words, seed)), SPECIAL, LATENTS)
     return Prompt(tokens, slots)
 
 
 PROMPTS = [prompt(4, 1, 1), prompt(1, 0, 2), prompt(13, 2, 3)]
-N_PICTURES = [1, 0, 2]
+N_IMAGES = [1, 0, 2]
 
 
 def anew(model, start: Prompt, images: Tensor, written: list[int]) -> Tensor:
@@ -44,7 +44,7 @@ def test_cached_equals_uncached_at_every_step(talker, kosmos_tokenizer, position
     reading = Reading(model, PROMPTS, images, kosmos_tokenizer, 11)
     written, hidden = [words(11, seed) for seed in (5, 6, 7)], reading.hidden
     for step in range(12):
-        for b, own in enumerate(images.split(N_PICTURES)):
+        for b, own in enumerate(images.split(N_IMAGES)):
             torch.testing.assert_close(hidden[b], anew(model, PROMPTS[b], own, written[b][:step]), **CLOSE)
         if step < 11:
             hidden = reading.write(torch.tensor([[row[step]] for row in written]), step)[:, 0]
@@ -59,7 +59,7 @@ def test_the_nodes_of_a_tree_are_read_as_each_path_alone(talker, kosmos_tokenize
     trie = Trie(paths)
     tokens, depths = (torch.tensor(x).expand(3, -1) for x in (trie.tokens, trie.depths))
     after = reading.write(tokens, depths, torch.from_numpy(trie.ancestors()).expand(3, -1, -1))
-    for b, own in enumerate(images.split(N_PICTURES)):
+    for b, own in enumerate(images.split(N_IMAGES)):
         for path, end in zip(paths, trie.ends, strict=True):
             torch.testing.assert_close(after[b, end], anew(model, PROMPTS[b], own, path), **CLOSE)
 

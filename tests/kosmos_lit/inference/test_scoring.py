@@ -8,7 +8,7 @@ from kosmos_lit.inference import scoring
 from kosmos_lit.inference.generate import score
 from kosmos_lit.tokenizer import EOS
 from tests.kosmos_lit.inference.conftest import POSITIONS
-from tests.kosmos_lit.inference.test_prefill import N_PICTURES, PROMPTS, anew
+from tests.kosmos_lit.inference.test_prefill import N_IMAGES, PROMPTS, anew
 from tests.kosmos_lit.tiny_kosmos import random_images, tiny_model
 
 CANDIDATES = [["the cat", "the cat sat", "a red square", "the mat"], ["big quartz"], ["the cat", "jackdaws love", "x"]]
@@ -32,7 +32,7 @@ def test_candidates_score_as_each_whole_sequence_without_a_cache(
     monkeypatch.setattr(scoring, "MOST_LOGITS", 200)  # logits of two nodes at once
     model, images = talker(positions=positions), random_images(3)
     found = score(model, PROMPTS, CANDIDATES, images, kosmos_tokenizer, with_end=with_end)
-    for start, own, texts, row in zip(PROMPTS, images.split(N_PICTURES), CANDIDATES, found, strict=True):
+    for start, own, texts, row in zip(PROMPTS, images.split(N_IMAGES), CANDIDATES, found, strict=True):
         assert [scored.text for scored in row] == texts
         for scored in row:
             expected = alone(model, kosmos_tokenizer, start, own, scored.text, [EOS] if with_end else [])

@@ -11,7 +11,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.inference.generate import GenerationConfig, Prompt, generate, score
 from kosmos_lit.tokenizer import BOS
 from tests.kosmos_lit.inference.test_generate import unigram
-from tests.kosmos_lit.inference.test_prefill import N_PICTURES, PROMPTS, prompt
+from tests.kosmos_lit.inference.test_prefill import N_IMAGES, PROMPTS, prompt
 from tests.kosmos_lit.tiny_kosmos import random_images, tiny_model
 
 WAYS = [{"n_beams": 1}, {"n_beams": 3}, {"temperature": 2.0}]
@@ -96,7 +96,8 @@ def test_draws_follow_the_distribution(kosmos_tower, kosmos_tokenizer, settings,
     model, n = unigram(tiny_model(kosmos_tower), {7: 0.5, 8: 0.3, 9: 0.2}), 1009
     drawn = Counter()
     for seed in range(n // 50 + 1):
-        [ids] = ids_of(write(model, PROMPTS[1:2], random_images(0), kosmos_tokenizer, max_new_tokens=50, seed=seed, **settings))
+        sampled = write(model, PROMPTS[1:2], random_images(0), kosmos_tokenizer, max_new_tokens=50, seed=seed, **settings)
+        [ids] = ids_of(sampled)
         drawn.update(ids)
     total = sum(drawn.values())
     assert set(drawn) == set(expected)
@@ -104,17 +105,17 @@ def test_draws_follow_the_distribution(kosmos_tower, kosmos_tokenizer, settings,
         assert abs(drawn[id_] / total - share) <= 4 * math.sqrt(share * (1 - share) / total)  # four standard errors
 
 
-def test_a_draw_depends_on_seed_prompt_and_pictures_not_on_the_batch(talker, kosmos_tokenizer):
+def test_a_draw_depends_on_seed_prompt_and_images_not_on_the_batch(talker, kosmos_tokenizer):
     model, images, settings = talker(), random_images(3), {"temperature": 1.5, "max_new_tokens": 13, "seed": 3}
     together = ids_of(write(model, PROMPTS, images, kosmos_tokenizer, **settings))
-    parts = images.split(N_PICTURES)
+    parts = images.split(N_IMAGES)
     backwards = ids_of(write(model, PROMPTS[::-1], torch.cat(parts[::-1]), kosmos_tokenizer, **settings))
     assert together == backwards[::-1]
     for start, part, ids in zip(PROMPTS, parts, together, strict=True):
         assert ids_of(write(model, [start], part, kosmos_tokenizer, **settings)) == [ids]
 
 
-def test_other_seeds_and_other_pictures_draw_otherwise(kosmos_tower, kosmos_tokenizer):
+def test_other_seeds_and_other_images_draw_otherwise(kosmos_tower, kosmos_tokenizer):
     model = unigram(tiny_model(kosmos_tower), dict.fromkeys(range(7, 40), 1 / 33))  # whatever it sees
     start, settings = prompt(3, 1, 0), {"temperature": 1.0, "max_new_tokens": 13}
     images = torch.cat([random_images(1, 1), random_images(1, 2)])

@@ -60,9 +60,9 @@ class Pair:
         self.other: Any = to_transformers(self.model)
         self.n_latents, self.side = s["latents"], s["side"]
 
-    def prompt(self, n_words: int, n_pictures: int = 0, seed: int = 0) -> Prompt:
+    def prompt(self, n_words: int, n_images: int = 0, seed: int = 0) -> Prompt:
         ids = [BOS]
-        for i in range(n_pictures):
+        for i in range(n_images):
             ids += [*words(1, seed + 10 + i), SPECIAL.image]
         tokens, _, slots = expand_images(np.array(ids + words(n_words, seed)), SPECIAL, self.n_latents)
         return Prompt(tokens, slots)
@@ -79,7 +79,7 @@ class Pair:
     def theirs(
         self, tokenizer: Any, prompts: list[Prompt], images: Tensor, margin: float = 0.0, **settings: Any
     ) -> list[list[int]]:
-        """Write with transformers, which must decide every step by `margin` at least; with one prompt, any pictures."""
+        """Write with transformers, which must decide every step by `margin` at least; with one prompt, any images."""
         T = max(len(prompt.tokens) for prompt in prompts)
         tokens = torch.full((len(prompts), T), PAD)
         places = torch.zeros(len(prompts), T, dtype=torch.int64)
@@ -106,7 +106,7 @@ class Pair:
         return [row[: row.index(EOS)] if EOS in row else [id_ for id_ in row if id_ != PAD] for row in rows]
 
     def look(self, images: Tensor) -> Tensor:
-        """Return the latents (N, L, D) that transformers' model has of the pictures."""
+        """Return the latents (N, L, D) that transformers' model has of the images."""
         vision = self.model.config.vision
         mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (vision.mean, vision.std))
         seen = self.other.vision_model((images.float() - mean) / std)[0]
@@ -124,24 +124,25 @@ RULES = [{}, PENALTY, NGRAM, {"repetition_penalty": 0.8, "no_repeat_ngram_size":
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
-@pytest.mark.parametrize("n_pictures", [0, 1, 3])
-def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_pictures: int, rules: dict[str, Any]):
+@pytest.mark.parametrize("n_images", [0, 1, 3])
+def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_images: int, rules: dict[str, Any]):
     made = []
     for seed in range(5):
-        prompt, images, settings = pair.prompt(3 + seed, n_pictures, seed), pair.random_images(n_pictures), {"max_new_tokens": 17}
+        prompt, images = pair.prompt(3 + seed, n_images, seed), pair.random_images(n_images)
+        settings = {"max_new_tokens": 17}
         made += pair.ours(kosmos_tokenizer, [prompt], images, **settings, **rules)
         assert made[-1:] == pair.theirs(kosmos_tokenizer, [prompt], images, margin=1e-4, **settings, **rules)
     assert len({id_ for ids in made for id_ in ids}) > 2
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("n_pictures", [0, 1, 3])
+@pytest.mark.parametrize("n_images", [0, 1, 3])
 @pytest.mark.parametrize("rules", [RULES[0], RULES[3]], ids=str)
 def test_beam_search_is_that_of_transformers(
-    pair: Pair, kosmos_tokenizer: Any, n_pictures: int, length_penalty: float, rules: dict[str, Any]
+    pair: Pair, kosmos_tokenizer: Any, n_images: int, length_penalty: float, rules: dict[str, Any]
 ):
     for seed in range(5):
-        prompt, images = pair.prompt(3 + seed, n_pictures, seed), pair.random_images(n_pictures)
+        prompt, images = pair.prompt(3 + seed, n_images, seed), pair.random_images(n_images)
         settings = {"max_new_tokens": 17, "length_penalty": length_penalty, **rules}
         ours = pair.ours(kosmos_tokenizer, [prompt], images, n_beams=5, **settings)
         assert ours == pair.theirs(kosmos_tokenizer, [prompt], images, num_beams=5, **settings)

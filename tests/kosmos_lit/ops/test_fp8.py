@@ -7,7 +7,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.layers.linear import LinearFp8
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.fp8 import check_fp8, linear_fp8, to_fp8
-from tests.kosmos_lit.tiny_kosmos import batch_of, normal, picture_doc, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, normal, text_doc, tiny_config
 
 M, K, N = 48, 32, 80
 WIDTHS = {"decoder.dim": 64, "decoder.ffn_dim": 256}
@@ -90,7 +90,7 @@ def test_what_can_train_in_8_bits_may(monkeypatch):
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_a_model_whose_layers_train_in_8_bits_learns_as_one_in_32(kosmos_tower, recompute):
     final = []
-    batch = batch_of([[picture_doc(4), text_doc(15, seed=1)], [text_doc(28, seed=2)]], 32)
+    batch = batch_of([[image_doc(4), text_doc(15, seed=1)], [text_doc(28, seed=2)]], 32)
     for fp8 in (False, True):
         sizes = {"dim": 32, "n_heads": 4, "ffn_dim": 64}
         model = Kosmos.create(tiny_config(kosmos_tower, fp8=fp8, recompute=recompute, **sizes)).train()

@@ -52,19 +52,19 @@ def test_slots_that_fit_pass():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (("xiiiiexxxxx", "iiiiexiiiex"), "row 1: 2 slots at position 7 but picture 2 has 3 latents"),
-        (("xiiiiexxxxx", "iiiiiexiiie"), "row 1: 4 slots at position 1 but picture 1 has 3 latents"),  # right in sum
-        (("xiiiixxxxxx", "iiiiexiiiie"), "row 0: 3 slots at position 2 but picture 0 has 3 latents"),  # not closed
-        (("xxiiiexxxxx", "iiiiexiiiie"), "row 0: 3 slots at position 2 but picture 0 has 3 latents"),  # not opened
-        (("xiiiiexxxxx", "iiiiexiiiii"), "row 1: 4 slots at position 7 but picture 2 has 3 latents"),  # runs out
-        (("xiiiiexxxix", "iiiiexiiiie"), "10 slots in the batch but 3 pictures of 3 latents"),  # one without a picture
+        (("xiiiiexxxxx", "iiiiexiiiex"), "row 1: 2 slots at position 7 but image 2 has 3 latents"),
+        (("xiiiiexxxxx", "iiiiiexiiie"), "row 1: 4 slots at position 1 but image 1 has 3 latents"),  # right in sum
+        (("xiiiixxxxxx", "iiiiexiiiie"), "row 0: 3 slots at position 2 but image 0 has 3 latents"),  # not closed
+        (("xxiiiexxxxx", "iiiiexiiiie"), "row 0: 3 slots at position 2 but image 0 has 3 latents"),  # not opened
+        (("xiiiiexxxxx", "iiiiexiiiii"), "row 1: 4 slots at position 7 but image 2 has 3 latents"),  # runs out
+        (("xiiiiexxxix", "iiiiexiiiie"), "10 slots in the batch but 3 images of 3 latents"),  # one without an image
     ],
 )
-def test_an_error_names_row_picture_and_both_counts(texts, message):
+def test_an_error_names_row_image_and_both_counts(texts, message):
     with pytest.raises(ValueError, match=message):
         check_slots(rows(*texts), SLOTS, 3, L, IMAGE, END)
 
 
-def test_a_picture_without_a_place_is_an_error():
-    with pytest.raises(ValueError, match="3 places for 4 pictures"):
+def test_an_image_without_a_place_is_an_error():
+    with pytest.raises(ValueError, match="3 places for 4 images"):
         check_slots(rows("xiiiiexxxxx", "iiiiexiiiie"), SLOTS, 4, L, IMAGE, END)

@@ -13,7 +13,7 @@ from kosmos_lit.evaluation.statistics import mean_figure
 
 
 def write_image(path: Path, colour: tuple[int, int, int] = (200, 40, 40), size: tuple[int, int] = (37, 23)) -> Path:
-    """Write a picture of one colour."""
+    """Write an image of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path

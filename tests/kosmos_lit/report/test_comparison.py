@@ -11,13 +11,13 @@ import pytest
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.report.comparison import compare, comparison_markdown
-from tests.kosmos_lit.report.made_results import failed, write_image, task, write_results, wrote
+from tests.kosmos_lit.report.made_results import failed, task, write_image, write_results, wrote
 from tests.kosmos_lit.report.test_evaluation import Page
 
 
 def shown(tmp_path: Path, right: list[bool], prefix: str = "") -> list[dict[str, Any]]:
-    """Return samples with a picture, right or not."""
-    image = write_image(tmp_path / "picture.png")
+    """Return samples with an image, right or not."""
+    image = write_image(tmp_path / "image.png")
     return [wrote(f"{prefix}{i:03d}", "x", "y", {"accuracy": float(r)}, images=[image]) for i, r in enumerate(right)]
 
 
@@ -52,14 +52,14 @@ def test_the_verdict_names_the_tasks_that_do_not_beat_all(tmp_path: Path) -> Non
     assert [row.beats_all for row in found.rows] == [True, False]
 
 
-def test_a_task_without_pictures_is_no_matter_of_the_verdict(tmp_path: Path) -> None:
+def test_a_task_without_images_is_no_matter_of_the_verdict(tmp_path: Path) -> None:
     text = [wrote(f"{i}", "x", "y", {"accuracy": i % 2}, prompt="Words.") for i in range(7)]
     folders = [write_results(tmp_path / n, {"text": task(text), "t": task(shown(tmp_path, [True] * 7))}) for n in "ab"]
 
     found = compare(folders)
 
     assert found.verdict == "a beats b beyond the interval in 0 of 1 tasks; not: t."
-    assert "| no pictures |" in comparison_markdown(found)
+    assert "| no images |" in comparison_markdown(found)
 
 
 def test_a_figure_that_is_no_mean_of_scores_takes_both_intervals_together(tmp_path: Path) -> None:
@@ -77,8 +77,8 @@ def test_a_figure_that_is_no_mean_of_scores_takes_both_intervals_together(tmp_pa
 
 
 def test_other_samples_and_other_options_are_said_and_left_out(tmp_path: Path) -> None:
-    one = [*shown(tmp_path, [True] * 5), failed("900", "no such picture")]
-    other = [*shown(tmp_path, [False] * 3), *shown(tmp_path, [True] * 2, prefix="x"), failed("900", "no such picture")]
+    one = [*shown(tmp_path, [True] * 5), failed("900", "no such image")]
+    other = [*shown(tmp_path, [False] * 3), *shown(tmp_path, [True] * 2, prefix="x"), failed("900", "no such image")]
     folders = [
         write_results(tmp_path / "one", {"t": task(one, options={"path": "a", "prompt": "p"})}),
         write_results(tmp_path / "other", {"t": task(other, options={"path": "b", "prompt": "q"})}),
@@ -130,8 +130,8 @@ def test_a_folder_given_twice_is_refused(tmp_path: Path) -> None:
 
 def test_the_verb_prints_and_writes_what_it_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [
-        write_results(tmp_path / n, {"t": task(shown(tmp_path, [i < k for i in range(31)]), title="<b>")}, image_control=image_control)
-        for n, k, image_control in (("run/eval", 23, "true"), ("control/eval", 5, "shuffled"))
+        write_results(tmp_path / n, {"t": task(shown(tmp_path, [i < k for i in range(31)]), title="<b>")}, image_control=c)
+        for n, k, c in (("run/eval", 23, "true"), ("control/eval", 5, "shuffled"))
     ]
 
     code = main(["report", *map(str, folders), "--names", "model,<i>blind</i>", "--output", str(tmp_path / "out")])

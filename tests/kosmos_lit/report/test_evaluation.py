@@ -13,7 +13,7 @@ import pytest
 from kosmos_lit.errors import UserError
 from kosmos_lit.report.evaluation import write_report
 from kosmos_lit.report.samples import candidate_shares, choose
-from tests.kosmos_lit.report.made_results import chose, failed, write_image, task, write_results, wrote
+from tests.kosmos_lit.report.made_results import chose, failed, task, write_image, write_results, wrote
 
 VOID = {"meta", "br", "img", "line", "circle", "polygon"}
 
@@ -140,15 +140,15 @@ def test_the_mean_of_the_language_tasks_is_there_once_all_are(tmp_path: Path) ->
 def test_what_failed_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
     samples = [
         *answers(3, 1),
-        failed("7", "no such picture", "gone.jpg"),
-        failed("8", "no such picture"),
+        failed("7", "no such image", "gone.jpg"),
+        failed("8", "no such image"),
         failed("9", "prompt too long"),
     ]
 
     page = page_of(write_results(tmp_path, {"t": task(samples)}))
 
-    assert "6 samples, 3 of them failed and in no figure (2 no such picture, 1 prompt too long)" in page.said
-    assert "7: no such picture: gone.jpg" in page.said
+    assert "6 samples, 3 of them failed and in no figure (2 no such image, 1 prompt too long)" in page.said
+    assert "7: no such image: gone.jpg" in page.said
 
 
 def test_a_figure_that_is_not_defined_is_a_dash(tmp_path: Path) -> None:
@@ -180,19 +180,19 @@ def test_nothing_of_a_dataset_or_a_model_becomes_markup(tmp_path: Path) -> None:
     assert "<script" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_page_fetches_nothing_and_says_what_its_pictures_are(tmp_path: Path) -> None:
+def test_a_page_fetches_nothing_and_says_what_its_images_are(tmp_path: Path) -> None:
     sample = wrote("1", "dog", ["dog"], {"accuracy": 1.0}, images=[write_image(tmp_path / "dog.png", size=(601, 307))])
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     (image,) = page.all("img")
     assert str(image["src"]).startswith("data:image/jpeg;base64,")
-    assert (image["width"], image["height"], image["alt"]) == ("208", "106", "ImageLike in the prompt: dog.png")
+    assert (image["width"], image["height"], image["alt"]) == ("208", "106", "Image in the prompt: dog.png")
     assert not [a for tag in ("a", "link", "script") for a in page.all(tag) if not str(a.get("href", "")).startswith("#")]
 
 
-@pytest.mark.parametrize("data", [None, b"no picture"])
-def test_a_picture_that_is_gone_or_broken_is_said(tmp_path: Path, data: bytes | None) -> None:
+@pytest.mark.parametrize("data", [None, b"no image"])
+def test_an_image_that_is_gone_or_broken_is_said(tmp_path: Path, data: bytes | None) -> None:
     if data:
         (tmp_path / "a.png").write_bytes(data)
     sample = wrote("1", "dog", ["dog"], {"accuracy": 1.0}, images=[tmp_path / "a.png"])
@@ -200,10 +200,10 @@ def test_a_picture_that_is_gone_or_broken_is_said(tmp_path: Path, data: bytes | 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     assert not page.all("img")
-    assert ("a.png: the picture is gone" if data is None else "a.png: ") in page.said
+    assert ("a.png: the image is gone" if data is None else "a.png: ") in page.said
 
 
-def test_pictures_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
+def test_images_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
     images = [write_image(tmp_path / f"{i}.png") for i in range(2)]
     sample = wrote("1", "dog", "dog", {"accuracy": 1.0}, prompt="<image>one<image>two", images=images)
     write_report(write_results(tmp_path, {"t": task([sample])}))
@@ -211,12 +211,12 @@ def test_pictures_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
 
     places = [
-        text.index(piece) for piece in ('alt="ImageLike in the prompt: 0.png">one', 'alt="ImageLike in the prompt: 1.png">two')
+        text.index(piece) for piece in ('alt="Image in the prompt: 0.png">one', 'alt="Image in the prompt: 1.png">two')
     ]
     assert places == sorted(places)
 
 
-def test_words_that_look_like_a_picture_put_no_picture_anywhere(tmp_path: Path) -> None:
+def test_words_that_look_like_an_image_put_no_image_anywhere(tmp_path: Path) -> None:
     sample = wrote(
         "1", "x", "x", {"accuracy": 1.0}, prompt="<image>what does <image> mean?", images=[write_image(tmp_path / "a.png")]
     )
@@ -239,13 +239,13 @@ def test_long_demonstrations_are_folded_up(tmp_path: Path) -> None:
     assert "<image>demonstration 0." in page.said
 
 
-def test_a_control_with_grey_pictures_shows_none(tmp_path: Path) -> None:
+def test_a_control_with_grey_images_shows_none(tmp_path: Path) -> None:
     sample = wrote("1", "x", "x", {"accuracy": 1.0}, images=[write_image(tmp_path / "a.png")])
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}, image_control="blank"))
 
     assert not page.all("img")
-    assert "even grey stands in the place of every picture" in page.said
+    assert "even grey stands in the place of every image" in page.said
 
 
 def test_the_surest_errors_come_first_and_the_order_of_lines_does_not_matter(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def requests(task: Task, sample: Sample, shots: Sequence[Sample] = ()) -> Sequen
 
 
 def readable(parts: Parts) -> list[str]:
-    """Return a prompt with pictures' file names in brackets."""
+    """Return a prompt with images' file names in brackets."""
     return [part if isinstance(part, str) else f"[{part.name}]" for part in parts]  # type: ignore[union-attr]
 
 

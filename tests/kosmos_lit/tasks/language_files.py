@@ -134,7 +134,7 @@ def memory_color(folder: Path) -> None:
     things = [("the inside of a", "pineapple", "yellow"), ("", "grass", "green"), ("an", "elephant", "grey")]
     things += [("", "snow", "white"), ("a", "rose", "red")]
     rows = [
-        {"descriptor": what, "item": item, "label": color, "picture": "https://...", "picture_path": f"images/{item}"}
+        {"descriptor": what, "item": item, "label": color, "picture": "https://...", "picture_path": f"pictures/{item}"}
         for what, item, color in things
     ]
     write_lines(folder / "memory_colors.jsonl", rows)

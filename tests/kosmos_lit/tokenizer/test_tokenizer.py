@@ -262,7 +262,7 @@ def test_token_bytes_add_up_to_the_texts_utf8(kosmos_tokenizer, lines):
     assert n_bytes.sum() == len(text.encode())
 
 
-def test_text_behind_a_picture_begins_a_line(kosmos_tokenizer):
+def test_text_behind_an_image_begins_a_line(kosmos_tokenizer):
     ids = kosmos_tokenizer.encode("the cat")
     before = np.concatenate([[kosmos_tokenizer.special.image_end], ids[:-1]])
     assert kosmos_tokenizer.count_bytes(before, ids).sum() == len("the cat")
@@ -312,10 +312,10 @@ def test_control_pieces_elsewhere_are_the_users_error():
         Tokenizer(trained(unk_id=3, bos_id=0, eos_id=1))
 
 
-# ---- pictures
+# ---- images
 
 
-def test_a_picture_is_written_out_as_mark_slots_and_end():
+def test_an_image_is_written_out_as_mark_slots_and_end():
     special = SpecialTokens.after(10)
     i, e = special.image, special.image_end
     expanded, last, slots = expand_images(np.array([0, i, 5, 6, i, i, 2]), special, 3)
@@ -324,6 +324,6 @@ def test_a_picture_is_written_out_as_mark_slots_and_end():
     assert slots.tolist() == [2, 9, 14]
 
 
-def test_tokens_without_a_picture_stay_as_they_are():
+def test_tokens_without_an_image_stay_as_they_are():
     expanded, last, slots = expand_images(np.array([0, 5, 2]), SpecialTokens.after(10), 3)
     assert (expanded.tolist(), last.tolist(), slots.tolist()) == ([0, 5, 2], [0, 1, 2], [])

@@ -69,11 +69,11 @@ def test_auto_classes_find_model_and_processor(exported):
 def test_a_model_loaded_there_has_our_logits(exported):
     ours, folder = exported
     rows = Rows([["p", 5, "p"], [11]], "left")
-    tokens, pictures = rows.tokens(N_LATENTS), photographs(2, SIDE)
+    tokens, images = rows.tokens(N_LATENTS), photographs(2, SIDE)
 
-    found = their_logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), tokens, pictures)
+    found = their_logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), tokens, images)
 
-    expected = ours.logits(tokens, list(pictures))
+    expected = ours.logits(tokens, list(images))
     torch.testing.assert_close(found[tokens != 1], expected[tokens != 1], rtol=0, atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_their_processor_gives_our_pixels(exported):
     torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1e-6)  # float32 of size 2: measured 2e-7
 
 
-def test_their_processor_scales_both_sides_of_a_picture_as_ours_does(exported):
+def test_their_processor_scales_both_sides_of_an_image_as_ours_does(exported):
     ours, folder = exported
     smooth = Image.fromarray(np.linspace(0, 255, 53 * 91 * 3).reshape(53, 91, 3).astype(np.uint8))
     inputs = AutoProcessor.from_pretrained(folder)(text="a", images=smooth, return_tensors="pt")
@@ -180,7 +180,7 @@ def test_an_exported_folder_is_loaded_like_any_other(exported):
     assert Kosmos.load(folder).generate("sat", [drawn_image()]) == ours.generate("sat", [drawn_image()])
 
 
-def test_statistics_of_pictures_come_along(tmp_path, kosmos_tokenizer):
+def test_statistics_of_images_come_along(tmp_path, kosmos_tokenizer):
     ours = our_model(kosmos_tokenizer)
     ours.config = replace(ours.config, vision=replace(ours.config.vision, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
     export_transformers(ours, tmp_path / "model")
@@ -272,7 +272,7 @@ def test_statistics_are_found_where_older_versions_keep_them(folder):
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
 
 
-def test_a_folder_without_picture_statistics_has_clips(folder):
+def test_a_folder_without_image_statistics_has_clips(folder):
     expected = from_transformers(folder).config
     (folder / "processor_config.json").unlink()
 

@@ -107,11 +107,11 @@ def released(tmp_path, kosmos_vocabulary) -> Path:
 def test_a_released_checkpoint_gives_the_logits_of_the_same_weights_in_transformers(released, options):
     theirs = their_model(SHAPE, seed=7)
     rows = Rows([["p", 5], [3, "p", "p", 2], [7]], "left")
-    tokens, pictures = rows.tokens(SHAPE.n_latents), photographs(3, 28)
+    tokens, images = rows.tokens(SHAPE.n_latents), photographs(3, 28)
 
     ours = from_fairseq(save(released, released_tensors(), **options))
 
-    expected, found = their_logits(theirs, tokens, pictures), our_logits(ours, tokens, pictures)
+    expected, found = their_logits(theirs, tokens, images), our_logits(ours, tokens, images)
     # Measured 2e-6.
     torch.testing.assert_close(found[tokens != 1], expected[tokens != 1], rtol=0, atol=1e-4)
 

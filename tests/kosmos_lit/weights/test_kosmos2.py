@@ -33,17 +33,17 @@ ATOL = 1e-4
 """Logits of standard deviation about 1; measured 3e-6 at most over all shapes and rows."""
 
 ROWS = {
-    "no picture": Rows([[11]]),
-    "a picture in front": Rows([["p", 7]]),
-    "a picture in the middle": Rows([[5, "p", 3]]),
-    "a picture at the end": Rows([[7, "p"]]),
-    "a picture and no word": Rows([["p"]]),
-    "two pictures side by side": Rows([["p", "p", 3]]),
-    "pictures in front, in the middle and at the end": Rows([["p", 2, "p", 3, "p"]]),
-    "rows of different length without pictures, padded on the right": Rows([[7], [2], [11]]),
-    "rows of different length without pictures, padded on the left": Rows([[7], [2], [11]], "left"),
-    "rows with no, one and three pictures, padded on the right": Rows([[13], ["p", 5], [1, "p", 2, "p", "p"]]),
-    "rows with no, one and three pictures, padded on the left": Rows([[13], ["p", 5], [1, "p", 2, "p", "p"]], "left"),
+    "no image": Rows([[11]]),
+    "an image in front": Rows([["p", 7]]),
+    "an image in the middle": Rows([[5, "p", 3]]),
+    "an image at the end": Rows([[7, "p"]]),
+    "an image and no word": Rows([["p"]]),
+    "two images side by side": Rows([["p", "p", 3]]),
+    "images in front, in the middle and at the end": Rows([["p", 2, "p", 3, "p"]]),
+    "rows of different length without images, padded on the right": Rows([[7], [2], [11]]),
+    "rows of different length without images, padded on the left": Rows([[7], [2], [11]], "left"),
+    "rows with no, one and three images, padded on the right": Rows([[13], ["p", 5], [1, "p", 2, "p", "p"]]),
+    "rows with no, one and three images, padded on the left": Rows([[13], ["p", 5], [1, "p", 2, "p", "p"]], "left"),
 }
 
 
@@ -61,14 +61,14 @@ def pair(request) -> tuple[Shape, Kosmos2ForConditionalGeneration, Kosmos]:
 def test_logits_are_those_of_transformers(pair, rows):
     shape, theirs, ours = pair
     tokens = rows.tokens(shape.n_latents)
-    random_images = photographs(rows.n_pictures, shape.vision["image_size"])
+    random_images = photographs(rows.n_images, shape.vision["image_size"])
 
     expected, found = their_logits(theirs, tokens, random_images), our_logits(ours, tokens, random_images)
 
     torch.testing.assert_close(found[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
 
 
-def test_logits_depend_on_each_picture(pair):
+def test_logits_depend_on_each_image(pair):
     """Or the tests above would pass for a model that does not look."""
     shape, _, ours = pair
     rows = Rows([["p", 2, "p", 3]])
@@ -293,7 +293,7 @@ def test_a_square_given_by_both_sides_is_a_square(sides):
     assert kosmos_config(config) == kosmos_config(SHAPES["wide"].config())
 
 
-def test_pictures_that_are_no_squares_are_named():
+def test_images_that_are_no_squares_are_named():
     with pytest.raises(UserError, match=r"vision_config\.image_size is \[35, 70\].*vision_config\.patch_size is \[5, 7\]"):
         kosmos_config(changed({"vision_config.image_size": [35, 70], "vision_config.patch_size": [5, 7]}))
 

@@ -1,4 +1,4 @@
-"""Small Kosmos-2 models of transformers in several shapes, and rows of words and pictures for both programs."""
+"""Small Kosmos-2 models of transformers in several shapes, and rows of words and images for both programs."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def their_model(shape: str | Shape, seed: int = 0, **text: Any) -> Kosmos2ForCon
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch as a person writes it down: each row a list of word counts and of "p" for a picture."""
+    """A batch as a person writes it down: each row a list of word counts and of "p" for an image."""
 
     rows: Sequence[Sequence[int | str]]
     padding: str = "right"
 
     def tokens(self, n_latents: int, seed: int = 0) -> Tensor:
-        """(B, T) ids; a picture is <image>, its slots as <image> again, and </image>."""
+        """(B, T) ids; an image is <image>, its slots as <image> again, and </image>."""
         draw = torch.Generator().manual_seed(seed)
         rows = []
         for row in self.rows:
@@ -93,7 +93,7 @@ class Rows:
         return tokens
 
     @property
-    def n_pictures(self) -> int:
+    def n_images(self) -> int:
         return sum(part == "p" for row in self.rows for part in row)
 
 
@@ -103,9 +103,9 @@ def photographs(n: int, size: int, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, pictures: Tensor) -> Tensor:
+def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, images: Tensor) -> Tensor:
     """(B, T, V), from the inputs that their processor would make."""
-    if not len(pictures):
+    if not len(images):
         return model.text_model(input_ids=tokens, attention_mask=(tokens != PAD).long()).logits
     in_slot = tokens == IMAGE
     in_slot[:, 1:] &= tokens[:, :-1] == IMAGE
@@ -114,14 +114,14 @@ def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, picture
     ids = torch.where(in_slot, 4 + in_slot.cumsum(1) % 53, tokens)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return model(
-        pixel_values=(pictures / 255 - mean) / std, input_ids=ids, attention_mask=(tokens != PAD).long(),
+        pixel_values=(images / 255 - mean) / std, input_ids=ids, attention_mask=(tokens != PAD).long(),
         image_embeds_position_mask=in_slot.long(),
     ).logits  # fmt: skip
 
 
 @torch.inference_mode()
-def our_logits(model: Kosmos, tokens: Tensor, pictures: Tensor) -> Tensor:
+def our_logits(model: Kosmos, tokens: Tensor, images: Tensor) -> Tensor:
     """(B, T, V), as `Kosmos.logits` gives them, for a model that has no tokenizer."""
     positions, mask = padded(tokens != PAD)
-    latents = model.see(pictures) if len(pictures) else None
+    latents = model.see(images) if len(images) else None
     return model.decoder.logits(model.decoder(tokens, positions, mask, latents, find_slots(tokens, IMAGE)))

@@ -1,4 +1,4 @@
-"""Datasets of pictures in their authors' files, a few samples each; numbers of samples are prime."""
+"""Datasets of images in their authors' files, a few samples each; numbers of samples are prime."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ COLOURS = ("red", "blue", "green", "black", "grey", "orange", "purple")
 
 
 def draw(path: Path, text: str, colour: str = "red") -> str:
-    """Draw a picture with a text on it; return its name."""
+    """Draw an image with a text on it; return its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", (23, 19), "white")
-    ImageDraw.Draw(picture).rectangle((2, 2, 11, 11), fill=colour)
-    ImageDraw.Draw(picture).text((3, 7), text, fill="black")
-    picture.save(path)
+    image = Image.new("RGB", (23, 19), "white")
+    ImageDraw.Draw(image).rectangle((2, 2, 11, 11), fill=colour)
+    ImageDraw.Draw(image).text((3, 7), text, fill="black")
+    image.save(path)
     return path.name
 
 
@@ -29,7 +29,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def karpathy(folder: Path, dataset: str = "coco") -> Path:
-    """Five pictures of test, three of train and two of restval, with two captions each."""
+    """Five images of test, three of train and two of restval, with two captions each."""
     images = []
     for i, split in enumerate(["test"] * 5 + ["train"] * 3 + ["restval"] * 2 + ["val"]):
         at = {"filepath": "train2014" if split == "train" else "val2014"} if dataset == "coco" else {}
@@ -44,11 +44,11 @@ def karpathy(folder: Path, dataset: str = "coco") -> Path:
 
 
 def vqav2(folder: Path, split: str = "val2014", n: int = 5, answered: bool = True) -> Path:
-    """Questions 10, 11, ... about pictures 7, 8, ...; people say the colour eight times, "none" and "teal" once each."""
-    pictures = split.replace("-dev", "")
+    """Questions 10, 11, ... about images 7, 8, ...; people say the colour eight times, "none" and "teal" once each."""
+    images = split.replace("-dev", "")
     questions, annotations = [], []
     for i in range(n):
-        draw(folder / pictures / f"COCO_{pictures}_{7 + i:012d}.jpg", "", COLOURS[i])
+        draw(folder / images / f"COCO_{images}_{7 + i:012d}.jpg", "", COLOURS[i])
         questions.append({"image_id": 7 + i, "question": f"What colour is number {i}?", "question_id": 10 + i})
         said = [COLOURS[i]] * 8 + ["none", "teal"]
         annotations.append({"question_id": 10 + i, "image_id": 7 + i, "answers": [{"answer": a} for a in said]})
@@ -59,7 +59,7 @@ def vqav2(folder: Path, split: str = "val2014", n: int = 5, answered: bool = Tru
 
 
 def vizwiz(folder: Path, split: str = "val", n: int = 3, answered: bool = True) -> Path:
-    """Pictures with a question each, all ten answers `unanswerable`."""
+    """Images with a question each, all ten answers `unanswerable`."""
     rows = []
     for i in range(n):
         name = draw(folder / split / f"VizWiz_{split}_{i:08d}.jpg", "?")
@@ -70,7 +70,7 @@ def vizwiz(folder: Path, split: str = "val", n: int = 3, answered: bool = True) 
 
 
 def raven(folder: Path, givens: Sequence[int] = (3, 4, 8)) -> Path:
-    """A matrix for each number of given pictures, with six candidates, the right one at the matrix's number."""
+    """A matrix for each number of given images, with six candidates, the right one at the matrix's number."""
     rows = []
     for i, n in enumerate(givens):
         names = [f"{i}/{j}.png" for j in range(n + 6)]
@@ -118,7 +118,7 @@ def websrc(folder: Path) -> Path:
 
 
 def imagenet(folder: Path, flat: bool = False) -> Path:
-    """Three classes, with three, two and two pictures; the middle one has no name of its own."""
+    """Three classes, with three, two and two images; the middle one has no name of its own."""
     listed = []
     for synset, n in (("n01440764", 3), ("n02510455", 2), ("n09999999", 2)):
         for _ in range(n):
@@ -134,16 +134,16 @@ def imagenet(folder: Path, flat: bool = False) -> Path:
 
 
 def birds(folder: Path) -> Path:
-    """One pair, with three and two pictures."""
+    """One pair, with three and two images."""
     described = [
         ("three toed", "It has black and white stripes throughout the body and a yellow crown."),
         ("downy", "It has white spots on its black wings and some red on its crown."),
     ]
     classes = []
     for (name, description), n in zip(described, (3, 2), strict=True):
-        pictures = name.replace(" ", "_")
+        images = name.replace(" ", "_")
         for i in range(n):
-            draw(folder / pictures / f"{i}.png", "b")
-        classes.append({"name": name, "description": description, "pictures": f"{pictures}/"})
+            draw(folder / images / f"{i}.png", "b")
+        classes.append({"name": name, "description": description, "images": f"{images}/"})
     write(folder / "birds.json", [{"category": "woodpecker", "classes": classes}])
     return folder

@@ -12,7 +12,7 @@ from kosmos_lit import tasks
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.runner import read_samples
-from tests.kosmos_lit.tasks import pictures_on_disk as made
+from tests.kosmos_lit.tasks import images_on_disk as made
 from tests.kosmos_lit.tasks.asking_by_hand import finds, outcome, plain, wrote
 
 PLAIN: dict[str, Any] = {"measures": ["cider"], "tokens": "plain"}
@@ -81,7 +81,7 @@ def test_missing_demonstrations_are_told_before_anything_is_asked(tmp_path: Path
         read_samples(EvalConfig(tasks={"vqav2_2": task}))
 
 
-def test_vizwiz_answers_go_by_picture(tmp_path: Path) -> None:
+def test_vizwiz_answers_go_by_image(tmp_path: Path) -> None:
     task = tasks.VizWiz(str(made.vizwiz(tmp_path, "test", 1, answered=False)), split="test")
 
     found = [outcome(task, sample, [wrote("a can")]) for sample in task.samples()]

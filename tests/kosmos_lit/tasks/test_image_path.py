@@ -17,7 +17,7 @@ from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.tasks import pictures_on_disk as made
+from tests.kosmos_lit.tasks import images_on_disk as made
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
 SHORT = {"settings": GenerationConfig(max_new_tokens=5)}
@@ -125,7 +125,7 @@ def test_answers_for_the_server_lie_beside_the_results(model: Kosmos, kosmos_tok
     assert [row["answer"] for row in handed_in] == [row["said"] for row in results(tmp_path / "out", "vqa")]
 
 
-def test_a_picture_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = TASKS["vizwiz"](tmp_path / "data")
     task.samples()[1].images[0].unlink()
 
@@ -134,10 +134,10 @@ def test_a_picture_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: To
     assert (entry["n_samples"], entry["n_failed"], entry["figures"]["vqa_accuracy"]["n"]) == (3, 1, 2)
 
 
-def test_all_pictures_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_all_images_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = tasks.Raven(str(made.raven(tmp_path / "data", givens=[3, 3, 3])))
 
-    config = EvalConfig(tasks={"raven": task}, pictures="shuffled")
+    config = EvalConfig(tasks={"raven": task}, images="shuffled")
     entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["raven"]
 
     assert entry["n_failed"] == 0

@@ -14,7 +14,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.requests import Score, Write
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
-from tests.kosmos_lit.tasks import pictures_on_disk as made
+from tests.kosmos_lit.tasks import images_on_disk as made
 from tests.kosmos_lit.tasks.asking_by_hand import prompt, readable, requests, wrote
 
 UNMEASURED: dict[str, Any] = {"measures": []}
@@ -52,7 +52,7 @@ def test_captions_are_asked_for_with_a_beam_of_five(tmp_path: Path) -> None:
     assert request.settings.n_beams == 5
 
 
-def test_a_demonstration_is_a_picture_and_one_of_its_captions(tmp_path: Path) -> None:
+def test_a_demonstration_is_an_image_and_one_of_its_captions(tmp_path: Path) -> None:
     task = coco(tmp_path, n_shots=2, seed=3)
     pool = {sample.key: sample for sample in task.pool()}
     shots = [pool["coco_5.jpg"], pool["coco_8.jpg"]]
@@ -74,7 +74,7 @@ def test_which_caption_is_shown_depends_on_the_seed_and_the_sample(tmp_path: Pat
     assert len({prompt(tasks[0], sample, [shot])[1] for sample in samples}) == 2
 
 
-def test_flickr30k_has_its_pictures_in_one_folder(tmp_path: Path) -> None:
+def test_flickr30k_has_its_images_in_one_folder(tmp_path: Path) -> None:
     made.karpathy(tmp_path, "flickr30k")
 
     found = tasks.Flickr30k(str(tmp_path), **UNMEASURED).samples()
@@ -105,7 +105,7 @@ def test_vqav2_asks_greedily_and_shows_the_most_frequent_answer(tmp_path: Path) 
     assert request.settings.n_beams == 1
 
 
-def test_vqav2_test_dev_has_no_answers_and_the_pictures_of_test(tmp_path: Path) -> None:
+def test_vqav2_test_dev_has_no_answers_and_the_images_of_test(tmp_path: Path) -> None:
     task = tasks.Vqav2(str(made.vqav2(tmp_path, "test-dev2015", answered=False)), split="test-dev2015")
 
     (first, *_) = task.samples()
@@ -139,7 +139,7 @@ def test_a_word_that_looks_like_a_mark_stays_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("item", "number", "n"), [(0, "three", 3), (1, "four", 4), (2, "eight", 8)])
-def test_raven_asks_of_each_candidate_behind_the_given_pictures(tmp_path: Path, item: int, number: str, n: int) -> None:
+def test_raven_asks_of_each_candidate_behind_the_given_images(tmp_path: Path, item: int, number: str, n: int) -> None:
     task = tasks.Raven(str(made.raven(tmp_path)))
 
     asked = requests(task, task.samples()[item])
@@ -152,7 +152,7 @@ def test_raven_asks_of_each_candidate_behind_the_given_pictures(tmp_path: Path, 
     assert all(isinstance(request, Score) and request.candidates == ("Yes",) for request in asked)
 
 
-def test_raven_without_pictures_still_asks_six_times(tmp_path: Path) -> None:
+def test_raven_without_images_still_asks_six_times(tmp_path: Path) -> None:
     task = tasks.Raven(str(made.raven(tmp_path)), no="No")
     (sample, *_) = task.samples()
 
@@ -217,7 +217,7 @@ def test_websrc_cuts_a_long_page(tmp_path: Path) -> None:
     assert prompt(task, task.samples()[0])[1] == f"{WEB} Context: Car 0 It Q: How much is it? A:"
 
 
-def test_websrc_without_text_shows_the_picture_alone(tmp_path: Path) -> None:
+def test_websrc_without_text_shows_the_image_alone(tmp_path: Path) -> None:
     task = tasks.WebSrc(str(made.websrc(tmp_path)), with_text=False)
 
     assert prompt(task, task.samples()[0]) == ["[0100000.png]", f"{WEB} Q: How much is it? A:"]
@@ -264,7 +264,7 @@ def test_folders_can_be_the_names(tmp_path: Path) -> None:
     assert {sample.data["name"] for sample in found} == {"n01440764", "n02510455", "n09999999"}
 
 
-def test_birds_are_described_before_the_picture(tmp_path: Path) -> None:
+def test_birds_are_described_before_the_image(tmp_path: Path) -> None:
     task = tasks.Birds(str(made.birds(tmp_path)))
 
     assert prompt(task, task.samples()[4]) == [
@@ -311,10 +311,10 @@ def test_a_missing_dataset_says_which_files_and_where_they_are_published(tmp_pat
     assert all(part in message for part in (FILES[name], str(tmp_path / "nowhere"), "http"))
 
 
-def test_a_missing_folder_of_pictures_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
     made.karpathy(tmp_path)
-    for picture in (tmp_path / "val2014").iterdir():
-        picture.unlink()
+    for image in (tmp_path / "val2014").iterdir():
+        image.unlink()
     (tmp_path / "val2014").rmdir()
 
     with pytest.raises(UserError, match="no val2014/ under"):
@@ -322,7 +322,7 @@ def test_a_missing_folder_of_pictures_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
-    made.write(tmp_path / "items.json", [{"id": 1, "pictures": []}])
+    made.write(tmp_path / "items.json", [{"id": 1, "images": []}])
 
     with pytest.raises(UserError, match=r"items\.json is not as its authors publish it: KeyError: 'given'"):
         tasks.Raven(str(tmp_path)).samples()
