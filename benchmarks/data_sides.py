@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from datamodules import MixtureData
-from datamodules.loader import Loader, MicroBatches, Rendering, Share
+from datamodules.loader import BatchLayout, Loader, MicroBatches, RenderOptions
 from kosmos_lit.images import decode
 from kosmos_lit.tokenizer import BOS, EOS, PAD, Tokenizer
 
@@ -54,9 +54,9 @@ class Task:
 # ---- ours
 
 
-def rendering(data: MixtureData) -> Rendering:
+def rendering(data: MixtureData) -> RenderOptions:
     """Return how rows become tensors, with no bad image put up with."""
-    return Rendering(
+    return RenderOptions(
         tokenizer=data.tokenizer, image_size=SIDE, fit="crop", n_latents=data.n_latents,
         max_bad_share=dict.fromkeys(data.opened, 0.0),
     )  # fmt: skip
@@ -64,7 +64,7 @@ def rendering(data: MixtureData) -> Rendering:
 
 def ours(data: MixtureData, workers: int, first_row: int = 0) -> Iterator[Count]:
     """Read the packed and shuffled rows of a data module, one row a batch."""
-    share = Share(first_row=first_row, global_batch_rows=8, micro_batch_rows=1)
+    share = BatchLayout(first_row=first_row, global_batch_rows=8, micro_batch_rows=1)
     for batch in Loader(MicroBatches(data.stream(), share, rendering(data)), workers):
         yield len(batch.images), len(batch.rows)
 

@@ -28,9 +28,9 @@ from PIL import Image
 from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts
-from kosmos_lit.evaluation.requests import Score
-from kosmos_lit.evaluation.scheduler import Engine
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import LogLikelihood
+from kosmos_lit.evaluation.scheduler import RequestScheduler
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.images import load
 from kosmos_lit.inference.generate import score_tokens
 from kosmos_lit.model import Kosmos
@@ -47,7 +47,7 @@ class Drawn(Task):
 
     title, headline = "Drawn", "right"
 
-    def __init__(self, requests: Sequence[Sequence[Score]]) -> None:
+    def __init__(self, requests: Sequence[Sequence[LogLikelihood]]) -> None:
         """Take the comparisons of each sample."""
         super().__init__("nowhere")
         self.requests = requests
@@ -56,11 +56,11 @@ class Drawn(Task):
         """Return one sample for each list of comparisons."""
         return [Sample(key=str(i)) for i in range(len(self.requests))]
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Compare, and keep the scores."""
         answers = yield self.requests[int(sample.key)]
         totals = [scored.total for answer in answers if isinstance(answer, tuple) for scored in answer]
-        return Outcome(said="", right="", scores={}, data={"totals": totals})
+        return Outcome(prediction="", target="", scores={}, data={"totals": totals})
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def make_model(tokenizer: Tokenizer) -> Kosmos:
     return Kosmos.create(config).eval()
 
 
-def draw_sets(folder: Path, n: int) -> dict[str, list[list[Score]]]:
+def draw_sets(folder: Path, n: int) -> dict[str, list[list[LogLikelihood]]]:
     """Return the comparisons of each sample of each set, and write the images."""
     random = Random(1)
 
@@ -131,24 +131,24 @@ def draw_sets(folder: Path, n: int) -> dict[str, list[list[Score]]]:
     for _ in range(max(2, n // 4)):
         context = tuple(part for _ in range(8) for part in (image(),))
         head = ("Here are eight images:", *context, "The following image is:")
-        raven.append([Score((*head, image(), "Is it correct?"), ("Yes",)) for _ in range(6)])
+        raven.append([LogLikelihood((*head, image(), "Is it correct?"), ("Yes",)) for _ in range(6)])
     return {
-        "image": [[Score((image(), f"Question: {text(20, 80)} Answer:"), four())] for _ in range(n)],
-        "text": [[Score((f"{text(30, 95)} Answer:",), four())] for _ in range(n)],
+        "image": [[LogLikelihood((image(), f"Question: {text(20, 80)} Answer:"), four())] for _ in range(n)],
+        "text": [[LogLikelihood((f"{text(30, 95)} Answer:",), four())] for _ in range(n)],
         "raven": raven,
     }
 
 
-def by_engine(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[Score]]) -> list[float]:
+def by_engine(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]]) -> list[float]:
     """Return all candidates' log-probabilities as an evaluation gets them."""
     task = Drawn(requests)
     found: dict[str, list[float]] = {}
-    for results in Engine(model, tokenizer, batch_tokens=4096).run(task, task.samples()):
+    for results in RequestScheduler(model, tokenizer, batch_tokens=4096).run(task, task.samples()):
         found |= {result.key: result.outcome.data["totals"] for result in results if result.outcome}
     return [total for i in range(len(requests)) for total in found[str(i)]]
 
 
-def by_pairs(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[Score]]) -> list[float]:
+def by_pairs(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]]) -> list[float]:
     """Return them from one call for each pair of a prompt and a candidate."""
     found = []
     for request in (request for own in requests for request in own):
@@ -169,7 +169,9 @@ def timed(side: Callable[[], list[float]]) -> tuple[list[float], float, float]:
     return found, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(name: str, model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[Score]], rounds: int) -> Measured:
+def measure(
+    name: str, model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]], rounds: int
+) -> Measured:
     """Let both sides score a set in turn.
 
     Raises: SystemExit if their scores differ.

@@ -41,7 +41,7 @@ from datamodules.config import CorpusConfig
 from datamodules.corpus import COLUMNS, MANIFEST, VERSION, IndexedCorpus
 from datamodules.document import Tally
 from datamodules.mixture.shares import NamedSource
-from datamodules.packing.row_plan import COUNTS, Blocks, Layout
+from datamodules.packing.row_plan import COUNTS, Blocks, RowLayout
 from datamodules.packing.split import Part, Split
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
@@ -78,7 +78,7 @@ seconds = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024 - before
 print(json.dumps({"s": seconds, "MB": resident() - before, "peak MB": peak, "rows": opened.train.plan.n_rows}))
 """
-LAYOUT = Layout(seq_len=2048, n_latents=64, seed=0)
+LAYOUT = RowLayout(seq_len=2048, n_latents=64, seed=0)
 
 
 # ---- inputs

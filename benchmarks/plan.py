@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from datamodules.corpus import COLUMNS, MANIFEST, PLACE_BITS, VERSION, IndexedCorpus
-from datamodules.packing import Layout, Plan
+from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.pack import CROWDED, Array, best_fit, exact_fill
 from datamodules.packing.split import Split
 from kosmos_lit.checks.machine import machine
 
 SEQ_LEN, N_LATENTS, MEDIAN, SIGMA, MOST = 2048, 64, 17, 0.6, 512
-LAYOUT = Layout(seq_len=SEQ_LEN, n_latents=N_LATENTS, seed=0)
+LAYOUT = RowLayout(seq_len=SEQ_LEN, n_latents=N_LATENTS, seed=0)
 VAL_SHARE = 0.001
 SHARD = 10_000
 """Pairs in a shard."""
@@ -75,12 +75,12 @@ def write_index(folder: Path, n: int) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def make_plans(folder: Path, workers: int) -> list[Plan]:
+def make_plans(folder: Path, workers: int) -> list[RowPlan]:
     """Return the plans of training and of validation."""
     corpus = IndexedCorpus(folder)
     split = Split(corpus, VAL_SHARE, None)
-    train = Plan("caption", corpus, split, "train", LAYOUT, workers=workers)
-    return [train, Plan("caption", corpus, split, "val", LAYOUT, shuffle=False, workers=workers)]
+    train = RowPlan("caption", corpus, split, "train", LAYOUT, workers=workers)
+    return [train, RowPlan("caption", corpus, split, "val", LAYOUT, shuffle=False, workers=workers)]
 
 
 def resident() -> tuple[float, float]:
@@ -130,7 +130,7 @@ def report_padding(folders: Sequence[Path]) -> None:
             print(f"padding  {n:>7,} pairs, median {MEDIAN} text tokens, sigma {sigma}: {padding(text + N_LATENTS + 3)}")
     for folder in folders:
         corpus = IndexedCorpus(folder)
-        plan = Plan("real", corpus, Split(corpus, 0.0, None), "train", LAYOUT)
+        plan = RowPlan("real", corpus, Split(corpus, 0.0, None), "train", LAYOUT)
         filled = np.sort(plan.blocks.packed(0)[0].row_positions) / SEQ_LEN
         print(
             f"padding  {folder}: {plan.totals.begun:,} documents in {plan.n_rows:,} rows: {1 - filled.mean():.3%}, "

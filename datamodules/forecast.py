@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.config import Unit
-from datamodules.mixture.mixture import Relay
-from datamodules.mixture.shares import Leg, NamedSource, relay, shares
+from datamodules.mixture.mixture import MixtureSchedule
+from datamodules.mixture.shares import NamedSource, Phase, build_schedule, shares
 from datamodules.mixture.steps import Steps
 from datamodules.packing.row_plan import Amounts, Totals
-from datamodules.prepared_source import OpenedSource
+from datamodules.prepared_source import PreparedSource
 from kosmos_lit.batch import CORPORA
 
 LOOKED_AT = 4096
@@ -25,7 +25,7 @@ SPREAD = 2.0
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceForecast:
     """What a run reads of one source."""
 
     name: str
@@ -38,17 +38,19 @@ class Reading:
     """Positions of the document that a position is in, on average."""
 
 
-def readings(opened: Mapping[str, OpenedSource], kinds: Mapping[str, int], schedule: Relay, n_rows: int) -> list[Reading]:
+def forecast(
+    opened: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, n_rows: int
+) -> list[SourceForecast]:
     """Return what the first `n_rows` rows hold of each source."""
     found = []
     for (name, kind), rows in zip(kinds.items(), schedule.counts(n_rows), strict=True):
         plan = opened[name].train.plan
-        found.append(Reading(name, kind, plan.read(rows), rows / plan.n_rows, plan.row_sizes().document))
+        found.append(SourceForecast(name, kind, plan.read(rows), rows / plan.n_rows, plan.row_sizes().document))
     return found
 
 
 def last_step(
-    opened: Mapping[str, OpenedSource], kinds: Mapping[str, int], schedule: Relay, steps: Steps
+    opened: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, steps: Steps
 ) -> tuple[int, str] | None:
     """Return the last whole step before a source has been read `max_epochs` times, and why; None: none ever has."""
     ends = []
@@ -60,7 +62,7 @@ def last_step(
     return min(ends, default=None)
 
 
-def largest(sizes: Mapping[int, tuple[float, float]], schedule: Relay, micro_batch_rows: int) -> int:
+def largest(sizes: Mapping[int, tuple[float, float]], schedule: MixtureSchedule, micro_batch_rows: int) -> int:
     """Return how much a micro-batch holds at most, if rows vary as they do.
 
     Args:
@@ -75,7 +77,7 @@ def largest(sizes: Mapping[int, tuple[float, float]], schedule: Relay, micro_bat
 
 
 def largest_micro_batch(
-    opened: Mapping[str, OpenedSource], kinds: Mapping[str, int], schedule: Relay, micro_batch_rows: int
+    opened: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, micro_batch_rows: int
 ) -> tuple[int, int]:
     """Return about how many images and supervised tokens a micro-batch holds at most."""
     rows = {at: opened[name].train.plan.row_sizes() for at, name in enumerate(kinds) if name in opened}
@@ -119,11 +121,11 @@ def typical_row(kind: int, seq_len: int, n_latents: int) -> tuple[Amounts, float
 
 
 @dataclass(frozen=True)
-class Expected:
+class TypicalForecast:
     """A run's reading where the corpora are not at hand: full rows of typical documents."""
 
     kinds: Mapping[str, int]
-    schedule: Relay
+    schedule: MixtureSchedule
     rows: Mapping[str, tuple[Amounts, float]]
     """Of each source, as `typical_row` gives them."""
 
@@ -131,7 +133,7 @@ class Expected:
     def of(
         cls, sources: Mapping[str, NamedSource], ratios: Sequence[tuple[int, Sequence[float]]], unit: Unit, steps: Steps,
         seq_len: int, n_latents: int,
-    ) -> Expected:  # fmt: skip
+    ) -> TypicalForecast:  # fmt: skip
         """Deal rows out by the same rules as with the corpora."""
         kinds = {name: source.kind for name, source in sources.items()}
         rows = {name: typical_row(kind, seq_len, n_latents) for name, kind in kinds.items()}
@@ -144,15 +146,15 @@ class Expected:
         }  # fmt: skip
         named = list(sources.values())
         stages = tuple(shares(steps.row(step), ratio, named, totals, unit) for step, ratio in ratios)
-        return cls(kinds, relay([Leg(0, stages)], kinds), rows)
+        return cls(kinds, build_schedule([Phase(0, stages)], kinds), rows)
 
-    def readings(self, n_rows: int) -> list[Reading]:
+    def forecast(self, n_rows: int) -> list[SourceForecast]:
         """Return what the first `n_rows` rows hold of each source; nothing is known of epochs."""
         found = []
         for (name, kind), rows in zip(self.kinds.items(), self.schedule.counts(n_rows), strict=True):
             a, document = self.rows[name]
             positions, targets, images = (round(n * rows / ROWS) for n in (a.positions, a.targets, a.images))
-            found.append(Reading(name, kind, Amounts(rows, positions, targets, images), None, document))
+            found.append(SourceForecast(name, kind, Amounts(rows, positions, targets, images), None, document))
         return found
 
     def largest_micro_batch(self, micro_batch_rows: int) -> tuple[int, int]:

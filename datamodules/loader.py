@@ -48,7 +48,7 @@ def _around(numbers: list[int], wanted: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class BatchLayout:
     """How the rows of each optimizer step are shared out.
 
     Micro-batch k of rank r holds rows [(k W + r) m, (k W + r + 1) m) from `first_row` on, for W ranks and m rows a
@@ -79,7 +79,7 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rendering:
+class RenderOptions:
     """What turns rows into tensors."""
 
     tokenizer: Tokenizer
@@ -99,7 +99,7 @@ class Rendering:
 class MicroBatches(IterableDataset[KosmosBatch]):
     """The micro-batches of one rank; worker w of n makes each n-th of them, so their order does not depend on n."""
 
-    def __init__(self, stream: Stream, share: Share, rendering: Rendering, n_rows: int | None = None) -> None:
+    def __init__(self, stream: Stream, share: BatchLayout, rendering: RenderOptions, n_rows: int | None = None) -> None:
         """Take `n_rows` of a finite stream, or None for an endless one."""
         self.stream, self.share, self.rendering, self.n_rows = stream, share, rendering, n_rows
 
@@ -188,7 +188,7 @@ class FiniteLoader(Loader):
         return self.batches.n_batches
 
 
-class Questions:
+class PromptLoader:
     """Batches of questions, made as they are asked for; a bare iterator could be read only once."""
 
     def __init__(self, make: Callable[[], Iterator[PromptBatch]], seq_len: int) -> None:

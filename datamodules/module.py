@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.blocklist import Blocklist
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerConfig, Unit
 from datamodules.forecast import largest_micro_batch, last_step
-from datamodules.loader import FiniteLoader, Loader, MicroBatches, Questions, Rendering, Share, micro_batches
+from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, PromptLoader, RenderOptions, micro_batches
 from datamodules.mixture.history import History
-from datamodules.mixture.shares import Leg, name_sources, ratios_by_step, relay, shares
+from datamodules.mixture.shares import Phase, build_schedule, name_sources, ratios_by_step, shares
 from datamodules.mixture.steps import Steps
-from datamodules.packing import Layout
+from datamodules.packing import RowLayout
 from datamodules.packing.row_plan import VERSION
-from datamodules.prepared_source import OpenedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
+from datamodules.prepared_source import PreparedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
 from datamodules.prompt_batches import ask_captions, ask_examples
 from datamodules.quarantine import LEDGER, Ledger
 from datamodules.stream import InOrder, Row, Stream
@@ -113,7 +113,7 @@ class MixtureData(L.LightningDataModule):
         self.seed, self.prompt = seed, prompt
         self.block_documents, self.run_documents, self.quarantine = block_documents, run_documents, quarantine
         self.blocklist = Blocklist.load(blocklist) if blocklist else None
-        self.opened: dict[str, OpenedSource] = {}
+        self.opened: dict[str, PreparedSource] = {}
         self.steps = Steps.of(global_batch_rows)
         self._loaded: Any = None  # the checkpoint whose stream goes on
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
@@ -134,11 +134,11 @@ class MixtureData(L.LightningDataModule):
 
     def _open_sources(self, workers: int) -> None:
         self.tokenizer = open_tokenizer(self.tokenizer_config)
-        layout = Layout(
+        layout = RowLayout(
             seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed,
             block_documents=self.block_documents, run_documents=self.run_documents,
         )  # fmt: skip
-        self.opened = {n: OpenedSource(s, self.tokenizer, layout, workers) for n, s in self.sources.items()}
+        self.opened = {n: PreparedSource(s, self.tokenizer, layout, workers) for n, s in self.sources.items()}
 
     def open(self) -> None:
         """Open tokenizer and indexes, and find the rows of both splits.
@@ -208,7 +208,7 @@ class MixtureData(L.LightningDataModule):
         return Stream(held_out, schedule, self.tokenizer.special, self.seq_len), schedule.n_rows
 
     def _deal(self, history: History) -> None:
-        self.history, self.schedule = history, relay(history.legs, history.kinds)
+        self.history, self.schedule = history, build_schedule(history.phases, history.kinds)
 
     def largest_micro_batch(self) -> tuple[int, int]:
         """Return about how many images and supervised tokens a micro-batch holds at most."""
@@ -261,7 +261,7 @@ class MixtureData(L.LightningDataModule):
         """Yield questions about the images of held-out caption pairs, and the prompts of held-out examples."""
         if not any(source.val is not None for kind in ("caption", "instruct") for source in self._of_kind(kind)):
             raise UserError("predict asks about held-out caption pairs and examples, but there are none")
-        return Questions(lambda: chain(self.caption_questions(), self.instruct_questions()), self.seq_len)
+        return PromptLoader(lambda: chain(self.caption_questions(), self.instruct_questions()), self.seq_len)
 
     def caption_questions(self) -> Iterator[PromptBatch]:
         """Yield questions about held-out captions' images, if there are any."""
@@ -273,21 +273,21 @@ class MixtureData(L.LightningDataModule):
         for source in self._of_kind("instruct"):
             yield from ask_examples(source.corpus, self._held_out(source), self._rendering(), self.seq_len)
 
-    def _held_out(self, source: OpenedSource) -> Iterator[int]:
+    def _held_out(self, source: PreparedSource) -> Iterator[int]:
         for document in source.held_out():
             if self.blocklist is None or self.blocklist.match(source.corpus, document) is None:
                 yield document
 
-    def _of_kind(self, kind: str) -> list[OpenedSource]:
+    def _of_kind(self, kind: str) -> list[PreparedSource]:
         return [source for source in self.opened.values() if CORPORA[source.kind] == kind]
 
     def _finite(self, most_rows: int | None) -> FiniteLoader:
         stream, n_rows = self._val_stream(most_rows)
         return FiniteLoader(MicroBatches(stream, self._share(0), self._rendering(), n_rows), self.num_workers)
 
-    def _share(self, first_row: int) -> Share:
+    def _share(self, first_row: int) -> BatchLayout:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Share(
+        return BatchLayout(
             first_row=first_row, global_batch_rows=self.global_batch_rows, micro_batch_rows=self.micro_batch_rows,
             rank=rank, world_size=world,
         )  # fmt: skip
@@ -297,8 +297,8 @@ class MixtureData(L.LightningDataModule):
         path = self.quarantine or (folder and folder / LEDGER)
         return Ledger(path) if path else None
 
-    def _rendering(self) -> Rendering:
-        return Rendering(
+    def _rendering(self) -> RenderOptions:
+        return RenderOptions(
             tokenizer=self.tokenizer, image_size=self.image_size, fit=self.image_fit,
             n_latents=self.n_latents, max_bad_share={n: s.config.max_bad_share for n, s in self.sources.items()},
             ledger=self._ledger(), blocklist=self.blocklist, unit=self.unit,
@@ -340,7 +340,7 @@ class MixtureData(L.LightningDataModule):
         totals = {name: source.train.plan.totals for name, source in self.opened.items()}
         sources = list(self.sources.values())
         stages = tuple(shares(self.steps.row(step), ratio, sources, totals, self.unit) for step, ratio in self.ratios)
-        return History(self._rules(), {n: s.contents for n, s in self.opened.items()}, [Leg(0, stages)])
+        return History(self._rules(), {n: s.contents for n, s in self.opened.items()}, [Phase(0, stages)])
 
     def _rules(self) -> dict[str, Any]:
         names = ("seed", "seq_len", "n_latents", "image_size", "image_fit", "block_documents", "run_documents")

@@ -12,7 +12,7 @@ from datamodules.corpus import IndexedCorpus, read_manifest
 from datamodules.io.paths import matches
 from datamodules.mixture.history import contents
 from datamodules.mixture.shares import NamedSource
-from datamodules.packing import Layout, Plan
+from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.split import Split
 from datamodules.prepare.index import check_same, identify, prepare_corpus
 from datamodules.prepare.report import describe
@@ -66,10 +66,10 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return tokenizer
 
 
-class OpenedSource:
+class PreparedSource:
     """An index, what of it is held out, and the rows of both parts."""
 
-    def __init__(self, source: NamedSource, tokenizer: Tokenizer, layout: Layout, workers: int) -> None:
+    def __init__(self, source: NamedSource, tokenizer: Tokenizer, layout: RowLayout, workers: int) -> None:
         """Open and pack.
 
         Raises: UserError if the index is missing or was made for something else.
@@ -79,12 +79,12 @@ class OpenedSource:
         self.corpus = IndexedCorpus(config.index, tokenizer)
         self._check(tokenizer)
         self.split = Split(self.corpus, config.val_share, config.val_input)
-        self.train = self._packed(Plan(self.name, self.corpus, self.split, "train", layout, workers=workers))
-        held_out = Layout(seq_len=layout.seq_len, n_latents=layout.n_latents, seed=0)
+        self.train = self._packed(RowPlan(self.name, self.corpus, self.split, "train", layout, workers=workers))
+        held_out = RowLayout(seq_len=layout.seq_len, n_latents=layout.n_latents, seed=0)
         self.val: PackedSource | None = None
         """None where nothing is held out."""
         if len(self.split.first("val", 1)):
-            plan = Plan(self.name, self.corpus, self.split, "val", held_out, shuffle=False, workers=workers)
+            plan = RowPlan(self.name, self.corpus, self.split, "val", held_out, shuffle=False, workers=workers)
             self.val = self._packed(plan)
         self.contents = contents(source, self.corpus, self.split.key)
         for part in (self.train, self.val):
@@ -109,10 +109,10 @@ class OpenedSource:
             files = []
         check_same(self.corpus, identify(config.format, tokenizer, config.read, files, folder), shards=bool(files))
 
-    def _packed(self, plan: Plan) -> PackedSource:
+    def _packed(self, plan: RowPlan) -> PackedSource:
         return PackedSource(self.name, self.kind, self.corpus, plan)
 
-    def _tell_dropped(self, plan: Plan) -> None:
+    def _tell_dropped(self, plan: RowPlan) -> None:
         for reason, n in plan.totals.dropped.items():
             shard, first = self.corpus.shard_and_name(plan.totals.first_dropped[reason])
             rank_zero_info(
@@ -121,7 +121,7 @@ class OpenedSource:
             )
 
 
-def describe_sources(sources: Mapping[str, OpenedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> str:
+def describe_sources(sources: Mapping[str, PreparedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> str:
     """Return a table of what the sources give, and how much of it a run reads.
 
     Args:
@@ -133,7 +133,7 @@ def describe_sources(sources: Mapping[str, OpenedSource], n_read: Mapping[str, i
     return "\n".join(_table(sources, n_read, n_total, seq_len))
 
 
-def _table(sources: Mapping[str, OpenedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> Iterator[str]:
+def _table(sources: Mapping[str, PreparedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> Iterator[str]:
     wide = max(14, *(len(name) + 2 for name in sources))
     heads = ("documents", "images", "rows", "padding", "shuffled", "share", "epochs")
     yield f"{'source':<{wide}}" + "".join(f"{h:>12}" for h in heads)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.corpus import IndexedCorpus
-from datamodules.loader import Rendering
+from datamodules.loader import RenderOptions
 from kosmos_lit.batch import PromptBatch
 from kosmos_lit.images import ImageError, Pixels, decode
 from kosmos_lit.tokenizer import Ids, Tokenizer
@@ -41,7 +41,7 @@ def ask_captions(
             )  # fmt: skip
 
 
-def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: Rendering, seq_len: int) -> Iterator[PromptBatch]:
+def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: RenderOptions, seq_len: int) -> Iterator[PromptBatch]:
     """Yield the prompt of each example, all before its last answer, in the very tokens of its row.
 
     Examples are left out whose prompt leaves no room for an answer, or an image of which cannot be decoded.
@@ -65,7 +65,7 @@ def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: Rendering, 
         rank_zero_info(f"{n_long} prompts are not asked: they leave less than {ROOM} of {seq_len} positions for an answer")
 
 
-def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: Rendering) -> PromptBatch:
+def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: RenderOptions) -> PromptBatch:
     tokens, images_of, answers = zip(*kept, strict=True)
     return PromptBatch(
         prompts=[_readable(ids, r.tokenizer) for ids in tokens],

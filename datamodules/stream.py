@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from datamodules.config import Unit
 from datamodules.corpus import IndexedCorpus, StoredImage
-from datamodules.packing import Plan
+from datamodules.packing import RowPlan
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, Ids, SpecialTokens, expand_images
 
@@ -56,7 +56,7 @@ class PackedSource:
     kind: int
     """Index into CORPORA."""
     corpus: IndexedCorpus
-    plan: Plan
+    plan: RowPlan
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from kosmos_lit.weights.folder import assemble
 ROWS = "decoder.embed_tokens.weight"
 
 
-def start_from(path: str, config: KosmosConfig, seed: int = 0) -> Kosmos:
+def initialise_from(path: str, config: KosmosConfig, seed: int = 0) -> Kosmos:
     """Return a model of `config` with the weights and the tokenizer of a checkpoint or an imported folder.
 
     The weights are float32, whatever they are there. The vocabulary may have more rows than there (`seed` draws the others)

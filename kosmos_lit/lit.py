@@ -21,7 +21,7 @@ from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.corpus_loss import CorpusLoss
 from kosmos_lit.errors import UserError
 from kosmos_lit.inference.generate import GenerationConfig, Prompt, encode_prompt, generate
-from kosmos_lit.init_from import freeze, start_from
+from kosmos_lit.init_from import freeze, initialise_from
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
 from kosmos_lit.sharding.fsdp import check_strategy
@@ -119,7 +119,7 @@ class KosmosLit(L.LightningModule):
     def _started(self) -> Kosmos:
         if self.init_from is None:
             return Kosmos.create(self.config, self.seed)
-        model = start_from(self.init_from, self.config, self.seed)
+        model = initialise_from(self.init_from, self.config, self.seed)
         own = model.tokenizer
         if self._trainer is not None and own is not None and own.fingerprint != self.tokenizer.fingerprint:
             raise UserError(

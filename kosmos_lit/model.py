@@ -17,7 +17,7 @@ from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import ImageError, ImageLike, several
 from kosmos_lit.images import load as load_image
-from kosmos_lit.inference.results import Scored
+from kosmos_lit.inference.results import ScoredCandidate
 from kosmos_lit.layers.block import Block
 from kosmos_lit.layers.lora import add_lora
 from kosmos_lit.ops.losses import token_nll, weighted_nll
@@ -114,10 +114,10 @@ class Kosmos(nn.Module):
             # and all of them in one order, in the backward pass too.
             images = images.new_zeros(1, *images.shape[1:])
         if len(images):
-            latents = self.see(images)[: len(batch.slots)]  # (N, L, D)
+            latents = self.encode_images(images)[: len(batch.slots)]  # (N, L, D)
         return self.decoder(tokens, positions, mask, latents, batch.slots)  # type: ignore[no-any-return]
 
-    def see(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Map images (N, 3, H, W) uint8 to latents (N, L, D)."""
         features = self.vision(images)
         # Files may hold tower and decoder in different precisions; each runs in its own.
@@ -162,7 +162,9 @@ class Kosmos(nn.Module):
         [written] = generate(self, [tokens], pixels, self._own_tokenizer, GenerationConfig.from_dict(settings))
         return written.text
 
-    def score(self, prompt: str, candidates: Sequence[str], images: ImageLike | Sequence[ImageLike] = ()) -> list[Scored]:
+    def score(
+        self, prompt: str, candidates: Sequence[str], images: ImageLike | Sequence[ImageLike] = ()
+    ) -> list[ScoredCandidate]:
         """Return how likely each candidate is as the continuation of a prompt, as `main.py generate --score` prints it.
 
         Args:
@@ -205,7 +207,7 @@ class Kosmos(nn.Module):
         positions, mask = padded(rows != PAD)
         device = self.decoder.embed_tokens.weight.device
         rows, slots, positions, mask = (t.to(device) for t in (rows, slots, positions, mask))
-        latents = self.see(pixels) if len(pixels) else None
+        latents = self.encode_images(pixels) if len(pixels) else None
         found = self.decoder.logits(self.decoder(rows, positions, mask, latents, slots))
         return found if ids.ndim == 2 else found[0]
 

@@ -47,7 +47,7 @@ def asked_of(trained: Path, *more: str) -> list[str]:
 
 
 def entries(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "figures.json").read_text())
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return found["tasks"]  # type: ignore[no-any-return]
 
 
@@ -64,16 +64,16 @@ def test_tasks_of_several_files_are_evaluated_without_corpora(
 
     code = main(asked_of(trained, *one, *two, f"--eval.folder={out}", "--ckpt_path=last"))
 
-    said = capsys.readouterr().out
+    prediction = capsys.readouterr().out
     assert code == 0
     assert {name: entry["n_samples"] for name, entry in entries(out).items()} == {"rounds": 11, "shots": 5}
-    about = json.loads((out / "figures.json").read_text())["model"]
+    about = json.loads((out / "metrics.json").read_text())["model"]
     assert about["step"] == 6
     assert about["checkpoint"].endswith("step=00000006.ckpt")
-    for name in ("figures.json", "report.md", "report.html"):
-        assert f"{out / name}" in said
+    for name in ("metrics.json", "report.md", "report.html"):
+        assert f"{out / name}" in prediction
         assert (out / name).stat().st_size > 100
-    assert "rounds  accuracy" in said
+    assert "rounds  accuracy" in prediction
 
 
 def test_controls_have_folders_of_their_own_in_the_run(trained: Path, images: Path, tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_weights_without_a_checkpoint_are_evaluated(trained: Path, images: Path,
     for out, start in (("one", "--ckpt_path=last"), ("other", f"--model.init_from={tmp_path / 'model'}")):
         assert main(asked_of(trained, *tasks, start, f"--eval.folder={tmp_path / out}")) == 0
 
-    assert entries(tmp_path / "one")["rounds"]["figures"] == entries(tmp_path / "other")["rounds"]["figures"]
-    digests = [json.loads((tmp_path / out / "identity.json").read_text())["weights"] for out in ("one", "other")]
+    assert entries(tmp_path / "one")["rounds"]["metrics"] == entries(tmp_path / "other")["rounds"]["metrics"]
+    digests = [json.loads((tmp_path / out / "fingerprint.json").read_text())["weights"] for out in ("one", "other")]
     assert digests[0] == digests[1]
 
 
@@ -158,10 +158,10 @@ def test_a_checkpoint_without_a_tower_is_a_mistake(
 
     code = main(asked_of(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", f"--ckpt_path={tmp_path / 'blind.ckpt'}"))
 
-    said = capsys.readouterr().err
+    prediction = capsys.readouterr().err
     assert code == 2
-    assert "blind.ckpt does not fit the model" in said
-    assert "missing: vision." in said
+    assert "blind.ckpt does not fit the model" in prediction
+    assert "missing: vision." in prediction
 
 
 def test_an_evaluation_in_training_changes_nothing_of_it(
@@ -206,7 +206,7 @@ def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, imag
     for name in ("killed", "ddp", "fsdp"):
         for task, n in (("seven", 7), ("eleven", 11)):
             assert keys(tmp_path / name, task) == [f"s{i}" for i in range(n)], name
-            assert entries(tmp_path / name)[task]["figures"] == entries(tmp_path / "alone")[task]["figures"], name
+            assert entries(tmp_path / name)[task]["metrics"] == entries(tmp_path / "alone")[task]["metrics"], name
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.init_from import freeze, start_from
+from kosmos_lit.init_from import freeze, initialise_from
 from kosmos_lit.lora import base_weights, load_adapter, merged
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 def test_a_model_starts_with_the_given_weights_and_tokenizer(given: Path, config: KosmosConfig) -> None:
     weights = load_checkpoint(given)["state_dict"]
 
-    model = start_from(str(given), config)
+    model = initialise_from(str(given), config)
 
     assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in model.state_dict().items())
     assert model.tokenizer is not None
@@ -82,7 +82,7 @@ def test_an_exported_folder_gives_the_same_start(given: Path, config: KosmosConf
     folder = str(tmp_path / "model")
     assert main(["export", "--ckpt_path", str(given), "--format", "safetensors", "--output", folder]) == 0
 
-    one, other = start_from(folder, config), start_from(str(given), config)
+    one, other = initialise_from(folder, config), initialise_from(str(given), config)
 
     assert changed(one.state_dict(), other.state_dict()) == set()
     assert one.tokenizer is not None
@@ -101,7 +101,7 @@ def test_a_vocabulary_may_have_more_rows(given: Path, config: KosmosConfig) -> N
     larger = replace(config, decoder=replace(config.decoder, vocab_size=311))
     rows = load_checkpoint(given)["state_dict"]["net.decoder.embed_tokens.weight"]
 
-    found = start_from(str(given), larger).decoder.embed_tokens.weight
+    found = initialise_from(str(given), larger).decoder.embed_tokens.weight
 
     assert torch.equal(found[: len(rows)], rows)
     assert len(found) == 311
@@ -112,7 +112,7 @@ def test_fewer_rows_keep_nothing_of_the_others(given: Path, config: KosmosConfig
     n_ids = Kosmos.load(given)._own_tokenizer.vocab_size
     smaller = replace(config, decoder=replace(config.decoder, vocab_size=n_ids))
 
-    found = start_from(str(given), smaller).decoder.embed_tokens.weight
+    found = initialise_from(str(given), smaller).decoder.embed_tokens.weight
 
     assert torch.equal(found, load_checkpoint(given)["state_dict"]["net.decoder.embed_tokens.weight"][:n_ids])
     assert found.untyped_storage().nbytes() == n_ids * 24 * 4
@@ -124,7 +124,7 @@ def test_nothing_is_drawn_but_what_is_missing(
     monkeypatch.setattr(Kosmos, "init", lambda _: pytest.fail("a whole model was drawn"))
     before = torch.get_rng_state()
 
-    start_from(str(given), replace(config, lora=LoraConfig(rank=3)), 5)
+    initialise_from(str(given), replace(config, lora=LoraConfig(rank=3)), 5)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -132,7 +132,7 @@ def test_nothing_is_drawn_but_what_is_missing(
 def test_what_is_drawn_follows_from_the_seed(given: Path, config: KosmosConfig) -> None:
     wider = replace(config, decoder=replace(config.decoder, vocab_size=311), lora=LoraConfig(rank=3))
 
-    one, same, other = (start_from(str(given), wider, seed).state_dict() for seed in (5, 5, 7))
+    one, same, other = (initialise_from(str(given), wider, seed).state_dict() for seed in (5, 5, 7))
 
     assert changed(one, same) == set()
     drawn = {name for name in one if ".lora_A." in name} | {"decoder.embed_tokens.weight"}
@@ -145,7 +145,7 @@ def test_a_half_precision_folder_gives_a_float32_start_that_trains(
     half = Kosmos.load(given).bfloat16()
     save_folder(half, tmp_path / "half")
 
-    model = start_from(str(tmp_path / "half"), config)
+    model = initialise_from(str(tmp_path / "half"), config)
 
     assert all(torch.equal(tensor, half.state_dict()[name].float()) for name, tensor in model.state_dict().items())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
@@ -262,7 +262,7 @@ def test_a_run_with_adapters_in_two_parts_equals_one(
 def test_a_checkpoint_with_adapters_goes_on_with_them_merged_or_as_they_are(adapted: Path, config: KosmosConfig) -> None:
     model = Kosmos.load(last(adapted))
 
-    plain, same = start_from(str(last(adapted)), config), start_from(str(last(adapted)), model.config)
+    plain, same = initialise_from(str(last(adapted)), config), initialise_from(str(last(adapted)), model.config)
 
     assert changed(plain.state_dict(), merged(model).state_dict()) == set()
     assert changed(same.state_dict(), model.state_dict()) == set()

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from datamodules.corpus import IndexedCorpus
-from datamodules.loader import Loader, MicroBatches, Rendering, Share
+from datamodules.loader import BatchLayout, Loader, MicroBatches, RenderOptions
 from datamodules.stream import Stream
 from kosmos_lit.batch import CORPORA, DIGEST_MASK, KosmosBatch
 from kosmos_lit.lit import KosmosLit
@@ -57,18 +57,18 @@ class Step:
     """Images of each rank's micro-batches in turn."""
 
 
-def opened(files: Files) -> tuple[Stream, Rendering]:
+def opened(files: Files) -> tuple[Stream, RenderOptions]:
     """Open the data: all four kinds."""
     tokenizer = Tokenizer.load(files.tokenizer)
     corpora = {name: IndexedCorpus(folder, tokenizer) for name, folder in files.corpora.items()}
     stream = made.stream(corpora, tokenizer.special, ratio=RATIO, seq_len=SEQ_LEN, n_latents=LATENTS)
     bad = dict.fromkeys(CORPORA, 0.1)
-    return stream, Rendering(tokenizer=tokenizer, image_size=SIDE, fit="crop", n_latents=LATENTS, max_bad_share=bad)
+    return stream, RenderOptions(tokenizer=tokenizer, image_size=SIDE, fit="crop", n_latents=LATENTS, max_bad_share=bad)
 
 
-def loader(data: tuple[Stream, Rendering], ranks: int, rank: int, workers: int, accumulation: int) -> Loader:
+def loader(data: tuple[Stream, RenderOptions], ranks: int, rank: int, workers: int, accumulation: int) -> Loader:
     m = G // (ranks * accumulation)
-    share = Share(first_row=FIRST_ROW, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=ranks)
+    share = BatchLayout(first_row=FIRST_ROW, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=ranks)
     return Loader(MicroBatches(data[0], share, data[1]), workers)
 
 

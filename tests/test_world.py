@@ -41,9 +41,9 @@ def test_the_suite_is_trained_for_and_evaluated_with_both_controls_by_the_comman
     printed = capsys.readouterr().out
     tasks = yaml.safe_load(OVERLAY.read_text(encoding="utf-8"))["eval"]["tasks"]
     for folder in folders:
-        figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["tasks"]
-        assert set(figures) == set(tasks)
-        assert all(found["n_samples"] == 2 and not found["n_failed"] for found in figures.values())
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["tasks"]
+        assert set(metrics) == set(tasks)
+        assert all(found["n_samples"] == 2 and not found["n_failed"] for found in metrics.values())
     assert all(name in printed for name in ("model", "shuffled", "text only"))
 
 

@@ -21,7 +21,7 @@ from benchmarks.data_sides import rendering
 from benchmarks.gpu import parts
 from benchmarks.gpu.reference import check_agreement, reference_rate
 from benchmarks.gpu.rig import SHARES, STEP_TOKENS, Figures, Rig, TrainStep, attempts, measured
-from datamodules.loader import Loader, MicroBatches, Share
+from datamodules.loader import BatchLayout, Loader, MicroBatches
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.weights import to_transformers
@@ -172,7 +172,7 @@ def g9(rig: Rig) -> Figures:
 def _data_wait(rig: Rig, data: Any, workers: int) -> float:
     """Return the share of the time of training on captions that is spent waiting for their loader."""
     n_rows = 1 if rig.tiny else rig.sizes.rows[0]
-    share = Share(first_row=0, global_batch_rows=n_rows, micro_batch_rows=n_rows)
+    share = BatchLayout(first_row=0, global_batch_rows=n_rows, micro_batch_rows=n_rows)
     loader = Loader(MicroBatches(data.stream(), share, rendering(data)), workers)
     config = rig.config(max_seq_len=data.seq_len)
     model, step = rig.model(config), None

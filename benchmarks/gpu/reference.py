@@ -74,7 +74,7 @@ def reference_loss(model: Kosmos, batch: KosmosBatch, attend: Attention, tables:
     decoder = model.decoder
     x = decoder.embed_tokens(batch.tokens)
     if len(batch.images):
-        x = splice(x, model.see(batch.images), batch.slots)
+        x = splice(x, model.encode_images(batch.images), batch.slots)
     x = x * math.sqrt(decoder.config.dim)
     turn = rotation(tables, batch.positions)
     for layer in decoder.layers:

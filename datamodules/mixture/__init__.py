@@ -1,5 +1,5 @@
 """Which source a row comes from: ratios and weights to a schedule, and what of it a checkpoint keeps."""
 
-from datamodules.mixture.mixture import Blend, BlendStage, Mixture, Relay, Stage
+from datamodules.mixture.mixture import Mixture, MixtureSchedule, SourceMixture, SourceMixtureStage, Stage
 
-__all__ = ["Blend", "BlendStage", "Mixture", "Relay", "Stage"]
+__all__ = ["Mixture", "MixtureSchedule", "SourceMixture", "SourceMixtureStage", "Stage"]

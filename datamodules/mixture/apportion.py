@@ -89,7 +89,7 @@ class Target:
         return min(self.borders[stage + 1], *(self.due(i, turn)[0] for i, turn in first_turns))
 
 
-class Dealer:
+class Apportioner:
     """Deals row after row."""
 
     def __init__(self, target: Target) -> None:
@@ -140,7 +140,7 @@ def deal(target: Target) -> list[Piece]:
 
     Takes time and memory for some periods of each stage, however many rows it has.
     """
-    dealer, pieces = Dealer(target), []
+    dealer, pieces = Apportioner(target), []
     for stage, first in enumerate(target.borders):
         parts = target.parts[stage]
         period = sum(parts)

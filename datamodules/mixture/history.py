@@ -14,7 +14,7 @@ from typing import Any
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.io.hashing import hash_key
-from datamodules.mixture.shares import Leg, NamedSource, describe_shares, go_on
+from datamodules.mixture.shares import NamedSource, Phase, describe_shares, go_on
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 
@@ -27,7 +27,7 @@ class History:
     """What every row depends on, as plain data."""
     sources: Mapping[str, Mapping[str, Any]]
     """By name: its kind, and what identifies its documents, as plain data."""
-    legs: Sequence[Leg]
+    phases: Sequence[Phase]
 
     @property
     def kinds(self) -> dict[str, int]:
@@ -37,11 +37,11 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
         sources = {name: dict(source) for name, source in self.sources.items()}
-        return {"rules": dict(self.rules), "sources": sources, "legs": [leg.to_dict() for leg in self.legs]}
+        return {"rules": dict(self.rules), "sources": sources, "phases": [leg.to_dict() for leg in self.phases]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> History:
-        return cls(data["rules"], data["sources"], [Leg.from_dict(leg) for leg in data["legs"]])
+        return cls(data["rules"], data["sources"], [Phase.from_dict(leg) for leg in data["phases"]])
 
     def go_on(self, wanted: History, row: int, *, accept: bool) -> tuple[History, list[str]]:
         """Return the history of a run that goes on as `wanted` from `row`, and what changes there, for a person.
@@ -56,8 +56,8 @@ class History:
                     f"the checkpoint's source {name} held other documents: {'; '.join(wrong)}. Put its files and index "
                     "back; to go on with the new ones, give them another name under data.sources and set data.accept_changes"
                 )
-        legs = go_on(self.legs, wanted.legs[-1], row)
-        merged = History(wanted.rules, {**self.sources, **wanted.sources}, legs)
+        phases = go_on(self.phases, wanted.phases[-1], row)
+        merged = History(wanted.rules, {**self.sources, **wanted.sources}, phases)
         changes = self._changes(wanted, row)
         if changes and not accept:
             raise UserError(
@@ -67,7 +67,7 @@ class History:
         return merged, changes
 
     def _changes(self, wanted: History, row: int) -> list[str]:
-        before, now = (h.legs[-1].seen_from(row) for h in (self, wanted))
+        before, now = (h.phases[-1].seen_from(row) for h in (self, wanted))
         there, here = ({name for stage in leg.stages for name in stage.weights} for leg in (before, now))
         found = [f"source {name} is read no more" for name in sorted(there - here)]
         found += [f"source {name} is new" for name in sorted(here - there)]

@@ -190,7 +190,7 @@ def _plain(weights: Sequence[Weight]) -> str:
 
 
 @dataclass(frozen=True)
-class BlendStage:
+class SourceMixtureStage:
     """From `first_row` on: `ratio` has a weight per kind, `weights` one per source, which counts within its kind."""
 
     first_row: int
@@ -198,14 +198,14 @@ class BlendStage:
     weights: tuple[Weight, ...]
 
 
-class Blend:
+class SourceMixture:
     """Rows to named sources: kinds by ratio, and within a kind its sources by weight.
 
     After every row, each kind is less than one row from its share of the rows, and each source less than one row from its
     share of its kind's rows. Both are a `Mixture`: over all rows, and over the rows of the kind.
     """
 
-    def __init__(self, kind_of: Sequence[int], stages: Sequence[BlendStage], n_kinds: int) -> None:
+    def __init__(self, kind_of: Sequence[int], stages: Sequence[SourceMixtureStage], n_kinds: int) -> None:
         """Take each source's kind, and the stages in order, the first from row 0.
 
         Raises: UserError if a weight is impossible, or a kind with a share has no source with a weight.
@@ -265,7 +265,7 @@ class Blend:
 # ---- a change that nobody saw coming
 
 
-class Relay:
+class MixtureSchedule:
     """Blends of the same sources one after another: a run that goes on with other ratios or weights than it began with.
 
     A `Blend` knows its stages in advance, and the rows before a border depend on what follows it. Rows that a run has
@@ -273,13 +273,13 @@ class Relay:
     being the row of the change. So the bounds of a `Blend` hold for each leg, counted from the leg's first row.
     """
 
-    def __init__(self, legs: Sequence[tuple[int, Blend]]) -> None:
+    def __init__(self, phases: Sequence[tuple[int, SourceMixture]]) -> None:
         """Take each leg's first row, in order from row 0, and its blend; a source that it does not read has weight 0 there.
 
         Raises: UserError if the legs are not in order.
         """
-        check_order([row for row, _ in legs])
-        self.first_rows, self.blends = [row for row, _ in legs], [blend for _, blend in legs]
+        check_order([row for row, _ in phases])
+        self.first_rows, self.blends = [row for row, _ in phases], [blend for _, blend in phases]
         self._before = [[0] * len(self.blends[0].kind_of)]
         for n, first in enumerate(self.first_rows[1:]):
             self._before.append(self._after(n, first - self.first_rows[n]))

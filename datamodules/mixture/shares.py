@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage, Unit
-from datamodules.mixture.mixture import Blend, BlendStage, Relay, check_weights, exact
+from datamodules.mixture.mixture import MixtureSchedule, SourceMixture, SourceMixtureStage, check_weights, exact
 from datamodules.packing.row_plan import Totals
 from datamodules.sources import SOURCES
 from kosmos_lit.batch import CORPORA
@@ -123,7 +123,7 @@ def shares(
 
 
 @dataclass(frozen=True)
-class Leg:
+class Phase:
     """Shares that were all known from a row on; what changes on the way begins another leg."""
 
     first_row: int
@@ -134,34 +134,34 @@ class Leg:
         return {"first_row": self.first_row, "stages": [s.to_dict() for s in self.stages]}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Leg:
+    def from_dict(cls, data: Mapping[str, Any]) -> Phase:
         return cls(data["first_row"], tuple(Shares.from_dict(s) for s in data["stages"]))
 
-    def seen_from(self, row: int) -> Leg:
+    def seen_from(self, row: int) -> Phase:
         """Return what holds from a later row on, as if it began there."""
         past = [s for s in self.stages if s.first_row <= row]
-        return Leg(row, (replace(past[-1], first_row=row), *(s for s in self.stages if s.first_row > row)))
+        return Phase(row, (replace(past[-1], first_row=row), *(s for s in self.stages if s.first_row > row)))
 
 
-def go_on(legs: Sequence[Leg], wanted: Leg, row: int) -> list[Leg]:
+def go_on(phases: Sequence[Phase], wanted: Phase, row: int) -> list[Phase]:
     """Return the legs of a run that went up to `row` by `legs`, and goes on as `wanted` from there."""
     now = wanted.seen_from(row)
-    if now == legs[-1].seen_from(row):
-        return list(legs)
-    return [*(leg for leg in legs if leg.first_row < row), now]
+    if now == phases[-1].seen_from(row):
+        return list(phases)
+    return [*(leg for leg in phases if leg.first_row < row), now]
 
 
-def relay(legs: Sequence[Leg], kinds: Mapping[str, int]) -> Relay:
+def build_schedule(phases: Sequence[Phase], kinds: Mapping[str, int]) -> MixtureSchedule:
     """Return the schedule of all sources, in the order of `kinds`, which gives each one's kind."""
 
-    def blend(leg: Leg) -> Blend:
+    def blend(leg: Phase) -> SourceMixture:
         stages = [
-            BlendStage(s.first_row - leg.first_row, s.ratio, tuple(s.weights.get(name, _NONE) for name in kinds))
+            SourceMixtureStage(s.first_row - leg.first_row, s.ratio, tuple(s.weights.get(name, _NONE) for name in kinds))
             for s in leg.stages
         ]
-        return Blend(list(kinds.values()), stages, len(CORPORA))
+        return SourceMixture(list(kinds.values()), stages, len(CORPORA))
 
-    return Relay([(leg.first_row, blend(leg)) for leg in legs])
+    return MixtureSchedule([(leg.first_row, blend(leg)) for leg in phases])
 
 
 def describe_shares(stage: Shares, kinds: Mapping[str, int]) -> str:

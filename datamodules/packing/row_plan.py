@@ -41,7 +41,7 @@ COUNTS = np.dtype(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class RowLayout:
     """What a plan depends on beside the corpus and the split."""
 
     seq_len: int
@@ -68,7 +68,7 @@ class Blocks:
     corpus: IndexedCorpus
     split: Split
     part: Part
-    layout: Layout
+    layout: RowLayout
 
     @property
     def key(self) -> str:
@@ -192,11 +192,11 @@ class Window:
     """Files that a block is read from."""
 
 
-class Plan:
+class RowPlan:
     """The rows of one split of a corpus, in every epoch, with random access."""
 
     def __init__(
-        self, name: str, corpus: IndexedCorpus, split: Split, part: Part, layout: Layout, *, shuffle: bool = True,
+        self, name: str, corpus: IndexedCorpus, split: Split, part: Part, layout: RowLayout, *, shuffle: bool = True,
         workers: int = 1,
     ) -> None:  # fmt: skip
         """Find out how many rows each block has: from the counts that the index keeps, or by packing all blocks once.

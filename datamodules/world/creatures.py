@@ -22,7 +22,7 @@ from datamodules.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, Combinat
 from datamodules.world.scene_tasks import asked
 
 BODIES = tuple(shape for shape in SHAPES if shape != "ring")
-MARKS = ("horns", "legs")
+MARKS = ("horns", "phases")
 BULK = {"small": 12.0, "large": 21.0}
 NICKNAMES = ("dax", "wug", "fep", "zup", "blick", "toma", "gazzer", "kiki", "bouba", "modi", "tulver", "wif")
 """Names for one prompt alone."""

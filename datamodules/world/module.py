@@ -12,7 +12,7 @@ import torch
 
 from datamodules.config import CorpusConfig, TokenizerConfig
 from datamodules.io.hashing import hash_key
-from datamodules.loader import Questions
+from datamodules.loader import PromptLoader
 from datamodules.module import MixtureData
 from datamodules.sources import ReadOptions
 from datamodules.world.families import FamiliesConfig, corpora, write_families
@@ -90,7 +90,7 @@ class WorldData(MixtureData):
 
     def predict_dataloader(self) -> Iterable[Any]:
         """Yield one question for each held-out combination, with a drawing that no one has seen."""
-        return Questions(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
+        return PromptLoader(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
 
     def _scene_questions(self) -> Iterator[PromptBatch]:
         random = Random(hash_key("questions", self.world.seed))

@@ -31,9 +31,9 @@ class Answered:
     task: str
     image: Tensor | None
     """(3, H, W): the question's first image."""
-    right: str
-    said: str
-    said_blind: str
+    target: str
+    prediction: str
+    prediction_shuffled: str
 
 
 class CaptionReport(Callback):
@@ -89,10 +89,12 @@ class CaptionReport(Callback):
         batch = batch.to(pl_module.device)
         blind = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
         settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
-        said, said_blind = pl_module.answer(batch, settings), pl_module.answer(blind, settings)
+        prediction, prediction_shuffled = pl_module.answer(batch, settings), pl_module.answer(blind, settings)
         first = accumulate(batch.n_images, initial=0)
         images = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
-        return [Answered(*row) for row in zip(batch.tasks, images, batch.answers, said, said_blind, strict=True)]
+        return [
+            Answered(*row) for row in zip(batch.tasks, images, batch.answers, prediction, prediction_shuffled, strict=True)
+        ]
 
     def _write(self, trainer: L.Trainer, pl_module: KosmosLit, answered: Sequence[Answered], n_parameters: int) -> None:
         folder = Path(trainer.default_root_dir)
@@ -100,11 +102,11 @@ class CaptionReport(Callback):
         for a in answered:
             by_task[a.task].append(a)
         chosen = [a for a in answered if a.task in self.tasks]
-        figures = {
+        metrics = {
             "exact_match": exact(chosen),
             "exact_match_shuffled": exact_blind(chosen),
             "n_questions": len(chosen),
-            "n_distinct": len({a.right for a in chosen}),
+            "n_distinct": len({a.target for a in chosen}),
             "tasks": {
                 task: {"n": len(rows), "exact_match": exact(rows), "exact_match_shuffled": exact_blind(rows)}
                 for task, rows in by_task.items()
@@ -119,14 +121,19 @@ class CaptionReport(Callback):
             "machine": machine(pl_module.device),
         }
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
             for a in answered:
-                row = {"task": a.task, "right": a.right, "said": a.said, "said_with_another_image": a.said_blind}
+                row = {
+                    "task": a.task,
+                    "target": a.target,
+                    "prediction": a.prediction,
+                    "prediction_shuffled": a.prediction_shuffled,
+                }
                 file.write(json.dumps(row) + "\n")
         per_task = max(1, self.sheet // max(1, len(by_task)))
         draw_sheet([a for rows in by_task.values() for a in rows[:per_task]]).save(folder / "sheet.png")
-        print(table(figures))
+        print(table(metrics))
         print(f"wrote {folder / 'report.json'}, {folder / 'answers.jsonl'} and {folder / 'sheet.png'}")
 
 
@@ -140,12 +147,12 @@ def _questions(trainer: L.Trainer) -> Iterator[PromptBatch]:
 
 def exact(answered: Sequence[Answered]) -> float:
     """Return the share of answers that are exactly right."""
-    return round(sum(a.said == a.right for a in answered) / max(1, len(answered)), 4)
+    return round(sum(a.prediction == a.target for a in answered) / max(1, len(answered)), 4)
 
 
 def exact_blind(answered: Sequence[Answered]) -> float:
     """Return the share that is right with another question's image."""
-    return round(sum(a.said_blind == a.right for a in answered) / max(1, len(answered)), 4)
+    return round(sum(a.prediction_shuffled == a.target for a in answered) / max(1, len(answered)), 4)
 
 
 def validation_losses(trainer: L.Trainer) -> dict[str, float]:
@@ -154,26 +161,26 @@ def validation_losses(trainer: L.Trainer) -> dict[str, float]:
     return {k.removeprefix(prefix): round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
 
 
-def table(figures: dict[str, Any]) -> str:
+def table(metrics: dict[str, Any]) -> str:
     """Return the figures for people."""
     lines = ["", f"{'task':<14}{'questions':>10}{'exact match':>13}{'images shuffled':>19}"]
     lines += [
         f"{name:<14}{row['n']:>10}{row['exact_match']:>13.3f}{row['exact_match_shuffled']:>19.3f}"
-        for name, row in figures["tasks"].items()
+        for name, row in metrics["tasks"].items()
     ]
     lines += [
-        f"{'counted':<14}{figures['n_questions']:>10}{figures['exact_match']:>13.3f}{figures['exact_match_shuffled']:>19.3f}"
-        f"   ({figures['n_distinct']} distinct answers)",
+        f"{'counted':<14}{metrics['n_questions']:>10}{metrics['exact_match']:>13.3f}{metrics['exact_match_shuffled']:>19.3f}"
+        f"   ({metrics['n_distinct']} distinct answers)",
         "",
         f"{'corpus':<14}{'loss before':>12}{'after':>9}   nats a token, validation",
     ]
-    before, after = figures["loss_before"], figures["loss_after"]
+    before, after = metrics["loss_before"], metrics["loss_after"]
     lines += [f"{name:<14}{before.get(name, float('nan')):>12.3f}{loss:>9.3f}" for name, loss in after.items()]
     lines += [
         "",
-        f"{figures['steps']} steps in {figures['train_seconds']:.0f} s, {figures['tokens_per_second']:,.0f} tokens/s, "
-        f"{figures['parameters']:,} parameters, seed {figures['seed']}",
-        figures["machine"],
+        f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s, "
+        f"{metrics['parameters']:,} parameters, seed {metrics['seed']}",
+        metrics["machine"],
     ]
     return "\n".join(lines)
 
@@ -190,9 +197,9 @@ def draw_sheet(answered: Sequence[Answered], columns: int = 4, side: int = 144) 
             image = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(image, (x, y))
         draw.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgrey")
-        draw.multiline_text((x, y + side + 4), _wrapped(a.right), fill="dimgrey")
-        colour = "darkgreen" if a.said == a.right else "crimson"
-        draw.multiline_text((x, y + side + 36), _wrapped(a.said), fill=colour)
+        draw.multiline_text((x, y + side + 4), _wrapped(a.target), fill="dimgrey")
+        colour = "darkgreen" if a.prediction == a.target else "crimson"
+        draw.multiline_text((x, y + side + 36), _wrapped(a.prediction), fill=colour)
     return sheet
 
 

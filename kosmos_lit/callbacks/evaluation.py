@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from kosmos_lit.callbacks.paused_training import log_aside, undisturbed
+from kosmos_lit.callbacks.paused_training import log_aside, paused_training
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.runner import Evaluation, headline, read_samples
@@ -19,7 +19,7 @@ from kosmos_lit.lit import KosmosLit
 
 
 class EvaluateTasks(Callback):
-    """Runs tasks every N optimizer steps, and logs `eval/TASK/FIGURE`.
+    """Runs tasks every N optimizer steps, and logs `eval/TASK/METRIC`.
 
     All ranks share the samples out; a sharded model is brought together on each of them meanwhile. Random numbers, modes,
     the stream and the other logs stay as they are without it: losses and weights are the same bit for bit. Samples and
@@ -48,9 +48,9 @@ class EvaluateTasks(Callback):
         self._step = step
         if step == before or self.config.every_n_steps is None or step % self.config.every_n_steps:
             return
-        with undisturbed(trainer, pl_module):
-            figures, lines = self._evaluate(trainer, pl_module)
-        log_aside(trainer, pl_module, figures)
+        with paused_training(trainer, pl_module):
+            metrics, lines = self._evaluate(trainer, pl_module)
+        log_aside(trainer, pl_module, metrics)
         if (bar := trainer.progress_bar_callback) is not None:
             for line in lines:
                 bar.print(f"step {step:,} {line}")
@@ -69,10 +69,10 @@ class EvaluateTasks(Callback):
                     entries[name] = evaluation.run(name)
                 except UserError as error:  # no reason to end a training
                     mistakes.append(str(error))
-        figures = {
-            f"eval/{name}/{key}": figure["value"]
+        metrics = {
+            f"eval/{name}/{key}": metric["value"]
             for name, entry in entries.items()
-            for key, figure in entry["figures"].items()
-            if isfinite(figure["value"])
+            for key, metric in entry["metrics"].items()
+            if isfinite(metric["value"])
         }
-        return figures, [*(f"{name}  {headline(entry)}" for name, entry in entries.items()), *mistakes]
+        return metrics, [*(f"{name}  {headline(entry)}" for name, entry in entries.items()), *mistakes]

@@ -15,7 +15,7 @@ from kosmos_lit.lit import KosmosLit
 
 
 @contextmanager
-def undisturbed(trainer: L.Trainer, pl_module: KosmosLit) -> Iterator[None]:
+def paused_training(trainer: L.Trainer, pl_module: KosmosLit) -> Iterator[None]:
     """Let modules evaluate, without gradients and off the clock; leave modes, random numbers and validation's figures."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput):

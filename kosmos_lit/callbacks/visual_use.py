@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from kosmos_lit.batch import CORPORA, KosmosBatch
-from kosmos_lit.callbacks.paused_training import log_aside, undisturbed
+from kosmos_lit.callbacks.paused_training import log_aside, paused_training
 from kosmos_lit.callbacks.ranks import gather
 from kosmos_lit.errors import UserError
 from kosmos_lit.lit import KosmosLit
@@ -75,7 +75,7 @@ class VisualUse(Callback):
         if self._is_off or not is_row or step // self.every_n_steps == self._read_at // self.every_n_steps:
             return
         self._read_at = step
-        with undisturbed(trainer, pl_module):
+        with paused_training(trainer, pl_module):
             rows = self._rows = self._rows or self._collect(trainer, pl_module)
             if rows is None:
                 self._is_off = True

@@ -38,14 +38,14 @@ def plan(arguments: list[str]) -> int:
     """Print a run's plan; return 0 if it can start, else 1."""
     a, rest = plan_parser().parse_known_args(arguments)
     from kosmos_lit.preflight.devices import find_device
-    from kosmos_lit.preflight.estimates import figures
+    from kosmos_lit.preflight.estimates import estimates
     from kosmos_lit.preflight.problems import contradictions
     from kosmos_lit.preflight.run import read_run
     from kosmos_lit.preflight.table import page
 
     run = read_run(rest, a.devices, a.nodes)
     device = find_device(a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu)
-    found = figures(run, device)
+    found = estimates(run, device)
     problems = contradictions(run, found)
     if a.json:
         print(json.dumps(found.to_dict() | {"notes": run.notes, "contradictions": problems}, indent=2))

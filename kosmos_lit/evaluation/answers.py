@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kosmos_lit.evaluation.requests import Answer
-from kosmos_lit.inference.results import Scored
+from kosmos_lit.evaluation.requests import Response
+from kosmos_lit.inference.results import ScoredCandidate
 
 
-def written(answer: Answer) -> str:
-    """Return what was written in answer to a `Write`, without blanks around it."""
+def written(answer: Response) -> str:
+    """Return what was written in answer to a `Generate`, without blanks around it."""
     assert not isinstance(answer, tuple)
     return answer.text.strip()
 
 
-def compared(answer: Answer) -> tuple[Scored, ...]:
-    """Return the candidates of a `Score` with their probabilities."""
+def compared(answer: Response) -> tuple[ScoredCandidate, ...]:
+    """Return the candidates of a `LogLikelihood` with their probabilities."""
     assert isinstance(answer, tuple)
     return answer
 
 
-def shares(scored: Sequence[Scored]) -> list[float]:
+def shares(scored: Sequence[ScoredCandidate]) -> list[float]:
     """Return each candidate's probability as a share of that of all of them."""
     return softmax([one.total for one in scored])
 
@@ -33,10 +33,10 @@ def softmax(values: Sequence[float]) -> list[float]:
     return [one / sum(raised) for one in raised]
 
 
-def credit(values: Sequence[float], right: int) -> float:
+def credit(values: Sequence[float], target: int) -> float:
     """Return 1 if the right one has the highest value, less if it shares the highest with others, else 0.
 
     Equals share the point, so that a model which tells nothing apart scores as guessing does.
     """
     best = [i for i, value in enumerate(values) if value == max(values)]
-    return float(right in best) / len(best)
+    return float(target in best) / len(best)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kosmos_lit.evaluation.requests import Request, Score
+from kosmos_lit.evaluation.requests import LogLikelihood, Request
 from kosmos_lit.inference.prompts import Prompt
-from kosmos_lit.inference.scoring import places, slot_of
+from kosmos_lit.inference.scoring import places, slot_token
 from kosmos_lit.tokenizer import Ids
 
 LEAST_SHARED = 16
@@ -22,7 +22,7 @@ Shown = tuple[Path, bool]
 
 
 @dataclass(frozen=True)
-class Unit:
+class BatchItem:
     """A request as the model takes it."""
 
     numbers: tuple[int, ...]
@@ -48,9 +48,9 @@ class Unit:
         images: tuple[Shown, ...],
         candidates: list[list[int]],
         n_new: int,
-    ) -> Unit:
+    ) -> BatchItem:
         """Return a request whose answer has at most `n_new` tokens."""
-        if isinstance(request, Score):
+        if isinstance(request, LogLikelihood):
             return cls((number,), "score", prompt, images, candidates, [0] * len(candidates), places(candidates))
         return cls((number,), repr(request.settings), prompt, images, [], [], n_new * request.settings.n_beams)
 
@@ -59,68 +59,68 @@ class Unit:
         return len(self.prompt.tokens) + self.n_places
 
 
-Batch = Sequence[Unit]
+Batch = Sequence[BatchItem]
 
 
-def together(units: Sequence[Unit], image: int, n_latents: int) -> list[Unit]:
+def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> list[BatchItem]:
     """Return comparisons of one sample as one, if their prompts have a beginning in common that is worth it.
 
     Args:
-        units: comparisons.
+        items: comparisons.
         image: id of <image>.
         n_latents: slots an image.
     """
-    if len(units) < 2:
-        return list(units)
-    images = {shown: i for i, shown in enumerate(dict.fromkeys(shown for unit in units for shown in unit.images))}
-    rows = [_symbols(unit, images, n_latents) for unit in units]
+    if len(items) < 2:
+        return list(items)
+    images = {shown: i for i, shown in enumerate(dict.fromkeys(shown for item in items for shown in item.images))}
+    rows = [_symbols(item, images, n_latents) for item in items]
     least = min(map(len, rows))
     same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
     n = least if same.all() else int(np.argmin(same))
     while n and rows[0][n - 1] == image:  # an image is not cut between <image> and its slots
         n -= 1
     if n < LEAST_SHARED:
-        return list(units)
-    slots = units[0].prompt.slots[units[0].prompt.slots < n]
-    own = units[0].images[: len(slots)]
+        return list(items)
+    slots = items[0].prompt.slots[items[0].prompt.slots < n]
+    own = items[0].images[: len(slots)]
     # Places of the images: those of the common prompt as it shows them, then each of all.
-    further = [slot_of(len(own) + i) for i in range(len(images))]
+    further = [slot_token(len(own) + i) for i in range(len(images))]
     candidates, given = list[list[int]](), list[int]()
-    for unit, row in zip(units, rows, strict=True):
-        rest = [further[slot_of(s)] if s < 0 else s for s in row[n:].tolist()]
-        candidates += [[*rest, *ids] for ids in unit.candidates]
-        given += [len(rest)] * len(unit.candidates)
-    prompt = Prompt(units[0].prompt.tokens[:n], slots)
-    numbers = tuple(number for unit in units for number in unit.numbers)
-    return [Unit(numbers, "score", prompt, (*own, *images), candidates, given, places(candidates))]
+    for item, row in zip(items, rows, strict=True):
+        rest = [further[slot_token(s)] if s < 0 else s for s in row[n:].tolist()]
+        candidates += [[*rest, *ids] for ids in item.candidates]
+        given += [len(rest)] * len(item.candidates)
+    prompt = Prompt(items[0].prompt.tokens[:n], slots)
+    numbers = tuple(number for item in items for number in item.numbers)
+    return [BatchItem(numbers, "score", prompt, (*own, *images), candidates, given, places(candidates))]
 
 
-def _symbols(unit: Unit, images: Mapping[Shown, int], n_latents: int) -> Ids:
+def _symbols(item: BatchItem, images: Mapping[Shown, int], n_latents: int) -> Ids:
     """Return a prompt's ids, with which image it is in its slots."""
-    row = unit.prompt.tokens.copy()
-    for first, shown in zip(unit.prompt.slots, unit.images, strict=True):
-        row[first : first + n_latents] = slot_of(images[shown])
+    row = item.prompt.tokens.copy()
+    for first, shown in zip(item.prompt.slots, item.images, strict=True):
+        row[first : first + n_latents] = slot_token(images[shown])
     return row
 
 
-def batches(units: Sequence[Unit], most: int) -> list[Batch]:
+def make_batches(items: Sequence[BatchItem], most: int) -> list[Batch]:
     """Return the requests in batches of one kind, alike in length, of at most `most` positions with their padding.
 
     The longest come first: what is too large for a device is so at once. A request longer than `most` is a batch alone.
     """
-    by_kind: dict[str, list[Unit]] = defaultdict(list)
-    for unit in units:
-        by_kind[unit.kind].append(unit)
+    by_kind: dict[str, list[BatchItem]] = defaultdict(list)
+    for item in items:
+        by_kind[item.kind].append(item)
     found: list[Batch] = []
     for kind in by_kind.values():
-        batch: list[Unit] = []
+        batch: list[BatchItem] = []
         n_prompt = n_places = 0
-        for unit in sorted(kind, key=lambda unit: -unit.length):
-            wide = max(n_prompt, len(unit.prompt.tokens)), max(n_places, unit.n_places)
+        for item in sorted(kind, key=lambda item: -item.length):
+            wide = max(n_prompt, len(item.prompt.tokens)), max(n_places, item.n_places)
             if batch and (len(batch) + 1) * sum(wide) > most:
                 found.append(batch)
-                batch, wide = [], (len(unit.prompt.tokens), unit.n_places)
-            batch.append(unit)
+                batch, wide = [], (len(item.prompt.tokens), item.n_places)
+            batch.append(item)
             n_prompt, n_places = wide
         found.append(batch)
     return found

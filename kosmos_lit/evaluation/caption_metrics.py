@@ -77,7 +77,7 @@ def _jars() -> Path:
 
 
 def measure(
-    said: Sequence[str], right: Sequence[Sequence[str]], measures: Sequence[Measure], tokens: Tokens
+    prediction: Sequence[str], target: Sequence[Sequence[str]], measures: Sequence[Measure], tokens: Tokens
 ) -> dict[Measure, tuple[float, Values]]:
     """Return what all captions are worth by each measure, and each of them, (n,).
 
@@ -86,18 +86,18 @@ def measure(
     the whole is the mean; METEOR adds up its counts over all images first.
 
     Args:
-        said: n captions.
-        right: n lists of references.
+        prediction: n captions.
+        target: n lists of references.
         measures: which.
         tokens: how words are found.
 
     Raises: UserError if Java fails.
     """
-    if not said or not measures:
+    if not prediction or not measures:
         return {}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return _measured(said, right, measures, tokens)
+            return _measured(prediction, target, measures, tokens)
     except (OSError, subprocess.CalledProcessError, ValueError, AssertionError) as error:
         raise UserError(
             f"pycocoevalcap failed at {', '.join(measures)} with tokens: {tokens} ({type(error).__name__}: {error}); SPICE "
@@ -106,13 +106,13 @@ def measure(
 
 
 def _measured(
-    said: Sequence[str], right: Sequence[Sequence[str]], measures: Sequence[Measure], tokens: Tokens
+    prediction: Sequence[str], target: Sequence[Sequence[str]], measures: Sequence[Measure], tokens: Tokens
 ) -> dict[Measure, tuple[float, Values]]:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.spice.spice import Spice
 
-    references, captions = _words(right, tokens), _words([[caption] for caption in said], tokens)
+    references, captions = _words(target, tokens), _words([[caption] for caption in prediction], tokens)
     found: dict[Measure, tuple[float, Values]] = {}
     for name in measures:
         scorer = {"cider": Cider, "meteor": Meteor, "spice": Spice}[name]()

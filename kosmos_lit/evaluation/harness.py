@@ -21,11 +21,11 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.batching import Batch, Unit, batches
+from kosmos_lit.evaluation.batching import Batch, BatchItem, make_batches
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.generate import generate, likelihoods
+from kosmos_lit.inference.generate import generate, token_log_probs
 from kosmos_lit.inference.prompts import Prompt
-from kosmos_lit.inference.scoring import Likelihood, places
+from kosmos_lit.inference.scoring import TokenLogProb, places
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, Tokenizer
 from kosmos_lit.weights import load_model
@@ -114,7 +114,7 @@ class HarnessModel(LM):
         pairs = self._split(asked)
         kept = [(self._fitting(context, len(rest)), rest) for context, rest in pairs]
         self._say_cut(sum(len(a) < len(b) for (a, _), (b, _) in zip(kept, pairs, strict=True)))
-        answers = [(sum(t.log_prob for t in one), all(t.is_first for t in one)) for one in self._judge(kept, disable_tqdm)]
+        answers = [(sum(t.log_prob for t in one), all(t.is_greedy for t in one)) for one in self._judge(kept, disable_tqdm)]
         for pair, answer in zip(asked, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
@@ -149,16 +149,16 @@ class HarnessModel(LM):
         whole = [ids.tolist() for ids in self.tokenizer.encode_all([context.rstrip(" ") for context, _ in asked])]
         contexts = [self._fitting(ids, one.max_new_tokens) for ids, one in zip(whole, settings, strict=True)]
         self._say_cut(sum(len(a) < len(b) for a, b in zip(contexts, whole, strict=True)))
-        units = [
-            Unit((number,), repr(one), self._prompt(ids), (), [], [], one.max_new_tokens * one.n_beams)
+        items = [
+            BatchItem((number,), repr(one), self._prompt(ids), (), [], [], one.max_new_tokens * one.n_beams)
             for number, (ids, one) in enumerate(zip(contexts, settings, strict=True))
         ]
         answers = [""] * len(asked)
-        for batch in self._batches(units, disable_tqdm):
-            prompts = [unit.prompt for unit in batch]
+        for batch in self._batches(items, disable_tqdm):
+            prompts = [item.prompt for item in batch]
             written = generate(self.model, prompts, self._no_images, self.tokenizer, settings[batch[0].numbers[0]])
-            for unit, continuation in zip(batch, written, strict=True):
-                [number] = unit.numbers
+            for item, continuation in zip(batch, written, strict=True):
+                [number] = item.numbers
                 answers[number] = continuation.text
                 self.cache_hook.add_partial("generate_until", asked[number], continuation.text)
         return answers
@@ -211,29 +211,29 @@ class HarnessModel(LM):
 
     def _judge(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], disable_tqdm: bool
-    ) -> list[Sequence[Likelihood]]:
+    ) -> list[Sequence[TokenLogProb]]:
         """Return how likely each token of each continuation is; a context is read once for all of its continuations."""
         numbers: dict[tuple[int, ...], list[int]] = {}
         for i, (context, _) in enumerate(pairs):
             numbers.setdefault(tuple(context), []).append(i)
         owners = list(numbers.values())
-        units = []
+        items = []
         for number, (context, of) in enumerate(numbers.items()):
             candidates = [list(pairs[i][1]) for i in of]
             given = [0] * len(candidates)
-            units.append(Unit((number,), "score", self._prompt(context), (), candidates, given, places(candidates)))
-        found: list[Sequence[Likelihood]] = [()] * len(pairs)
-        for batch in self._batches(units, disable_tqdm):
-            prompts, candidates_of = [unit.prompt for unit in batch], [unit.candidates for unit in batch]
-            rows = likelihoods(self.model, prompts, candidates_of, self._no_images, self.tokenizer)
-            for unit, row in zip(batch, rows, strict=True):
-                [number] = unit.numbers
+            items.append(BatchItem((number,), "score", self._prompt(context), (), candidates, given, places(candidates)))
+        found: list[Sequence[TokenLogProb]] = [()] * len(pairs)
+        for batch in self._batches(items, disable_tqdm):
+            prompts, candidates_of = [item.prompt for item in batch], [item.candidates for item in batch]
+            rows = token_log_probs(self.model, prompts, candidates_of, self._no_images, self.tokenizer)
+            for item, row in zip(batch, rows, strict=True):
+                [number] = item.numbers
                 for i, tokens in zip(owners[number], row, strict=True):
                     found[i] = tokens
         return found
 
-    def _batches(self, units: Sequence[Unit], disable_tqdm: bool) -> Iterable[Batch]:
-        return tqdm(batches(units, self.batch_tokens), desc="kosmos_lit", unit="batch", disable=disable_tqdm)
+    def _batches(self, items: Sequence[BatchItem], disable_tqdm: bool) -> Iterable[Batch]:
+        return tqdm(make_batches(items, self.batch_tokens), desc="kosmos_lit", unit="batch", disable=disable_tqdm)
 
     def _say_cut(self, n: int) -> None:
         if n:

@@ -21,9 +21,9 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.answers import compared, credit, softmax
 from kosmos_lit.evaluation.dataset_files import need, read_json_lines, read_labels
 from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import Parts, Score
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
-from kosmos_lit.inference.results import Scored
+from kosmos_lit.evaluation.requests import LogLikelihood, Parts
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
+from kosmos_lit.inference.results import ScoredCandidate
 
 Scoring = Literal["mean", "sum", "bytes", "unconditional"]
 
@@ -38,13 +38,13 @@ class Question:
     """What is scored, read as text with a space between it and its context."""
     names: tuple[str, ...]
     """What each candidate is called in results."""
-    right: int
+    target: int
     """The right one's number."""
 
     @property
     def solved(self) -> str:
         """The question with its right answer, as a demonstration."""
-        return f"{self.contexts[self.right % len(self.contexts)]} {self.candidates[self.right]}"
+        return f"{self.contexts[self.target % len(self.contexts)]} {self.candidates[self.target]}"
 
 
 class MultipleChoice(Task):
@@ -98,7 +98,7 @@ class MultipleChoice(Task):
         found = read_json_lines(rows, fields)
         return [row | {"label": label} for row, label in zip(found, read_labels(labels, len(found)), strict=True)]
 
-    def requests(self, sample: Sample, shots: Sequence[Sample]) -> list[Score]:
+    def requests(self, sample: Sample, shots: Sequence[Sample]) -> list[LogLikelihood]:
         """Return what is asked: one request where all candidates continue one context, else one for each."""
         question = self.question(sample)
         shown = [(self.question(shot).solved,) for shot in shots]
@@ -107,32 +107,32 @@ class MultipleChoice(Task):
             return in_context(shown, (context,), self.separator)
 
         if len(question.contexts) == 1:
-            asked = [Score(behind(question.contexts[0]), question.candidates)]
-            plain = [Score((self.unconditional,), question.candidates)]
+            asked = [LogLikelihood(behind(question.contexts[0]), question.candidates)]
+            plain = [LogLikelihood((self.unconditional,), question.candidates)]
         else:
             pairs = list(zip(question.contexts, question.candidates, strict=True))
-            asked = [Score(behind(context), (candidate,)) for context, candidate in pairs]
-            plain = [Score((self.unconditional,), (candidate,)) for _, candidate in pairs]
+            asked = [LogLikelihood(behind(context), (candidate,)) for context, candidate in pairs]
+            plain = [LogLikelihood((self.unconditional,), (candidate,)) for _, candidate in pairs]
         return [*asked, *plain] if self.scoring == "unconditional" else asked
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         question = self.question(sample)
         answers = yield self.requests(sample, shots)
         found = [scored for answer in answers for scored in compared(answer)]
         values = rate(found, self.scoring)
         choice = int(np.argmax(values))
         return Outcome(
-            said=question.names[choice],
-            right=question.names[question.right],
-            scores={"accuracy": credit(values, question.right)},
+            prediction=question.names[choice],
+            target=question.names[question.target],
+            scores={"accuracy": credit(values, question.target)},
             data={
-                "choice": choice, "label": question.right, "values": values,
+                "choice": choice, "label": question.target, "values": values,
                 "shares": dict(zip(question.names, softmax(values), strict=True)),
             },
         )
 
 
-def rate(scored: Sequence[Scored], scoring: Scoring) -> list[float]:
+def rate(scored: Sequence[ScoredCandidate], scoring: Scoring) -> list[float]:
     """Return what decides among candidates, in nats; those of `unconditional` are followed by their second look."""
     if scoring == "mean":
         return [one.mean for one in scored]
@@ -144,7 +144,7 @@ def rate(scored: Sequence[Scored], scoring: Scoring) -> list[float]:
     return [one.total for one in scored]
 
 
-def with_options(before: str, after: str, options: Sequence[str], right: int) -> Question:
+def with_options(before: str, after: str, options: Sequence[str], target: int) -> Question:
     """Return a sentence with a gap as a question: which option makes the rest of the sentence likelier.
 
     "Partial evaluation" (Trinh and Le 2018, arXiv 1806.02847): each option stands in the gap as context, and what follows
@@ -154,5 +154,5 @@ def with_options(before: str, after: str, options: Sequence[str], right: int) ->
     if not rest.strip():
         stuck, rest = "", after
     contexts = tuple(f"{before}{option}{stuck}" for option in options)
-    return Question(contexts, (rest.strip(),) * len(options), tuple(options), right)
+    return Question(contexts, (rest.strip(),) * len(options), tuple(options), target)
 

@@ -34,13 +34,13 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: one line of `samples.jsonl`."""
-        outcome = asdict(self.outcome) if self.outcome else {"said": None, "right": None, "scores": {}, "data": {}}
+        outcome = asdict(self.outcome) if self.outcome else {"prediction": None, "target": None, "scores": {}, "data": {}}
         return {"key": self.key, "requests": self.requests, **outcome, "error": str(self.failure) if self.failure else None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Result:
         """Return what `to_dict` gave."""
-        outcome = {name: data[name] for name in ("said", "right", "scores", "data")}
+        outcome = {name: data[name] for name in ("prediction", "target", "scores", "data")}
         if data["error"] is None:
             return cls(data["key"], data["requests"], Outcome(**outcome))
         reason, _, detail = data["error"].partition(": ")

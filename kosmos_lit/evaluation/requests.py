@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kosmos_lit.images import ImageLike
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.results import Continuation, Scored
+from kosmos_lit.inference.results import Continuation, ScoredCandidate
 
 Part = str | ImageLike
 """Text is `str`; an image's file is a `pathlib.Path`, never a string."""
@@ -18,7 +18,7 @@ Parts = tuple[Part, ...]
 
 
 @dataclass(frozen=True)
-class Write:
+class Generate:
     """Continue a prompt; answered by a `Continuation`."""
 
     parts: Parts
@@ -26,7 +26,7 @@ class Write:
 
 
 @dataclass(frozen=True)
-class Score:
+class LogLikelihood:
     """Say how likely each candidate is after a prompt; answered by a tuple of `Scored`, in the candidates' order.
 
     The prompt is read once for all of its candidates.
@@ -36,5 +36,5 @@ class Score:
     candidates: tuple[str, ...]
 
 
-Request = Write | Score
-Answer = Continuation | tuple[Scored, ...]
+Request = Generate | LogLikelihood
+Response = Continuation | tuple[ScoredCandidate, ...]

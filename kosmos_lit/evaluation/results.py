@@ -1,4 +1,4 @@
-"""Results of an evaluation as they are on disk: `figures.json`, and `TASK/samples.jsonl` one sample a line."""
+"""Results of an evaluation as they are on disk: `metrics.json`, and `TASK/samples.jsonl` one sample a line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.statistics import Figure
-from kosmos_lit.evaluation.storage import FIGURES, SAMPLES
+from kosmos_lit.evaluation.statistics import Metric
+from kosmos_lit.evaluation.storage import METRICS, SAMPLES
 
 NAN = float("nan")
 
@@ -36,12 +36,12 @@ class TaskResult:
     failures: Mapping[str, int]
     """Failed samples by reason."""
     options: Mapping[str, Any]
-    figures: Mapping[str, Figure]
+    metrics: Mapping[str, Metric]
 
     @property
-    def best(self) -> Figure | None:
+    def best(self) -> Metric | None:
         """The figure that stands for the task; None if it was not measured."""
-        return self.figures.get(self.headline)
+        return self.metrics.get(self.headline)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,11 @@ def read_results(folder: Path) -> Results:
 
     Raises: UserError if there are none, or if the file is not what an evaluation writes.
     """
-    path = folder / FIGURES
+    path = folder / METRICS
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of results")
     if not path.is_file():
-        raise UserError(f"{folder}: no {FIGURES}; `main.py test` with eval.tasks writes it, by default in RUN/eval")
+        raise UserError(f"{folder}: no {METRICS}; `main.py test` with eval.tasks writes it, by default in RUN/eval")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         tasks = {name: _task(name, task) for name, task in found["tasks"].items()}
@@ -86,15 +86,15 @@ def read_results(folder: Path) -> Results:
 
 
 def _task(name: str, found: Mapping[str, Any]) -> TaskResult:
-    figures = {
-        figure: Figure(_number(f["value"]), _number(f["low"]), _number(f["high"]), int(f["n"]))
-        for figure, f in found["figures"].items()
+    metrics = {
+        metric: Metric(_number(f["value"]), _number(f["low"]), _number(f["high"]), int(f["n"]))
+        for metric, f in found["metrics"].items()
     }
     return TaskResult(
         name=name, title=found["title"], published=found.get("published"), headline=found["headline"],
         chance=found.get("chance"), n_shots=found.get("n_shots", 0), seed=found.get("seed", 0), n_samples=found["n_samples"],
         n_failed=found.get("n_failed", 0), failures=found.get("failures") or {}, options=found.get("options") or {},
-        figures=figures,
+        metrics=metrics,
     )  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.image_control import shuffle_images
 from kosmos_lit.evaluation.record import Failure, Result
-from kosmos_lit.evaluation.scheduler import Engine
-from kosmos_lit.evaluation.storage import FIGURES, Store, claim, read_figures, without_nan, write_whole
+from kosmos_lit.evaluation.scheduler import RequestScheduler
+from kosmos_lit.evaluation.storage import METRICS, Store, check_fingerprint, read_metrics, without_nan, write_whole
 from kosmos_lit.evaluation.task import Sample, Task, chosen
 from kosmos_lit.model import Kosmos
 from kosmos_lit.terminal import clock_time, write_line
@@ -41,16 +41,16 @@ class Ranks(Protocol):
     rank: int
     world: int
 
-    def first_says(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return what the first process gives, on all of them; nobody goes on before all have come here."""
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     rank, world = 0, 1
 
-    def first_says(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the value."""
         return value
 
@@ -101,7 +101,7 @@ class Evaluation:
             tokenizer: its tokenizer.
             config: tasks, and how to ask.
             folder: where results are kept.
-            about: what `figures.json` is to say of the model: its checkpoint, step ...
+            about: what `metrics.json` is to say of the model: its checkpoint, step ...
             ranks: who shares the work; None: this process alone.
             replace: whether results of other weights or options in the folder are deleted; else they are a mistake.
             quiet: whether nothing is said of how far it is.
@@ -109,8 +109,8 @@ class Evaluation:
 
         Raises: UserError if a dataset is missing, or the folder holds results of something else.
         """
-        self.config, self.folder, self.ranks, self.quiet = config, folder, ranks or Alone(), quiet
-        self.engine = Engine(
+        self.config, self.folder, self.ranks, self.quiet = config, folder, ranks or SingleProcess(), quiet
+        self.engine = RequestScheduler(
             model, tokenizer, batch_tokens=config.batch_tokens, image_fit=config.image_fit,
             image_control=config.image_control,
         )  # fmt: skip
@@ -121,13 +121,13 @@ class Evaluation:
             "image_fit": config.image_fit, "precision": self.about.get("precision", "32-true"),
             "_checkpoint": self.about.get("checkpoint"), "_step": self.about.get("step"),
         }  # fmt: skip
-        self._do_first(lambda: self._claim(replace))
+        self._do_first(lambda: self._check_fingerprints(replace))
 
-    def _claim(self, replace: bool) -> None:
-        claim(self.folder, self.identity, replace=replace)
+    def _check_fingerprints(self, replace: bool) -> None:
+        check_fingerprint(self.folder, self.identity, replace=replace)
         for name, task in self.config.named.items():
             options = {"_max_samples" if option == "max_samples" else option: v for option, v in task.options.items()}
-            claim(self.folder / name, {"class": _class_path(task)} | options, replace=replace)
+            check_fingerprint(self.folder / name, {"class": _class_path(task)} | options, replace=replace)
 
     def _do_first(self, work: Callable[[], Any]) -> Any:
         """Let the first process do something, and all have its result, or its mistake."""
@@ -137,13 +137,13 @@ class Evaluation:
                 found = work(), None
             except UserError as error:
                 found = None, str(error)
-        value, mistake = self.ranks.first_says(found)
+        value, mistake = self.ranks.broadcast(found)
         if mistake is not None:
             raise UserError(mistake)
         return value
 
     def run(self, name: str) -> dict[str, Any]:
-        """Ask what has not been asked of a task yet; return its entry in `figures.json`, on all processes.
+        """Ask what has not been asked of a task yet; return its entry in `metrics.json`, on all processes.
 
         Raises: UserError if none of its samples could be asked about.
         """
@@ -155,7 +155,7 @@ class Evaluation:
         if self.config.image_control == "shuffled":
             shown = shuffle_images(samples, task.seed)
         missing = [i for i, sample in enumerate(samples) if sample.key not in done][self.ranks.rank :: self.ranks.world]
-        watch = Watch(name, len(samples), len(done & set(order)), self.ranks, quiet=self.quiet)
+        watch = TaskProgress(name, len(samples), len(done & set(order)), self.ranks, quiet=self.quiet)
         with store.writer(self.ranks.rank) as writer:
             alone = [Result(samples[i].key, [], None, Failure(NOBODY, "as many")) for i in missing if shown[i] is None]
             writer.write(alone)
@@ -163,7 +163,7 @@ class Evaluation:
             for results in self.engine.run(task, [s for i in missing if (s := shown[i]) is not None], pool):
                 writer.write(results)
                 watch.add(len(results))
-        self.ranks.first_says(None)  # all have written
+        self.ranks.broadcast(None)  # all have written
         entry: dict[str, Any] = self._do_first(lambda: self._sum_up(name, task, store, order, watch.seconds))
         watch.end(entry)
         if entry["n_failed"] == entry["n_samples"] > 0:
@@ -189,17 +189,17 @@ class Evaluation:
             "n_failed": len(failures), "failures": dict(Counter(failure.reason for failure in failures).most_common()),
             "example": failures[0].detail if failures else None,
             "options": json.loads(json.dumps(task.options, default=str)), "seconds": round(seconds, 1),
-            "figures": {key: asdict(figure) for key, figure in task.figures(outcomes).items()} if outcomes else {},
+            "metrics": {key: asdict(metric) for key, metric in task.metrics(outcomes).items()} if outcomes else {},
         }  # fmt: skip
         whole = {
             "model": self.about | {"weights": self.identity["weights"]}, "image_control": self.config.image_control,
             "machine": machine(_device(self.engine.model)), "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "tasks": read_figures(self.folder).get("tasks", {}) | {name: entry},
+            "tasks": read_metrics(self.folder).get("tasks", {}) | {name: entry},
         }  # fmt: skip
         failed = [result.key for result in results if result.failure is not None]
         for file, text in task.files(outcomes, failed).items():
             write_whole(self.folder / name / file, text.encode())
-        write_whole(self.folder / FIGURES, json.dumps(without_nan(whole), indent=1, ensure_ascii=False).encode())
+        write_whole(self.folder / METRICS, json.dumps(without_nan(whole), indent=1, ensure_ascii=False).encode())
         return entry
 
 
@@ -207,20 +207,20 @@ class Evaluation:
         """Write the report of all that the folder holds; return the files that there are."""
         from kosmos_lit.report.evaluation import write_report
 
-        return [self.folder / FIGURES, *write_report(self.folder)]
+        return [self.folder / METRICS, *write_report(self.folder)]
 
 
 def evaluate(
     model: Kosmos, tokenizer: Tokenizer, config: EvalConfig, folder: str | Path, about: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate a model in this process; return the tasks' entries in `figures.json` by their names.
+    """Evaluate a model in this process; return the tasks' entries in `metrics.json` by their names.
 
     Args:
         model: the model; `model.tokenizer` need not be set.
         tokenizer: its tokenizer.
         config: tasks, and how to ask.
         folder: where results are kept; what is there already is not asked again.
-        about: what `figures.json` is to say of the model.
+        about: what `metrics.json` is to say of the model.
 
     Raises: UserError as `Evaluation` does.
     """
@@ -228,7 +228,7 @@ def evaluate(
     return {name: evaluation.run(name) for name in config.named}
 
 
-class Watch:
+class TaskProgress:
     """Says how far a task is, on the first process."""
 
     def __init__(self, name: str, n: int, n_before: int, ranks: Ranks, *, quiet: bool) -> None:
@@ -266,20 +266,20 @@ class Watch:
 
 def headline(entry: Mapping[str, Any]) -> str:
     """Return a task's figure for people: 61.7 [52.5, 70.0]."""
-    figure = entry["figures"].get(entry["headline"])
-    if figure is None:
+    metric = entry["metrics"].get(entry["headline"])
+    if metric is None:
         return f"no {entry['headline']}"
-    value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
+    value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
     return f"{entry['headline']} {value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a table of the tasks' headline figures, 100 times what they are, with their intervals."""
     wide = max(len("task"), *map(len, entries)) + 2
-    lines = [f"{'task':<{wide}}{'figure':<18}{'value':>7}{'95 % interval':>17}{'chance':>9}{'samples':>10}{'failed':>8}"]
+    lines = [f"{'task':<{wide}}{'metric':<18}{'value':>7}{'95 % interval':>17}{'chance':>9}{'samples':>10}{'failed':>8}"]
     for name, entry in entries.items():
-        figure = entry["figures"].get(entry["headline"], {"value": nan, "low": nan, "high": nan})
-        value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
+        metric = entry["metrics"].get(entry["headline"], {"value": nan, "low": nan, "high": nan})
+        value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
         chance = "" if entry["chance"] is None else f"{100 * entry['chance']:.1f}"
         lines.append(
             f"{name:<{wide}}{entry['headline']:<18}{value:>7.1f}{f'{low:.1f} to {high:.1f}':>17}{chance:>9}"

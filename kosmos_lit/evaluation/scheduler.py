@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.batching import Batch, Unit, batches, together
+from kosmos_lit.evaluation.batching import Batch, BatchItem, make_batches, merge_prefixes
 from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
 from kosmos_lit.evaluation.image_control import GREY, ImageControl
 from kosmos_lit.evaluation.record import Failure, Result
-from kosmos_lit.evaluation.requests import Answer, Request, Score, Write
-from kosmos_lit.evaluation.session import Going
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Request, Response
+from kosmos_lit.evaluation.session import SampleSession
 from kosmos_lit.evaluation.task import Sample, Task
 from kosmos_lit.images import Fit, ImageError, Pixels, load
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.generate import generate, score_tokens
-from kosmos_lit.inference.results import Continuation, Scored
-from kosmos_lit.inference.scoring import slot_of
-from kosmos_lit.inference.trie import Choices
+from kosmos_lit.inference.results import Continuation, ScoredCandidate
+from kosmos_lit.inference.scoring import slot_token
+from kosmos_lit.inference.trie import ChoiceTrie
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ READERS = 4
 """Threads that read the images of a batch while the model is at the one before."""
 
 
-class Engine:
+class RequestScheduler:
     """A model that answers requests."""
 
     def __init__(
@@ -82,45 +82,45 @@ class Engine:
 
     def _run_window(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
         is_blank = self.image_control == "blank"
-        started = [Going(s, task.ask(s, task.shots(s, pool)), s.images if is_blank else ()) for s in samples]
-        for going in started:
-            going.start()
-        if done := [going.result() for going in started if going.is_done]:
+        started = [SampleSession(s, task.ask(s, task.shots(s, pool)), s.images if is_blank else ()) for s in samples]
+        for session in started:
+            session.start()
+        if done := [session.result() for session in started if session.is_done]:
             yield done
-        while asking := [going for going in started if not going.is_done]:
-            owners = [(going, i) for going in asking for i in range(len(going.requests))]
-            requests = [going.requests[i] for going, i in owners]
-            whose = {id(going): i for i, going in enumerate(asking)}
-            askers = [whose[id(going)] for going, _ in owners]
-            for answered in self._answer(requests, [going.blank for going, _ in owners], askers):
+        while asking := [session for session in started if not session.is_done]:
+            owners = [(session, i) for session in asking for i in range(len(session.requests))]
+            requests = [session.requests[i] for session, i in owners]
+            whose = {id(session): i for i, session in enumerate(asking)}
+            askers = [whose[id(session)] for session, _ in owners]
+            for answered in self._answer(requests, [session.blank for session, _ in owners], askers):
                 done = []
                 for number, answer in answered:
-                    going, i = owners[number]
-                    if going.take(i, answer):
-                        done.append(going.result())
+                    session, i = owners[number]
+                    if session.take(i, answer):
+                        done.append(session.result())
                 yield done
 
     # ---- requests
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+    def answer(self, requests: Sequence[Request]) -> list[Response | Failure]:
         """Return what the model says to each request, or why it could not be asked."""
-        found: dict[int, Answer | Failure] = {}
+        found: dict[int, Response | Failure] = {}
         for answered in self._answer(requests, [frozenset()] * len(requests), [0] * len(requests)):
             found.update(answered)
         return [found[i] for i in range(len(requests))]
 
     def _answer(
         self, requests: Sequence[Request], blank: Sequence[frozenset[Path]], askers: Sequence[int]
-    ) -> Iterator[list[tuple[int, Answer | Failure]]]:
+    ) -> Iterator[list[tuple[int, Response | Failure]]]:
         """Yield numbers of requests with their answers, each once: those of a batch together.
 
         Comparisons of one asker whose prompts begin alike are read as one.
         """
-        units, failed = self._units(requests, blank)
-        units = self._joined(units, askers) if self.share_prefixes else units
+        items, failed = self._units(requests, blank)
+        items = self._joined(items, askers) if self.share_prefixes else items
         if failed:
             yield failed
-        queue = batches(units, self.batch_tokens)
+        queue = make_batches(items, self.batch_tokens)
         with ThreadPoolExecutor(READERS) as readers:
             ahead = [self._begin(batch, readers) for batch in queue[:1]]
             for batch, following in zip_longest(queue, queue[1:]):
@@ -131,9 +131,9 @@ class Engine:
 
     def _units(
         self, requests: Sequence[Request], blank: Sequence[frozenset[Path]]
-    ) -> tuple[list[Unit], list[tuple[int, Answer | Failure]]]:
+    ) -> tuple[list[BatchItem], list[tuple[int, Response | Failure]]]:
         """Return what can be asked, encoded; and the others with the reason."""
-        units, failed = list[Unit](), list[tuple[int, Answer | Failure]]()
+        items, failed = list[BatchItem](), list[tuple[int, Response | Failure]]()
         n_latents, limit = self.model.config.connector.n_latents, self.model.config.decoder.max_seq_len
         shown = [_without_images(request) if self.image_control == "none" else request.parts for request in requests]
         prompts = encode_prompts(shown, self.tokenizer, n_latents)
@@ -141,7 +141,7 @@ class Engine:
         for number, (request, parts, prompt) in enumerate(zip(requests, shown, prompts, strict=True)):
             images = tuple((part, part in blank[number]) for part in parts if isinstance(part, Path))
             candidates: list[list[int]] = []
-            if isinstance(request, Score):
+            if isinstance(request, LogLikelihood):
                 candidates = encode_answers(parts, request.candidates, self.tokenizer)
                 empty = next((t for t, ids in zip(request.candidates, candidates, strict=True) if not ids), None)
                 n_new = max(map(len, candidates), default=0)
@@ -161,18 +161,18 @@ class Engine:
                 why = f"{length} positions and {n_new} new ones; the model has {limit}"
                 failed.append((number, Failure("prompt too long", why)))
                 continue
-            units.append(Unit.of(number, request, prompt, images, candidates, n_new))
-        return units, failed
+            items.append(BatchItem.of(number, request, prompt, images, candidates, n_new))
+        return items, failed
 
-    def _joined(self, units: Sequence[Unit], askers: Sequence[int]) -> list[Unit]:
-        of_asker: dict[int, list[Unit]] = {}
-        for unit in units:
-            of_asker.setdefault(askers[unit.numbers[0]], []).append(unit)
+    def _joined(self, items: Sequence[BatchItem], askers: Sequence[int]) -> list[BatchItem]:
+        of_asker: dict[int, list[BatchItem]] = {}
+        for item in items:
+            of_asker.setdefault(askers[item.numbers[0]], []).append(item)
         found = []
         image, n_latents = self.tokenizer.special.image, self.model.config.connector.n_latents
         for own in of_asker.values():
-            found += together([unit for unit in own if unit.kind == "score"], image, n_latents)
-            found += [unit for unit in own if unit.kind != "score"]
+            found += merge_prefixes([item for item in own if item.kind == "score"], image, n_latents)
+            found += [item for item in own if item.kind != "score"]
         return found
 
     def _steps(self, settings: GenerationConfig, known: dict[tuple[str, ...], int | Failure]) -> int | Failure:
@@ -182,14 +182,14 @@ class Engine:
         key = (str(settings.max_new_tokens), *settings.choices)
         if key not in known:
             try:
-                known[key] = Choices(settings.choices, self.tokenizer, settings.max_new_tokens).n_steps
+                known[key] = ChoiceTrie(settings.choices, self.tokenizer, settings.max_new_tokens).n_steps
             except UserError as error:
                 known[key] = Failure("choices that cannot be asked", str(error))
         return known[key]
 
     def _begin(self, batch: Batch, readers: ThreadPoolExecutor) -> dict[Path, Future[Pixels | Failure]]:
         """Start to read each image of a batch."""
-        paths = dict.fromkeys(path for unit in batch for path, _ in unit.images)
+        paths = dict.fromkeys(path for item in batch for path, _ in item.images)
         return {path: readers.submit(self._read, path) for path in paths}
 
     def _read(self, path: Path) -> Pixels | Failure:
@@ -200,33 +200,33 @@ class Engine:
 
     def _ask(
         self, batch: Batch, decoded: dict[Path, Pixels | Failure], requests: Sequence[Request]
-    ) -> list[tuple[int, Answer | Failure]]:
-        answered: list[tuple[int, Answer | Failure]] = []
-        units = []
-        for unit in batch:
-            bad = next((found for path, _ in unit.images if isinstance(found := decoded[path], Failure)), None)
+    ) -> list[tuple[int, Response | Failure]]:
+        answered: list[tuple[int, Response | Failure]] = []
+        items = []
+        for item in batch:
+            bad = next((found for path, _ in item.images if isinstance(found := decoded[path], Failure)), None)
             if bad is None:
-                units.append(unit)
+                items.append(item)
             else:
-                answered += [(number, bad) for number in unit.numbers]
-        if units:
-            images, places = self._stack(units, decoded)
-            asked = requests[units[0].numbers[0]]
+                answered += [(number, bad) for number in item.numbers]
+        if items:
+            images, places = self._stack(items, decoded)
+            asked = requests[items[0].numbers[0]]
             try:
-                if isinstance(asked, Write):
-                    written = self._write(units, asked.settings, images, places)
-                    answered += [(unit.numbers[0], answer) for unit, answer in zip(units, written, strict=True)]
+                if isinstance(asked, Generate):
+                    written = self._write(items, asked.settings, images, places)
+                    answered += [(item.numbers[0], answer) for item, answer in zip(items, written, strict=True)]
                 else:
-                    answered += self._score(units, requests, images, places)
+                    answered += self._score(items, requests, images, places)
             except UserError as error:  # of this batch: other processes, which wait for this one, know nothing of it
                 failure = Failure("the model cannot answer", str(error))
-                answered += [(number, failure) for unit in units for number in unit.numbers]
+                answered += [(number, failure) for item in items for number in item.numbers]
         return answered
 
-    def _stack(self, units: Batch, decoded: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
+    def _stack(self, items: Batch, decoded: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
         """Return the images of a batch, each once, and for each request's images which of them they are."""
         # All that are blank are one image.
-        kept = [[None if is_blank else path for path, is_blank in unit.images] for unit in units]
+        kept = [[None if is_blank else path for path, is_blank in item.images] for item in items]
         place = {path: i for i, path in enumerate(dict.fromkeys(chain.from_iterable(kept)))}
         size = self.model.config.vision.image_size
         images = torch.empty(len(place), 3, size, size, dtype=torch.uint8)
@@ -237,33 +237,33 @@ class Engine:
         return images, [[place[path] for path in paths] for paths in kept]
 
     def _write(
-        self, units: Batch, settings: GenerationConfig, images: Tensor, places: Sequence[Sequence[int]]
+        self, items: Batch, settings: GenerationConfig, images: Tensor, places: Sequence[Sequence[int]]
     ) -> list[Continuation]:
-        prompts = [unit.prompt for unit in units]
-        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_shown(units, places))
+        prompts = [item.prompt for item in items]
+        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_shown(items, places))
 
     def _score(
-        self, units: Batch, requests: Sequence[Request], images: Tensor, places: Sequence[Sequence[int]]
-    ) -> list[tuple[int, Answer | Failure]]:
-        prompts, given = [unit.prompt for unit in units], [unit.given for unit in units]
+        self, items: Batch, requests: Sequence[Request], images: Tensor, places: Sequence[Sequence[int]]
+    ) -> list[tuple[int, Response | Failure]]:
+        prompts, given = [item.prompt for item in items], [item.given for item in items]
         candidates = [
-            [[slot_of(place[slot_of(s)]) if s < 0 else s for s in ids] for ids in unit.candidates]
-            for unit, place in zip(units, places, strict=True)
+            [[slot_token(place[slot_token(s)]) if s < 0 else s for s in ids] for ids in item.candidates]
+            for item, place in zip(items, places, strict=True)
         ]
-        shown = _shown(units, places)
+        shown = _shown(items, places)
         found = score_tokens(self.model, prompts, candidates, images, self.tokenizer, shown=shown, given=given)
-        answers: list[tuple[int, Answer | Failure]] = []
-        for unit, rows in zip(units, map(iter, found), strict=True):
-            for number in unit.numbers:
+        answers: list[tuple[int, Response | Failure]] = []
+        for item, rows in zip(items, map(iter, found), strict=True):
+            for number in item.numbers:
                 request = requests[number]
-                assert isinstance(request, Score)
-                answers.append((number, tuple(Scored(text, tuple(next(rows))) for text in request.candidates)))
+                assert isinstance(request, LogLikelihood)
+                answers.append((number, tuple(ScoredCandidate(text, tuple(next(rows))) for text in request.candidates)))
         return answers
 
 
-def _shown(units: Batch, places: Sequence[Sequence[int]]) -> Tensor:
+def _shown(items: Batch, places: Sequence[Sequence[int]]) -> Tensor:
     """Return which image of a batch each place of its prompts shows."""
-    found = [place[: len(unit.prompt.slots)] for unit, place in zip(units, places, strict=True)]
+    found = [place[: len(item.prompt.slots)] for item, place in zip(items, places, strict=True)]
     return torch.tensor(list(chain.from_iterable(found)), dtype=torch.int64)
 
 

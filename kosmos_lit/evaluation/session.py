@@ -10,8 +10,8 @@ from typing import Any
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.formatting import readable
 from kosmos_lit.evaluation.record import Failure, Result
-from kosmos_lit.evaluation.requests import Answer, Request, Score
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample
+from kosmos_lit.evaluation.requests import LogLikelihood, Request, Response
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample
 from kosmos_lit.inference.config import GenerationConfig
 
 MOST_SHOWN = 16
@@ -20,10 +20,10 @@ MOST_SHOWN = 16
 _DEFAULTS = asdict(GenerationConfig())
 
 
-class Going:
+class SampleSession:
     """Drives `Task.ask` of one sample."""
 
-    def __init__(self, sample: Sample, asking: Asking, blank: Iterable[Path] = ()) -> None:
+    def __init__(self, sample: Sample, asking: RequestGenerator, blank: Iterable[Path] = ()) -> None:
         """Take a sample, its task's generator, and the images that are to be shown blank."""
         self.sample, self.blank = sample, frozenset(blank)
         self.requests: Sequence[Request] = ()
@@ -32,7 +32,7 @@ class Going:
         self.failure: Failure | None = None
         self._asking = asking
         self._said: list[dict[str, Any]] = []
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, Response] = {}
 
     @property
     def is_done(self) -> bool:
@@ -43,7 +43,7 @@ class Going:
         """Let it ask for the first time."""
         self._go_on(None)
 
-    def _go_on(self, answers: Sequence[Answer] | None) -> None:
+    def _go_on(self, answers: Sequence[Response] | None) -> None:
         try:
             self.requests = self._asking.send(answers)  # type: ignore[arg-type]
             while not self.requests:
@@ -54,7 +54,7 @@ class Going:
             self.failure = Failure("sample that cannot be asked about", str(error))
         self._answers = {}
 
-    def take(self, i: int, answer: Answer | Failure) -> bool:
+    def take(self, i: int, answer: Response | Failure) -> bool:
         """Take the answer to request i; return whether the sample is done with it."""
         if self.is_done:
             return False  # another request of it has failed
@@ -75,11 +75,11 @@ class Going:
         return Result(self.sample.key, self._said, self.outcome, self.failure)
 
 
-def _asked(request: Request, answer: Answer | None = None) -> dict[str, Any]:
+def _asked(request: Request, answer: Response | None = None) -> dict[str, Any]:
     """Return a request and its answer as plain data."""
     images = [str(part) for part in request.parts if not isinstance(part, str)]
     found: dict[str, Any] = {"prompt": readable(request.parts), "images": images}
-    if isinstance(request, Score):
+    if isinstance(request, LogLikelihood):
         found["candidates"] = list(request.candidates)
         if isinstance(answer, tuple):
             found["log_probs"] = [list(scored.log_probs) for scored in answer]
@@ -89,5 +89,5 @@ def _asked(request: Request, answer: Answer | None = None) -> dict[str, Any]:
         settings["choices"] = f"{len(request.settings.choices)} of the task"
     found["settings"] = {"max_new_tokens": request.settings.max_new_tokens} | settings
     if answer is not None and not isinstance(answer, tuple):
-        found |= {"said": answer.text, "ended": answer.ended}
+        found |= {"prediction": answer.text, "ended": answer.ended}
     return found

@@ -27,7 +27,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One number of a table."""
 
     value: float
@@ -39,11 +39,11 @@ class Figure:
     """Samples that it is computed from."""
 
 
-NOTHING = Figure(float("nan"), float("nan"), float("nan"), 0)
+NOTHING = Metric(float("nan"), float("nan"), float("nan"), 0)
 """The figure of no samples."""
 
 
-def mean_figure(values: Sequence[float] | Values) -> Figure:
+def mean_metric(values: Sequence[float] | Values) -> Metric:
     """Return the mean of per-sample scores with its interval."""
     found = np.asarray(values, dtype=np.float64)
     if not len(found):
@@ -53,10 +53,10 @@ def mean_figure(values: Sequence[float] | Values) -> Figure:
     for first in range(0, N_RESAMPLES, n_rows):
         rows = drawn[first : first + n_rows]
         rows[:] = found[random.integers(len(found), size=(len(rows), len(found)))].mean(axis=1)
-    return _figure(float(found.mean()), drawn, len(found))
+    return _metric(float(found.mean()), drawn, len(found))
 
 
-def bootstrap(statistic: Callable[[Numbers], float], n: int, seed: int = 0) -> Figure:
+def bootstrap(statistic: Callable[[Numbers], float], n: int, seed: int = 0) -> Metric:
     """Return a statistic of n samples with its interval.
 
     Args:
@@ -69,16 +69,16 @@ def bootstrap(statistic: Callable[[Numbers], float], n: int, seed: int = 0) -> F
         return NOTHING
     random = np.random.default_rng(seed)
     drawn = np.array([statistic(random.integers(n, size=n)) for _ in range(N_RESAMPLES)], dtype=np.float64)
-    return _figure(statistic(np.arange(n)), drawn, n)
+    return _metric(statistic(np.arange(n)), drawn, n)
 
 
-def _figure(value: float, drawn: Values, n: int) -> Figure:
+def _metric(value: float, drawn: Values, n: int) -> Metric:
     defined = drawn[~np.isnan(drawn)]
     low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (float("nan"), float("nan"))
-    return Figure(value, float(low), float(high), n)
+    return Metric(value, float(low), float(high), n)
 
 
-def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Figure:
+def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Metric:
     """Return by how much the mean of one set of results exceeds that of another, over the same samples.
 
     The interval is that of the differences sample by sample: it excludes 0 where one is better beyond chance, also where the
@@ -95,15 +95,15 @@ def difference(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Figure
             f"a paired difference needs the same samples on both sides, but {len(only)} are on one side only, such as "
             f"{only[0]!r}; leave out what failed on either side"
         )
-    return mean_figure([ours[key] - theirs[key] for key in ours])
+    return mean_metric([ours[key] - theirs[key] for key in ours])
 
 
-def paired(ours: Callable[[Numbers], float], theirs: Callable[[Numbers], float], n: int, seed: int = 0) -> Figure:
+def paired(ours: Callable[[Numbers], float], theirs: Callable[[Numbers], float], n: int, seed: int = 0) -> Metric:
     """Return by how much a statistic of n samples exceeds another of the same samples; both as `bootstrap` takes them."""
     return bootstrap(lambda at: ours(at) - theirs(at), n, seed)
 
 
-def auc_figure(scores: Sequence[float] | Values, labels: Sequence[int] | Numbers, seed: int = 0) -> Figure:
+def auc_metric(scores: Sequence[float] | Values, labels: Sequence[int] | Numbers, seed: int = 0) -> Metric:
     """Return the area under the ROC curve: how often a positive sample scores above a negative one, ties counting half.
 
     Args:
@@ -115,7 +115,7 @@ def auc_figure(scores: Sequence[float] | Values, labels: Sequence[int] | Numbers
     """
     score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     if not 0 < label.sum() < len(label):
-        return Figure(float("nan"), float("nan"), float("nan"), len(label))
+        return Metric(float("nan"), float("nan"), float("nan"), len(label))
     # Of ranks the area depends alone; torchmetrics would take scores out of [0, 1] through a sigmoid, and lose digits.
     levels, rank = np.unique(score, return_inverse=True)
     value = float(binary_auroc(torch.from_numpy(rank / len(levels)), torch.from_numpy(label)))
@@ -128,10 +128,10 @@ def auc_figure(scores: Sequence[float] | Values, labels: Sequence[int] | Numbers
         return float((positive * (below + negative / 2)).sum() / n_pairs) if n_pairs else float("nan")
 
     found = bootstrap(area, len(label), seed)
-    return Figure(value, found.low, found.high, found.n)
+    return Metric(value, found.low, found.high, found.n)
 
 
-def macro_f1_figure(chosen: Sequence[int] | Numbers, labels: Sequence[int] | Numbers, seed: int = 0) -> Figure:
+def macro_f1_metric(chosen: Sequence[int] | Numbers, labels: Sequence[int] | Numbers, seed: int = 0) -> Metric:
     """Return the mean over classes of F1; a class that is neither chosen nor right does not count.
 
     Args:
@@ -139,17 +139,17 @@ def macro_f1_figure(chosen: Sequence[int] | Numbers, labels: Sequence[int] | Num
         labels: (n,) its own class.
         seed: of the draws.
     """
-    said, right = np.asarray(chosen, dtype=np.int64), np.asarray(labels, dtype=np.int64)
-    if not len(right):
+    prediction, target = np.asarray(chosen, dtype=np.int64), np.asarray(labels, dtype=np.int64)
+    if not len(target):
         return NOTHING
-    n_classes = int(max(said.max(), right.max())) + 1
-    value = multiclass_f1_score(torch.from_numpy(said), torch.from_numpy(right), max(2, n_classes), average="macro")
+    n_classes = int(max(prediction.max(), target.max())) + 1
+    value = multiclass_f1_score(torch.from_numpy(prediction), torch.from_numpy(target), max(2, n_classes), average="macro")
 
     def mean_f1(at: Numbers) -> float:
-        table = np.bincount(n_classes * right[at] + said[at], minlength=n_classes**2).reshape(n_classes, n_classes)
+        table = np.bincount(n_classes * target[at] + prediction[at], minlength=n_classes**2).reshape(n_classes, n_classes)
         both = table.sum(0) + table.sum(1)  # times said, plus times right
         counts = both > 0
         return float((2 * np.diag(table)[counts] / both[counts]).mean())
 
-    found = bootstrap(mean_f1, len(right), seed)
-    return Figure(float(value), found.low, found.high, found.n)
+    found = bootstrap(mean_f1, len(target), seed)
+    return Metric(float(value), found.low, found.high, found.n)

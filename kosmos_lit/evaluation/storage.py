@@ -1,10 +1,10 @@
 """Results on disk: a line a sample as soon as it is known, so that an interrupted evaluation goes on where it was.
 
-    FOLDER/identity.json            which weights, tokenizer and way of asking the results are of
-    FOLDER/TASK/identity.json       the task's class and options
+    FOLDER/fingerprint.json            which weights, tokenizer and way of asking the results are of
+    FOLDER/TASK/fingerprint.json       the task's class and options
     FOLDER/TASK/samples.jsonl       all results, in the samples' order
     FOLDER/TASK/samples.N.part      those of a process that still runs, or was stopped
-    FOLDER/figures.json             what they sum up to
+    FOLDER/metrics.json             what they sum up to
 
 A line that was cut off in the middle is not there. What went wrong is asked again when an evaluation goes on.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.record import Result
 
-IDENTITY, SAMPLES, FIGURES = "identity.json", "samples.jsonl", "figures.json"
+FINGERPRINT, SAMPLES, METRICS = "fingerprint.json", "samples.jsonl", "metrics.json"
 
 
 class Store:
@@ -111,7 +111,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                 yield line
 
 
-def claim(folder: Path, identity: Mapping[str, Any], *, replace: bool = False) -> None:
+def check_fingerprint(folder: Path, identity: Mapping[str, Any], *, replace: bool = False) -> None:
     """Make sure that results in a folder are of what is evaluated now, and say so there.
 
     Args:
@@ -121,7 +121,7 @@ def claim(folder: Path, identity: Mapping[str, Any], *, replace: bool = False) -
 
     Raises: UserError naming each value that differs.
     """
-    path = folder / IDENTITY
+    path = folder / FINGERPRINT
     now = json.loads(json.dumps(identity, default=str))
     if path.is_file():
         there = _read(path)
@@ -137,9 +137,9 @@ def claim(folder: Path, identity: Mapping[str, Any], *, replace: bool = False) -
     write_whole(path, json.dumps(now, indent=1, ensure_ascii=False).encode())
 
 
-def read_figures(folder: Path) -> dict[str, Any]:
-    """Return what `figures.json` says, nothing if it is not there."""
-    path = folder / FIGURES
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return what `metrics.json` says, nothing if it is not there."""
+    path = folder / METRICS
     return _read(path) if path.is_file() else {}
 
 

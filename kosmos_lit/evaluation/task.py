@@ -17,8 +17,8 @@ from random import Random
 from typing import Any, ClassVar
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.requests import Answer, Parts, Request
-from kosmos_lit.evaluation.statistics import Figure, mean_figure
+from kosmos_lit.evaluation.requests import Parts, Request, Response
+from kosmos_lit.evaluation.statistics import Metric, mean_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Sample:
 class Outcome:
     """What became of one sample."""
 
-    said: str
+    prediction: str
     """The model's answer: what it wrote, or the candidate it holds likeliest."""
-    right: Any
+    target: Any
     """What would have been right, plain data: a label, or a list of references."""
     scores: Mapping[str, float]
     """What the answer is worth by each per-sample measure; 0 to 1 unless the measure says otherwise."""
@@ -49,7 +49,7 @@ class Outcome:
     `shares`, if any: what decided between candidates, as {candidate: share of 1}; reports draw it."""
 
 
-Asking = Generator[Sequence[Request], Sequence[Answer], Outcome]
+RequestGenerator = Generator[Sequence[Request], Sequence[Response], Outcome]
 
 
 class Recorded(ABCMeta):
@@ -116,17 +116,17 @@ class Task(metaclass=Recorded):
         return ()
 
     @abstractmethod
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Yield requests, receive their answers, return what they are worth."""
 
     def scored(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Return outcomes with those of their scores that only all samples together give; by default as they are."""
         return outcomes
 
-    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
         """Return the task's figures with their intervals; by default the mean of each per-sample score."""
         names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.scores))
-        return {name: mean_figure([outcome.scores[name] for outcome in outcomes]) for name in names}
+        return {name: mean_metric([outcome.scores[name] for outcome in outcomes]) for name in names}
 
     def files(self, outcomes: Sequence[Outcome], failed: Sequence[str]) -> dict[str, str]:
         """Return texts to keep beside the figures, by file name, such as what a benchmark takes; by default none.

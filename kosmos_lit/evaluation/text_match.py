@@ -16,21 +16,21 @@ def normalised(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
 
 
-def exact_match(said: str, references: Sequence[str]) -> float:
+def exact_match(prediction: str, references: Sequence[str]) -> float:
     """Return 1 if an answer is one of the references once both are normalised, else 0."""
-    return float(normalised(said) in {normalised(reference) for reference in references})
+    return float(normalised(prediction) in {normalised(reference) for reference in references})
 
 
-def f1(said: str, references: Sequence[str]) -> float:
+def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best harmonic mean of precision and recall over normalised words, 0 to 1.
 
     Two texts that have no words left are equal.
     """
-    return max(_f1(normalised(said).split(), normalised(reference).split()) for reference in references)
+    return max(_f1(normalised(prediction).split(), normalised(reference).split()) for reference in references)
 
 
-def _f1(said: Sequence[str], right: Sequence[str]) -> float:
-    if not said or not right:
-        return float(list(said) == list(right))
-    n_common = (Counter(said) & Counter(right)).total()
-    return 2 * n_common / (len(said) + len(right))
+def _f1(prediction: Sequence[str], target: Sequence[str]) -> float:
+    if not prediction or not target:
+        return float(list(prediction) == list(target))
+    n_common = (Counter(prediction) & Counter(target)).total()
+    return 2 * n_common / (len(prediction) + len(target))

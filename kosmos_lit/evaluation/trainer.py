@@ -27,7 +27,7 @@ class TrainerRanks:
         """Take the trainer, whose processes have been started."""
         self.rank, self.world, self._strategy = trainer.global_rank, trainer.world_size, trainer.strategy
 
-    def first_says(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return what the first process gives, on all of them; nobody goes on before all have come here."""
         self._strategy.barrier()
         return self._strategy.broadcast(value)
@@ -60,7 +60,7 @@ class EvaluationData(L.LightningDataModule):
 
 
 @dataclass
-class Exam:
+class RunningEvaluation:
     """An evaluation that is under way."""
 
     evaluation: Evaluation
@@ -73,7 +73,7 @@ class Exam:
 class EvaluatedLit(KosmosLit):
     """A model in `test`: its loss on held-out rows, or, where the data are `EvaluationData`, its figures on tasks."""
 
-    _exam: Exam | None = None
+    _exam: RunningEvaluation | None = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError naming the tensors that the checkpoint lacks, or has too many."""
@@ -92,7 +92,7 @@ class EvaluatedLit(KosmosLit):
         about = data.about | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
         evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, about=about, ranks=ranks)
-        self._exam = Exam(evaluation, whole)
+        self._exam = RunningEvaluation(evaluation, whole)
 
     def test_step(self, batch: KosmosBatch | str, batch_idx: int) -> None:
         """Take a micro-batch's loss, or run the task of that name."""

@@ -52,15 +52,15 @@ def normalised(answer: str) -> str:
     return " ".join(MENDED.get(word, word) for word in words if word not in ARTICLES)
 
 
-def vqa_accuracy(said: str, answers: Sequence[str], *, leave_one_out: bool = True) -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str], *, leave_one_out: bool = True) -> float:
     """Return how far an answer agrees with people's, 0 to 1.
 
     Args:
-        said: the model's answer.
+        prediction: the model's answer.
         answers: those of n people, ten in VQAv2 and VizWiz.
         leave_one_out: average over the n sets of n - 1 people, as the benchmark does; else min(1, matches / 3).
     """
-    n, m = len(answers), sum(normalised(answer) == normalised(said) for answer in answers)
+    n, m = len(answers), sum(normalised(answer) == normalised(prediction) for answer in answers)
     if not leave_one_out:
         return min(1.0, m / 3)
     return (m * min(1.0, (m - 1) / 3) + (n - m) * min(1.0, m / 3)) / n

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.head import Head
-from kosmos_lit.inference.logits_processors import NEVER, Rules
-from kosmos_lit.inference.prefill import Reading
-from kosmos_lit.inference.stop_strings import Stops
+from kosmos_lit.inference.logits_processors import NEVER, LogitsProcessors
+from kosmos_lit.inference.prefill import Prefill
+from kosmos_lit.inference.stop_strings import StopStrings
 from kosmos_lit.tokenizer import EOS
 
 BLOCK = 256
@@ -20,7 +20,7 @@ BLOCK = 256
 
 
 @dataclass
-class Finished:
+class FinishedBeams:
     """The best complete continuations of one prompt."""
 
     settings: GenerationConfig
@@ -51,14 +51,14 @@ class Finished:
             self.is_final |= s.beam_stop == "first" or self.found[-1][0] >= best_running / at**s.length_penalty
 
 
-class Tree:
+class BeamTree:
     """The running beams: where in the reading's tree each of them stands."""
 
-    def __init__(self, reading: Reading, n: int, need_history: bool) -> None:
-        self.reading, self.n = reading, n
-        B, self.device = len(reading.tokens), reading.device
+    def __init__(self, prefill: Prefill, n: int, need_history: bool) -> None:
+        self.prefill, self.n = prefill, n
+        B, self.device = len(prefill.tokens), prefill.device
         self.ancestors = torch.zeros(B, n, 0, dtype=torch.bool, device=self.device)
-        self.history = reading.tokens[:, None].expand(B, n, -1) if need_history else None  # (B, n, T + t)
+        self.history = prefill.tokens[:, None].expand(B, n, -1) if need_history else None  # (B, n, T + t)
         self._itself = torch.eye(n, dtype=torch.bool, device=self.device).expand(B, n, n)
 
     def grow(self, parents: Tensor, tokens: Tensor, depth: int) -> Tensor:
@@ -66,7 +66,7 @@ class Tree:
         self.ancestors = torch.cat([_pick(self.ancestors, parents), self._itself], dim=2)
         if self.history is not None:
             self.history = torch.cat([_pick(self.history, parents), tokens[:, :, None]], dim=2)
-        return self.reading.write(tokens, depth, self.ancestors)
+        return self.prefill.write(tokens, depth, self.ancestors)
 
 
 def _pick(table: Tensor, parents: Tensor) -> Tensor:
@@ -74,28 +74,30 @@ def _pick(table: Tensor, parents: Tensor) -> Tensor:
     return table.gather(1, parents[:, :, None].expand(-1, -1, table.shape[2]))
 
 
-def search_beams(reading: Reading, head: Head, rules: Rules, stops: Stops) -> list[tuple[list[int], str]]:
+def search_beams(
+    prefill: Prefill, head: Head, processors: LogitsProcessors, stop_strings: StopStrings
+) -> list[tuple[list[int], str]]:
     """Return the best continuation found of each of B prompts, without </s>, and why it ends: `end`, `stop` or `length`.
 
     A beam that ends counts only if it is among the n best continuations of its step.
     """
-    settings, n, B = rules.settings, rules.settings.n_beams, len(reading.tokens)
-    tree = Tree(reading, n, rules.need_history)
-    finished = [Finished(settings) for _ in range(B)]
+    settings, n, B = processors.settings, processors.settings.n_beams, len(prefill.tokens)
+    tree = BeamTree(prefill, n, processors.need_history)
+    finished = [FinishedBeams(settings) for _ in range(B)]
     written: list[list[list[int]]] = [[[] for _ in range(n)] for _ in range(B)]
     totals = torch.full((B, n), NEVER, device=tree.device)
     totals[:, 0] = 0.0  # all beams of a prompt are equal at first: let one of them speak
     alive = torch.zeros(B, n, dtype=torch.bool)  # on the host: beams that go on
-    hidden = reading.hidden[:, None].expand(B, n, -1)
-    for step in range(1, rules.n_steps + 1):
-        scores = _scores(head, rules, hidden, tree.history, written)  # (B, n, V)
+    hidden = prefill.hidden[:, None].expand(B, n, -1)
+    for step in range(1, processors.n_steps + 1):
+        scores = _scores(head, processors, hidden, tree.history, written)  # (B, n, V)
         best, parents, tokens = _best(scores, totals, 2 * n)  # enough to go on if n of them end
         kept = torch.zeros(B, n, dtype=torch.int64)
         for b, ranked in enumerate(zip(best.tolist(), parents.tolist(), tokens.tolist(), strict=True)):
             going_on: list[list[int]] = []
             for rank, (total, parent, token) in enumerate(zip(*ranked, strict=True)):
                 ids = written[b][parent] if token == EOS else [*written[b][parent], token]
-                end = "end" if token == EOS else "stop" if stops.end(ids) else ""
+                end = "end" if token == EOS else "stop" if stop_strings.end(ids) else ""
                 if total == NEVER or len(going_on) == n:
                     break
                 if not end:
@@ -110,8 +112,8 @@ def search_beams(reading: Reading, head: Head, rules: Rules, stops: Stops) -> li
         parents, tokens = parents.gather(1, kept), tokens.gather(1, kept)
         running = totals.tolist()
         for result, total in zip(finished, running, strict=True):
-            result.settle(total[0], step, rules.n_steps)
-        if step == rules.n_steps or all(result.is_final for result in finished):
+            result.settle(total[0], step, processors.n_steps)
+        if step == processors.n_steps or all(result.is_final for result in finished):
             break
         hidden = tree.grow(parents, tokens, step - 1)
     for b, result in enumerate(finished):
@@ -122,13 +124,17 @@ def search_beams(reading: Reading, head: Head, rules: Rules, stops: Stops) -> li
 
 
 def _scores(
-    head: Head, rules: Rules, hidden: Tensor, history: Tensor | None, written: Sequence[Sequence[Sequence[int]]]
+    head: Head,
+    processors: LogitsProcessors,
+    hidden: Tensor,
+    history: Tensor | None,
+    written: Sequence[Sequence[Sequence[int]]],
 ) -> Tensor:
     """Return (B, n, V) log-probabilities under the rules, after (B, n, D) hidden states."""
     B, n, _ = hidden.shape
     log_probs = head.logits(hidden.flatten(0, 1)).log_softmax(-1)
     rows = [ids for beams in written for ids in beams]
-    return rules.apply(log_probs, None if history is None else history.flatten(0, 1), rows).view(B, n, -1)
+    return processors.apply(log_probs, None if history is None else history.flatten(0, 1), rows).view(B, n, -1)
 
 
 def _best(scores: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,19 +15,27 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.inference.beam_search import search_beams
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.head import Head
-from kosmos_lit.inference.logits_processors import Rules
-from kosmos_lit.inference.prefill import Reading, check_length
+from kosmos_lit.inference.logits_processors import LogitsProcessors
+from kosmos_lit.inference.prefill import Prefill, check_length
 from kosmos_lit.inference.prompts import IMAGE_MARK, Prompt, encode_prompt
-from kosmos_lit.inference.results import Continuation, Scored
-from kosmos_lit.inference.sampling import Draws, write_lines
-from kosmos_lit.inference.scoring import Likelihood, places, score_candidates
-from kosmos_lit.inference.stop_strings import Stops
+from kosmos_lit.inference.results import Continuation, ScoredCandidate
+from kosmos_lit.inference.sampling import RandomStreams, sample_tokens
+from kosmos_lit.inference.scoring import TokenLogProb, places, score_candidates
+from kosmos_lit.inference.stop_strings import StopStrings
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import EOS, Tokenizer
 
 __all__ = [
-    "IMAGE_MARK", "Continuation", "GenerationConfig", "Prompt", "Scored", "encode_prompt", "generate", "likelihoods",
-    "score", "score_tokens",
+    "IMAGE_MARK",
+    "Continuation",
+    "GenerationConfig",
+    "Prompt",
+    "ScoredCandidate",
+    "encode_prompt",
+    "generate",
+    "score",
+    "score_tokens",
+    "token_log_probs",
 ]  # fmt: skip
 
 
@@ -58,18 +66,18 @@ def generate(
     if not prompts:
         return []
     decoder = model.decoder
-    rules = Rules(settings, tokenizer, decoder.config.vocab_size, decoder.embed_tokens.weight.device)
-    stops = Stops(settings.stop, tokenizer)
-    check_length(max(len(prompt.tokens) for prompt in prompts), rules.n_steps, decoder.config.max_seq_len)
+    processors = LogitsProcessors(settings, tokenizer, decoder.config.vocab_size, decoder.embed_tokens.weight.device)
+    stop_strings = StopStrings(settings.stop, tokenizer)
+    check_length(max(len(prompt.tokens) for prompt in prompts), processors.n_steps, decoder.config.max_seq_len)
     with _evaluating(model):
-        reading = _read(model, prompts, images, tokenizer, rules.n_steps * settings.n_beams, shown)
-        head = Head(decoder, rules.forbidden)
+        prefill = _read(model, prompts, images, tokenizer, processors.n_steps * settings.n_beams, shown)
+        head = Head(decoder, processors.forbidden)
         if settings.n_beams > 1:
-            written = search_beams(reading, head, rules, stops)
+            written = search_beams(prefill, head, processors, stop_strings)
         else:
-            draws = Draws(prompts, images, settings.seed, shown) if settings.temperature > 0 else None
-            written = write_lines(reading, head, rules, stops, draws)
-    text = rules.choices.text if rules.choices else stops.cut
+            random_streams = RandomStreams(prompts, images, settings.seed, shown) if settings.temperature > 0 else None
+            written = sample_tokens(prefill, head, processors, stop_strings, random_streams)
+    text = processors.choices.text if processors.choices else stop_strings.cut
     return [Continuation(text(ids), tuple(ids), ended) for ids, ended in written]
 
 
@@ -81,7 +89,7 @@ def score(
     tokenizer: Tokenizer,
     *,
     with_end: bool = False,
-) -> list[list[Scored]]:
+) -> list[list[ScoredCandidate]]:
     """Return how likely each candidate is as the continuation of its prompt.
 
     Log-probabilities are the model's own, over its whole vocabulary.
@@ -106,7 +114,7 @@ def score(
                 raise UserError(f"score: the candidate {text!r} has no tokens")
     found = score_tokens(model, prompts, ids, images, tokenizer)
     return [
-        [Scored(text, tuple(values)) for text, values in zip(*row, strict=True)]
+        [ScoredCandidate(text, tuple(values)) for text, values in zip(*row, strict=True)]
         for row in zip(candidates, found, strict=True)
     ]
 
@@ -127,12 +135,12 @@ def score_tokens(
 
     Raises: UserError if a candidate with its prompt is longer than the model's rows.
     """
-    found = likelihoods(model, prompts, candidates, images, tokenizer, shown=shown, given=given)
+    found = token_log_probs(model, prompts, candidates, images, tokenizer, shown=shown, given=given)
     return [[[token.log_prob for token in candidate] for candidate in row] for row in found]
 
 
 @torch.inference_mode()
-def likelihoods(
+def token_log_probs(
     model: Kosmos,
     prompts: Sequence[Prompt],
     candidates: Sequence[Sequence[Sequence[int]]],
@@ -141,7 +149,7 @@ def likelihoods(
     *,
     shown: Tensor | None = None,
     given: Sequence[Sequence[int]] | None = None,
-) -> list[list[list[Likelihood]]]:
+) -> list[list[list[TokenLogProb]]]:
     """Return how likely every token of each candidate is, and whether any other is likelier; else as `score_tokens`."""
     if not any(candidates):
         return [[] for _ in prompts]
@@ -149,18 +157,18 @@ def likelihoods(
         check_length(len(prompt.tokens), max(map(len, row), default=0), model.config.decoder.max_seq_len)
     n_places = max(places(row) for row in candidates)
     with _evaluating(model):
-        reading = _read(model, prompts, images, tokenizer, n_places, shown)
-        nothing = torch.zeros(0, dtype=torch.int64, device=reading.device)
-        return score_candidates(reading, Head(model.decoder, nothing), candidates, given)
+        prefill = _read(model, prompts, images, tokenizer, n_places, shown)
+        nothing = torch.zeros(0, dtype=torch.int64, device=prefill.device)
+        return score_candidates(prefill, Head(model.decoder, nothing), candidates, given)
 
 
 def _read(
     model: Kosmos, prompts: Sequence[Prompt], images: Tensor, tokenizer: Tokenizer, n_places: int, shown: Tensor | None
-) -> Reading:
-    reading = Reading(model, prompts, images, tokenizer, n_places, shown)
-    if not bool(reading.hidden.isfinite().all()):
+) -> Prefill:
+    prefill = Prefill(model, prompts, images, tokenizer, n_places, shown)
+    if not bool(prefill.hidden.isfinite().all()):
         raise UserError("the model gives no finite numbers after the prompt; its weights have diverged or are damaged")
-    return reading
+    return prefill
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.trie import Choices
+from kosmos_lit.inference.trie import ChoiceTrie
 from kosmos_lit.tokenizer import BOS, EOS, PAD, UNK, Tokenizer
 
 NEVER = float("-inf")
@@ -60,7 +60,7 @@ def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     return [*control, *range(tokenizer.vocab_size, vocab_size)]
 
 
-class Rules:
+class LogitsProcessors:
     """The rules of one call."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Rules:
     ) -> None:
         """Raises: UserError if the choices cannot be told apart or do not fit."""
         self.settings = settings
-        self.choices = Choices(settings.choices, tokenizer, settings.max_new_tokens) if settings.choices else None
+        self.choices = ChoiceTrie(settings.choices, tokenizer, settings.max_new_tokens) if settings.choices else None
         ids = [] if settings.allow_control_tokens else forbidden_ids(tokenizer, vocab_size)
         self.forbidden = torch.tensor(ids, dtype=torch.int64, device=device)
         """(n,) ids that are never written unless a choice has them."""

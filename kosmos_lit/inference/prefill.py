@@ -21,7 +21,7 @@ from kosmos_lit.ops.masks import padded
 from kosmos_lit.tokenizer import PAD, Tokenizer
 
 
-class Reading:
+class Prefill:
     """B prompts in the cache, and up to `n_places` tokens after each."""
 
     def __init__(
@@ -57,7 +57,7 @@ class Reading:
         self._n_read = positions[:, -1:] + 1  # (B, 1)
         (B, T), self._n_written = self.tokens.shape, 0
         self._cache = self.decoder.new_cache(B, T + n_places)
-        self.seen = model.see(images.to(self.device)) if len(images) else None
+        self.seen = model.encode_images(images.to(self.device)) if len(images) else None
         """(N, L, D) latents of all images, also of those that no prompt shows."""
         self.image = tokenizer.special.image
         latents = self.seen if self.seen is None or shown is None else self.seen[shown.to(self.device)]

@@ -19,7 +19,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredCandidate:
     """How likely a continuation is."""
 
     text: str

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.inference.head import Head
-from kosmos_lit.inference.logits_processors import Rules
-from kosmos_lit.inference.prefill import Reading
+from kosmos_lit.inference.logits_processors import LogitsProcessors
+from kosmos_lit.inference.prefill import Prefill
 from kosmos_lit.inference.prompts import Prompt
-from kosmos_lit.inference.stop_strings import Stops
+from kosmos_lit.inference.stop_strings import StopStrings
 from kosmos_lit.tokenizer import EOS
 
 
-class Draws:
+class RandomStreams:
     """A stream of random numbers for each prompt."""
 
     def __init__(self, prompts: Sequence[Prompt], images: Tensor, seed: int, shown: Tensor | None = None) -> None:
@@ -42,27 +42,33 @@ class Draws:
         return at.squeeze(1).clamp(max=scores.shape[1] - 1)
 
 
-def write_lines(
-    reading: Reading, head: Head, rules: Rules, stops: Stops, draws: Draws | None
+def sample_tokens(
+    prefill: Prefill,
+    head: Head,
+    processors: LogitsProcessors,
+    stop_strings: StopStrings,
+    random_streams: RandomStreams | None,
 ) -> list[tuple[list[int], str]]:
     """Return the tokens after each of B prompts, without </s>, and why they end: `end`, `stop` or `length`.
 
     Args:
-        reading: the prompts.
+        prefill: the prompts.
         head: the output matrix.
-        rules: what may be written.
-        stops: strings that end a continuation.
-        draws: random numbers, or None for the likeliest token.
+        processors: what may be written.
+        stop_strings: strings that end a continuation.
+        random_streams: random numbers, or None for the likeliest token.
     """
-    B = len(reading.tokens)
+    B = len(prefill.tokens)
     written: list[list[int]] = [[] for _ in range(B)]
     ended: list[str] = [""] * B
-    history = reading.tokens if rules.need_history else None
-    hidden = reading.hidden  # (B, D)
-    for step in range(rules.n_steps):
-        if rules.need_scores:
-            scores = rules.apply(head.logits(hidden), history, [[] if e else w for w, e in zip(written, ended, strict=True)])
-            tokens = scores.argmax(-1) if draws is None else draws.choose(scores)
+    history = prefill.tokens if processors.need_history else None
+    hidden = prefill.hidden  # (B, D)
+    for step in range(processors.n_steps):
+        if processors.need_scores:
+            scores = processors.apply(
+                head.logits(hidden), history, [[] if e else w for w, e in zip(written, ended, strict=True)]
+            )
+            tokens = scores.argmax(-1) if random_streams is None else random_streams.choose(scores)
         else:
             tokens = head.likeliest(hidden)
         for b, token in enumerate(tokens.tolist()):
@@ -72,11 +78,11 @@ def write_lines(
                 ended[b] = "end"
                 continue
             written[b].append(token)
-            if stops.end(written[b]):
+            if stop_strings.end(written[b]):
                 ended[b] = "stop"
-        if all(ended) or step + 1 == rules.n_steps:
+        if all(ended) or step + 1 == processors.n_steps:
             break
-        hidden = reading.write(tokens[:, None], step)[:, -1]
+        hidden = prefill.write(tokens[:, None], step)[:, -1]
         if history is not None:
             history = torch.cat([history, tokens[:, None]], dim=1)
     return [(ids, end or "length") for ids, end in zip(written, ended, strict=True)]

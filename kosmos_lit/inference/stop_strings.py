@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from kosmos_lit.tokenizer import Tokenizer
 
 
-class Stops:
+class StopStrings:
     """Looks for stop strings in what tokens say, wherever tokens begin and end."""
 
-    def __init__(self, stops: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._stops, self._tokenizer = tuple(stops), tokenizer
+    def __init__(self, stop_strings: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._stops, self._tokenizer = tuple(stop_strings), tokenizer
 
     def end(self, written: Sequence[int]) -> bool:
         """Return whether a stop string has been written."""

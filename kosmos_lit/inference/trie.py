@@ -60,7 +60,7 @@ class Trie:
         return sees
 
 
-class Choices:
+class ChoiceTrie:
     """A list of strings, one of which is to be written."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_new_tokens: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from datamodules.forecast import Expected, Reading, largest_micro_batch, last_step, readings
+from datamodules.forecast import SourceForecast, TypicalForecast, forecast, largest_micro_batch, last_step
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.checks.memory import fitting
 from kosmos_lit.costs.flops import Flops, ModelFlops, Work
@@ -57,7 +57,7 @@ class Source:
     epochs: float | None
 
     @classmethod
-    def of(cls, r: Reading) -> Source:
+    def of(cls, r: SourceForecast) -> Source:
         """Take a reading apart."""
         a = r.amounts
         return cls(r.name, CORPORA[r.kind], a.rows, a.positions, a.targets, a.images, r.epochs)
@@ -80,7 +80,7 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Estimates:
     """A plan; what cannot be known is None."""
 
     device: Device
@@ -127,7 +127,7 @@ class Figures:
         return plain | {"memory_per_device": memory, "flops_per_step": flops} | tokens | times
 
 
-def figures(run: Run, device: Device) -> Figures:
+def estimates(run: Run, device: Device) -> Estimates:
     """Work a run's figures out; problems that only show on the way are added to the run's."""
     steps, end = _steps(run)
     found, exact = _readings(run, steps)
@@ -142,7 +142,7 @@ def figures(run: Run, device: Device) -> Figures:
             assert run.data is not None
             rows = run.data.global_batch_rows // run.world_size
             ways = fitting(run.kosmos, setting_of(run, batch, n_micro or 1), memory.needed, device.memory, rows)
-    return Figures(
+    return Estimates(
         device=device, world_size=run.world_size, steps=steps, end=end, n_micro_batches=n_micro, batch=batch,
         parameters=_parameters(net) if net is not None else [], memory=memory, fitting=ways,
         sources=[Source.of(r) for r in found], exact=exact, flops=_flops(run, found, steps) if net is not None else None,
@@ -169,19 +169,19 @@ def _steps(run: Run) -> tuple[int, str | None]:
     return max(0, run.max_steps), None
 
 
-def _readings(run: Run, steps: int) -> tuple[list[Reading], bool]:
+def _readings(run: Run, steps: int) -> tuple[list[SourceForecast], bool]:
     if run.data is None:
         return [], False
     n_rows = run.data.steps.row(steps)
     if run.is_opened:
-        return readings(run.data.opened, run.data.kinds, run.data.schedule, n_rows), True
-    return _expected(run).readings(n_rows), False
+        return forecast(run.data.opened, run.data.kinds, run.data.schedule, n_rows), True
+    return _expected(run).forecast(n_rows), False
 
 
-def _expected(run: Run) -> Expected:
+def _expected(run: Run) -> TypicalForecast:
     data = run.data
     assert data is not None
-    return Expected.of(data.sources, data.ratios, data.unit, data.steps, data.seq_len, data.n_latents)
+    return TypicalForecast.of(data.sources, data.ratios, data.unit, data.steps, data.seq_len, data.n_latents)
 
 
 def _micro_batch(run: Run) -> MicroBatch | None:
@@ -222,7 +222,7 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def _flops(run: Run, found: Iterable[Reading], steps: int) -> Flops | None:
+def _flops(run: Run, found: Iterable[SourceForecast], steps: int) -> Flops | None:
     """Return the operations of a step, documents being as long as they are on average."""
     if run.kosmos is None or run.data is None or not steps:
         return None

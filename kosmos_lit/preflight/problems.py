@@ -13,7 +13,7 @@ from kosmos_lit.checks.device import computed_in
 from kosmos_lit.errors import UserError
 from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel
-from kosmos_lit.preflight.estimates import Figures, human_bytes
+from kosmos_lit.preflight.estimates import Estimates, human_bytes
 from kosmos_lit.preflight.run import Run
 from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.tokenizer.vocabulary import LEADING, N_CONTROL_PIECES, TRAILING
@@ -27,13 +27,13 @@ NEAR = 64
 """How far to look for a number of ranks or rows that divides."""
 
 
-def contradictions(run: Run, found: Figures) -> list[str]:
+def contradictions(run: Run, found: Estimates) -> list[str]:
     """Return everything that would stop the run, or make it another than what is asked for."""
     checks = (_sizes, _world, _steps, _validation, _strategy, _precision, _kernel, _eight_bits, _memory, _disk)
     return list(dict.fromkeys([*run.problems, *(problem for check in checks for problem in check(run, found))]))
 
 
-def _sizes(run: Run, found: Figures) -> Iterator[str]:
+def _sizes(run: Run, found: Estimates) -> Iterator[str]:
     if run.data is None or run.kosmos is None:
         return
     decoder, T, L = run.kosmos.decoder, run.data.seq_len, run.data.n_latents
@@ -53,7 +53,7 @@ def _sizes(run: Run, found: Figures) -> Iterator[str]:
         yield f"data.seq_len {T} has no room for an image of {L} latents; it needs {L + 4}"
 
 
-def _world(run: Run, found: Figures) -> Iterator[str]:
+def _world(run: Run, found: Estimates) -> Iterator[str]:
     if run.data is None:
         return
     G, m, W = run.data.global_batch_rows, run.data.micro_batch_rows, run.world_size
@@ -79,7 +79,7 @@ def _nearest(n: int, fits: Callable[[int], bool]) -> list[int]:
     return [k for k in (below, above) if k is not None]
 
 
-def _steps(run: Run, found: Figures) -> Iterator[str]:
+def _steps(run: Run, found: Estimates) -> Iterator[str]:
     o, last = run.optimizer, run.max_steps
     decay = o.total_steps or last
     if decay <= 0:
@@ -99,7 +99,7 @@ def _steps(run: Run, found: Figures) -> Iterator[str]:
         yield f"training ends with step {found.steps:,}, not trainer.max_steps {last:,}: then {found.end}"
 
 
-def _validation(run: Run, found: Figures) -> Iterator[str]:
+def _validation(run: Run, found: Estimates) -> Iterator[str]:
     every, last = run.trainer.val_check_interval, run.max_steps
     if isinstance(every, float) and every != 1.0:
         yield f"trainer.val_check_interval is {every:g}: the stream has no end to take a share of; give optimizer steps"
@@ -111,7 +111,7 @@ def _validation(run: Run, found: Figures) -> Iterator[str]:
         yield f"trainer.gradient_clip_algorithm: only norm is supported, got {run.trainer.gradient_clip_algorithm}"
 
 
-def _strategy(run: Run, found: Figures) -> Iterator[str]:
+def _strategy(run: Run, found: Estimates) -> Iterator[str]:
     given = run.trainer.strategy
     if not given:
         return
@@ -125,7 +125,7 @@ def _strategy(run: Run, found: Figures) -> Iterator[str]:
             yield f"trainer.strategy: there is no {name}; use -c configs/trainer/ddp.yaml or fsdp.yaml, or leave it out"
 
 
-def _precision(run: Run, found: Figures) -> Iterator[str]:
+def _precision(run: Run, found: Estimates) -> Iterator[str]:
     if run.precision == "16-mixed":
         yield "trainer.precision: float16 with loss scaling is not supported; use bf16-mixed"
     if "bf16" in run.precision and found.device.name.startswith(NO_BFLOAT16):
@@ -136,7 +136,7 @@ def _precision(run: Run, found: Figures) -> Iterator[str]:
         yield f"{run.world_size} devices, but trainer.strategy is for one; use configs/trainer/ddp.yaml or fsdp.yaml"
 
 
-def _kernel(run: Run, found: Figures) -> Iterator[str]:
+def _kernel(run: Run, found: Estimates) -> Iterator[str]:
     if run.kosmos is None or not run.is_sound:
         return
     c = run.kosmos.decoder
@@ -149,7 +149,7 @@ def _kernel(run: Run, found: Figures) -> Iterator[str]:
         yield str(error)
 
 
-def _eight_bits(run: Run, found: Figures) -> Iterator[str]:
+def _eight_bits(run: Run, found: Estimates) -> Iterator[str]:
     if run.kosmos is None or run.data is None or not run.kosmos.decoder.fp8:
         return
     if run.on_cpu:
@@ -163,7 +163,7 @@ def _eight_bits(run: Run, found: Figures) -> Iterator[str]:
         yield f"decoder.fp8 goes with trainer.precision bf16-mixed, but it is {run.precision}; set it to false"
 
 
-def _memory(run: Run, found: Figures) -> Iterator[str]:
+def _memory(run: Run, found: Estimates) -> Iterator[str]:
     memory, there, batch = found.memory, found.device.memory, found.batch
     if memory is None or there is None or batch is None:
         return
@@ -178,7 +178,7 @@ def _memory(run: Run, found: Figures) -> Iterator[str]:
         )
 
 
-def _disk(run: Run, found: Figures) -> Iterator[str]:
+def _disk(run: Run, found: Estimates) -> Iterator[str]:
     if found.disk is None:
         return
     wanted = Path(run.trainer.default_root_dir or ".").absolute()

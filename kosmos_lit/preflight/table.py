@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from kosmos_lit.preflight.estimates import Figures, human_bytes
+from kosmos_lit.preflight.estimates import Estimates, human_bytes
 from kosmos_lit.preflight.run import Run
 
 INDENT = 14
 
 
-def page(run: Run, found: Figures, problems: Sequence[str]) -> str:
+def page(run: Run, found: Estimates, problems: Sequence[str]) -> str:
     """Return all of a plan."""
     sections = (_model(found), _run(run, found), _reading(found), _computing(found), _memory(found), _disk(found))
     lines = [line for section in sections for line in section]
@@ -25,7 +25,7 @@ def _entry(name: str, *texts: str) -> Iterator[str]:
         yield f"{'' if n else name:<{INDENT}}{text}"
 
 
-def _model(found: Figures) -> Iterator[str]:
+def _model(found: Estimates) -> Iterator[str]:
     if not found.parameters:
         return
     total, trained = (sum(getattr(p, field) for p in found.parameters) for field in ("total", "trained"))
@@ -37,7 +37,7 @@ def _trained(trained: int, total: int) -> str:
     return "" if trained == total else " (frozen)" if not trained else f" ({short(trained)} train)"
 
 
-def _run(run: Run, found: Figures) -> Iterator[str]:
+def _run(run: Run, found: Estimates) -> Iterator[str]:
     where = f"{run.nodes} x {run.devices}" if run.nodes > 1 else f"{run.devices}"
     how = {"one": "", "ddp": ", DDP", "fsdp": ", FSDP"}[run.strategy]
     device = found.device
@@ -51,7 +51,7 @@ def _run(run: Run, found: Figures) -> Iterator[str]:
     yield from _entry("step", f"{rows} = {accumulated if found.n_micro_batches else 'rows that do not divide'}")
 
 
-def _reading(found: Figures) -> Iterator[str]:
+def _reading(found: Estimates) -> Iterator[str]:
     if not found.sources:
         return
     yield from _entry("run", f"{found.steps:,} steps, {short(sum(s.positions for s in found.sources))} tokens")
@@ -67,7 +67,7 @@ def _reading(found: Figures) -> Iterator[str]:
         yield f"    {s.name:<{wide - 4}}" + "".join(f"{c:>12}" for c in cells)
 
 
-def _computing(found: Figures) -> Iterator[str]:
+def _computing(found: Estimates) -> Iterator[str]:
     if found.flops is None:
         return
     f = found.flops
@@ -86,7 +86,7 @@ def _computing(found: Figures) -> Iterator[str]:
     yield from _entry("", f"which takes {short(tokens)} tokens/s and {short(images)} images/s{each}")
 
 
-def _memory(found: Figures) -> Iterator[str]:
+def _memory(found: Estimates) -> Iterator[str]:
     if found.memory is None or found.batch is None:
         return
     memory, b = found.memory, found.batch
@@ -96,7 +96,7 @@ def _memory(found: Figures) -> Iterator[str]:
         yield f"{'':<{INDENT}}{', '.join(parts[at : at + 3])}{',' if at + 3 < len(parts) else ''}"
 
 
-def _disk(found: Figures) -> Iterator[str]:
+def _disk(found: Estimates) -> Iterator[str]:
     if (disk := found.disk) is None:
         return
     indexes = "" if disk.indexes is None else f"; the indexes take {human_bytes(disk.indexes)}"

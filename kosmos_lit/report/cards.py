@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kosmos_lit.images import ImageError, open_rgb
-from kosmos_lit.report.samples import Choice, Chosen, candidate_shares
-from kosmos_lit.report.tables import figure_label
+from kosmos_lit.report.samples import SampleSelection, SelectedSample, candidate_shares
+from kosmos_lit.report.tables import metric_label
 
 MARK = "<image>"
 SIDE, SIDE_OF_MANY = 208, 104
@@ -24,7 +24,7 @@ TAIL = 700
 MOST_IMAGES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
 
 
-def cards(choice: Choice, image_control: str) -> str:
+def cards(choice: SampleSelection, image_control: str) -> str:
     """Return the chosen samples of a task as HTML.
 
     Args:
@@ -44,18 +44,18 @@ def cards(choice: Choice, image_control: str) -> str:
     return "\n".join(parts)
 
 
-def card(chosen: Chosen, kind: str, measure: str, image_control: str) -> str:
+def card(chosen: SelectedSample, kind: str, measure: str, image_control: str) -> str:
     """Return one sample as HTML."""
     sample = chosen.sample
     requests = sample.get("requests") or []
-    score = f"{figure_label(measure)} {chosen.score:.2f}".strip()
+    score = f"{metric_label(measure)} {chosen.score:.2f}".strip()
     shares = candidate_shares(sample)
-    said = f'<span class="said">{_text(sample.get("said"))}</span>'
+    prediction = f'<span class="said">{_text(sample.get("prediction"))}</span>'
     return (
         f'<article class="{kind}"><header><span>{escape(chosen.why)}</span>'
         f"<span>{escape(str(sample['key']))} · {escape(score)}</span></header>\n"
-        f'{_asked(requests, image_control)}\n<dl class="answers"><dt>right</dt><dd>{_right(sample.get("right"))}</dd>'
-        f"<dt>model</dt><dd>{said}</dd></dl>{_shares(shares, sample.get('said'))}</article>"
+        f'{_asked(requests, image_control)}\n<dl class="answers"><dt>right</dt><dd>{_targets(sample.get("target"))}</dd>'
+        f"<dt>model</dt><dd>{prediction}</dd></dl>{_shares(shares, sample.get('prediction'))}</article>"
     )
 
 
@@ -75,7 +75,7 @@ def _asked(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
         return f'{parts[0]}<div class="step"><span class="soft">the same with, one after another</span><br>{others}</div>'
     for before, request in pairwise(requests):
         again = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
-        parts.append(f'<div class="written">{_text(before.get("said", ""))}</div><div class="step">{again}</div>')
+        parts.append(f'<div class="written">{_text(before.get("prediction", ""))}</div><div class="step">{again}</div>')
     return "".join(parts)
 
 
@@ -128,7 +128,7 @@ def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
     return image.width, image.height, base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _shares(shares: Sequence[tuple[str, float]], said: object) -> str:
+def _shares(shares: Sequence[tuple[str, float]], prediction: object) -> str:
     """Return candidates with bars, the likeliest first."""
     if not shares:
         return ""
@@ -137,17 +137,17 @@ def _shares(shares: Sequence[tuple[str, float]], said: object) -> str:
         f'<li><span{chosen}>{escape(name)}</span><i style="width:{100 * share:.0f}%"></i>'
         f"<span>{100 * share:.0f} %</span></li>"
         for name, share in ranked[:MOST_CANDIDATES]
-        for chosen in [' class="said"' if name == said else ""]
+        for chosen in [' class="said"' if name == prediction else ""]
     )
     more = len(ranked) - MOST_CANDIDATES
     return f'<ul class="shares">{rows}</ul>' + (f'<div class="soft">and {more:,} more candidates</div>' if more > 0 else "")
 
 
-def _right(right: object) -> str:
+def _targets(target: object) -> str:
     """Return the right answer, of many the first ones."""
-    if not isinstance(right, list):
-        return _text(right)
-    found = list(dict.fromkeys(_plain(x) for x in right))
+    if not isinstance(target, list):
+        return _text(target)
+    found = list(dict.fromkeys(_plain(x) for x in target))
     more = f' <span class="soft">and {len(found) - MOST_REFERENCES} more</span>' if len(found) > MOST_REFERENCES else ""
     return "<br>".join(escape(x) for x in found[:MOST_REFERENCES]) + more
 

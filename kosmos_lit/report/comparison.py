@@ -11,14 +11,14 @@ from typing import Any
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.results import Results, TaskResult, each_sample, read_results
-from kosmos_lit.evaluation.statistics import Figure, difference
+from kosmos_lit.evaluation.statistics import Metric, difference
 from kosmos_lit.evaluation.storage import without_nan
 from kosmos_lit.report.page import page, wide
 from kosmos_lit.report.tables import (
-    figure_label,
     in_points,
     interval,
     markdown,
+    metric_label,
     number,
     plain,
     reference,
@@ -34,7 +34,7 @@ DATA_OPTIONS = ("path", "max_samples")
 class Difference:
     """By how much the first evaluation exceeds another one."""
 
-    figure: Figure
+    metric: Metric
     """In points."""
     paired: bool
     """Whether the interval is that of the differences sample by sample; else of the two intervals together."""
@@ -42,12 +42,12 @@ class Difference:
     @property
     def beyond(self) -> bool | None:
         """Whether the first is better beyond the interval; None if there is nothing to compare."""
-        return None if math.isnan(self.figure.value) else self.figure.low > 0
+        return None if math.isnan(self.metric.value) else self.metric.low > 0
 
     @property
     def worse(self) -> bool:
         """Whether the first is worse beyond the interval."""
-        return self.figure.high < 0
+        return self.metric.high < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Compared:
     """One figure of one task in every evaluation."""
 
     task: str
-    figure: str
+    metric: str
     n_shots: int
     headline: bool
     """Whether the figure stands for the task."""
@@ -63,7 +63,7 @@ class Compared:
     """Whether any prompt of the first evaluation has images."""
     chance: float | None
     """In points."""
-    figures: tuple[Figure | None, ...]
+    metrics: tuple[Metric | None, ...]
     """In points, by evaluation."""
     differences: tuple[Difference | None, ...]
     """The first evaluation less each other one."""
@@ -121,9 +121,9 @@ def compare(folders: Sequence[Path], names: Sequence[str] | None = None) -> Comp
             )
     rows, warnings = [], []
     for task in dict.fromkeys(name for results in found for name in results.tasks):
-        made, said = _compare_task(task, found, names)
+        made, notes = _compare_task(task, found, names)
         rows += made
-        warnings += said
+        warnings += notes
     return Comparison(names=tuple(names), rows=tuple(rows), warnings=tuple(warnings))
 
 
@@ -145,16 +145,16 @@ def _compare_task(task: str, found: Sequence[Results], names: Sequence[str]) -> 
     for name, entry, scores in list(zip(names, entries, read, strict=True))[1:]:
         if entries[0] and entry:
             warnings += [f"{task}: {text}" for text in _unlike(names[0], entries[0], read[0], name, entry, scores)]
-    figures = dict.fromkeys(figure for entry in entries if entry for figure in entry.figures)
+    metrics = dict.fromkeys(metric for entry in entries if entry for metric in entry.metrics)
     rows = []
-    for figure in sorted(figures, key=lambda figure: figure != base.headline):
-        values = [in_points(entry.figures[figure]) if entry and figure in entry.figures else None for entry in entries]
-        differences = [_difference(figure, values[0], read[0], v, s) for v, s in zip(values[1:], read[1:], strict=True)]
+    for metric in sorted(metrics, key=lambda metric: metric != base.headline):
+        values = [in_points(entry.metrics[metric]) if entry and metric in entry.metrics else None for entry in entries]
+        differences = [_difference(metric, values[0], read[0], v, s) for v, s in zip(values[1:], read[1:], strict=True)]
         rows.append(Compared(
-            task=task, figure=figure, n_shots=base.n_shots, headline=figure == base.headline,
+            task=task, metric=metric, n_shots=base.n_shots, headline=metric == base.headline,
             shows_images=read[0].shows_images, chance=None if base.chance is None else 100 * base.chance,
-            figures=tuple(values), differences=tuple(differences),
-            published=reference(base) if figure == base.headline else None,
+            metrics=tuple(values), differences=tuple(differences),
+            published=reference(base) if metric == base.headline else None,
         ))  # fmt: skip
     return rows, warnings
 
@@ -176,37 +176,39 @@ class _Scores:
                 made.of[str(sample["key"])] = sample.get("scores") or {}
         return made
 
-    def explain(self, figure: str, value: Figure) -> bool:
+    def explain(self, metric: str, value: Metric) -> bool:
         """Return whether a figure, in points, is the mean of the samples' scores of that name."""
-        found = [scores[figure] for scores in self.of.values() if scores.get(figure) is not None]
+        found = [scores[metric] for scores in self.of.values() if scores.get(metric) is not None]
         return bool(found) and len(found) == len(self.of) and abs(100 * math.fsum(found) / len(found) - value.value) < 1e-6
 
 
 def _difference(
-    figure: str, first: Figure | None, ours: _Scores, second: Figure | None, theirs: _Scores
+    metric: str, first: Metric | None, ours: _Scores, second: Metric | None, theirs: _Scores
 ) -> Difference | None:
     """Return the difference of a figure, by samples that both have if the figure is a mean of their scores."""
     if first is None or second is None:
         return None
     common = ours.of.keys() & theirs.of.keys()
-    if common and ours.explain(figure, first) and theirs.explain(figure, second):
-        left, right = ({key: scores.of[key][figure] for key in sorted(common)} for scores in (ours, theirs))
-        return Difference(figure=in_points(difference(left, right)), paired=True)
+    if common and ours.explain(metric, first) and theirs.explain(metric, second):
+        left, right = ({key: scores.of[key][metric] for key in sorted(common)} for scores in (ours, theirs))
+        return Difference(metric=in_points(difference(left, right)), paired=True)
     value = first.value - second.value
     low = value - math.hypot(first.value - first.low, second.high - second.value)
     high = value + math.hypot(first.high - first.value, second.value - second.low)
-    return Difference(figure=Figure(value, low, high, min(first.n, second.n)), paired=False)
+    return Difference(metric=Metric(value, low, high, min(first.n, second.n)), paired=False)
 
 
 def _unlike(one: str, a: TaskResult, ours: _Scores, other: str, b: TaskResult, theirs: _Scores) -> list[str]:
     """Return in what two evaluations of a task differ beside the model."""
-    said = []
+    notes = []
     if n := len(ours.of.keys() ^ theirs.of.keys()):
         both = len(ours.of.keys() & theirs.of.keys())
-        said.append(f"{n:,} samples have an answer only in {one} or only in {other}; differences are over {both:,} of both.")
+        notes.append(
+            f"{n:,} samples have an answer only in {one} or only in {other}; differences are over {both:,} of both."
+        )
     names = [k for k in {**a.options, **b.options} if k not in DATA_OPTIONS and a.options.get(k) != b.options.get(k)]
-    said += [f"{k} is {a.options.get(k)!r} in {one} and {b.options.get(k)!r} in {other}." for k in names]
-    return said
+    notes += [f"{k} is {a.options.get(k)!r} in {one} and {b.options.get(k)!r} in {other}." for k in names]
+    return notes
 
 
 def comparison_markdown(c: Comparison) -> str:
@@ -216,7 +218,7 @@ def comparison_markdown(c: Comparison) -> str:
     rows = []
     for row in c.rows:
         cells = [row.task if row.headline else "", _measure(row), number(row.chance if row.headline else None)]
-        cells += [f"{number(f.value)} {interval(f)}".strip() if f else number(None) for f in row.figures]
+        cells += [f"{number(f.value)} {interval(f)}".strip() if f else number(None) for f in row.metrics]
         cells += [_said(d) for d in row.differences]
         cells += [_verdict(row)] if less else []
         rows.append([*cells, number(row.published)])
@@ -238,14 +240,14 @@ def _legend(c: Comparison) -> str:
 
 
 def _measure(row: Compared) -> str:
-    return f"{figure_label(row.figure)}, {shots_label(row.n_shots)}"
+    return f"{metric_label(row.metric)}, {shots_label(row.n_shots)}"
 
 
 def _said(d: Difference | None) -> str:
     if d is None or d.beyond is None:
         return number(None)
     mark = " ▲" if d.beyond else " ▼" if d.worse else ""
-    return f"{signed(d.figure.value)} {interval(d.figure)}{'' if d.paired else '°'}{mark}"
+    return f"{signed(d.metric.value)} {interval(d.metric)}{'' if d.paired else '°'}{mark}"
 
 
 def _verdict(row: Compared) -> str:
@@ -263,7 +265,7 @@ def comparison_html(c: Comparison, found: Sequence[Results]) -> str:
     for row in c.rows:
         name = f"{escape(row.task) if row.headline else ''}<small>{escape(_measure(row))}</small>"
         cells = [f"<td>{number(row.chance if row.headline else None)}</td>"]
-        for i, f in enumerate(row.figures):
+        for i, f in enumerate(row.metrics):
             value = number(f.value if f else None)
             cells.append(f"<td>{value if i else f'<b class=ours>{value}</b>'}<small>{interval(f) if f else ''}</small></td>")
         for d in row.differences:

@@ -7,18 +7,18 @@ from html import escape
 from pathlib import Path
 
 from kosmos_lit.evaluation.results import Results, TaskResult, read_results
-from kosmos_lit.evaluation.statistics import Figure
+from kosmos_lit.evaluation.statistics import Metric
 from kosmos_lit.evaluation.storage import write_whole
 from kosmos_lit.report.cards import cards
 from kosmos_lit.report.page import page, plot, section, wide
-from kosmos_lit.report.samples import choose
+from kosmos_lit.report.samples import select_samples
 from kosmos_lit.report.tables import (
     Line,
     Table,
-    figure_label,
     in_points,
     interval,
     markdown,
+    metric_label,
     number,
     plain,
     reference,
@@ -39,14 +39,14 @@ POINTS = "Points: 100 times a share, or times CIDEr; in brackets the 95 % interv
 TOPS = {"cider": 150.0, "cider_plain": 150.0}
 """Right ends of interval plots in points, where it is not 100."""
 KEY = (  # of each plot the middle
-    f'<p class="soft"><span class="key">{plot(Figure(50, 40, 60, 1), None, None)} measured, 95 % interval</span>'
+    f'<p class="soft"><span class="key">{plot(Metric(50, 40, 60, 1), None, None)} measured, 95 % interval</span>'
     f'<span class="key">{plot(None, 50, None)} chance</span><span class="key">{plot(None, None, 50)} KOSMOS-1</span>'
     "▲ ▼ the published figure is outside of the interval; lines run from 0 to 100 points, CIDEr's to 150.</p>"
 ).replace('viewBox="0 0 176 18"', 'viewBox="61 0 54 18"')
 
 
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
-    """Write `report.md` and `report.html` from a folder's `figures.json` and `TASK/samples.jsonl`; return their paths.
+    """Write `report.md` and `report.html` from a folder's `metrics.json` and `TASK/samples.jsonl`; return their paths.
 
     Args:
         folder: of the results.
@@ -95,7 +95,7 @@ def _summary(results: Results) -> str:
     for task in results.tasks.values():
         best = headline(task)
         rows.append([
-            task.name, figure_label(task.headline), str(task.n_shots), number(chance(task)),
+            task.name, metric_label(task.headline), str(task.n_shots), number(chance(task)),
             f"{number(best.value)} {interval(best)}".strip() if best else number(None), number(reference(task)),
             f"{task.n_samples:,}", f"{task.n_failed:,}",
         ])  # fmt: skip
@@ -136,7 +136,7 @@ def html_report(results: Results, made: list[Table]) -> str:
 
 def _samples(results: Results, task: TaskResult, *, folded: bool) -> str:
     """Return a task's chosen samples; those of the same benchmark with more demonstrations are folded up."""
-    choice = choose(results.samples(task.name), task.headline, seed=task.seed)
+    choice = select_samples(results.samples(task.name), task.headline, seed=task.seed)
     made = cards(choice, results.image_control)
     return f"<details><summary>samples of {escape(task.name)}</summary>\n{made}</details>" if folded and made else made
 
@@ -150,7 +150,7 @@ def _overview(results: Results, anchors: Mapping[str, str]) -> str:
         best, paper = headline(task), reference(task)
         failed = f"{task.n_failed:,}" if task.n_failed else ""
         value = f'<b class="ours">{number(best.value)}</b><small>{interval(best)}</small>' if best else number(None)
-        asked = f"{figure_label(task.headline)}, {shots_label(task.n_shots)}"
+        asked = f"{metric_label(task.headline)}, {shots_label(task.n_shots)}"
         top = TOPS.get(task.headline, 100.0)
         rows.append(
             f'<tr><th scope="row"><a href="#{anchors[task.name]}">{escape(task.name)}</a><small>{escape(asked)}</small></th>'
@@ -161,7 +161,7 @@ def _overview(results: Results, anchors: Mapping[str, str]) -> str:
     return wide(f'<tr><th scope="col">task</th>{names}</tr>', rows) + KEY
 
 
-def _difference(ours: Figure | None, paper: float | None) -> str:
+def _difference(ours: Metric | None, paper: float | None) -> str:
     """Return how far ours is from the paper's, coloured where that lies beyond our interval."""
     if ours is None or paper is None or ours.value != ours.value:
         return f"<td>{number(None)}</td>"
@@ -169,7 +169,7 @@ def _difference(ours: Figure | None, paper: float | None) -> str:
     return f'<td class="difference {beyond}">{signed(ours.value - paper)}{mark}</td>'
 
 
-def headline(task: TaskResult) -> Figure | None:
+def headline(task: TaskResult) -> Metric | None:
     """Return the figure that stands for a task, in points; None if it was not measured."""
     return None if task.best is None else in_points(task.best)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
 
-from kosmos_lit.evaluation.statistics import Figure
+from kosmos_lit.evaluation.statistics import Metric
 from kosmos_lit.report.style import STYLE
-from kosmos_lit.report.tables import Line, Table, figure_label, interval, number, shots_label
+from kosmos_lit.report.tables import Line, Table, interval, metric_label, number, shots_label
 
 PLOT = 176, 18
 """Width and height of an interval plot, in pixels."""
@@ -42,8 +42,8 @@ def section(table: Table, anchor: str, samples: str) -> str:
 
 def benchmark(table: Table) -> str:
     """Return a benchmark's table: measures over shots."""
-    groups = [(name, list(columns)) for name, columns in groupby(table.columns, key=lambda column: column.figure)]
-    measures = "".join(f'<th scope="colgroup" colspan="{len(c)}">{escape(figure_label(n))}</th>' for n, c in groups)
+    groups = [(name, list(columns)) for name, columns in groupby(table.columns, key=lambda column: column.metric)]
+    measures = "".join(f'<th scope="colgroup" colspan="{len(c)}">{escape(metric_label(n))}</th>' for n, c in groups)
     shots = "".join(f'<th scope="col">{escape(shots_label(column.shots))}</th>' for column in table.columns)
     head = f'<tr><th rowspan="2" scope="col">model</th>{measures}</tr>\n<tr>{shots}</tr>'
     rows = [_row(line, [cell(line.cells.get(c), line.ours) for c in table.columns]) for line in table.lines]
@@ -59,27 +59,27 @@ def _row(line: Line, cells: Sequence[str]) -> str:
     return f'<tr{ours}><th scope="row">{escape(line.model)}{note}</th>{"".join(cells)}</tr>'
 
 
-def cell(figure: Figure | None, strong: bool = False) -> str:
+def cell(metric: Metric | None, strong: bool = False) -> str:
     """Return a cell with a figure in points, its interval below it."""
-    if figure is None:
+    if metric is None:
         return "<td></td>"
-    value = f"<b>{number(figure.value)}</b>" if strong else number(figure.value)
-    between = interval(figure)
+    value = f"<b>{number(metric.value)}</b>" if strong else number(metric.value)
+    between = interval(metric)
     return f"<td>{value}{f'<small>{between}</small>' if between else ''}</td>"
 
 
 def wide(head: str, rows: Iterable[str], caption: str = "") -> str:
     """Return a table that scrolls on its own where the screen is narrow."""
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    prediction = f"<caption>{escape(caption)}</caption>" if caption else ""
     body = "\n".join(rows)
-    return f'<div class="wide" tabindex="0"><table>{said}<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table>{prediction}<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
 
 
-def plot(figure: Figure | None, chance: float | None, paper: float | None, top: float = 100.0) -> str:
+def plot(metric: Metric | None, chance: float | None, paper: float | None, top: float = 100.0) -> str:
     """Return an interval as an image, on a line from 0 to `top` points.
 
     Args:
-        figure: in points; a dot with whiskers.
+        metric: in points; a dot with whiskers.
         chance: in points; a dotted tick.
         paper: in points; an open diamond.
         top: right end of the line.
@@ -91,20 +91,20 @@ def plot(figure: Figure | None, chance: float | None, paper: float | None, top: 
         return 6 + (width - 12) * min(max(points, 0.0), top) / top
 
     drawn = [f'<line class="track" x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}"/>']
-    said = []
+    prediction = []
     if chance is not None and not math.isnan(chance):
         drawn.append(f'<line class="chance" x1="{x(chance):.1f}" x2="{x(chance):.1f}" y1="1" y2="{height - 1}"/>')
-        said.append(f"chance {number(chance)}")
-    if figure is not None and not math.isnan(figure.value):
-        if interval(figure):
-            ends = f'x1="{x(figure.low):.1f}" x2="{x(figure.high):.1f}"'
+        prediction.append(f"chance {number(chance)}")
+    if metric is not None and not math.isnan(metric.value):
+        if interval(metric):
+            ends = f'x1="{x(metric.low):.1f}" x2="{x(metric.high):.1f}"'
             drawn.append(f'<line class="whisker" {ends} y1="{middle}" y2="{middle}"/>')
-        drawn.append(f'<circle class="value" cx="{x(figure.value):.1f}" cy="{middle}" r="3.5"/>')
-        said.append(f"measured {number(figure.value)} {interval(figure)}".strip())
+        drawn.append(f'<circle class="value" cx="{x(metric.value):.1f}" cy="{middle}" r="3.5"/>')
+        prediction.append(f"measured {number(metric.value)} {interval(metric)}".strip())
     if paper is not None:
         at = x(paper)
         corners = f"{at:.1f},{middle - 5} {at + 5:.1f},{middle} {at:.1f},{middle + 5} {at - 5:.1f},{middle}"
         drawn.append(f'<polygon class="paper" points="{corners}"/>')
-        said.append(f"KOSMOS-1 {number(paper)}")
-    label = escape("; ".join(said) or "nothing measured")
+        prediction.append(f"KOSMOS-1 {number(paper)}")
+    label = escape("; ".join(prediction) or "nothing measured")
     return f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'

@@ -8,7 +8,7 @@ each setting is an entry of its own:
     birds                     the image alone                birds_with_descriptions    both classes described first
     rendered_sst2             answered at once                 rendered_sst2_cot          a rationale first
 
-A run on other data in the same file format has nothing published: its `published` is null in `figures.json`.
+A run on other data in the same file format has nothing published: its `published` is null in `metrics.json`.
 
 Values are as printed, in points: 100 times a share, 100 times the CIDEr of pycocoevalcap. Tables are those of the KOSMOS-1
 paper where nothing else is said. Its tables 2 to 5 are of the model after language-only instruction tuning (they repeat the
@@ -31,7 +31,7 @@ class Row:
     """One model's figures."""
 
     model: str
-    figures: Mapping[str, Mapping[int, float]]
+    metrics: Mapping[str, Mapping[int, float]]
     """Points by the figure's name and the number of demonstrations."""
     note: str = ""
     """How it was asked differently, or where the figure is from."""
@@ -58,10 +58,10 @@ def published(key: str | None) -> Benchmark | None:
     return PUBLISHED.get(key) if key is not None else None
 
 
-def _row(model: str, note: str = "", **figures: float | dict[int, float]) -> Row:
+def _row(model: str, note: str = "", **metrics: float | dict[int, float]) -> Row:
     """Return a row; a bare number is a zero-shot figure."""
-    by_shots = {name: {0: value} if isinstance(value, float) else value for name, value in figures.items()}
-    return Row(model=model, figures=by_shots, note=note)
+    by_shots = {name: {0: value} if isinstance(value, float) else value for name, value in metrics.items()}
+    return Row(model=model, metrics=by_shots, note=note)
 
 
 _FLAMINGO = "Flamingo's 0 shots are two demonstrations without images, the other models' are none: the paper's asterisk."

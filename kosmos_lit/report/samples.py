@@ -14,7 +14,7 @@ from kosmos_lit.evaluation.results import NAN, each_sample, sample_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen:
+class SelectedSample:
     """A sample that is shown."""
 
     sample: Mapping[str, Any]
@@ -24,11 +24,11 @@ class Chosen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class SampleSelection:
     """The samples of a task that are shown."""
 
-    failures: tuple[Chosen, ...]
-    successes: tuple[Chosen, ...]
+    failures: tuple[SelectedSample, ...]
+    successes: tuple[SelectedSample, ...]
     unanswered: tuple[tuple[str, str], ...]
     """Key and error of the first samples that have no answer."""
     measure: str
@@ -37,9 +37,9 @@ class Choice:
     n_successes: int
 
 
-def choose(
+def select_samples(
     path: Path, headline: str, *, n_failures: int = 5, n_successes: int = 3, n_unanswered: int = 8, seed: int = 0
-) -> Choice:
+) -> SampleSelection:
     """Choose among the samples of a file; the same ones whatever the order of its lines.
 
     A failure scores below one half, or below the middle sample where a measure is not a share (CIDEr). Where the model chose
@@ -62,7 +62,7 @@ def choose(
         keys.append(str(sample["key"]))
         places.append(place)
         score = found.get(measure)
-        scores.append(float(sample.get("said") == sample.get("right") if score is None else score))
+        scores.append(float(sample.get("prediction") == sample.get("target") if score is None else score))
         sure.append(confidence(sample))
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     worth, confident, place_of = (np.asarray(values)[order] if keys else np.zeros(0) for values in (scores, sure, places))
@@ -71,7 +71,7 @@ def choose(
     graded = len(np.unique(worth)) > 2
     random = np.random.default_rng(seed)
 
-    def shown(group: np.ndarray[Any, Any], n: int, n_telling: int, good: bool) -> tuple[Chosen, ...]:
+    def shown(group: np.ndarray[Any, Any], n: int, n_telling: int, good: bool) -> tuple[SelectedSample, ...]:
         known = group[~np.isnan(confident[group])]
         if len(known):
             telling = known[np.argsort(confident[known] if good else -confident[known], kind="stable")][:n_telling]
@@ -84,10 +84,11 @@ def choose(
         rest = random.permutation(np.setdiff1d(group, telling))[: n - len(telling)]
         picked = [(i, why) for i in telling] + [(i, "by lot") for i in sorted(rest)]
         return tuple(
-            Chosen(sample=sample_at(path, int(place_of[i])), score=float(worth[i]), why=reason) for i, reason in picked
+            SelectedSample(sample=sample_at(path, int(place_of[i])), score=float(worth[i]), why=reason)
+            for i, reason in picked
         )
 
-    return Choice(
+    return SampleSelection(
         failures=shown(wrong, n_failures, n_failures - 2, False), successes=shown(right, n_successes, 1, True),
         unanswered=tuple(unanswered), measure=measure, n_failures=len(wrong), n_successes=len(right),
     )  # fmt: skip
@@ -98,8 +99,8 @@ def confidence(sample: Mapping[str, Any]) -> float:
     shares = candidate_shares(sample)
     if not shares:
         return NAN
-    said = [share for text, share in shares if text == sample.get("said")]
-    return said[0] if len(said) == 1 else max(share for _, share in shares)
+    prediction = [share for text, share in shares if text == sample.get("prediction")]
+    return prediction[0] if len(prediction) == 1 else max(share for _, share in shares)
 
 
 def candidate_shares(sample: Mapping[str, Any]) -> list[tuple[str, float]]:

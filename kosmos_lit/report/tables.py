@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kosmos_lit.evaluation.results import NAN, Results, TaskResult
-from kosmos_lit.evaluation.statistics import Figure
+from kosmos_lit.evaluation.statistics import Metric
 from kosmos_lit.report.published import LANGUAGE, LANGUAGE_AVERAGE, OURS, PUBLISHED, Benchmark, published
 
 LABELS = {
@@ -24,12 +24,12 @@ NONE = "–"
 class Column:
     """One column of a table."""
 
-    figure: str
+    metric: str
     shots: int
 
     @property
     def label(self) -> str:
-        return f"{figure_label(self.figure)}, {shots_label(self.shots)}"
+        return f"{metric_label(self.metric)}, {shots_label(self.shots)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Line:
     """One row of a table: a model's figures, in points."""
 
     model: str
-    cells: Mapping[Column, Figure]
+    cells: Mapping[Column, Metric]
     """A published figure has no interval: its ends are NaN."""
     ours: bool = False
     note: str = ""
@@ -83,7 +83,7 @@ def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, mo
         rows.setdefault(_but_shots(task), []).append(task)
     lines = [_our_line(row, model if len(rows) == 1 else f"{model}: {row[0].name}") for row in rows.values()]
     if benchmark is not None:
-        lines += [_published_line(row.model, row.note, row.figures) for row in benchmark.rows]
+        lines += [_published_line(row.model, row.note, row.metrics) for row in benchmark.rows]
     chance = tasks[0].chance
     return Table(
         title=benchmark.title if benchmark else tasks[0].title if len(tasks) > 1 else f"{tasks[0].title} ({tasks[0].name})",
@@ -99,20 +99,20 @@ def _but_shots(task: TaskResult) -> str:
 
 
 def _our_line(tasks: Sequence[TaskResult], model: str) -> Line:
-    cells = {Column(name, t.n_shots): in_points(figure) for t in tasks for name, figure in t.figures.items()}
+    cells = {Column(name, t.n_shots): in_points(metric) for t in tasks for name, metric in t.metrics.items()}
     return Line(model=model, cells=cells, ours=True)
 
 
-def _published_line(model: str, note: str, figures: Mapping[str, Mapping[int, float]]) -> Line:
-    cells = {Column(name, shots): Figure(x, NAN, NAN, 0) for name, row in figures.items() for shots, x in row.items()}
+def _published_line(model: str, note: str, metrics: Mapping[str, Mapping[int, float]]) -> Line:
+    cells = {Column(name, shots): Metric(x, NAN, NAN, 0) for name, row in metrics.items() for shots, x in row.items()}
     return Line(model=model, note=note, cells=cells)
 
 
 def _columns(lines: Iterable[Line]) -> tuple[Column, ...]:
     """Return the columns by measure, the published ones first, and by demonstrations."""
     lines = sorted(lines, key=lambda line: line.ours)
-    measures = list(dict.fromkeys(column.figure for line in lines for column in line.cells))
-    return tuple(sorted({c for line in lines for c in line.cells}, key=lambda c: (measures.index(c.figure), c.shots)))
+    measures = list(dict.fromkeys(column.metric for line in lines for column in line.cells))
+    return tuple(sorted({c for line in lines for c in line.cells}, key=lambda c: (measures.index(c.metric), c.shots)))
 
 
 def _notes(tasks: Sequence[TaskResult], benchmark: Benchmark | None) -> list[str]:
@@ -123,11 +123,11 @@ def _notes(tasks: Sequence[TaskResult], benchmark: Benchmark | None) -> list[str
     paper = f"; {benchmark.n_samples:,} in the paper" if benchmark and benchmark.n_samples else ""
     notes = [f"{', '.join(names)}: {count}{paper}." for count, names in counts.items()]
     if benchmark:
-        official = list(dict.fromkeys(name for row in benchmark.rows for name in row.figures))
-        ours = {name for task in tasks for name in task.figures}
-        missing = [figure_label(name) for name in official if name not in ours]
+        official = list(dict.fromkeys(name for row in benchmark.rows for name in row.metrics))
+        ours = {name for task in tasks for name in task.metrics}
+        missing = [metric_label(name) for name in official if name not in ours]
         notes += [f"Not measured here: {', '.join(missing)}."] if missing else []
-        other = [figure_label(name) for name in sorted(ours - set(official))]
+        other = [metric_label(name) for name in sorted(ours - set(official))]
         notes += [f"Not in the paper: {', '.join(other)}."] if other else []
     return notes
 
@@ -137,39 +137,39 @@ def _average(parts: Sequence[Table], model: str) -> list[Table]:
     ours = [{c: f for line in table.lines if line.ours for c, f in line.cells.items()} for table in parts]
     if len(parts) < len(LANGUAGE):
         return []
-    common = [c for c in ours[0] if c.figure == "accuracy" and all(c in cells for cells in ours)]
+    common = [c for c in ours[0] if c.metric == "accuracy" and all(c in cells for cells in ours)]
     if not common:
         return []
     lines = [Line(model=model, ours=True, cells={c: mean_of([cells[c] for cells in ours]) for c in common})]
-    lines += [_published_line(row.model, row.note, row.figures) for row in LANGUAGE_AVERAGE.rows]
+    lines += [_published_line(row.model, row.note, row.metrics) for row in LANGUAGE_AVERAGE.rows]
     return [Table(
         title=LANGUAGE_AVERAGE.title, source=f"KOSMOS-1 paper, {LANGUAGE_AVERAGE.table}", columns=_columns(lines),
         lines=tuple(lines), chance=None, notes=LANGUAGE_AVERAGE.notes, tasks=(),
     )]  # fmt: skip
 
 
-def mean_of(figures: Sequence[Figure]) -> Figure:
+def mean_of(metrics: Sequence[Metric]) -> Metric:
     """Return the plain mean of independent figures; its interval adds the squares of their intervals' halves."""
-    n = len(figures)
-    value = sum(f.value for f in figures) / n
-    below = math.sqrt(sum((f.value - f.low) ** 2 for f in figures)) / n
-    above = math.sqrt(sum((f.high - f.value) ** 2 for f in figures)) / n
-    return Figure(value, value - below, value + above, sum(f.n for f in figures))
+    n = len(metrics)
+    value = sum(f.value for f in metrics) / n
+    below = math.sqrt(sum((f.value - f.low) ** 2 for f in metrics)) / n
+    above = math.sqrt(sum((f.high - f.value) ** 2 for f in metrics)) / n
+    return Metric(value, value - below, value + above, sum(f.n for f in metrics))
 
 
-def in_points(figure: Figure) -> Figure:
+def in_points(metric: Metric) -> Metric:
     """Return a figure times 100, as tables have it."""
-    return Figure(100 * figure.value, 100 * figure.low, 100 * figure.high, figure.n)
+    return Metric(100 * metric.value, 100 * metric.low, 100 * metric.high, metric.n)
 
 
 def reference(task: TaskResult) -> float | None:
     """Return what KOSMOS-1 has for a task's headline with as many demonstrations, in points; None if it is not published."""
     benchmark = published(task.published)
     rows = [row for row in benchmark.rows if row.model == OURS] if benchmark else []
-    return next((row.figures.get(task.headline, {}).get(task.n_shots) for row in rows), None)
+    return next((row.metrics.get(task.headline, {}).get(task.n_shots) for row in rows), None)
 
 
-def figure_label(name: str) -> str:
+def metric_label(name: str) -> str:
     """Return a measure's name for people."""
     return LABELS.get(name, name.replace("_", " "))
 
@@ -188,9 +188,9 @@ def signed(points: float) -> str:
     return NONE if math.isnan(points) else f"{points:+.1f}".replace("-", "−")
 
 
-def interval(figure: Figure) -> str:
+def interval(metric: Metric) -> str:
     """Return a figure's 95 % interval, nothing if it has none."""
-    return "" if math.isnan(figure.low) or math.isnan(figure.high) else f"[{figure.low:.1f}, {figure.high:.1f}]"
+    return "" if math.isnan(metric.low) or math.isnan(metric.high) else f"[{metric.low:.1f}, {metric.high:.1f}]"
 
 
 def counted(task: TaskResult) -> str:

@@ -51,7 +51,7 @@ def local(tensor: Tensor) -> Tensor:
     return (part.to_local() if isinstance(part, DTensor) else part).view(-1)
 
 
-class Pieces:
+class ShardedTensors:
     """Which run of each tensor of a sharded module this rank holds."""
 
     def __init__(self, module: nn.Module, shapes: Mapping[str, torch.Size], device: torch.device) -> None:

@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.shards import Pieces, plain, tensors_of
+from kosmos_lit.sharding.shards import ShardedTensors, plain, tensors_of
 
 if TYPE_CHECKING:
     from kosmos_lit.model import Kosmos
@@ -61,21 +61,21 @@ class Sharded(ParallelStrategy):
         """
         check_precision(self.precision_plugin.precision, self.yaml)
         self._outline = outline
-        source = of_first_rank(build)
+        source = build_on_rank_zero(build)
         self.net = net = outline()
         self._shapes = {name: tensor.shape for name, tensor in tensors_of(net).items()}
         self._saved = list(net.state_dict())
         self._cut(net)
-        pieces = Pieces(net, self._shapes, self.root_device)
-        self._wanted: Tensor | None = pieces.fill(source)
+        shards = ShardedTensors(net, self._shapes, self.root_device)
+        self._wanted: Tensor | None = shards.fill(source)
         return net
 
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
         self._settle()
-        self._pieces = Pieces(self.net, self._shapes, self.root_device)
+        self._shards = ShardedTensors(self.net, self._shapes, self.root_device)
         if self._wanted is not None:
-            self._pieces.check(self._wanted, f"{self.yaml}, after the weights were sent out")
+            self._shards.check(self._wanted, f"{self.yaml}, after the weights were sent out")
             self._wanted = None  # from now on they train
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Sharded(ParallelStrategy):
         self._settle()
         copy, here = self._outline().to_empty(device=self.root_device), tensors_of(self.net)
         for name, tensor in tensors_of(copy).items():
-            tensor.copy_(self._pieces.gather(name, here[name]))
+            tensor.copy_(self._shards.gather(name, here[name]))
         return copy.requires_grad_(False).eval()
 
     # ---- checkpoints
@@ -107,7 +107,7 @@ class Sharded(ParallelStrategy):
         self._settle()
         here, state = tensors_of(self.net), {}
         for name in self._saved:
-            whole = self._pieces.gather(name, here[name])
+            whole = self._shards.gather(name, here[name])
             if self.is_global_zero:
                 state[NET + name] = whole.cpu()
         return state
@@ -117,7 +117,7 @@ class Sharded(ParallelStrategy):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
         found, state = optimizer.state_dict(), {}
         for index, (name, _) in enumerate(self._trained(optimizer)):
-            wholes = {k: self._pieces.gather(name, v) if v.ndim else v for k, v in found["state"].get(index, {}).items()}
+            wholes = {k: self._shards.gather(name, v) if v.ndim else v for k, v in found["state"].get(index, {}).items()}
             if self.is_global_zero and wholes:
                 state[index] = {key: whole.cpu() for key, whole in wholes.items()}
         return {"state": state, "param_groups": found["param_groups"]} if self.is_global_zero else {}
@@ -136,7 +136,7 @@ class Sharded(ParallelStrategy):
         there, here = {n: t.shape for n, t in state.items()}, {n: self._shapes[n] for n in self._saved}
         if wrong := sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n)):
             raise UserError(f"the checkpoint's tensors are not this model's: {len(wrong)} differ, {wrong[0]} for one")
-        self._pieces.load(state)
+        self._shards.load(state)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -158,7 +158,7 @@ class Sharded(ParallelStrategy):
         name, parameter = trained
         if not whole.ndim:  # a number of steps
             return whole
-        piece = self._pieces.own(name, whole).to(self.root_device, copy=True)
+        piece = self._shards.own(name, whole).to(self.root_device, copy=True)
         if not isinstance(parameter, DTensor):
             return piece.view(parameter.shape)
         piece = piece.view(parameter.to_local().shape)
@@ -172,7 +172,7 @@ def check_precision(precision: Any, yaml: str) -> None:
         raise UserError(f"trainer.precision is {precision}, but {yaml} needs 32-true, or bf16-mixed: float32 master weights")
 
 
-def of_first_rank(build: Callable[[], Kosmos]) -> dict[str, Tensor] | None:
+def build_on_rank_zero(build: Callable[[], Kosmos]) -> dict[str, Tensor] | None:
     """Return the tensors of a model that the first rank builds, there; None on others. All of them end if it cannot."""
     source: dict[str, Tensor] | None = None
     told: list[tuple[str, bool] | None] = [None]

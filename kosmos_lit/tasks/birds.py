@@ -16,8 +16,8 @@ from typing import Any
 from kosmos_lit.evaluation.answers import written
 from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
 from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.requests import Parts, Write
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 
 SOURCE = "not published as a whole; https://www.vision.caltech.edu/datasets/cub_200_2011/ has the first pair's images"
@@ -72,7 +72,7 @@ class Birds(Task):
                 Sample(
                     key=image.relative_to(self.path).as_posix(),
                     images=(image,),
-                    data={"category": pair["category"], "classes": pair["classes"], "right": i},
+                    data={"category": pair["category"], "classes": pair["classes"], "target": i},
                 )
                 for pair, folders in pairs
                 for i, name in enumerate(folders)
@@ -89,13 +89,13 @@ class Birds(Task):
         first, second = (named["name"] for named in classes)
         return (*sample.images, filled(self.plain_question, category=category, first=first, second=second))
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the name."""
-        answers = yield [Write(self.prompt(sample), self.settings)]
-        said, names = written(answers[0]), [named["name"] for named in sample.data["classes"]]
-        named = [i for i, name in enumerate(names) if _words(name) in _words(said)]
-        right = sample.data["right"]
-        return Outcome(said=said, right=names[right], scores={"accuracy": float(named == [right])})
+        answers = yield [Generate(self.prompt(sample), self.settings)]
+        prediction, names = written(answers[0]), [named["name"] for named in sample.data["classes"]]
+        named = [i for i, name in enumerate(names) if _words(name) in _words(prediction)]
+        target = sample.data["target"]
+        return Outcome(prediction=prediction, target=names[target], scores={"accuracy": float(named == [target])})
 
 
 def _words(text: str) -> str:

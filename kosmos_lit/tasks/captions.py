@@ -17,9 +17,9 @@ from kosmos_lit.evaluation.answers import written
 from kosmos_lit.evaluation.caption_metrics import Measure, Tokens, Values, check_measures, measure, plain_words
 from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
 from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import Parts, Write
-from kosmos_lit.evaluation.statistics import Figure, mean_figure
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.statistics import Metric, mean_metric
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 
 SPLITS = "https://cs.stanford.edu/people/karpathy/deepimagesent/"
@@ -102,13 +102,13 @@ class KarpathyCaptions(Task):
         folder, name = image.get("filepath", self.image_folder), image["filename"]
         return self.path / str(folder) / str(name)
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for a caption."""
         shown = [self._demonstration(sample, shot) for shot in shots]
-        answers = yield [Write(in_context(shown, (*sample.images, self.prompt), self.separator), self.settings)]
-        said, right = written(answers[0]), sample.data["captions"]
-        exact = any(plain_words(said) == plain_words(caption) for caption in right)
-        return Outcome(said=said, right=right, scores={"exact_match": float(exact)})
+        answers = yield [Generate(in_context(shown, (*sample.images, self.prompt), self.separator), self.settings)]
+        prediction, target = written(answers[0]), sample.data["captions"]
+        exact = any(plain_words(prediction) == plain_words(caption) for caption in target)
+        return Outcome(prediction=prediction, target=target, scores={"exact_match": float(exact)})
 
     def _demonstration(self, sample: Sample, shot: Sample) -> Parts:
         """Return another image with one of its captions, the same for the same seed and sample."""
@@ -121,19 +121,19 @@ class KarpathyCaptions(Task):
         rows = [{name: each[i] for name, each in found.items()} for i in range(len(outcomes))]
         return [replace(outcome, scores={**outcome.scores, **row}) for outcome, row in zip(outcomes, rows, strict=True)]
 
-    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
         """Return the measures, each with the interval of its mean over images; CIDEr of 1 is 100 points of the tables."""
         found = self._measured(outcomes)
-        measured = {name: replace(mean_figure(each), value=whole) for name, (whole, each) in found.items()}
-        return measured | {name: figure for name, figure in super().figures(outcomes).items() if name not in measured}
+        measured = {name: replace(mean_metric(each), value=whole) for name, (whole, each) in found.items()}
+        return measured | {name: metric for name, metric in super().metrics(outcomes).items() if name not in measured}
 
     def _measured(self, outcomes: Sequence[Outcome]) -> dict[str, tuple[float, Values]]:
         """Return what `measure` does, by the figures' names; that of the same captions is not found out twice."""
-        said, right = [outcome.said for outcome in outcomes], [outcome.right for outcome in outcomes]
-        if self._last is None or self._last[:2] != (said, right):
+        prediction, target = [outcome.prediction for outcome in outcomes], [outcome.target for outcome in outcomes]
+        if self._last is None or self._last[:2] != (prediction, target):
             suffix = "" if self.tokens == "ptb" else f"_{self.tokens}"
-            found = measure(said, right, self.measures, self.tokens)
-            self._last = said, right, {f"{name}{suffix}": both for name, both in found.items()}
+            found = measure(prediction, target, self.measures, self.tokens)
+            self._last = prediction, target, {f"{name}{suffix}": both for name, both in found.items()}
         return self._last[2]
 
 

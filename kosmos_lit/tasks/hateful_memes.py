@@ -13,9 +13,9 @@ from typing import Any, Literal
 from kosmos_lit.evaluation.answers import compared, credit, shares
 from kosmos_lit.evaluation.dataset_files import expecting, need, read_json_lines
 from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import Parts, Score
-from kosmos_lit.evaluation.statistics import Figure, auc_figure
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import LogLikelihood, Parts
+from kosmos_lit.evaluation.statistics import Metric, auc_metric
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 
 
 class HatefulMemes(Task):
@@ -71,15 +71,15 @@ class HatefulMemes(Task):
                 for row in read_json_lines(file, ["id", "img", "label"])
             ]
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask whether there is hate speech."""
         shown: list[Parts] = [(*shot.images, f"{self.template} {self.answers[shot.data['label']]}") for shot in shots]
-        answers = yield [Score(in_context(shown, (*sample.images, self.template), self.separator), self.answers)]
+        answers = yield [LogLikelihood(in_context(shown, (*sample.images, self.template), self.separator), self.answers)]
         scored = compared(answers[0])
         found, label = shares(scored), sample.data["label"]
         return Outcome(
-            said=self.answers[found.index(max(found))],
-            right=self.answers[label],
+            prediction=self.answers[found.index(max(found))],
+            target=self.answers[label],
             scores={"accuracy": credit(found, label)},
             data={
                 "score": found[1] if self.score == "share" else math.exp(scored[1].total), "label": label,
@@ -87,8 +87,8 @@ class HatefulMemes(Task):
             },
         )
 
-    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
         """Return the area under the ROC curve, and the accuracy of the likelier answer."""
         data = [outcome.data for outcome in outcomes]
-        area = auc_figure([row["score"] for row in data], [row["label"] for row in data])
-        return {"roc_auc": area} | super().figures(outcomes)
+        area = auc_metric([row["score"] for row in data], [row["label"] for row in data])
+        return {"roc_auc": area} | super().metrics(outcomes)

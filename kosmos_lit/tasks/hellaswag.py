@@ -35,5 +35,5 @@ class HellaSwag(MultipleChoice):
 
     def question(self, sample: Sample) -> Question:
         endings = tuple(ending.strip() for ending in sample.data["endings"])
-        right = self.label(sample, "label", tuple(map(str, range(len(endings)))))
-        return Question((sample.data["ctx"].strip(),), endings, endings, right)
+        target = self.label(sample, "label", tuple(map(str, range(len(endings)))))
+        return Question((sample.data["ctx"].strip(),), endings, endings, target)

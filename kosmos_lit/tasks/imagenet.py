@@ -17,8 +17,8 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.answers import written
 from kosmos_lit.evaluation.dataset_files import expecting, need
 from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import Parts, Write
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.vision import imagenet_names
 
@@ -112,13 +112,15 @@ class ImageNet(Task):
             )
         return dict(zip(synsets, lines, strict=True))
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the name."""
         settings = replace(self.settings, choices=self._choices) if self.constrained else self.settings
         shown: list[Parts] = [(*shot.images, f"{self.prompt} {shot.data['name']}") for shot in shots]
-        answers = yield [Write(in_context(shown, (*sample.images, self.prompt), self.separator), settings)]
-        said, right = written(answers[0]), sample.data["name"]
-        return Outcome(said=said, right=right, scores={"accuracy": float(_plain(said) == _plain(right))})
+        answers = yield [Generate(in_context(shown, (*sample.images, self.prompt), self.separator), settings)]
+        prediction, target = written(answers[0]), sample.data["name"]
+        return Outcome(
+            prediction=prediction, target=target, scores={"accuracy": float(_plain(prediction) == _plain(target))}
+        )
 
 
 def _plain(name: str) -> str:

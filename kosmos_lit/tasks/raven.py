@@ -16,8 +16,8 @@ from typing import Any
 from kosmos_lit.evaluation.answers import compared, credit, shares
 from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
 from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.requests import Parts, Score
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import LogLikelihood, Parts
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 
 SOURCE = "https://aka.ms/kosmos-iq50 has the images; items.json is to be written, configs/eval/raven_iq50.yaml says how"
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -74,19 +74,19 @@ class Raven(Task):
                 for row in read_json(file)
             ]
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask of each candidate whether it is correct."""
-        n, right = sample.data["n_given"], int(sample.data["answer"])
+        n, target = sample.data["n_given"], int(sample.data["answer"])
         given, candidates = sample.images[:n], sample.images[n:]
         start: Parts = (filled(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *given, self.between)
         each = [candidates[i : i + 1] for i in range(sample.data["n_candidates"])]
-        answers = yield [Score((*start, *candidate, self.after), self.answers) for candidate in each]
+        answers = yield [LogLikelihood((*start, *candidate, self.after), self.answers) for candidate in each]
         found = [compared(answer) for answer in answers]
         confidence = [shares(scored)[0] if len(scored) > 1 else math.exp(scored[0].total) for scored in found]
         total = sum(confidence) or 1.0  # all may be too small for a float
         return Outcome(
-            said=str(confidence.index(max(confidence))),
-            right=str(right),
-            scores={"accuracy": credit(confidence, right)},
+            prediction=str(confidence.index(max(confidence))),
+            target=str(target),
+            scores={"accuracy": credit(confidence, target)},
             data={"confidence": confidence, "shares": {str(i): one / total for i, one in enumerate(confidence)}},
         )

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 from kosmos_lit.evaluation.answers import compared, credit, shares, written
 from kosmos_lit.evaluation.dataset_files import need
 from kosmos_lit.evaluation.prompts import filled, in_context
-from kosmos_lit.evaluation.requests import Parts, Score, Write
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Parts
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.results import Scored
+from kosmos_lit.inference.results import ScoredCandidate
 
 
 class ImageChoice(Task):
@@ -66,17 +66,17 @@ class ImageChoice(Task):
             if image.is_file() and not image.name.startswith(".")
         ]
 
-    def choose(self, sample: Sample, shots: Sequence[Sample], question: str) -> Score:
+    def choose(self, sample: Sample, shots: Sequence[Sample], question: str) -> LogLikelihood:
         """Return the request that compares the classes after a question; demonstrations have the plain one."""
         shown: list[Parts] = [(*shot.images, f"{self.template} {shot.data['label']}") for shot in shots]
-        return Score(in_context(shown, (*sample.images, question), self.separator), self.classes)
+        return LogLikelihood(in_context(shown, (*sample.images, question), self.separator), self.classes)
 
-    def judged(self, sample: Sample, scored: Sequence[Scored], **data: Any) -> Outcome:
+    def judged(self, sample: Sample, scored: Sequence[ScoredCandidate], **data: Any) -> Outcome:
         """Return what the classes' probabilities are worth."""
         found, label = shares(scored), sample.data["label"]
         return Outcome(
-            said=self.classes[found.index(max(found))],
-            right=label,
+            prediction=self.classes[found.index(max(found))],
+            target=label,
             scores={"accuracy": credit(found, self.classes.index(label))},
             data={"shares": dict(zip(self.classes, found, strict=True)), **data},
         )
@@ -101,7 +101,7 @@ class RenderedSst2(ImageChoice):
         """Take the options of the paper; `ImageChoice` says what they are."""
         super().__init__(path, classes=classes, split=split, template=template, **options)
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the sentiment."""
         answers = yield [self.choose(sample, shots, self.template)]
         return self.judged(sample, compared(answers[0]))
@@ -134,9 +134,9 @@ class RenderedSst2ChainOfThought(RenderedSst2):
         super().__init__(path, **options)
         self.introduction, self.second, self.settings = introduction, second, settings
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for a rationale, then for the sentiment; demonstrations stand before the second stage, without rationales."""
-        answers = yield [Write((*sample.images, self.introduction), self.settings)]
+        answers = yield [Generate((*sample.images, self.introduction), self.settings)]
         rationale = written(answers[0])
         question = filled(self.second, rationale=rationale, question=self.template).strip()
         answers = yield [self.choose(sample, shots, question)]

@@ -10,7 +10,7 @@ import numpy as np
 from kosmos_lit.evaluation.dataset_files import need, read_json_lines
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
 from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.statistics import Figure, macro_f1_figure
+from kosmos_lit.evaluation.statistics import Metric, macro_f1_metric
 from kosmos_lit.evaluation.task import Outcome, Sample
 
 PUBLISHED = "super.gluebenchmark.com/tasks"
@@ -65,8 +65,8 @@ class BoolQ(SuperGlue):
 
     def question(self, sample: Sample) -> Question:
         passage, asked = sample.data["passage"].strip(), sample.data["question"].strip().removesuffix("?")
-        right = self.label(sample, "label", ("False", "True"))
-        return Question((filled(self.prompt, passage=passage, question=asked),), self.answers, self.answers, right)
+        target = self.label(sample, "label", ("False", "True"))
+        return Question((filled(self.prompt, passage=passage, question=asked),), self.answers, self.answers, target)
 
 
 class CommitmentBank(SuperGlue):
@@ -101,14 +101,14 @@ class CommitmentBank(SuperGlue):
 
     def question(self, sample: Sample) -> Question:
         premise, hypothesis = (sample.data[name].strip() for name in self.fields)
-        right = self.label(sample, "label", ("entailment", "contradiction", "neutral"))
+        target = self.label(sample, "label", ("entailment", "contradiction", "neutral"))
         context = filled(self.prompt, premise=premise, hypothesis=hypothesis.removesuffix("."))
-        return Question((context,), self.answers, self.answers, right)
+        return Question((context,), self.answers, self.answers, target)
 
-    def figures(self, outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
         chosen = np.array([outcome.data["choice"] for outcome in outcomes], dtype=np.int64)
         labels = np.array([outcome.data["label"] for outcome in outcomes], dtype=np.int64)
-        return super().figures(outcomes) | {"macro_f1": macro_f1_figure(chosen, labels)}
+        return super().metrics(outcomes) | {"macro_f1": macro_f1_metric(chosen, labels)}
 
 
 class Copa(SuperGlue):

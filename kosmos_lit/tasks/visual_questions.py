@@ -1,7 +1,7 @@
 """Questions about photographs: VQAv2 and VizWiz (KOSMOS-1, section 4.1, tables 4, 5 and 14).
 
 An image and "Question: {question} Answer:", greedy, scored by VQA accuracy. The paper evaluates on test-dev of both, whose
-answers only the benchmarks' servers know: for a split without answers `figures` has no accuracy, and `files` gives what the
+answers only the benchmarks' servers know: for a split without answers `metrics` has no accuracy, and `files` gives what the
 servers take. The paper leaves open, and we choose: what stands between demonstrations (nothing, as in the released tools of
 Kosmos-2), what ends an answer beside </s> (a newline), and which of its ten answers a demonstration has (the most frequent).
 """
@@ -18,8 +18,8 @@ from typing import Any
 from kosmos_lit.evaluation.answers import written
 from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
 from kosmos_lit.evaluation.prompts import filled, in_context
-from kosmos_lit.evaluation.requests import Parts, Write
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.evaluation.vqa import vqa_accuracy
 from kosmos_lit.inference.config import GenerationConfig
 
@@ -68,25 +68,32 @@ class VisualQuestions(Task):
     def _read(self, split: str, *, need_answers: bool) -> list[Sample]: ...
 
     @abstractmethod
-    def _submission(self, key: str, said: str) -> dict[str, Any]: ...
+    def _submission(self, key: str, prediction: str) -> dict[str, Any]: ...
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask the question."""
         answered = [f"{self._question(shot)} {most_frequent(shot.data['answers'])}" for shot in shots]
         shown: list[Parts] = [(*shot.images, text) for shot, text in zip(shots, answered, strict=True)]
         prompt = in_context(shown, (*sample.images, self._question(sample)), self.separator)
-        answers = yield [Write(prompt, self.settings)]
-        said, right = written(answers[0]), sample.data.get("answers")
-        scores = {} if right is None else {"vqa_accuracy": vqa_accuracy(said, right, leave_one_out=self.leave_one_out)}
-        return Outcome(said=said, right=right, scores=scores, data={"submission": self._submission(sample.key, said)})
+        answers = yield [Generate(prompt, self.settings)]
+        prediction, target = written(answers[0]), sample.data.get("answers")
+        scores = (
+            {} if target is None else {"vqa_accuracy": vqa_accuracy(prediction, target, leave_one_out=self.leave_one_out)}
+        )
+        return Outcome(
+            prediction=prediction,
+            target=target,
+            scores=scores,
+            data={"submission": self._submission(sample.key, prediction)},
+        )
 
     def _question(self, sample: Sample) -> str:
         return filled(self.template, question=sample.data["question"])
 
     def files(self, outcomes: Sequence[Outcome], failed: Sequence[str]) -> dict[str, str]:
         """Return the answers in the form that the benchmark's server takes (https://eval.ai): to every question one."""
-        said = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed]
-        return {f"submission_{self.split}.json": json.dumps(said)}
+        prediction = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed]
+        return {f"submission_{self.split}.json": json.dumps(prediction)}
 
 
 def most_frequent(answers: Sequence[str]) -> str:
@@ -147,8 +154,8 @@ class Vqav2(VisualQuestions):
             rows = read_json(path)["annotations"]
             return {row["question_id"]: [answer["answer"] for answer in row["answers"]] for row in rows}
 
-    def _submission(self, key: str, said: str) -> dict[str, Any]:
-        return {"question_id": int(key), "answer": said}
+    def _submission(self, key: str, prediction: str) -> dict[str, Any]:
+        return {"question_id": int(key), "answer": prediction}
 
 
 class VizWiz(VisualQuestions):
@@ -181,5 +188,5 @@ class VizWiz(VisualQuestions):
         known = {"answers": [each["answer"] for each in row["answers"]]} if need_answers or "answers" in row else {}
         return Sample(key=row["image"], images=(folder / row["image"],), data={"question": row["question"]} | known)
 
-    def _submission(self, key: str, said: str) -> dict[str, Any]:
-        return {"image": key, "answer": said}
+    def _submission(self, key: str, prediction: str) -> dict[str, Any]:
+        return {"image": key, "answer": prediction}

@@ -19,8 +19,8 @@ from lxml import html
 from kosmos_lit.evaluation.answers import written
 from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
 from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.requests import Write
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.evaluation.text_match import exact_match, f1
 from kosmos_lit.inference.config import GenerationConfig
 
@@ -91,13 +91,17 @@ class WebSrc(Task):
         data = {"question": row["question"], "answer": row["answer"], "page": str(page.with_suffix(".html"))}
         return Sample(key=row["id"], images=(page.with_suffix(".png"),), data=data)
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask the question about the page."""
         text = {"text": page_text(Path(sample.data["page"]), self.max_words)} if self.with_text else {}
         prompt = filled(self.template, question=sample.data["question"], **text)
-        answers = yield [Write((*sample.images, prompt), self.settings)]
-        said, right = written(answers[0]), [sample.data["answer"]]
-        return Outcome(said=said, right=right, scores={"exact_match": exact_match(said, right), "f1": f1(said, right)})
+        answers = yield [Generate((*sample.images, prompt), self.settings)]
+        prediction, target = written(answers[0]), [sample.data["answer"]]
+        return Outcome(
+            prediction=prediction,
+            target=target,
+            scores={"exact_match": exact_match(prediction, target), "f1": f1(prediction, target)},
+        )
 
 
 @lru_cache(maxsize=512)  # a page has dozens of questions, one after another

@@ -56,5 +56,5 @@ class Winograd(MultipleChoice):
         return Sample(key=key, data={"before": before, "after": after, "options": options, "label": label})
 
     def question(self, sample: Sample) -> Question:
-        right = self.label(sample, "label", ("A", "B"))
-        return with_options(sample.data["before"], sample.data["after"], sample.data["options"], right)
+        target = self.label(sample, "label", ("A", "B"))
+        return with_options(sample.data["before"], sample.data["after"], sample.data["options"], target)

@@ -22,7 +22,7 @@ from warcio.warcwriter import WARCWriter
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.mixture import Mixture
-from datamodules.packing import Layout, Plan
+from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.split import Split
 from datamodules.stream import PackedSource, Row, Stream
 from kosmos_lit.batch import CORPORA
@@ -244,13 +244,13 @@ def write_raw(folder: Path) -> None:
 # ---- streams
 
 
-def plan(name: str, corpus: IndexedCorpus, seq_len: int, n_latents: int, seed: int) -> Plan:
+def plan(name: str, corpus: IndexedCorpus, seq_len: int, n_latents: int, seed: int) -> RowPlan:
     """A plan over all documents of a corpus."""
-    layout = Layout(seq_len=seq_len, n_latents=n_latents, seed=seed)
-    return Plan(name, corpus, Split(corpus, 0.0, None), "train", layout)
+    layout = RowLayout(seq_len=seq_len, n_latents=n_latents, seed=seed)
+    return RowPlan(name, corpus, Split(corpus, 0.0, None), "train", layout)
 
 
-def documents_of(plan: Plan) -> list[int]:
+def documents_of(plan: RowPlan) -> list[int]:
     """The documents of a plan, each once."""
     return sorted({document for row in range(plan.n_rows) for document, _, _ in plan.pieces(row)})
 

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from datamodules.loader import Loader, MicroBatches, Rendering, Share
+from datamodules.loader import BatchLayout, Loader, MicroBatches, RenderOptions
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import MIN_IMAGES, Ledger, read_ledger
 from kosmos_lit.errors import UserError
@@ -34,10 +34,10 @@ def stream_of(images, folder, tokenizer_folder, tokenizer, per_shard=10_007):
 
 
 def batches(stream, tokenizer, ledger, max_bad_share, m, workers=0):
-    rendering = Rendering(
+    rendering = RenderOptions(
         tokenizer=tokenizer, image_size=5, fit="crop", n_latents=1, max_bad_share={"caption": max_bad_share}, ledger=ledger
     )
-    share = Share(first_row=0, global_batch_rows=m, micro_batch_rows=m)
+    share = BatchLayout(first_row=0, global_batch_rows=m, micro_batch_rows=m)
     return iter(Loader(MicroBatches(stream, share, rendering), workers))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules.blocklist import Blocklist, without
-from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share
+from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, RenderOptions
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
 from datamodules.row_display import describe_row, readable_row
@@ -62,11 +62,11 @@ def blocked(blocklist, corpus):
 
 
 def batches(stream, tokenizer, blocklist=None, ledger=None, workers=0, n_rows=None):
-    rendering = Rendering(
+    rendering = RenderOptions(
         tokenizer=tokenizer, image_size=SIDE, fit="crop", n_latents=N_LATENTS, max_bad_share=dict.fromkeys(CORPORA, 0.0),
         ledger=ledger, blocklist=blocklist,
     )  # fmt: skip
-    share = Share(first_row=0, global_batch_rows=3, micro_batch_rows=1)
+    share = BatchLayout(first_row=0, global_batch_rows=3, micro_batch_rows=1)
     micro = MicroBatches(stream, share, rendering, n_rows)
     return list(islice(Loader(micro, workers), N_ROWS) if n_rows is None else FiniteLoader(micro, workers))
 

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from datamodules.loader import FiniteLoader, Loader, MicroBatches, Rendering, Share, micro_batches
+from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, RenderOptions, micro_batches
 from datamodules.stream import InOrder, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
@@ -32,11 +32,13 @@ def held_out(stream):
 
 @pytest.fixture(scope="module")
 def rendering(tokenizer):
-    return Rendering(tokenizer=tokenizer, image_size=5, fit="crop", n_latents=3, max_bad_share=dict.fromkeys(CORPORA, 0.1))
+    return RenderOptions(
+        tokenizer=tokenizer, image_size=5, fit="crop", n_latents=3, max_bad_share=dict.fromkeys(CORPORA, 0.1)
+    )
 
 
 def share(rank, world, m, first_row=0):
-    return Share(first_row=first_row, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=world)
+    return BatchLayout(first_row=first_row, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=world)
 
 
 def rows_by_number(batches):

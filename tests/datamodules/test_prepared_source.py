@@ -8,14 +8,14 @@ import pytest
 
 from datamodules.config import CorpusConfig
 from datamodules.mixture.shares import name_sources
-from datamodules.packing import Layout
+from datamodules.packing import RowLayout
 from datamodules.prepare.index import prepare_corpus
-from datamodules.prepared_source import OpenedSource, prepare_source
+from datamodules.prepared_source import PreparedSource, prepare_source
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import Tokenizer
 from tests.datamodules import made
 
-LAYOUT = Layout(seq_len=47, n_latents=3, seed=5)
+LAYOUT = RowLayout(seq_len=47, n_latents=3, seed=5)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def config(tokenizer_folder, tmp_path):
 @pytest.fixture
 def opened(tokenizer_folder):
     def run(config):
-        return OpenedSource(name_sources({"text": config}, None)["text"], Tokenizer.load(tokenizer_folder), LAYOUT, 1)
+        return PreparedSource(name_sources({"text": config}, None)["text"], Tokenizer.load(tokenizer_folder), LAYOUT, 1)
 
     return run
 

@@ -121,7 +121,7 @@ def test_images_go_to_their_own_slots(kosmos_tower):
 
 def test_latents_are_those_of_the_connector_on_the_towers_features(kosmos_tower):
     model = tiny_model(kosmos_tower)
-    latents = model.see(random_images(5))
+    latents = model.encode_images(random_images(5))
     assert latents.shape == (5, LATENTS, 20)
     assert torch.equal(latents, model.connector(model.vision(random_images(5))))
 

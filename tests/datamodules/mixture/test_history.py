@@ -3,7 +3,7 @@ from fractions import Fraction
 import pytest
 
 from datamodules.mixture.history import History
-from datamodules.mixture.shares import Leg, Shares
+from datamodules.mixture.shares import Phase, Shares
 from kosmos_lit.errors import UserError
 
 RULES = {"seed": 3, "seq_len": 101}
@@ -13,7 +13,7 @@ WHOLE = (Fraction(1), Fraction(0), Fraction(0), Fraction(0))
 def history(sources=("a", "b"), documents=11, first_row=0, **rules):
     weights = {name: Fraction(1, len(sources)) for name in sources}
     contents = {name: {"kind": "text", "documents": documents, "shards": "5f"} for name in sources}
-    return History(RULES | rules, contents, [Leg(first_row, (Shares(first_row, WHOLE, weights),))])
+    return History(RULES | rules, contents, [Phase(first_row, (Shares(first_row, WHOLE, weights),))])
 
 
 def test_a_history_goes_through_a_checkpoint_as_plain_data():
@@ -46,7 +46,7 @@ def test_another_list_of_sources_must_be_accepted(sources, said):
     merged, changes = history().go_on(history(sources), 17, accept=True)
 
     assert changes[0] == said
-    assert merged.legs == [*history().legs, *history(sources, first_row=17).legs]
+    assert merged.phases == [*history().phases, *history(sources, first_row=17).phases]
 
 
 def test_a_removed_source_is_remembered_and_must_come_back_as_it_was():
@@ -58,4 +58,4 @@ def test_a_removed_source_is_remembered_and_must_come_back_as_it_was():
 
 def _with_other_b():
     found = history()
-    return History(found.rules, {**found.sources, "b": {"kind": "text", "documents": 13, "shards": "5f"}}, found.legs)
+    return History(found.rules, {**found.sources, "b": {"kind": "text", "documents": 13, "shards": "5f"}}, found.phases)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.mixture.mixture import MAX_PERIOD, Blend, BlendStage, Mixture, Relay, Stage
+from datamodules.mixture.mixture import MAX_PERIOD, Mixture, MixtureSchedule, SourceMixture, SourceMixtureStage, Stage
 from kosmos_lit.errors import UserError
 
 ratios = st.lists(st.integers(0, 29), min_size=1, max_size=5).filter(any)
@@ -240,7 +240,7 @@ KIND_OF = (1, 0, 1, 0, 1, 2)
 
 
 @st.composite
-def blends(draw: st.DrawFn) -> list[BlendStage]:
+def blends(draw: st.DrawFn) -> list[SourceMixtureStage]:
     """1 to 3 stages over three kinds, with two, three and one sources."""
     stages, first = [], 0
     for _ in range(draw(st.integers(1, 3))):
@@ -249,7 +249,7 @@ def blends(draw: st.DrawFn) -> list[BlendStage]:
         for kind, source in enumerate((1, 0, 5)):
             if ratio[kind] and not any(w for w, k in zip(weights, KIND_OF, strict=True) if k == kind):
                 weights[source] = 1
-        stages.append(BlendStage(first, tuple(ratio), tuple(weights)))
+        stages.append(SourceMixtureStage(first, tuple(ratio), tuple(weights)))
         first += draw(st.integers(1, 90))
     return stages
 
@@ -257,7 +257,7 @@ def blends(draw: st.DrawFn) -> list[BlendStage]:
 @settings(deadline=None)
 @given(blends())
 def test_every_prefix_is_less_than_one_row_off_in_kinds_and_in_sources_of_a_kind(stages):
-    blend, kind_rows, rows = Blend(KIND_OF, stages, 3), [0] * 3, [0] * 6
+    blend, kind_rows, rows = SourceMixture(KIND_OF, stages, 3), [0] * 3, [0] * 6
     kind_target, target = [Fraction(0)] * 3, [Fraction(0)] * 6
     weights_of: dict[int, list[int]] = {}
     for row in range(stages[-1].first_row + 200):
@@ -281,7 +281,7 @@ def test_every_prefix_is_less_than_one_row_off_in_kinds_and_in_sources_of_a_kind
 @settings(deadline=None)
 @given(blends())
 def test_counts_and_rows_of_sources_are_what_locate_gives(stages):
-    blend, rows = Blend(KIND_OF, stages, 3), [0] * 6
+    blend, rows = SourceMixture(KIND_OF, stages, 3), [0] * 6
     for row in range(stages[-1].first_row + 100):
         assert blend.counts(row) == rows
         source, number = blend.locate(row)
@@ -293,13 +293,13 @@ def test_counts_and_rows_of_sources_are_what_locate_gives(stages):
 @given(schedules())
 def test_with_one_source_per_kind_a_blend_is_the_mixture_of_kinds(stages):
     n = len(stages[0].weights)
-    blend = Blend(range(n), [BlendStage(s.first_row, s.weights, (3,) * n) for s in stages], n)
+    blend = SourceMixture(range(n), [SourceMixtureStage(s.first_row, s.weights, (3,) * n) for s in stages], n)
     mixture, n_rows = Mixture(stages), some_rows(stages)
     assert [blend.locate(row) for row in range(n_rows)] == [mixture.locate(row) for row in range(n_rows)]
 
 
 def test_a_source_that_never_comes_again_has_no_row():
-    blend = Blend((0, 0, 1), [BlendStage(0, (1, 1), (1, 1, 1)), BlendStage(8, (1, 0), (1, 0, 0))], 2)
+    blend = SourceMixture((0, 0, 1), [SourceMixtureStage(0, (1, 1), (1, 1, 1)), SourceMixtureStage(8, (1, 0), (1, 0, 0))], 2)
     counts = blend.counts(100)
     assert [blend.row_of(source, counts[source]) is None for source in range(3)] == [False, True, True]
 
@@ -307,7 +307,7 @@ def test_a_source_that_never_comes_again_has_no_row():
 def test_a_pickled_blend_deals_the_same_rows_and_is_small():
     rng = random.Random(3)
     weights = tuple(rng.random() for _ in range(16))
-    blend = Blend([0] * 11 + [1] * 4 + [2], [BlendStage(0, (5, 5, 2), weights)], 3)
+    blend = SourceMixture([0] * 11 + [1] * 4 + [2], [SourceMixtureStage(0, (5, 5, 2), weights)], 3)
     pickled = pickle.dumps(blend)
     assert len(pickled) < 300_000  # two patterns of 100,000 bytes, and counts every 256 rows
     rows = [rng.randrange(10**9) for _ in range(101)]
@@ -315,9 +315,9 @@ def test_a_pickled_blend_deals_the_same_rows_and_is_small():
 
 
 def test_a_kind_with_a_share_needs_a_source_with_a_weight():
-    stages = [BlendStage(0, (1, 1), (1, 1, 1)), BlendStage(500, (1, 1), (1, 1, 0))]
+    stages = [SourceMixtureStage(0, (1, 1), (1, 1, 1)), SourceMixtureStage(500, (1, 1), (1, 1, 0))]
     with pytest.raises(UserError, match=r"from row 500 on, sources of kind 1: at least one weight .* got \[0\]"):
-        Blend((0, 0, 1), stages, 2)
+        SourceMixture((0, 0, 1), stages, 2)
 
 
 # ---- changes on the way
@@ -326,21 +326,21 @@ def test_a_kind_with_a_share_needs_a_source_with_a_weight():
 @settings(deadline=None)
 @given(blends(), blends(), st.integers(1, 150))
 def test_rows_before_an_unforeseen_change_stay_as_they_were_dealt(before, after, change):
-    old = Blend(KIND_OF, before, 3)
-    relay = Relay([(0, old), (change, Blend(KIND_OF, after, 3))])
-    assert [relay.locate(row) for row in range(change)] == [old.locate(row) for row in range(change)]
+    old = SourceMixture(KIND_OF, before, 3)
+    build_schedule = MixtureSchedule([(0, old), (change, SourceMixture(KIND_OF, after, 3))])
+    assert [build_schedule.locate(row) for row in range(change)] == [old.locate(row) for row in range(change)]
 
 
 @settings(deadline=None)
 @given(blends(), blends(), st.integers(1, 150))
 def test_sources_go_on_where_they_were_after_an_unforeseen_change(before, after, change):
     old, new = (
-        Blend((*KIND_OF, 0), [BlendStage(s.first_row, s.ratio, (*s.weights, weight)) for s in stages], 3)
+        SourceMixture((*KIND_OF, 0), [SourceMixtureStage(s.first_row, s.ratio, (*s.weights, weight)) for s in stages], 3)
         for stages, weight in ((before, 0), (after, 2))
     )
-    relay, rows = Relay([(0, old), (change, new)]), [0] * 7
+    build_schedule, rows = MixtureSchedule([(0, old), (change, new)]), [0] * 7
     for row in range(change + 100):
-        assert relay.counts(row) == rows
-        source, number = relay.locate(row)
-        assert (number, relay.row_of(source, number)) == (rows[source], row)
+        assert build_schedule.counts(row) == rows
+        source, number = build_schedule.locate(row)
+        assert (number, build_schedule.row_of(source, number)) == (rows[source], row)
         rows[source] += 1

@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datamodules.config import CorpusConfig, RatioConfig, RatioStage
-from datamodules.mixture.shares import Leg, NamedSource, Shares, amount, go_on, name_sources, ratios_by_step, relay, shares
+from datamodules.mixture.shares import (
+    NamedSource,
+    Phase,
+    Shares,
+    amount,
+    build_schedule,
+    go_on,
+    name_sources,
+    ratios_by_step,
+    shares,
+)
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 
@@ -105,23 +115,23 @@ def texts(first_row, **weights):
 
 
 def leg(*stages):
-    return Leg(stages[0].first_row, stages)
+    return Phase(stages[0].first_row, stages)
 
 
 def test_legs_go_through_a_checkpoint_as_plain_data():
     there = leg(texts(7, a="1/3", b="2/3"), texts(11, a=1))
-    assert Leg.from_dict(there.to_dict()) == there
+    assert Phase.from_dict(there.to_dict()) == there
 
 
 def test_a_run_that_goes_on_as_before_has_the_same_legs():
-    legs = [leg(texts(0, a=1), texts(40, a="1/2", b="1/2"))]
-    assert go_on(legs, legs[0], 17) == legs
-    assert go_on(legs, leg(texts(0, a="1/2", b="1/2")), 60) == legs
+    phases = [leg(texts(0, a=1), texts(40, a="1/2", b="1/2"))]
+    assert go_on(phases, phases[0], 17) == phases
+    assert go_on(phases, leg(texts(0, a="1/2", b="1/2")), 60) == phases
 
 
 def test_a_change_begins_a_leg_where_the_run_goes_on_and_keeps_what_was_known_before():
-    legs = [leg(texts(0, a=1), texts(40, a="1/2", b="1/2"))]
-    assert go_on(legs, leg(texts(0, b=1)), 17) == [*legs, leg(texts(17, b=1))]
+    phases = [leg(texts(0, a=1), texts(40, a="1/2", b="1/2"))]
+    assert go_on(phases, leg(texts(0, b=1)), 17) == [*phases, leg(texts(17, b=1))]
 
 
 def test_seen_from_a_row_there_are_the_shares_at_it_and_those_to_come():
@@ -135,7 +145,7 @@ def test_a_change_on_the_way_leaves_past_rows_and_counts_on_behind_them(row):
     before = [leg(texts(0, a="1/2", b="1/2"), texts(31, a="1/5", b="4/5"))]
     after = go_on(before, leg(texts(0, b="1/4", c="3/4")), row)
     kinds = {"a": 0, "b": 0, "c": 0}
-    old, new = relay(before, kinds), relay(after, kinds)
+    old, new = build_schedule(before, kinds), build_schedule(after, kinds)
     assert [new.locate(n) for n in range(row)] == [old.locate(n) for n in range(row)]
     read = old.counts(row)
     rows = [new.locate(n) for n in range(row, row + 40)]

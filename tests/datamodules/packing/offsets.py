@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from datamodules.corpus import PLACE_BITS, IndexedCorpus
-from datamodules.packing import Layout, Plan
+from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.split import Part, Split
 
 
@@ -46,7 +46,7 @@ class Case:
     """A corpus, and all that its plans depend on."""
 
     corpus: Offsets
-    layout: Layout
+    layout: RowLayout
     val_share: float = 0.0
     val_input: Sequence[str] | None = None
 
@@ -54,11 +54,11 @@ class Case:
     def split(self) -> Split:
         return Split(self.corpus, self.val_share, self.val_input)  # type: ignore[arg-type]
 
-    def plan(self, part: Part = "train") -> Plan:
-        return Plan("drawn", self.corpus, self.split, part, self.layout)  # type: ignore[arg-type]
+    def plan(self, part: Part = "train") -> RowPlan:
+        return RowPlan("drawn", self.corpus, self.split, part, self.layout)  # type: ignore[arg-type]
 
     @cached_property
-    def plans(self) -> dict[Part, Plan]:
+    def plans(self) -> dict[Part, RowPlan]:
         """The plans of the parts that have rows."""
         found = {part: self.split.documents(0, self.corpus.n_documents, part) for part in ("train", "val")}
         return {part: self.plan(part) for part, numbers in found.items() if any(self.fits(d) for d in numbers.tolist())}
@@ -93,7 +93,7 @@ def cases(draw: st.DrawFn, splits: bool = True) -> Case:
     document = st.text(draw(st.sampled_from(["t", "ti", "ttttti", "tttttttttti"])), min_size=1, max_size=61)
     documents = draw(st.lists(document, min_size=1, max_size=53))
     n_latents = draw(st.sampled_from([1, 2, 3, 7]))
-    layout = Layout(
+    layout = RowLayout(
         seq_len=n_latents + 4 + draw(st.integers(0, 61)),
         n_latents=n_latents,
         seed=draw(st.integers(0, 5)),

@@ -16,11 +16,11 @@ import pytest
 
 from datamodules.corpus import IndexedCorpus
 from datamodules.packing import counts
-from datamodules.packing.row_plan import COUNTS, Blocks, Layout, Plan
+from datamodules.packing.row_plan import COUNTS, Blocks, RowLayout, RowPlan
 from datamodules.packing.split import Split
 from tests.datamodules.packing.offsets import Case, Offsets
 
-LAYOUT = Layout(seq_len=23, n_latents=3, seed=5, block_documents=11, run_documents=3)
+LAYOUT = RowLayout(seq_len=23, n_latents=3, seed=5, block_documents=11, run_documents=3)
 N = 997
 
 
@@ -72,7 +72,7 @@ def test_a_second_start_packs_nothing(case, counted):
 
 
 def test_a_corpus_of_one_block_keeps_nothing(case):
-    Case(case.corpus, Layout(seq_len=23, n_latents=3, seed=5)).plan()
+    Case(case.corpus, RowLayout(seq_len=23, n_latents=3, seed=5)).plan()
     assert list(case.corpus.folder.iterdir()) == []
 
 
@@ -195,7 +195,7 @@ def test_processes_count_what_one_process_counts(case, monkeypatch):
     monkeypatch.setattr(counts, "PART", 41)
     alone = case.plan()
     kept(case).unlink()
-    together = Plan("drawn", case.corpus, case.split, "train", LAYOUT, workers=2)  # type: ignore[arg-type]
+    together = RowPlan("drawn", case.corpus, case.split, "train", LAYOUT, workers=2)  # type: ignore[arg-type]
     assert together.totals == alone.totals
     assert together._n_rows.tolist() == alone._n_rows.tolist()
 
@@ -206,7 +206,7 @@ def test_an_index_is_planned_from_its_own_folder(corpora, tmp_path):
         (tmp_path / file.name).symlink_to(file)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     copy = IndexedCorpus(tmp_path)
-    layout = Layout(seq_len=101, n_latents=3, seed=7, block_documents=5, run_documents=2)
-    plan = Plan("caption", copy, Split(copy, 0.1, None), "train", layout, workers=2)
+    layout = RowLayout(seq_len=101, n_latents=3, seed=7, block_documents=5, run_documents=2)
+    plan = RowPlan("caption", copy, Split(copy, 0.1, None), "train", layout, workers=2)
     assert plan.totals.images == plan.totals.documents == plan.totals.begun < manifest["documents"]
     assert len(list((tmp_path / "plans").glob("*.npz"))) == 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from datamodules.io.hashing import hash_key, permutation
 from datamodules.packing.pack import TOO_LONG, TOO_MANY_IMAGES, pack
-from datamodules.packing.row_plan import Blocks, Layout
+from datamodules.packing.row_plan import Blocks, RowLayout
 from kosmos_lit.errors import UserError
 from tests.datamodules.packing.offsets import Case, Offsets, cases
 
@@ -20,7 +20,7 @@ def texts(n, packing="whole"):
     return Offsets(["t" * (1 + k * 7919 % 13) for k in range(n)], packing)
 
 
-LAYOUT = Layout(seq_len=23, n_latents=3, seed=5)
+LAYOUT = RowLayout(seq_len=23, n_latents=3, seed=5)
 BLOCKS = replace(LAYOUT, block_documents=101, run_documents=7)
 """Ten blocks of 1009 documents."""
 
@@ -243,17 +243,17 @@ def test_blocks_are_the_same_in_another_process(several):
 
 def test_a_row_without_room_for_an_image_is_refused():
     with pytest.raises(UserError, match="seq_len 8 has no room for an image of 5 latents; it needs 9"):
-        Case(Offsets(["it"]), Layout(seq_len=8, n_latents=5, seed=0)).plan()
+        Case(Offsets(["it"]), RowLayout(seq_len=8, n_latents=5, seed=0)).plan()
 
 
 def test_the_smallest_row_with_room_for_an_image_is_enough():
-    plan = Case(Offsets(["it", "ttitt", "ititi"]), Layout(seq_len=9, n_latents=5, seed=0)).plan()
+    plan = Case(Offsets(["it", "ttitt", "ititi"]), RowLayout(seq_len=9, n_latents=5, seed=0)).plan()
     assert plan.totals.images == 1 + 1 + 3
 
 
 def test_a_corpus_of_which_nothing_fits_is_refused_and_a_document_named():
     with pytest.raises(UserError, match="none of 1 documents fits rows of 11 positions; document 0, for one: more images"):
-        Case(Offsets(["tiiit"]), Layout(seq_len=11, n_latents=5, seed=0)).plan()
+        Case(Offsets(["tiiit"]), RowLayout(seq_len=11, n_latents=5, seed=0)).plan()
 
 
 def test_a_corpus_without_documents_is_refused():

@@ -15,9 +15,9 @@ from datamodules.world.scene_tasks import ASPECTS, any_scene, class_of, question
 from datamodules.world.sets import SETS, SetsConfig, write_sets
 from datamodules.world.write import WorldConfig
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.requests import Score, Write
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood
 from kosmos_lit.evaluation.task import Sample, Task
-from kosmos_lit.inference.results import Continuation, Scored
+from kosmos_lit.inference.results import Continuation, ScoredCandidate
 
 RULES = Rules(3, 0.28)
 OVERLAY = Path(__file__).parents[3] / "configs" / "eval" / "world.yaml"
@@ -68,14 +68,14 @@ def test_the_real_task_reads_its_set_and_asks(tasks: dict[str, Task], name: str)
 RIGHT = [name for name in TASKS if name not in ("captions", "opinions_cot") and not name.startswith("matrices")]
 
 
-def answered(task: Task, sample: Sample, request: Score | Write) -> Continuation | tuple[Scored, ...]:
+def answered(task: Task, sample: Sample, request: LogLikelihood | Generate) -> Continuation | tuple[ScoredCandidate, ...]:
     """Return the answer of somebody who knows what is right."""
-    if isinstance(request, Write):
-        right = sample.data.get("answers", [sample.data.get("answer", sample.data.get("name"))])[0]
-        right = right or sample.data["classes"][sample.data["right"]]["name"]
-        return Continuation(right, (), True)
-    best = task.question(sample).right if hasattr(task, "question") else request.candidates.index(sample.data["label"])
-    return tuple(Scored(text, (-1.0 if i == best else -2.0,)) for i, text in enumerate(request.candidates))
+    if isinstance(request, Generate):
+        target = sample.data.get("answers", [sample.data.get("answer", sample.data.get("name"))])[0]
+        target = target or sample.data["classes"][sample.data["target"]]["name"]
+        return Continuation(target, (), True)
+    best = task.question(sample).target if hasattr(task, "question") else request.candidates.index(sample.data["label"])
+    return tuple(ScoredCandidate(text, (-1.0 if i == best else -2.0,)) for i, text in enumerate(request.candidates))
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -83,13 +83,13 @@ def test_who_answers_rightly_gets_everything(tasks: dict[str, Task], name: str) 
     task = tasks[name]
     outcomes = []
     for sample in task.samples():
-        going = task.ask(sample, task.shots(sample, task.pool() if task.n_shots else ()))
-        requests = next(going)
+        session = task.ask(sample, task.shots(sample, task.pool() if task.n_shots else ()))
+        requests = next(session)
         try:
-            going.send([answered(task, sample, request) for request in requests])
+            session.send([answered(task, sample, request) for request in requests])
         except StopIteration as end:
             outcomes.append(end.value)
-    assert task.figures(outcomes)[task.headline].value == 1
+    assert task.metrics(outcomes)[task.headline].value == 1
 
 
 # ---- balance
@@ -108,13 +108,13 @@ def test_sizes_are_asked_in_both_orders(tasks: dict[str, Task]) -> None:
 
 
 def test_a_constant_answer_to_each_kind_of_question_gets_no_more_than_the_chance_level(tasks: dict[str, Task]) -> None:
-    random, right = Random(5), Counter[tuple[str, str]]()
+    random, target = Random(5), Counter[tuple[str, str]]()
     for i in range(3000):
         scene = any_scene(random, ("object", "count", "pair")[i % 3], RULES, held_out=True)
         kind, (_, answer) = random.choice(list(questions(scene, random).items()))
-        right[kind, answer] += 1
-    kinds = {kind for kind, _ in right}
-    best = sum(max(n for (k, _), n in right.items() if k == kind) for kind in kinds) / 3000
+        target[kind, answer] += 1
+    kinds = {kind for kind, _ in target}
+    best = sum(max(n for (k, _), n in target.items() if k == kind) for kind in kinds) / 3000
     assert tasks["questions"].chance is not None
     assert best - 0.05 < tasks["questions"].chance
     assert best < tasks["questions"].chance + 0.05

@@ -23,8 +23,8 @@ from tests.running import tiny_run
 IMAGE = torch.zeros(3, 11, 11, dtype=torch.uint8)
 
 
-def answered(right: str, said: str, blind: str) -> Answered:
-    return Answered("object", IMAGE, right, said, blind)
+def answered(target: str, prediction: str, blind: str) -> Answered:
+    return Answered("object", IMAGE, target, prediction, blind)
 
 
 ANSWERS = [answered("a", "a", "b"), answered("b", "b", "b"), answered("c", "c d", "a"), answered("d", "D", "a")]
@@ -52,12 +52,12 @@ def test_the_sheet_has_room_for_every_image() -> None:
 class Asks:
     """A data module that asks the given batches, or has nothing to ask."""
 
-    def __init__(self, *batches: PromptBatch) -> None:
-        self.batches = batches
+    def __init__(self, *make_batches: PromptBatch) -> None:
+        self.make_batches = make_batches
 
     def predict_dataloader(self) -> Iterator[PromptBatch]:
-        yield from self.batches
-        if not self.batches:
+        yield from self.make_batches
+        if not self.make_batches:
             raise UserError("there is nothing to ask")
 
 
@@ -78,10 +78,10 @@ def lit_that_says(text: str, tower: str) -> KosmosLit:
     return lit
 
 
-def end_of_run(folder: Path, lit: KosmosLit, *batches: PromptBatch) -> dict[str, Any]:
+def end_of_run(folder: Path, lit: KosmosLit, *make_batches: PromptBatch) -> dict[str, Any]:
     """Return the report of a run that ends with these questions."""
     trainer = SimpleNamespace(
-        datamodule=Asks(*batches), is_global_zero=True, default_root_dir=str(folder), callback_metrics={}, global_step=7
+        datamodule=Asks(*make_batches), is_global_zero=True, default_root_dir=str(folder), callback_metrics={}, global_step=7
     )
     callback = CaptionReport()
     callback.on_train_start(trainer, lit)  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def test_every_answer_is_kept(reported: Path) -> None:
     report = json.loads((reported / "report.json").read_text(encoding="utf-8"))
 
     assert len(rows) == sum(task["n"] for task in report["tasks"].values())
-    assert set(rows[0]) == {"task", "right", "said", "said_with_another_image"}
+    assert set(rows[0]) == {"task", "target", "prediction", "prediction_shuffled"}
 
 
 def test_the_image_sheet_is_an_image(reported: Path) -> None:

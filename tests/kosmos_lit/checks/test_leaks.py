@@ -80,8 +80,8 @@ def test_a_document_of_the_row_that_sees_a_later_one_is_found(kosmos_tower: str,
 
 def test_an_image_in_anothers_slots_is_found(kosmos_tower: str) -> None:
     model = tiny_model(kosmos_tower)
-    see = model.see
-    model.see = lambda images: see(images).roll(1, 0)  # type: ignore[method-assign]
+    see = model.encode_images
+    model.encode_images = lambda images: see(images).roll(1, 0)  # type: ignore[method-assign]
     assert "when images of document 0 of row 0 change" in str(found(model))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kosmos_lit.evaluation.requests import Score, Write
-from kosmos_lit.evaluation.task import Asking, Outcome, Sample, Task
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood
+from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 
 WORDS = "the cat sat on mat a red square and blue circle jackdaws love my big sphinx of quartz".split()
@@ -59,26 +59,26 @@ class Rounds(Task):
         """Return samples of its own."""
         return [Sample(key=f"shot {i}", data={"text": WORDS[i], "label": 1}) for i in range(5)]
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Compare, then write."""
         before = tuple(f"{shot.data['text']} yes " for shot in shots)
         prompt = (*before, *sample.images, sample.data["text"])
-        [scored] = yield [Score(prompt, ("a cat", "red square and"))]
+        [scored] = yield [LogLikelihood(prompt, ("a cat", "red square and"))]
         assert isinstance(scored, tuple)
         best = max(range(2), key=lambda i: scored[i].mean)
         data = {"log_probs": [scored[0].total, scored[1].total]}
         if int(sample.key[1:]) % 3 != 2:
             settings = GenerationConfig(max_new_tokens=self.max_new_tokens, n_beams=1 + int(sample.key[1:]) % 2)
-            [written] = yield [Write((*prompt, " ", scored[best].text), settings)]
+            [written] = yield [Generate((*prompt, " ", scored[best].text), settings)]
             data["written"] = written.text  # type: ignore[union-attr, assignment]
         scores = {"accuracy": float(best == sample.data["label"])}
-        return Outcome(said=scored[best].text, right=sample.data["label"], scores=scores, data=data)
+        return Outcome(prediction=scored[best].text, target=sample.data["label"], scores=scores, data=data)
 
 
 class Dying(Rounds):
     """Ends its process at the sample s4 as long as there is a file `die` in its folder, which says how."""
 
-    def ask(self, sample: Sample, shots: Sequence[Sample]) -> Asking:
+    def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask as `Rounds` does."""
         order = self.path / "die"
         if sample.key == "s4" and order.exists():

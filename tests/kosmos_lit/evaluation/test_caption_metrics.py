@@ -89,10 +89,10 @@ def test_java_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 @pytest.mark.slow
 @needs_java
 def test_the_official_words_and_meteor_come_from_java() -> None:
-    said = ["A man's dog, running.", "a cat", ""]
-    right = [["a man 's dog running"], ["A cat."], ["a bird"]]
+    prediction = ["A man's dog, running.", "a cat", ""]
+    target = [["a man 's dog running"], ["A cat."], ["a bird"]]
 
-    found = {name: each for name, (_, each) in measure(said, right, ["cider", "meteor"], "ptb").items()}
+    found = {name: each for name, (_, each) in measure(prediction, target, ["cider", "meteor"], "ptb").items()}
 
     # "a" is of all three images and weighs nothing: of "a cat" n = 1 is "cat", n = 2 the whole.
     assert found["cider"][:2] == pytest.approx([10.0, 5.0])  # 5 words: all four n; 2 words: two of them

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.requests import Score
+from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.task import Outcome, Task
-from kosmos_lit.inference.results import Scored
+from kosmos_lit.inference.results import ScoredCandidate
 
 DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
 
@@ -33,7 +33,7 @@ def test_the_documented_task_asks_and_counts(documented: Any, tmp_path: Path) ->
     outcomes = [answer_red(task, i) for i in range(2)]
 
     assert [outcome.scores for outcome in outcomes] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
-    assert task.figures(outcomes)["accuracy"].value == 0.5
+    assert task.metrics(outcomes)["accuracy"].value == 0.5
 
 
 def answer_red(task: Task, number: int) -> Outcome:
@@ -41,9 +41,9 @@ def answer_red(task: Task, number: int) -> Outcome:
     sample = task.samples()[number]
     asking = task.ask(sample, [])
     (request,) = next(asking)
-    assert request == Score((sample.images[0], "The colour of this image is"), ("red", "green", "blue"))
+    assert request == LogLikelihood((sample.images[0], "The colour of this image is"), ("red", "green", "blue"))
     with pytest.raises(StopIteration) as end:
-        asking.send([tuple(Scored(text, (-1.0 if text == "red" else -2.0,)) for text in request.candidates)])
+        asking.send([tuple(ScoredCandidate(text, (-1.0 if text == "red" else -2.0,)) for text in request.candidates)])
     assert isinstance(end.value.value, Outcome)
     return end.value.value
 

@@ -14,7 +14,7 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.stream import Row
 from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
 from kosmos_lit.evaluation.requests import Parts
-from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.images import Fit
 from kosmos_lit.tokenizer import EOS, IGNORE, Ids, Tokenizer
 from tests.datamodules import made
@@ -62,8 +62,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate((A, B, C)):
         (path / name).write_bytes(made.png(number) if name.suffix == ".png" else made.jpeg(number))
     records = [
-        {"images": [str(part) for part in parts if isinstance(part, Path)], "prompt": readable(parts), "completion": said}
-        for parts, said in ((parts, gap(parts) + answer) for parts, answer in EXAMPLES)
+        {
+            "images": [str(part) for part in parts if isinstance(part, Path)],
+            "prompt": readable(parts),
+            "completion": prediction,
+        }
+        for parts, prediction in ((parts, gap(parts) + answer) for parts, answer in EXAMPLES)
     ]
     (path / "a.jsonl").write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
     return path
@@ -131,7 +135,7 @@ def test_pixels_are_those_of_training(
     _, images = ImageReader(SIDE, fit, tokenizer.special, {"instruct": 0.0}).read([row], {"instruct": trained})
     wanted = images[[n for n, owner in enumerate(row.image_owner) if row.documents[owner].document == 2]]
 
-    engine = Engine(tiny_model(kosmos_tower), tokenizer, image_fit=fit)
+    engine = RequestScheduler(tiny_model(kosmos_tower), tokenizer, image_fit=fit)
 
     found = [engine._read(folder / part) for part in EXAMPLES[2][0] if isinstance(part, Path)]
     assert np.stack(found).tobytes() == wanted.tobytes()  # type: ignore[arg-type]

@@ -24,8 +24,8 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation import harness
 from kosmos_lit.evaluation.harness import HarnessModel, generation_config, main
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice
-from kosmos_lit.evaluation.requests import Write
-from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.evaluation.requests import Generate
+from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.inference.generate import GenerationConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, Tokenizer
@@ -98,12 +98,12 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
     for sample in samples:
         [request] = task.requests(sample, task.shots(sample, pool))
         [context] = request.parts
-        rows.append({"context": context, "choices": request.candidates, "label": task.question(sample).right})
+        rows.append({"context": context, "choices": request.candidates, "label": task.question(sample).target})
     put_task(tmp_path, rows, **CHOICE)
 
     theirs = evaluate(asked, tmp_path)
 
-    results = {r.key: r for some in Engine(asked.model, asked.tokenizer).run(task, samples, pool) for r in some}
+    results = {r.key: r for some in RequestScheduler(asked.model, asked.tokenizer).run(task, samples, pool) for r in some}
     ours = [results[sample.key].outcome for sample in samples]
     logged = sorted(theirs["samples"]["made"], key=lambda one: one["doc_id"])
     assert len(logged) == len(samples)
@@ -234,7 +234,9 @@ def test_a_long_text_is_the_sum_of_its_windows(kosmos_tower: str, kosmos_tokeniz
 def test_generation_stops_where_the_task_says(asked: HarnessModel, tmp_path: Path) -> None:
     contexts = ["the cat", "a red square and a", "jackdaws love"]
     settings = GenerationConfig(max_new_tokens=9)
-    written = [a.text for a in Engine(asked.model, asked.tokenizer).answer([Write((c,), settings) for c in contexts])]  # type: ignore[union-attr]
+    written = [
+        a.text for a in RequestScheduler(asked.model, asked.tokenizer).answer([Generate((c,), settings) for c in contexts])
+    ]  # type: ignore[union-attr]
     stop = next(letter for letter in "aeiotnsr" if any(letter in text[1:] for text in written))
     put_task(
         tmp_path, [{"context": c, "answer": "x"} for c in contexts], output_type="generate_until",

@@ -14,9 +14,9 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.image_control import shuffle_images
 from kosmos_lit.evaluation.record import Result
-from kosmos_lit.evaluation.requests import Score
+from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.runner import evaluate, weights_digest
-from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.task import Sample, chosen
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
@@ -46,12 +46,12 @@ def test_results_are_in_the_samples_order_and_figures_their_means(
 
     rows = lines(tmp_path / "out")
     assert [row["key"] for row in rows] == [f"s{i}" for i in range(11)]
-    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert figures["tasks"] == entries
-    accuracy = figures["tasks"]["rounds"]["figures"]["accuracy"]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["tasks"] == entries
+    accuracy = metrics["tasks"]["rounds"]["metrics"]["accuracy"]
     assert accuracy["value"] == pytest.approx(sum(row["scores"]["accuracy"] for row in rows) / 11)
-    assert accuracy["n"] == figures["tasks"]["rounds"]["n_samples"] == 11
-    assert figures["tasks"]["rounds"]["options"] == {
+    assert accuracy["n"] == metrics["tasks"]["rounds"]["n_samples"] == 11
+    assert metrics["tasks"]["rounds"]["options"] == {
         "path": str(task.path), "n": 11, "max_new_tokens": 5, "n_shots": 0, "seed": 0, "max_samples": None,
         "title": None, "chance": None,
     }  # fmt: skip
@@ -64,19 +64,21 @@ def test_who_was_asked_about_before_is_not_asked_again(
     evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, max_samples=5), tmp_path / "out")
     before = lines(tmp_path / "out")
     asked: list[str] = []
-    run = Engine.run
+    run = RequestScheduler.run
 
-    def watched(engine: Engine, task: Rounds, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
+    def watched(
+        engine: RequestScheduler, task: Rounds, samples: Sequence[Sample], pool: Sequence[Sample]
+    ) -> Iterator[list[Result]]:
         asked.extend(sample.key for sample in samples)
         return run(engine, task, samples, pool)
 
-    monkeypatch.setattr(Engine, "run", watched)
+    monkeypatch.setattr(RequestScheduler, "run", watched)
 
     again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
 
     assert sorted([*asked, *(row["key"] for row in before)]) == sorted(f"s{i}" for i in range(11))
     assert len(before) == 5
-    assert again["rounds"]["figures"] == whole["rounds"]["figures"]
+    assert again["rounds"]["metrics"] == whole["rounds"]["metrics"]
     assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
 
 
@@ -92,9 +94,9 @@ def test_a_line_that_was_cut_off_is_asked_again(
 
     again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
 
-    assert again["rounds"]["figures"] == whole["rounds"]["figures"]
+    assert again["rounds"]["metrics"] == whole["rounds"]["metrics"]
     assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["identity.json", "samples.jsonl"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["fingerprint.json", "samples.jsonl"]
 
 
 def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path) -> None:
@@ -107,12 +109,12 @@ def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, 
     then = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
 
     assert first["n_failed"] == first["failures"]["an image cannot be read"] > 0
-    assert first["figures"]["accuracy"]["n"] == 11 - first["n_failed"]
-    assert (then["n_failed"], then["figures"]["accuracy"]["n"]) == (0, 11)
+    assert first["metrics"]["accuracy"]["n"] == 11 - first["n_failed"]
+    assert (then["n_failed"], then["metrics"]["accuracy"]["n"]) == (0, 11)
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "prediction"),
     [
         ({"seed": 3}, "weights '.*' there, '.*' here"),
         ({"image_control": "blank"}, "image_control 'true' there, 'blank' here"),
@@ -121,14 +123,14 @@ def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, 
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
 def test_results_of_something_else_are_refused_and_stay(
-    kosmos_tower: str, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path, other: dict[str, Any], said: str
+    kosmos_tower: str, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path, other: dict[str, Any], prediction: str
 ) -> None:
     evaluate(tiny_model(kosmos_tower), kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
     before = lines(tmp_path / "out")
     changed = Rounds(str(task.path), n=11, max_new_tokens=other.get("max_new_tokens", 5))
     config = EvalConfig(tasks={"rounds": changed}, image_control=other.get("image_control", "true"))
 
-    with pytest.raises(UserError, match=rf"holds results of another evaluation: {said}\. Give this one another"):
+    with pytest.raises(UserError, match=rf"holds results of another evaluation: {prediction}\. Give this one another"):
         evaluate(tiny_model(kosmos_tower, other.get("seed", 0)), kosmos_tokenizer, config, tmp_path / "out")
 
     assert lines(tmp_path / "out") == before
@@ -139,7 +141,7 @@ def test_a_task_of_which_nothing_could_be_asked_is_a_mistake(
 ) -> None:
     class Empty(Rounds):
         def ask(self, sample: Any, shots: Any) -> Any:
-            yield [Score(("the",), ("cat", " "))]
+            yield [LogLikelihood(("the",), ("cat", " "))]
 
     config = EvalConfig(tasks={"empty": Empty(str(task.path), n=3)})
     with pytest.raises(UserError, match=r"empty: nothing could be asked about any of 3 samples: candidate without tokens"):

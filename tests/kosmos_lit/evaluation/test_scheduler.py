@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.evaluation.record import Failure, Result
-from kosmos_lit.evaluation.requests import Request, Score, Write
-from kosmos_lit.evaluation.scheduler import Engine
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Request
+from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.inference.generate import GenerationConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ def task(tmp_path: Path) -> Rounds:
     return Rounds(str(tmp_path / "images"), n=11)
 
 
-def results_of(engine: Engine, task: Rounds) -> dict[str, Result]:
+def results_of(engine: RequestScheduler, task: Rounds) -> dict[str, Result]:
     results = [result for some in engine.run(task, task.samples(), task.pool()) for result in some]
     assert len(results) == len({result.key for result in results})
     return {result.key: result for result in results}
@@ -46,23 +46,23 @@ def test_outcomes_do_not_depend_on_batches(
 ) -> None:
     task.n_shots = n_shots
 
-    alone = results_of(Engine(model, kosmos_tokenizer, batch_tokens=1), task)
-    together = results_of(Engine(model, kosmos_tokenizer, batch_tokens=100_000), task)
+    alone = results_of(RequestScheduler(model, kosmos_tokenizer, batch_tokens=1), task)
+    merged = results_of(RequestScheduler(model, kosmos_tokenizer, batch_tokens=100_000), task)
 
-    assert alone.keys() == together.keys()
+    assert alone.keys() == merged.keys()
     for key, one in alone.items():
         assert one.outcome is not None
-        assert together[key].outcome is not None
-        assert (one.outcome.said, one.outcome.scores) == (together[key].outcome.said, together[key].outcome.scores)
-        assert one.outcome.data.get("written") == together[key].outcome.data.get("written")
-        assert log_probs(one) == pytest.approx(log_probs(together[key]), abs=1e-5)
+        assert merged[key].outcome is not None
+        assert (one.outcome.prediction, one.outcome.scores) == (merged[key].outcome.prediction, merged[key].outcome.scores)
+        assert one.outcome.data.get("written") == merged[key].outcome.data.get("written")
+        assert log_probs(one) == pytest.approx(log_probs(merged[key]), abs=1e-5)
 
 
 def test_a_batch_holds_no_more_positions_than_asked_for(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
     read: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
 
-    results_of(Engine(model, kosmos_tokenizer, batch_tokens=90), task)
+    results_of(RequestScheduler(model, kosmos_tokenizer, batch_tokens=90), task)
 
     assert max(read) <= 90
 
@@ -73,32 +73,32 @@ def test_an_image_of_several_samples_is_seen_once_a_batch(
     [one, other] = draw(tmp_path, 2)
     seen: list[Tensor] = []
     model.vision.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    requests = [Score((one, other, one, text), ("a cat",)) for text in ("the", "a red square", "my")]
+    requests = [LogLikelihood((one, other, one, text), ("a cat",)) for text in ("the", "a red square", "my")]
 
-    together = Engine(model, kosmos_tokenizer).answer(requests)
+    merged = RequestScheduler(model, kosmos_tokenizer).answer(requests)
 
     assert [len(images) for images in seen] == [2]
-    alone = [Engine(model, kosmos_tokenizer).answer([request])[0] for request in requests]
-    for answer, other_answer in zip(together, alone, strict=True):
+    alone = [RequestScheduler(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    for answer, other_answer in zip(merged, alone, strict=True):
         assert answer[0].log_probs == pytest.approx(other_answer[0].log_probs, abs=1e-5)  # type: ignore[index]
 
 
-def matrix(paths: list[Path]) -> list[Score]:
+def matrix(paths: list[Path]) -> list[LogLikelihood]:
     """Return what Raven's test asks: three images, and then one of four, of which one is in both."""
     before = tuple(part for path in paths[:3] for part in (path, "the cat"))
-    return [Score((*before, "on the mat", end, "is it", " a cat? "), ("yes", "a mat")) for end in paths[2:]]
+    return [LogLikelihood((*before, "on the mat", end, "is it", " a cat? "), ("yes", "a mat")) for end in paths[2:]]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
 def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
     model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path, batch_tokens: int
 ) -> None:
-    requests: list[Request] = [*matrix(draw(tmp_path, 6)), Score(("my",), ("cat",))]
-    requests.insert(2, Write(("the",), GenerationConfig(max_new_tokens=3)))
+    requests: list[Request] = [*matrix(draw(tmp_path, 6)), LogLikelihood(("my",), ("cat",))]
+    requests.insert(2, Generate(("the",), GenerationConfig(max_new_tokens=3)))
     read: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
     engines = [
-        Engine(model, kosmos_tokenizer, batch_tokens=batch_tokens, share_prefixes=share) for share in (False, True)
+        RequestScheduler(model, kosmos_tokenizer, batch_tokens=batch_tokens, share_prefixes=share) for share in (False, True)
     ]
 
     plain = engines[0].answer(requests)
@@ -119,11 +119,11 @@ def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
 def test_draws_follow_from_the_images_shown(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     paths = draw(tmp_path, 3)
     settings = GenerationConfig(max_new_tokens=7, temperature=1.0)
-    requests = [Write((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
+    requests = [Generate((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
 
-    together = Engine(model, kosmos_tokenizer).answer(requests)
+    merged = RequestScheduler(model, kosmos_tokenizer).answer(requests)
 
-    assert together == [Engine(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    assert merged == [RequestScheduler(model, kosmos_tokenizer).answer([request])[0] for request in requests]
 
 
 def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -132,17 +132,17 @@ def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer
     broken.write_bytes(good.read_bytes()[:60])
     settings = GenerationConfig(max_new_tokens=3)
     requests = [
-        Score((good, "the cat"), ("a", "the")),
-        Score((tmp_path / "gone.png", "the cat"), ("a", "the")),
-        Write((good, broken, "a"), settings),
-        Write(("the cat sat " * 20,), settings),
-        Score(("the",), ("a", " \n")),
-        Score(("the",), ()),
-        Write(("the",), GenerationConfig(choices=["a", " a"])),
-        Write((good, "the"), settings),
+        LogLikelihood((good, "the cat"), ("a", "the")),
+        LogLikelihood((tmp_path / "gone.png", "the cat"), ("a", "the")),
+        Generate((good, broken, "a"), settings),
+        Generate(("the cat sat " * 20,), settings),
+        LogLikelihood(("the",), ("a", " \n")),
+        LogLikelihood(("the",), ()),
+        Generate(("the",), GenerationConfig(choices=["a", " a"])),
+        Generate((good, "the"), settings),
     ]
 
-    answers = Engine(model, kosmos_tokenizer).answer(requests)
+    answers = RequestScheduler(model, kosmos_tokenizer).answer(requests)
 
     why: list[Any] = [answer.reason if isinstance(answer, Failure) else None for answer in answers]
     assert why == [
@@ -157,7 +157,7 @@ def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer
 def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
     (task.path / "1.png").write_bytes(b"no image")
 
-    results = results_of(Engine(model, kosmos_tokenizer), task)
+    results = results_of(RequestScheduler(model, kosmos_tokenizer), task)
 
     failed = {key for key, result in results.items() if result.failure}
     assert failed == {s.key for s in task.samples() if any(path.name == "1.png" for path in s.images)}
@@ -168,7 +168,7 @@ def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tok
 def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
     (task.path / "1.png").write_bytes(b"no image")
 
-    for result in results_of(Engine(model, kosmos_tokenizer), task).values():
+    for result in results_of(RequestScheduler(model, kosmos_tokenizer), task).values():
         assert Result.from_dict(result.to_dict()) == result
 
 
@@ -176,14 +176,14 @@ def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_toke
 def test_images_make_no_difference_to_who_does_not_see_them(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, image_control: Any
 ) -> None:
-    before = results_of(Engine(model, kosmos_tokenizer, image_control=image_control), task)
+    before = results_of(RequestScheduler(model, kosmos_tokenizer, image_control=image_control), task)
     for path, image in zip(draw(task.path / "others", 9)[4:], task.path.glob("*.png"), strict=True):
         image.write_bytes(path.read_bytes())
 
-    after = results_of(Engine(model, kosmos_tokenizer, image_control=image_control), task)
+    after = results_of(RequestScheduler(model, kosmos_tokenizer, image_control=image_control), task)
 
     assert {k: r.to_dict() for k, r in before.items()} == {k: r.to_dict() for k, r in after.items()}
-    true = results_of(Engine(model, kosmos_tokenizer), task)
+    true = results_of(RequestScheduler(model, kosmos_tokenizer), task)
     assert all(log_probs(true[s.key]) != log_probs(after[s.key]) for s in task.samples() if s.images)
 
 
@@ -193,7 +193,7 @@ def test_a_model_without_finite_numbers_fails_its_samples(
     with torch.no_grad():
         model.decoder.embed_tokens.weight.fill_(torch.nan)
 
-    failures = [result.failure for result in results_of(Engine(model, kosmos_tokenizer), task).values()]
+    failures = [result.failure for result in results_of(RequestScheduler(model, kosmos_tokenizer), task).values()]
 
     assert {failure and failure.reason for failure in failures} == {"the model cannot answer"}
 
@@ -202,7 +202,7 @@ def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenize
     [image] = draw(tmp_path, 1)
     model.tokenizer = kosmos_tokenizer
 
-    [answer] = Engine(model, kosmos_tokenizer).answer([Score((image, "the cat "), ("sat", "on the mat"))])
+    [answer] = RequestScheduler(model, kosmos_tokenizer).answer([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
 
     wanted = model.score("the cat", ["sat", "on the mat"], [image])
     assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]

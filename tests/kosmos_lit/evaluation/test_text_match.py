@@ -21,7 +21,7 @@ def test_any_reference_will_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "references", "value"),
+    ("prediction", "references", "value"),
     [
         ("red blue green", ["blue green black white"], 2 * 2 / 7),  # precision 2/3, recall 2/4
         ("red red", ["red"], 2 * 1 / 3),  # a word counts as often as both have it
@@ -32,5 +32,5 @@ def test_any_reference_will_do() -> None:
         ("The red", ["red"], 1),
     ],
 )
-def test_f1_is_the_harmonic_mean_of_precision_and_recall(said: str, references: list[str], value: float) -> None:
-    assert f1(said, references) == pytest.approx(value)
+def test_f1_is_the_harmonic_mean_of_precision_and_recall(prediction: str, references: list[str], value: float) -> None:
+    assert f1(prediction, references) == pytest.approx(value)

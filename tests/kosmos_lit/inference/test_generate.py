@@ -42,7 +42,7 @@ def next_log_probs(model: Kosmos, tokens: Sequence[int], slots: Sequence[int], i
     """What follows `tokens`, read anew from the start: (V,) log-probabilities of what may follow."""
     T = len(tokens)
     places = torch.tensor([(0, int(slot)) for slot in slots]).view(-1, 2)
-    latents = model.see(images) if len(images) else None
+    latents = model.encode_images(images) if len(images) else None
     mask = DocumentMask((T,), 1, T, CPU)
     hidden = model.decoder(torch.tensor([tokens]), torch.arange(T)[None], mask, latents, places)
     log_probs = model.decoder.logits(hidden)[0, -1].detach().log_softmax(-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.inference.generate import Prompt
-from kosmos_lit.inference.prefill import Reading
+from kosmos_lit.inference.prefill import Prefill
 from kosmos_lit.inference.trie import Trie
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokenizer import BOS, expand_images
@@ -33,7 +33,7 @@ def anew(model, start: Prompt, images: Tensor, written: list[int]) -> Tensor:
     tokens = torch.tensor([[*start.tokens.tolist(), *written]])
     T = tokens.shape[1]
     slots = torch.tensor([(0, int(slot)) for slot in start.slots]).view(-1, 2)
-    latents = model.see(images) if len(images) else None
+    latents = model.encode_images(images) if len(images) else None
     return model.decoder(tokens, torch.arange(T)[None], DocumentMask((T,), 1, T, tokens.device), latents, slots)[0, -1]
 
 
@@ -41,24 +41,24 @@ def anew(model, start: Prompt, images: Tensor, written: list[int]) -> Tensor:
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_equals_uncached_at_every_step(talker, kosmos_tokenizer, positions):
     model, images = talker(positions=positions), random_images(3)
-    reading = Reading(model, PROMPTS, images, kosmos_tokenizer, 11)
-    written, hidden = [words(11, seed) for seed in (5, 6, 7)], reading.hidden
+    prefill = Prefill(model, PROMPTS, images, kosmos_tokenizer, 11)
+    written, hidden = [words(11, seed) for seed in (5, 6, 7)], prefill.hidden
     for step in range(12):
         for b, own in enumerate(images.split(N_IMAGES)):
             torch.testing.assert_close(hidden[b], anew(model, PROMPTS[b], own, written[b][:step]), **CLOSE)
         if step < 11:
-            hidden = reading.write(torch.tensor([[row[step]] for row in written]), step)[:, 0]
+            hidden = prefill.write(torch.tensor([[row[step]] for row in written]), step)[:, 0]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_the_nodes_of_a_tree_are_read_as_each_path_alone(talker, kosmos_tokenizer, positions):
     model, images = talker(positions=positions), random_images(3)
-    reading = Reading(model, PROMPTS, images, kosmos_tokenizer, 7)
+    prefill = Prefill(model, PROMPTS, images, kosmos_tokenizer, 7)
     paths = [[5, 6, 7], [5, 6, 9], [5, 8], [11]]
     trie = Trie(paths)
     tokens, depths = (torch.tensor(x).expand(3, -1) for x in (trie.tokens, trie.depths))
-    after = reading.write(tokens, depths, torch.from_numpy(trie.ancestors()).expand(3, -1, -1))
+    after = prefill.write(tokens, depths, torch.from_numpy(trie.ancestors()).expand(3, -1, -1))
     for b, own in enumerate(images.split(N_IMAGES)):
         for path, end in zip(paths, trie.ends, strict=True):
             torch.testing.assert_close(after[b, end], anew(model, PROMPTS[b], own, path), **CLOSE)
@@ -66,9 +66,9 @@ def test_the_nodes_of_a_tree_are_read_as_each_path_alone(talker, kosmos_tokenize
 
 @torch.inference_mode()
 def test_what_is_forgotten_leaves_no_trace(talker, kosmos_tokenizer):
-    reading = Reading(talker(), PROMPTS, random_images(3), kosmos_tokenizer, 3)
-    first = reading.write(torch.tensor([[5], [6], [7]]), 0)
-    reading.rewind()
-    reading.write(torch.tensor([[9], [9], [9]]), 0)
-    reading.rewind()
-    assert torch.equal(reading.write(torch.tensor([[5], [6], [7]]), 0), first)
+    prefill = Prefill(talker(), PROMPTS, random_images(3), kosmos_tokenizer, 3)
+    first = prefill.write(torch.tensor([[5], [6], [7]]), 0)
+    prefill.rewind()
+    prefill.write(torch.tensor([[9], [9], [9]]), 0)
+    prefill.rewind()
+    assert torch.equal(prefill.write(torch.tensor([[5], [6], [7]]), 0), first)

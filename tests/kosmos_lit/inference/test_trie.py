@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.inference.trie import ROOT, Choices, Trie
+from kosmos_lit.inference.trie import ROOT, ChoiceTrie, Trie
 from kosmos_lit.tokenizer import EOS
 
 
@@ -21,18 +21,18 @@ def test_a_node_sees_itself_and_what_came_before_it():
 def test_a_choice_that_begins_another_may_end_or_go_on(kosmos_tokenizer):
     cat, cats = (kosmos_tokenizer.encode(text).tolist() for text in ("the cat", "the cat sat"))
     assert cats[: len(cat)] == cat
-    choices = Choices(["the cat", "the cat sat"], kosmos_tokenizer, 99)
+    choices = ChoiceTrie(["the cat", "the cat sat"], kosmos_tokenizer, 99)
     assert choices.after(cat) == [EOS, cats[len(cat)]]
     assert choices.text(cats) == "the cat sat"
 
 
 def test_choices_that_read_the_same_cannot_be_told_apart(kosmos_tokenizer):
     with pytest.raises(UserError, match="'the cat' and 'the  cat' are the same tokens"):
-        Choices(["the cat", "the  cat"], kosmos_tokenizer, 99)
+        ChoiceTrie(["the cat", "the  cat"], kosmos_tokenizer, 99)
 
 
 def test_a_choice_must_fit(kosmos_tokenizer):
     n = len(kosmos_tokenizer.encode("the cat"))
-    Choices(["the cat"], kosmos_tokenizer, n + 1)
+    ChoiceTrie(["the cat"], kosmos_tokenizer, n + 1)
     with pytest.raises(UserError, match=f"'the cat' has {n} tokens; with </s> it must take 2 to max_new_tokens = {n}"):
-        Choices(["the cat"], kosmos_tokenizer, n)
+        ChoiceTrie(["the cat"], kosmos_tokenizer, n)

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from kosmos_lit.evaluation.statistics import mean_figure
+from kosmos_lit.evaluation.statistics import mean_metric
 
 
 def write_image(path: Path, colour: tuple[int, int, int] = (200, 40, 40), size: tuple[int, int] = (37, 23)) -> Path:
@@ -20,22 +20,35 @@ def write_image(path: Path, colour: tuple[int, int, int] = (200, 40, 40), size: 
 
 
 def chose(
-    key: str, candidates: Mapping[str, float], right: str, *, prompt: str = "Which one? Answer:", images: Sequence[Path] = ()
+    key: str,
+    candidates: Mapping[str, float],
+    target: str,
+    *,
+    prompt: str = "Which one? Answer:",
+    images: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Return a sample that was answered by the likeliest candidate; log probabilities are those of one token."""
-    said = max(candidates, key=candidates.__getitem__)
+    prediction = max(candidates, key=candidates.__getitem__)
     request = {
         "prompt": prompt, "images": [str(path) for path in images], "candidates": list(candidates),
         "log_probs": [[value] for value in candidates.values()],
     }  # fmt: skip
-    scores = {"accuracy": float(said == right)}
-    return {"key": key, "requests": [request], "said": said, "right": right, "scores": scores, "data": {}, "error": None}
+    scores = {"accuracy": float(prediction == target)}
+    return {
+        "key": key,
+        "requests": [request],
+        "prediction": prediction,
+        "target": target,
+        "scores": scores,
+        "data": {},
+        "error": None,
+    }
 
 
 def wrote(
     key: str,
-    said: str,
-    right: Any,
+    prediction: str,
+    target: Any,
     scores: Mapping[str, float],
     *,
     prompt: str = "<image>An image of",
@@ -46,14 +59,14 @@ def wrote(
         "prompt": prompt,
         "images": [str(p) for p in images],
         "settings": {"n_beams": 5},
-        "said": said,
+        "prediction": prediction,
         "ended": "end",
     }
     return {
         "key": key,
         "requests": [request],
-        "said": said,
-        "right": right,
+        "prediction": prediction,
+        "target": target,
         "scores": dict(scores),
         "data": {},
         "error": None,
@@ -62,11 +75,19 @@ def wrote(
 
 def failed(key: str, reason: str, detail: str = "x.jpg") -> dict[str, Any]:
     """Return a sample that could not be asked."""
-    return {"key": key, "requests": [], "said": "", "right": None, "scores": {}, "data": {}, "error": f"{reason}: {detail}"}
+    return {
+        "key": key,
+        "requests": [],
+        "prediction": "",
+        "target": None,
+        "scores": {},
+        "data": {},
+        "error": f"{reason}: {detail}",
+    }
 
 
 def task(samples: Sequence[Mapping[str, Any]], headline: str = "accuracy", **more: Any) -> dict[str, Any]:
-    """Return a task's entry of figures.json, its figures the means of the samples' scores, and the samples."""
+    """Return a task's entry of metrics.json, its figures the means of the samples' scores, and the samples."""
     answered = [sample for sample in samples if not sample["error"]]
     names = list(dict.fromkeys(name for sample in answered for name in sample["scores"]))
     reasons = [sample["error"].split(":")[0] for sample in samples if sample["error"]]
@@ -75,13 +96,13 @@ def task(samples: Sequence[Mapping[str, Any]], headline: str = "accuracy", **mor
         "n_shots": 0, "seed": 0, "n_samples": len(samples), "n_failed": len(reasons),
         "failures": {r: reasons.count(r) for r in reasons},
         "options": {"path": "data/made"}, "seconds": 1.5,
-        "figures": {name: vars(mean_figure([sample["scores"][name] for sample in answered])) for name in names},
+        "metrics": {name: vars(mean_metric([sample["scores"][name] for sample in answered])) for name in names},
     }  # fmt: skip
     return {**entry, **more, "made": list(samples)}
 
 
 def write_results(folder: Path, tasks: Mapping[str, Mapping[str, Any]], **more: Any) -> Path:
-    """Write figures.json and the samples of each task; return the folder."""
+    """Write metrics.json and the samples of each task; return the folder."""
     for name, entry in tasks.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(sample) + "\n" for sample in entry["made"]]
@@ -89,5 +110,5 @@ def write_results(folder: Path, tasks: Mapping[str, Mapping[str, Any]], **more: 
     entries = {name: {k: v for k, v in entry.items() if k != "made"} for name, entry in tasks.items()}
     model = {"checkpoint": "runs/made/last.ckpt", "step": 1234, "parameters": 5_678_901}
     found = {"model": model, "image_control": "true", "machine": "a machine", "date": "2024-05-06", **more, "tasks": entries}
-    (folder / "figures.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
     return folder

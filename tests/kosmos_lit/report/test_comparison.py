@@ -15,10 +15,10 @@ from tests.kosmos_lit.report.made_results import failed, task, write_image, writ
 from tests.kosmos_lit.report.test_evaluation import Page
 
 
-def shown(tmp_path: Path, right: list[bool], prefix: str = "") -> list[dict[str, Any]]:
+def shown(tmp_path: Path, target: list[bool], prefix: str = "") -> list[dict[str, Any]]:
     """Return samples with an image, right or not."""
     image = write_image(tmp_path / "image.png")
-    return [wrote(f"{prefix}{i:03d}", "x", "y", {"accuracy": float(r)}, images=[image]) for i, r in enumerate(right)]
+    return [wrote(f"{prefix}{i:03d}", "x", "y", {"accuracy": float(r)}, images=[image]) for i, r in enumerate(target)]
 
 
 def test_a_paired_difference_sees_what_two_intervals_do_not(tmp_path: Path) -> None:
@@ -29,13 +29,13 @@ def test_a_paired_difference_sees_what_two_intervals_do_not(tmp_path: Path) -> N
     (row,) = compare([one, other]).rows
     (difference,) = row.differences
 
-    assert row.figures[0]
-    assert row.figures[1]
-    assert row.figures[0].low < row.figures[1].high
+    assert row.metrics[0]
+    assert row.metrics[1]
+    assert row.metrics[0].low < row.metrics[1].high
     assert difference
     assert difference.paired
     assert difference.beyond
-    assert difference.figure.value == pytest.approx(800 / 101)
+    assert difference.metric.value == pytest.approx(800 / 101)
 
 
 def test_the_verdict_names_the_tasks_that_do_not_beat_all(tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_a_task_without_images_is_no_matter_of_the_verdict(tmp_path: Path) -> No
 
 def test_a_figure_that_is_no_mean_of_scores_takes_both_intervals_together(tmp_path: Path) -> None:
     def folder(name: str, value: float) -> Path:
-        figures = {"roc_auc": {"value": value, "low": value - 0.03, "high": value + 0.04, "n": 7}}
-        return write_results(tmp_path / name, {"t": task(shown(tmp_path, [True] * 7), "roc_auc", figures=figures)})
+        metrics = {"roc_auc": {"value": value, "low": value - 0.03, "high": value + 0.04, "n": 7}}
+        return write_results(tmp_path / name, {"t": task(shown(tmp_path, [True] * 7), "roc_auc", metrics=metrics)})
 
     (row,) = compare([folder("a", 0.7), folder("b", 0.6)]).rows
     (difference,) = row.differences
@@ -73,7 +73,7 @@ def test_a_figure_that_is_no_mean_of_scores_takes_both_intervals_together(tmp_pa
     # below: 3 points of ours and 4 of theirs make 5; above: 4 and 3 make 5
     assert difference
     assert not difference.paired
-    assert [difference.figure.low, difference.figure.value, difference.figure.high] == pytest.approx([5.0, 10.0, 15.0])
+    assert [difference.metric.low, difference.metric.value, difference.metric.high] == pytest.approx([5.0, 10.0, 15.0])
 
 
 def test_other_samples_and_other_options_are_said_and_left_out(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_other_samples_and_other_options_are_said_and_left_out(tmp_path: Path) -
         "t: prompt is 'p' in A and 'q' in B.",
     )
     assert found.rows[0].differences[0]
-    assert found.rows[0].differences[0].figure.value == 100
+    assert found.rows[0].differences[0].metric.value == 100
 
 
 def test_a_task_that_one_did_not_evaluate_is_said(tmp_path: Path) -> None:
@@ -136,16 +136,16 @@ def test_the_verb_prints_and_writes_what_it_compared(tmp_path: Path, capsys: pyt
 
     code = main(["report", *map(str, folders), "--names", "model,<i>blind</i>", "--output", str(tmp_path / "out")])
 
-    said = capsys.readouterr().out
+    prediction = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
     page = Page((tmp_path / "out" / "comparison.html").read_text(encoding="utf-8"))
     assert code == 0
-    assert "model beats &lt;i>blind&lt;/i> beyond the interval in 1 of 1 tasks." in said
+    assert "model beats &lt;i>blind&lt;/i> beyond the interval in 1 of 1 tasks." in prediction
     assert found["rows"][0]["beats_all"] is True
     assert found["names"] == ["model", "<i>blind</i>"]
-    assert found["rows"][0]["differences"][0]["figure"]["value"] == pytest.approx(1800 / 31)
+    assert found["rows"][0]["differences"][0]["metric"]["value"] == pytest.approx(1800 / 31)
     assert not page.all("i")
-    assert "image_control: shuffled" in page.said
+    assert "image_control: shuffled" in page.prediction
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"comparison.html", "comparison.json", "comparison.md"}
 
 
@@ -162,4 +162,4 @@ def test_the_verb_writes_a_report_of_one_folder(tmp_path: Path, capsys: pytest.C
 def test_the_verb_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
 
-    assert "no figures.json" in capsys.readouterr().err
+    assert "no metrics.json" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.report.evaluation import write_report
-from kosmos_lit.report.samples import candidate_shares, choose
+from kosmos_lit.report.samples import candidate_shares, select_samples
 from tests.kosmos_lit.report.made_results import chose, failed, task, write_image, write_results, wrote
 
 VOID = {"meta", "br", "img", "line", "circle", "polygon"}
@@ -46,7 +46,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
     @property
-    def said(self) -> str:
+    def prediction(self) -> str:
         return " ".join(self.words)
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
@@ -63,7 +63,7 @@ def markdown_of(folder: Path) -> list[str]:
     return (folder / "report.md").read_text(encoding="utf-8").splitlines()
 
 
-def figure(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+def metric(value: float | None, low: float | None = None, high: float | None = None) -> dict[str, Any]:
     return {"value": value, "low": low, "high": high, "n": 3}
 
 
@@ -80,7 +80,7 @@ def test_our_row_stands_above_the_published_ones_with_shots_as_columns(tmp_path:
     samples = [wrote("1", "a dog", ["a dog"], {"cider": 1.0})]
     made = {
         f"coco_{k}": task(samples, "cider", published="coco_caption", n_shots=k, options={"path": "coco", "n_shots": k},
-                          figures={"cider": figure(0.5 + k / 100, 0.4, 0.61)})
+                          metrics={"cider": metric(0.5 + k / 100, 0.4, 0.61)})
         for k in (4, 0)
     }  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_other_data_in_the_same_files_are_set_beside_nothing(tmp_path: Path) -> 
 def test_the_mean_of_the_language_tasks_is_there_once_all_are(tmp_path: Path) -> None:
     names = ("story_cloze", "hellaswag", "winograd", "winogrande", "piqa", "boolq", "cb", "copa")
     made = {
-        name: task(answers(2, 1), published=name, figures={"accuracy": figure(i / 10, i / 10 - 0.08, i / 10 + 0.08)})
+        name: task(answers(2, 1), published=name, metrics={"accuracy": metric(i / 10, i / 10 - 0.08, i / 10 + 0.08)})
         for i, name in enumerate(names)
     }
 
@@ -147,22 +147,22 @@ def test_what_failed_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
 
     page = page_of(write_results(tmp_path, {"t": task(samples)}))
 
-    assert "6 samples, 3 of them failed and in no figure (2 no such image, 1 prompt too long)" in page.said
-    assert "7: no such image: gone.jpg" in page.said
+    assert "6 samples, 3 of them failed and in no figure (2 no such image, 1 prompt too long)" in page.prediction
+    assert "7: no such image: gone.jpg" in page.prediction
 
 
 def test_a_figure_that_is_not_defined_is_a_dash(tmp_path: Path) -> None:
     nan = float("nan")
     made = {
-        "null": task([failed("1", "prompt too long")], figures={"accuracy": figure(None)}),
-        "not a number": task([failed("1", "prompt too long")], figures={"accuracy": figure(nan, nan, nan)}),
-        "absent": task([failed("1", "prompt too long")], figures={}),
+        "null": task([failed("1", "prompt too long")], metrics={"accuracy": metric(None)}),
+        "not a number": task([failed("1", "prompt too long")], metrics={"accuracy": metric(nan, nan, nan)}),
+        "absent": task([failed("1", "prompt too long")], metrics={}),
     }
 
     folder = write_results(tmp_path, made)
 
     assert sum(" | – | – | 1 | 1 |" in line for line in markdown_of(folder)) == 3
-    assert "nan" not in page_of(folder).said
+    assert "nan" not in page_of(folder).prediction
 
 
 def test_nothing_of_a_dataset_or_a_model_becomes_markup(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_nothing_of_a_dataset_or_a_model_becomes_markup(tmp_path: Path) -> None:
 
     assert not page.all("script")
     assert not page.all("img")
-    assert page.said.count("<script>alert('&')") >= 8
+    assert page.prediction.count("<script>alert('&')") >= 8
     assert "<script" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -200,7 +200,7 @@ def test_an_image_that_is_gone_or_broken_is_said(tmp_path: Path, data: bytes | N
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     assert not page.all("img")
-    assert ("a.png: the image is gone" if data is None else "a.png: ") in page.said
+    assert ("a.png: the image is gone" if data is None else "a.png: ") in page.prediction
 
 
 def test_images_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_words_that_look_like_an_image_put_no_image_anywhere(tmp_path: Path) -> 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     assert len(page.all("img")) == 1
-    assert "<image>what does <image> mean?" in page.said
+    assert "<image>what does <image> mean?" in page.prediction
 
 
 def test_long_demonstrations_are_folded_up(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_long_demonstrations_are_folded_up(tmp_path: Path) -> None:
 
     assert len(page.all("img")) == 3
     assert len(page.all("details")) == 1
-    assert "<image>demonstration 0." in page.said
+    assert "<image>demonstration 0." in page.prediction
 
 
 def test_a_control_with_grey_images_shows_none(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_control_with_grey_images_shows_none(tmp_path: Path) -> None:
     page = page_of(write_results(tmp_path, {"t": task([sample])}, image_control="blank"))
 
     assert not page.all("img")
-    assert "even grey stands in the place of every image" in page.said
+    assert "even grey stands in the place of every image" in page.prediction
 
 
 def test_the_surest_errors_come_first_and_the_order_of_lines_does_not_matter(tmp_path: Path) -> None:
@@ -253,21 +253,21 @@ def test_the_surest_errors_come_first_and_the_order_of_lines_does_not_matter(tmp
     one = write_results(tmp_path / "one", {"t": task(samples)})
     other = write_results(tmp_path / "other", {"t": task(samples[::-1])})
 
-    chosen, again = (choose(folder / "t" / "samples.jsonl", "accuracy") for folder in (one, other))
+    chosen, again = (select_samples(folder / "t" / "samples.jsonl", "accuracy") for folder in (one, other))
 
     assert [c.sample["key"] for c in chosen.failures[:3]] == ["040", "039", "038"]
     assert [c.sample["key"] for c in chosen.successes[:1]] == ["000"]
     assert [c.why for c in chosen.failures[3:]] == ["by lot"] * 2
     assert (chosen.n_failures, chosen.n_successes) == (30, 11)
     assert chosen == again
-    assert choose(one / "t" / "samples.jsonl", "accuracy", seed=1).failures[3:] != chosen.failures[3:]
+    assert select_samples(one / "t" / "samples.jsonl", "accuracy", seed=1).failures[3:] != chosen.failures[3:]
 
 
 def test_of_written_answers_the_lowest_scores_come_first(tmp_path: Path) -> None:
     samples = [wrote(f"{i:02d}", "x", ["y"], {"cider": i / 7}) for i in range(23)]
     folder = write_results(tmp_path, {"t": task(samples, "cider")})
 
-    chosen = choose(folder / "t" / "samples.jsonl", "cider")
+    chosen = select_samples(folder / "t" / "samples.jsonl", "cider")
 
     assert [c.sample["key"] for c in chosen.failures[:3]] == ["00", "01", "02"]
     assert chosen.successes[0].sample["key"] == "22"
@@ -295,7 +295,7 @@ def test_a_line_that_an_interruption_cut_off_is_left_out(tmp_path: Path) -> None
     with (folder / "t" / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"key": "cut')
 
-    chosen = choose(folder / "t" / "samples.jsonl", "accuracy")
+    chosen = select_samples(folder / "t" / "samples.jsonl", "accuracy")
 
     assert chosen.n_failures + chosen.n_successes == 3
 
@@ -313,13 +313,13 @@ def test_a_task_whose_samples_are_gone_keeps_its_figures(tmp_path: Path) -> None
     folder = write_results(tmp_path, {"t": task(answers(3, 3))})
     (folder / "t" / "samples.jsonl").unlink()
 
-    assert "100.0" in page_of(folder).said
+    assert "100.0" in page_of(folder).prediction
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no figures.json"),
+        (None, "no metrics.json"),
         ("[1]", "not the figures"),
         ('{"tasks": {}}', "no tasks"),
         ('{"tasks": {"t": 1}}', "not the figures"),
@@ -327,7 +327,7 @@ def test_a_task_whose_samples_are_gone_keeps_its_figures(tmp_path: Path) -> None
 )
 def test_a_folder_without_results_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
-        (tmp_path / "figures.json").write_text(text, encoding="utf-8")
+        (tmp_path / "metrics.json").write_text(text, encoding="utf-8")
 
     with pytest.raises(UserError, match=message):
         write_report(tmp_path)
@@ -339,14 +339,14 @@ def test_of_many_samples_few_are_in_the_page(tmp_path: Path) -> None:
     page = page_of(folder)
 
     assert len(page.all("article")) == 8
-    assert "5 of 1,002 failures" in page.said
+    assert "5 of 1,002 failures" in page.prediction
 
 
 def test_reports_need_no_fields_that_an_older_evaluation_lacks(tmp_path: Path) -> None:
     folder = write_results(tmp_path, {"t": task(answers(3, 1))})
-    found = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     entry = found["tasks"]["t"]
-    kept = {key: entry[key] for key in ("title", "headline", "n_samples", "figures")}
-    (folder / "figures.json").write_text(json.dumps({"tasks": {"t": kept}}), encoding="utf-8")
+    kept = {key: entry[key] for key in ("title", "headline", "n_samples", "metrics")}
+    (folder / "metrics.json").write_text(json.dumps({"tasks": {"t": kept}}), encoding="utf-8")
 
-    assert page_of(folder).said.count("33.3") >= 2
+    assert page_of(folder).prediction.count("33.3") >= 2

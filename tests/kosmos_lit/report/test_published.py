@@ -28,20 +28,20 @@ TYPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "model", "figure", "shots", "points"), TYPED)
-def test_figures_are_those_of_the_paper(key: str, model: str, figure: str, shots: int, points: float) -> None:
+@pytest.mark.parametrize(("key", "model", "metric", "shots", "points"), TYPED)
+def test_figures_are_those_of_the_paper(key: str, model: str, metric: str, shots: int, points: float) -> None:
     found = published(key)
 
     assert found is not None
-    assert {row.model: row for row in found.rows}[model].figures[figure][shots] == points
+    assert {row.model: row for row in found.rows}[model].metrics[metric][shots] == points
 
 
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("shots", [0, 1, 4])
 def test_the_language_tasks_have_the_mean_that_the_paper_prints(row: int, shots: int) -> None:
-    mean = sum(PUBLISHED[key].rows[row].figures["accuracy"][shots] for key in LANGUAGE) / len(LANGUAGE)
+    mean = sum(PUBLISHED[key].rows[row].metrics["accuracy"][shots] for key in LANGUAGE) / len(LANGUAGE)
 
-    assert LANGUAGE_AVERAGE.rows[row].figures["accuracy"][shots] == pytest.approx(mean, abs=0.0501)  # printed to 0.1
+    assert LANGUAGE_AVERAGE.rows[row].metrics["accuracy"][shots] == pytest.approx(mean, abs=0.0501)  # printed to 0.1
 
 
 def test_every_entry_has_one_row_to_compare_with_and_its_models_once() -> None:
@@ -67,4 +67,4 @@ def test_every_task_of_the_papers_suite_has_published_figures_and_measures_them(
     for name, task in tasks.items():
         found = published(task.published)
         assert found is not None, name
-        assert task.headline in {figure for row in found.rows for figure in row.figures}, name
+        assert task.headline in {metric for row in found.rows for metric in row.metrics}, name

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.shards import Pieces, checksum, clip_grad_norm, tensors_of
-from kosmos_lit.sharding.strategy import of_first_rank
+from kosmos_lit.sharding.shards import ShardedTensors, checksum, clip_grad_norm, tensors_of
+from kosmos_lit.sharding.strategy import build_on_rank_zero
 from tests.kosmos_lit.tiny_kosmos import normal, tiny_model
 
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def pieces_of(module: nn.Module) -> Pieces:
-    return Pieces(module, {name: tensor.shape for name, tensor in tensors_of(module).items()}, CPU)
+def pieces_of(module: nn.Module) -> ShardedTensors:
+    return ShardedTensors(module, {name: tensor.shape for name, tensor in tensors_of(module).items()}, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
@@ -61,9 +61,9 @@ def test_a_checksum_notices(how: str) -> None:
 def test_what_was_sent_is_what_is_held() -> None:
     source, other = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
     nn.init.normal_(source.weight)
-    pieces = pieces_of(other)
+    shards = pieces_of(other)
 
-    pieces.check(pieces.fill(tensors_of(source)), "now")
+    shards.check(shards.fill(tensors_of(source)), "now")
 
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
 
@@ -71,13 +71,13 @@ def test_what_was_sent_is_what_is_held() -> None:
 @pytest.mark.usefixtures("_one_rank")
 def test_a_weight_that_is_not_the_first_rank_s_is_named() -> None:
     module = nn.Linear(3, 2)
-    pieces = pieces_of(module)
-    wanted = pieces.fill(tensors_of(nn.Linear(3, 2)))
+    shards = pieces_of(module)
+    wanted = shards.fill(tensors_of(nn.Linear(3, 2)))
     with torch.no_grad():
         module.bias[1] += 1
 
     with pytest.raises(RuntimeError, match="now: 1 of 2 tensors are not the first rank's, bias for one"):
-        pieces.check(wanted, "now")
+        shards.check(wanted, "now")
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -109,4 +109,4 @@ def test_weights_that_are_not_finite_are_not_sent(kosmos_tower: str) -> None:
         model.decoder.layers[1].ffn.fc1.bias[3] = float("nan")
 
     with pytest.raises(UserError, match=r"the initial weights are not finite: decoder\.layers\.1\.ffn\.fc1\.bias holds NaN"):
-        of_first_rank(lambda: model)
+        build_on_rank_zero(lambda: model)

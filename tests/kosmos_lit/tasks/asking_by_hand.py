@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kosmos_lit.evaluation.requests import Answer, Parts, Request
+from kosmos_lit.evaluation.requests import Parts, Request, Response
 from kosmos_lit.evaluation.task import Outcome, Sample, Task
-from kosmos_lit.inference.results import Continuation, Scored
+from kosmos_lit.inference.results import Continuation, ScoredCandidate
 
 
 def requests(task: Task, sample: Sample, shots: Sequence[Sample] = ()) -> Sequence[Request]:
@@ -30,12 +30,12 @@ def wrote(text: str) -> Continuation:
     return Continuation(text, (), "end")
 
 
-def finds(**probabilities: float) -> tuple[Scored, ...]:
+def finds(**probabilities: float) -> tuple[ScoredCandidate, ...]:
     """Return candidates with their probabilities, some of them of two tokens."""
-    return tuple(Scored(text, (math.log(p) - 0.5, 0.5)) for text, p in probabilities.items())
+    return tuple(ScoredCandidate(text, (math.log(p) - 0.5, 0.5)) for text, p in probabilities.items())
 
 
-def outcome(task: Task, sample: Sample, *rounds: Sequence[Answer]) -> Outcome:
+def outcome(task: Task, sample: Sample, *rounds: Sequence[Response]) -> Outcome:
     """Return what a task makes of the answers to each of its rounds of requests."""
     asking = task.ask(sample, ())
     asked = next(asking)
@@ -52,4 +52,4 @@ def outcome(task: Task, sample: Sample, *rounds: Sequence[Answer]) -> Outcome:
 
 def plain(values: Mapping[str, Any]) -> dict[str, float]:
     """Return figures' values."""
-    return {name: figure.value for name, figure in values.items()}
+    return {name: metric.value for name, metric in values.items()}

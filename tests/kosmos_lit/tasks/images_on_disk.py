@@ -50,8 +50,8 @@ def vqav2(folder: Path, split: str = "val2014", n: int = 5, answered: bool = Tru
     for i in range(n):
         draw(folder / images / f"COCO_{images}_{7 + i:012d}.jpg", "", COLOURS[i])
         questions.append({"image_id": 7 + i, "question": f"What colour is number {i}?", "question_id": 10 + i})
-        said = [COLOURS[i]] * 8 + ["none", "teal"]
-        annotations.append({"question_id": 10 + i, "image_id": 7 + i, "answers": [{"answer": a} for a in said]})
+        prediction = [COLOURS[i]] * 8 + ["none", "teal"]
+        annotations.append({"question_id": 10 + i, "image_id": 7 + i, "answers": [{"answer": a} for a in prediction]})
     write(folder / f"v2_OpenEnded_mscoco_{split}_questions.json", {"questions": questions, "data_subtype": split})
     if answered:
         write(folder / f"v2_mscoco_{split}_annotations.json", {"annotations": annotations})

@@ -70,7 +70,7 @@ def hellaswag(folder: Path) -> None:
 
 
 def winograd(folder: Path) -> None:
-    schemas = "".join(SCHEMA.format(a, pron, b, pron, one, other, right) for a, pron, b, one, other, right in SCHEMAS)
+    schemas = "".join(SCHEMA.format(a, pron, b, pron, one, other, target) for a, pron, b, one, other, target in SCHEMAS)
     (folder / "WSCollection.xml").write_text(WSC.format(schemas), encoding="utf-8")
 
 

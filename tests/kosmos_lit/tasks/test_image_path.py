@@ -42,7 +42,7 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "birds": lambda f: tasks.Birds(str(made.birds(f)), with_descriptions=False, **SHORT),
     "birds_with_descriptions": lambda f: tasks.Birds(str(made.birds(f)), **SHORT),
 }
-FIGURES = {
+METRICS = {
     "coco_caption_2": "exact_match", "flickr30k": "exact_match", "vqav2_2": "vqa_accuracy", "vizwiz": "vqa_accuracy",
     "hateful_memes": "roc_auc", "websrc": "f1", "websrc_without_text": "exact_match",
 }  # fmt: skip
@@ -66,8 +66,8 @@ def test_a_task_goes_from_files_to_figures(name: str, model: Kosmos, kosmos_toke
 
     found = results(tmp_path / "out", name)
     assert [row["error"] for row in found] == [None] * len(task.samples())
-    assert entry["n_samples"] == entry["figures"][FIGURES.get(name, "accuracy")]["n"] == len(found)
-    assert all(0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1 for figure in entry["figures"].values())
+    assert entry["n_samples"] == entry["metrics"][METRICS.get(name, "accuracy")]["n"] == len(found)
+    assert all(0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 for metric in entry["metrics"].values())
     assert entry["published"] == name.removesuffix("_2").removesuffix("_4")
     assert all(len(row["requests"][-1]["images"]) >= 1 for row in found)
 
@@ -77,7 +77,7 @@ def test_what_is_held_to_the_names_is_one_of_them(model: Kosmos, kosmos_tokenize
 
     evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"names": task}), tmp_path / "out")
 
-    assert {row["said"] for row in results(tmp_path / "out", "names")} <= {"tench", "giant panda"}
+    assert {row["prediction"] for row in results(tmp_path / "out", "names")} <= {"tench", "giant panda"}
 
 
 def test_the_rationale_is_in_the_second_prompt(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_rationale_is_in_the_second_prompt(model: Kosmos, kosmos_tokenizer: 
     for row in results(tmp_path / "out", "cot"):
         first, second = row["requests"]
         assert first["prompt"] == "<image>Introduce this picture in detail:"
-        assert row["data"]["rationale"] == first["said"].strip()
+        assert row["data"]["rationale"] == first["prediction"].strip()
         assert second["prompt"].startswith(f"<image>{row['data']['rationale']}")
 
 
@@ -101,7 +101,7 @@ def test_what_each_caption_is_worth_lies_beside_it(model: Kosmos, kosmos_tokeniz
     rows = results(tmp_path / "out", "coco")
     assert all(row["scores"].keys() == {"cider_plain", "exact_match"} and row["requests"] for row in rows)
     mean = sum(row["scores"]["cider_plain"] for row in rows) / len(rows)
-    assert mean == pytest.approx(entry["figures"]["cider_plain"]["value"])
+    assert mean == pytest.approx(entry["metrics"]["cider_plain"]["value"])
 
 
 def test_a_figure_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -109,8 +109,8 @@ def test_a_figure_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: T
 
     evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"memes": task}), tmp_path / "out")
 
-    assert "NaN" not in (text := (tmp_path / "out" / "figures.json").read_text())
-    assert json.loads(text)["tasks"]["memes"]["figures"]["roc_auc"]["value"] is None
+    assert "NaN" not in (text := (tmp_path / "out" / "metrics.json").read_text())
+    assert json.loads(text)["tasks"]["memes"]["metrics"]["roc_auc"]["value"] is None
 
 
 def test_answers_for_the_server_lie_beside_the_results(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_answers_for_the_server_lie_beside_the_results(model: Kosmos, kosmos_tok
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"vqa": task}), tmp_path / "out")["vqa"]
 
-    assert entry["figures"] == {}
+    assert entry["metrics"] == {}
     handed_in = json.loads((tmp_path / "out" / "vqa" / "submission_test-dev2015.json").read_text())
     assert [row["question_id"] for row in handed_in] == [10, 11, 12]
-    assert [row["answer"] for row in handed_in] == [row["said"] for row in results(tmp_path / "out", "vqa")]
+    assert [row["answer"] for row in handed_in] == [row["prediction"] for row in results(tmp_path / "out", "vqa")]
 
 
 def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tok
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"vizwiz": task}), tmp_path / "out")["vizwiz"]
 
-    assert (entry["n_samples"], entry["n_failed"], entry["figures"]["vqa_accuracy"]["n"]) == (3, 1, 2)
+    assert (entry["n_samples"], entry["n_failed"], entry["metrics"]["vqa_accuracy"]["n"]) == (3, 1, 2)
 
 
 def test_all_images_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -141,4 +141,4 @@ def test_all_images_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer
     entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["raven"]
 
     assert entry["n_failed"] == 0
-    assert not math.isnan(entry["figures"]["accuracy"]["value"])
+    assert not math.isnan(entry["metrics"]["accuracy"]["value"])

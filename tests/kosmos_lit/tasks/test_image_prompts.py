@@ -11,7 +11,7 @@ import pytest
 
 from kosmos_lit import tasks
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.requests import Score, Write
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
 from tests.kosmos_lit.tasks import images_on_disk as made
@@ -48,7 +48,7 @@ def test_captions_are_asked_for_with_a_beam_of_five(tmp_path: Path) -> None:
     (request,) = requests(task, task.samples()[0])
 
     assert readable(request.parts) == ["[coco_0.jpg]", "An image of"]
-    assert isinstance(request, Write)
+    assert isinstance(request, Generate)
     assert request.settings.n_beams == 5
 
 
@@ -57,13 +57,13 @@ def test_a_demonstration_is_an_image_and_one_of_its_captions(tmp_path: Path) -> 
     pool = {sample.key: sample for sample in task.pool()}
     shots = [pool["coco_5.jpg"], pool["coco_8.jpg"]]
 
-    said = prompt(task, task.samples()[0], shots)
+    prediction = prompt(task, task.samples()[0], shots)
 
-    assert said[::2] == ["[coco_5.jpg]", "[coco_8.jpg]", "[coco_0.jpg]"]
-    assert said[1].removeprefix("An image of ") in pool["coco_5.jpg"].data["captions"]
-    assert said[3].removeprefix("An image of ") in pool["coco_8.jpg"].data["captions"]
-    assert said[5] == "An image of"
-    assert said == prompt(task, task.samples()[0], shots)
+    assert prediction[::2] == ["[coco_5.jpg]", "[coco_8.jpg]", "[coco_0.jpg]"]
+    assert prediction[1].removeprefix("An image of ") in pool["coco_5.jpg"].data["captions"]
+    assert prediction[3].removeprefix("An image of ") in pool["coco_8.jpg"].data["captions"]
+    assert prediction[5] == "An image of"
+    assert prediction == prompt(task, task.samples()[0], shots)
 
 
 def test_which_caption_is_shown_depends_on_the_seed_and_the_sample(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_vqav2_asks_greedily_and_shows_the_most_frequent_answer(tmp_path: Path) 
         "[COCO_val2014_000000000008.jpg]",
         "Question: What colour is number 1? Answer:",
     ]
-    assert isinstance(request, Write)
+    assert isinstance(request, Generate)
     assert request.settings.n_beams == 1
 
 
@@ -149,7 +149,7 @@ def test_raven_asks_of_each_candidate_behind_the_given_images(tmp_path: Path, it
         [f"Here are {number} images:", *given, "The following image is:", f"[{n + k}.png]", "Is it correct?"]
         for k in range(6)
     ]
-    assert all(isinstance(request, Score) and request.candidates == ("Yes",) for request in asked)
+    assert all(isinstance(request, LogLikelihood) and request.candidates == ("Yes",) for request in asked)
 
 
 def test_raven_without_images_still_asks_six_times(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_raven_without_images_still_asks_six_times(tmp_path: Path) -> None:
 
     asked = requests(task, type(sample)(key=sample.key, data=sample.data))
 
-    said = ["Here are three images:The following image is:Is it correct?"]
-    assert [["".join(readable(request.parts))] for request in asked] == [said] * 6
+    prediction = ["Here are three images:The following image is:Is it correct?"]
+    assert [["".join(readable(request.parts))] for request in asked] == [prediction] * 6
 
 
 # ---- classes
@@ -172,7 +172,7 @@ def test_rendered_sst2_compares_both_sentiments(tmp_path: Path) -> None:
     question = "Question: what is the sentiment of the opinion? Answer:"
     assert [sample.key for sample in task.samples()][2:4] == ["positive/0002.png", "negative/0000.png"]
     assert readable(request.parts) == ["[0000.png]", f"{question} positive", "[0000.png]", question]
-    assert isinstance(request, Score)
+    assert isinstance(request, LogLikelihood)
     assert request.candidates == ("positive", "negative")
 
 
@@ -194,8 +194,8 @@ def test_hateful_memes_takes_either_name_of_its_validation_split(tmp_path: Path)
     sample = task.samples()[1]
 
     question = "Question: does this picture contain real hate speech? Answer:"
-    said = ["[train0.png]", f"{question} no", "[train3.png]", f"{question} yes", "[dev1.png]", question]
-    assert prompt(task, sample, [task.pool()[0], task.pool()[3]]) == said
+    prediction = ["[train0.png]", f"{question} no", "[train3.png]", f"{question} yes", "[dev1.png]", question]
+    assert prompt(task, sample, [task.pool()[0], task.pool()[3]]) == prediction
 
 
 # ---- pages
@@ -249,7 +249,7 @@ def test_held_to_the_names_a_name_of_two_classes_is_one_choice(tmp_path: Path) -
 
     (request,) = requests(task, task.samples()[0])
 
-    assert isinstance(request, Write)
+    assert isinstance(request, Generate)
     assert request.settings == GenerationConfig(n_beams=2, max_new_tokens=32, choices=("tench", "giant panda"))
 
 

@@ -23,12 +23,12 @@ def test_captions_that_are_references_score_highest_and_others_nothing(tmp_path:
     task = tasks.CocoCaption(str(made.karpathy(tmp_path)), **PLAIN)
     samples = task.samples()
 
-    right = [outcome(task, sample, [wrote(sample.data["captions"][0])]) for sample in samples]
+    target = [outcome(task, sample, [wrote(sample.data["captions"][0])]) for sample in samples]
     wrong = [outcome(task, sample, [wrote("quartz")]) for sample in samples]
 
-    assert plain(task.figures(right))["exact_match"] == 1
-    assert plain(task.figures(wrong)) == {"cider_plain": 0, "exact_match": 0}
-    assert task.figures(right)["cider_plain"].value > 1
+    assert plain(task.metrics(target))["exact_match"] == 1
+    assert plain(task.metrics(wrong)) == {"cider_plain": 0, "exact_match": 0}
+    assert task.metrics(target)["cider_plain"].value > 1
     assert task.headline == "cider_plain"
 
 
@@ -59,7 +59,7 @@ def test_answers_that_nobody_may_know_go_to_the_server(tmp_path: Path) -> None:
 
     found = [outcome(task, sample, [wrote(f"answer {sample.key}")]) for sample in task.samples()]
 
-    assert task.figures(found) == {}
+    assert task.metrics(found) == {}
     (name, text), *_ = task.files(found, []).items()
     assert name == "submission_test-dev2015.json"
     assert json.loads(text) == [{"question_id": 10, "answer": "answer 10"}, {"question_id": 11, "answer": "answer 11"}]
@@ -105,7 +105,7 @@ def test_the_candidate_with_the_likeliest_yes_is_the_answer(tmp_path: Path) -> N
 
     found = outcome(task, task.samples()[1], [finds(Yes=p) for p in (0.1, 0.3, 0.2, 0.05, 0.01, 0.02)])
 
-    assert (found.said, found.right, found.scores) == ("1", "1", {"accuracy": 1})
+    assert (found.prediction, found.target, found.scores) == ("1", "1", {"accuracy": 1})
     assert found.data["confidence"] == pytest.approx([0.1, 0.3, 0.2, 0.05, 0.01, 0.02])
 
 
@@ -133,7 +133,7 @@ def test_the_likelier_sentiment_is_the_answer(tmp_path: Path) -> None:
 
     found = outcome(task, sample, [finds(positive=0.1, negative=0.3)])
 
-    assert (sample.data["label"], found.said, found.scores) == ("negative", "negative", {"accuracy": 1})
+    assert (sample.data["label"], found.prediction, found.scores) == ("negative", "negative", {"accuracy": 1})
     assert found.data["shares"] == pytest.approx({"positive": 0.25, "negative": 0.75})
 
 
@@ -153,7 +153,7 @@ def test_memes_are_ranked_by_the_share_of_yes(tmp_path: Path) -> None:
 
     found = [outcome(task, s, [finds(no=n, yes=y)]) for s, n, y in zip(task.samples(), no, yes, strict=True)]
 
-    assert plain(task.figures(found)) == pytest.approx({"roc_auc": 5 / 6, "accuracy": 4 / 5})
+    assert plain(task.metrics(found)) == pytest.approx({"roc_auc": 5 / 6, "accuracy": 4 / 5})
 
 
 def test_memes_can_be_ranked_by_yes_alone(tmp_path: Path) -> None:
@@ -173,15 +173,17 @@ def test_an_answer_on_a_page_is_matched_as_squad_does(tmp_path: Path) -> None:
 # ---- names
 
 
-@pytest.mark.parametrize(("said", "right"), [("giant panda", 1), ("Giant panda.", 1), ("giant panda eats", 0), ("panda", 0)])
-def test_a_name_must_be_exact(tmp_path: Path, said: str, right: float) -> None:
+@pytest.mark.parametrize(
+    ("prediction", "target"), [("giant panda", 1), ("Giant panda.", 1), ("giant panda eats", 0), ("panda", 0)]
+)
+def test_a_name_must_be_exact(tmp_path: Path, prediction: str, target: float) -> None:
     task = tasks.ImageNet(str(made.imagenet(tmp_path)), names=str(tmp_path / "names.txt"))
 
-    assert outcome(task, task.samples()[3], [wrote(said)]).scores == {"accuracy": right}
+    assert outcome(task, task.samples()[3], [wrote(prediction)]).scores == {"accuracy": target}
 
 
 @pytest.mark.parametrize(
-    ("said", "right"),
+    ("prediction", "target"),
     [
         ("three toed", 1),
         ("It is a Three-toed woodpecker.", 1),
@@ -191,10 +193,10 @@ def test_a_name_must_be_exact(tmp_path: Path, said: str, right: float) -> None:
         ("", 0),
     ],
 )
-def test_a_bird_is_right_if_its_name_alone_is_said(tmp_path: Path, said: str, right: float) -> None:
+def test_a_bird_is_right_if_its_name_alone_is_said(tmp_path: Path, prediction: str, target: float) -> None:
     task = tasks.Birds(str(made.birds(tmp_path)))
 
-    assert outcome(task, task.samples()[0], [wrote(said)]).scores == {"accuracy": right}
+    assert outcome(task, task.samples()[0], [wrote(prediction)]).scores == {"accuracy": target}
 
 
 # ---- with a text that has nothing
@@ -206,4 +208,4 @@ def test_an_empty_caption_is_worth_nothing(tmp_path: Path) -> None:
 
     found = [outcome(task, sample, [wrote("")]) for sample in task.samples()]
 
-    assert plain(task.figures(found)) == {"cider_plain": 0, "exact_match": 0}
+    assert plain(task.metrics(found)) == {"cider_plain": 0, "exact_match": 0}

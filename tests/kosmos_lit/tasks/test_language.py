@@ -13,9 +13,9 @@ from kosmos_lit import tasks
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Scoring, rate
-from kosmos_lit.evaluation.requests import Score
+from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.runner import Evaluation
-from kosmos_lit.inference.generate import Scored, encode_prompt, score
+from kosmos_lit.inference.generate import ScoredCandidate, encode_prompt, score
 from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import published
 from kosmos_lit.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def asked(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[str, .
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "prompts", "right"),
+    ("name", "number", "prompts", "target"),
     [
         (
             "StoryCloze", 1,
@@ -128,12 +128,12 @@ def asked(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[str, .
     ],
 )  # fmt: skip
 def test_prompts_are_these(
-    folders: dict[str, str], name: str, number: int, prompts: list[tuple[str, tuple[str, ...]]], right: int
+    folders: dict[str, str], name: str, number: int, prompts: list[tuple[str, tuple[str, ...]]], target: int
 ) -> None:
     task: MultipleChoice = getattr(tasks, name)(folders[name])
 
     assert asked(task, number) == prompts
-    assert task.question(task.samples()[number]).right == right
+    assert task.question(task.samples()[number]).target == target
 
 
 def pair_by_pair(task: MultipleChoice, number: int, model: Kosmos, tokenizer: Tokenizer) -> list[float]:
@@ -161,9 +161,9 @@ def test_files_become_the_accuracy_of_each_candidate_on_its_own(
     means = pair_by_pair(task, 1, model, kosmos_tokenizer)
     question = task.question(task.samples()[1])
     assert lines[1]["data"]["values"] == pytest.approx(means, abs=1e-5)
-    assert lines[1]["said"] == question.names[int(np.argmax(means))]
-    assert lines[1]["scores"]["accuracy"] == (int(np.argmax(means)) == question.right)
-    assert entry["figures"]["accuracy"]["value"] == pytest.approx(np.mean([line["scores"]["accuracy"] for line in lines]))
+    assert lines[1]["prediction"] == question.names[int(np.argmax(means))]
+    assert lines[1]["scores"]["accuracy"] == (int(np.argmax(means)) == question.target)
+    assert entry["metrics"]["accuracy"]["value"] == pytest.approx(np.mean([line["scores"]["accuracy"] for line in lines]))
     assert (entry["n_samples"], entry["n_failed"]) == (len(task.samples()), 0)
     assert (entry["title"], entry["published"], entry["chance"]) == (task.title, task.published, task.chance)
 
@@ -175,7 +175,7 @@ def test_cb_has_macro_f1_too(
 
     entry = Evaluation(model, kosmos_tokenizer, EvalConfig(tasks={"cb": task}), tmp_path / "results").run("cb")
 
-    assert entry["figures"].keys() == {"accuracy", "macro_f1"}
+    assert entry["metrics"].keys() == {"accuracy", "macro_f1"}
 
 
 @pytest.mark.parametrize("n_shots", [1, 4])
@@ -212,8 +212,8 @@ def test_demonstrations_follow_from_the_seed(folders: dict[str, str]) -> None:
     assert one != other
 
 
-def scored(text: str, *log_probs: float) -> Scored:
-    return Scored(text, log_probs)
+def scored(text: str, *log_probs: float) -> ScoredCandidate:
+    return ScoredCandidate(text, log_probs)
 
 
 @pytest.mark.parametrize(
@@ -254,13 +254,13 @@ def test_winograd_can_be_the_first_273_schemas(folders: dict[str, str]) -> None:
 
 def test_every_task_has_an_overlay_and_published_figures() -> None:
     folder = Path(__file__).parents[3] / "configs" / "eval"
-    together = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
+    merge_prefixes = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
 
-    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in together}
+    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in merge_prefixes}
 
-    assert apart == together
-    assert {entry["class_path"] for entry in together.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
-    for name, entry in together.items():
+    assert apart == merge_prefixes
+    assert {entry["class_path"] for entry in merge_prefixes.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
+    for name, entry in merge_prefixes.items():
         task = getattr(tasks, entry["class_path"].rpartition(".")[2])(**entry["init_args"])
         assert task.published == name
         assert published(task.published) is not None
@@ -303,4 +303,6 @@ def test_requests_are_scores_of_text_alone(folders: dict[str, str]) -> None:
         task: MultipleChoice = getattr(tasks, name)(folders[name])
         requests = task.requests(task.samples()[0], [])
 
-        assert all(isinstance(one, Score) and len(one.parts) == 1 and isinstance(one.parts[0], str) for one in requests)
+        assert all(
+            isinstance(one, LogLikelihood) and len(one.parts) == 1 and isinstance(one.parts[0], str) for one in requests
+        )

@@ -123,5 +123,5 @@ def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, images:
 def our_logits(model: Kosmos, tokens: Tensor, images: Tensor) -> Tensor:
     """(B, T, V), as `Kosmos.logits` gives them, for a model that has no tokenizer."""
     positions, mask = padded(tokens != PAD)
-    latents = model.see(images) if len(images) else None
+    latents = model.encode_images(images) if len(images) else None
     return model.decoder.logits(model.decoder(tokens, positions, mask, latents, find_slots(tokens, IMAGE)))
