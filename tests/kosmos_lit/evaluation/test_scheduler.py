@@ -172,7 +172,7 @@ def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_toke
         assert Result.from_dict(result.to_dict()) == result
 
 
-@pytest.mark.parametrize("sight", ["blank", "none"])
+@pytest.mark.parametrize("image_control", ["blank", "none"])
 def test_images_make_no_difference_to_who_does_not_see_them(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, image_control: Any
 ) -> None:
