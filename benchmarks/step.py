@@ -34,9 +34,9 @@ from benchmarks.made_batches import Document, Made, n_targets
 from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.model import Kosmos
+from kosmos_lit.state_dicts.keys import TRANSFORMERS
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
-from kosmos_lit.weights import to_transformers
-from kosmos_lit.weights.keys import TRANSFORMERS
+from kosmos_lit.weights.kosmos2 import to_transformers
 
 KINDS = ("text", "caption", "interleaved")
 SIZES = {"micro": (64, 2, 2), "tiny": (256, 4, 4), "small": (512, 6, 8), "medium": (768, 12, 12)}
@@ -87,7 +87,7 @@ def make_theirs(model: Kosmos) -> Any:
     other: Any = to_transformers(model).train()
     parameters = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        for their_name in TRANSFORMERS.theirs(name):
+        for their_name in TRANSFORMERS.external_names(name):
             parameters[their_name].requires_grad_(parameter.requires_grad)
     return other
 
@@ -261,7 +261,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    made = Made(SpecialTokens.after(a.vocab - 1037), N_LATENTS, a.side, a.seq_len)
+    made = Made(SpecialTokens.for_pieces(a.vocab - 1037), N_LATENTS, a.side, a.seq_len)
     model = make_model(a.size, a.vocab, a.seq_len, a.side)
     step = make_step(model, made, a.rows, a.micro_rows, a.short_text)
     ours = Side(model, our_loss, step.ours, step.n_targets)

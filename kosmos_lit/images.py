@@ -150,10 +150,10 @@ def _array_of(image: npt.ArrayLike) -> Pixels:
     return pixels
 
 
-def several(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Return images as they are, and a lone one as a list of one."""
-    lone = isinstance(images, str | bytes | os.PathLike | Image.Image) or getattr(images, "ndim", None) == 3
-    return [images] if lone else images  # type: ignore[list-item, return-value]
+def as_image_list(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """Return images as they are, and a single image as a list of one."""
+    is_single = isinstance(images, str | bytes | os.PathLike | Image.Image) or getattr(images, "ndim", None) == 3
+    return [images] if is_single else images  # type: ignore[list-item, return-value]
 
 
 def open_rgb(data: bytes) -> Image.Image:

@@ -20,8 +20,10 @@ from kosmos_lit.checks.memory import Rows, check_trainer
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.corpus_loss import CorpusLoss
 from kosmos_lit.errors import UserError
-from kosmos_lit.inference.generate import GenerationConfig, Prompt, encode_prompt, generate
-from kosmos_lit.init_from import freeze, initialise_from
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.inference.prompts import Prompt, encode_prompt
+from kosmos_lit.init_from import freeze, from_pretrained
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
 from kosmos_lit.sharding.fsdp import check_strategy
@@ -107,7 +109,7 @@ class KosmosLit(L.LightningModule):
 
     def _outline(self) -> Kosmos:
         """Return the model without its weights."""
-        model = Kosmos.outline(self.config)
+        model = Kosmos.on_meta(self.config)
         freeze(model, self.frozen)
         return model
 
@@ -119,8 +121,7 @@ class KosmosLit(L.LightningModule):
     def _started(self) -> Kosmos:
         if self.init_from is None:
             return Kosmos.create(self.config, self.seed)
-        model = initialise_from(self.init_from, self.config, self.seed)
-        own = model.tokenizer
+        model, own = from_pretrained(self.init_from, self.config, self.seed)
         if self._trainer is not None and own is not None and own.fingerprint != self.tokenizer.fingerprint:
             raise UserError(
                 f"model.init_from: {self.init_from} was trained with tokenizer {own.fingerprint}, but the data's is "
@@ -167,7 +168,7 @@ class KosmosLit(L.LightningModule):
         Raises: UserError if a document's words or images move another document's losses.
         """
         if fuses(self.config.decoder, self.device):
-            self.net.fuse()
+            self.net.compile_blocks()
         self._check_leaks()
         step, c = self.trainer.global_step, self.optimizer_config
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -297,7 +298,7 @@ class KosmosLit(L.LightningModule):
         ]
         if batch.tokens is not None:
             prompts = [Prompt.of(ids, tokenizer, n_latents) for ids in batch.tokens]
-        return [written.text for written in generate(net, prompts, batch.images, tokenizer, settings)]
+        return [c.text for c in Engine(net, tokenizer).generate_batch(prompts, batch.images, settings)]
 
     def _log_loss(self, prefix: str) -> None:
         found: dict[str, Any] = {f"{prefix}/{k}": v.float() for k, v in self.val_loss.compute().items()}

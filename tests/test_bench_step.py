@@ -29,7 +29,7 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 VOCAB, SEQ_LEN, SIDE, LATENTS = 1200, 512, 28, 64
-MADE = Made(SpecialTokens.after(VOCAB - 1037), LATENTS, SIDE, SEQ_LEN)
+MADE = Made(SpecialTokens.for_pieces(VOCAB - 1037), LATENTS, SIDE, SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

@@ -167,12 +167,12 @@ class Rig:
         """Return a model in training mode on the device, in float32; fused as a run on a GPU has it, or plain."""
         model = Kosmos.create(config).to(self.device).train()
         if fused and self.fuses:
-            model.fuse()
+            model.compile_blocks()
         return model
 
     def made(self) -> Made:
         s = self.sizes
-        return Made(SpecialTokens.after(s.vocab - 128), ConnectorConfig().n_latents, s.side, s.seq_len)
+        return Made(SpecialTokens.for_pieces(s.vocab - 128), ConnectorConfig().n_latents, s.side, s.seq_len)
 
     def batch(self, shares: Mapping[str, int]) -> KosmosBatch:
         """Return a micro-batch of so many rows of each kind, on the device."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from kosmos_lit.evaluation.requests import LogLikelihood, Request
 from kosmos_lit.inference.prompts import Prompt
-from kosmos_lit.inference.scoring import places, slot_token
+from kosmos_lit.inference.scoring import cache_capacity, slot_token
 from kosmos_lit.tokenizer import Ids
 
 LEAST_SHARED = 16
@@ -51,7 +51,7 @@ class BatchItem:
     ) -> BatchItem:
         """Return a request whose answer has at most `n_new` tokens."""
         if isinstance(request, LogLikelihood):
-            return cls((number,), "score", prompt, images, candidates, [0] * len(candidates), places(candidates))
+            return cls((number,), "score", prompt, images, candidates, [0] * len(candidates), cache_capacity(candidates))
         return cls((number,), repr(request.settings), prompt, images, [], [], n_new * request.settings.n_beams)
 
     @property
@@ -92,7 +92,7 @@ def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> li
         given += [len(rest)] * len(item.candidates)
     prompt = Prompt(items[0].prompt.tokens[:n], slots)
     numbers = tuple(number for item in items for number in item.numbers)
-    return [BatchItem(numbers, "score", prompt, (*own, *images), candidates, given, places(candidates))]
+    return [BatchItem(numbers, "score", prompt, (*own, *images), candidates, given, cache_capacity(candidates))]
 
 
 def _symbols(item: BatchItem, images: Mapping[Shown, int], n_latents: int) -> Ids:

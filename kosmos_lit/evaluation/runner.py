@@ -216,7 +216,7 @@ def evaluate(
     """Evaluate a model in this process; return the tasks' entries in `metrics.json` by their names.
 
     Args:
-        model: the model; `model.tokenizer` need not be set.
+        model: the model.
         tokenizer: its tokenizer.
         config: tasks, and how to ask.
         folder: where results are kept; what is there already is not asked again.

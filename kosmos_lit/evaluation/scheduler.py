@@ -25,7 +25,7 @@ from kosmos_lit.evaluation.session import SampleSession
 from kosmos_lit.evaluation.task import Sample, Task
 from kosmos_lit.images import Fit, ImageError, Pixels, load
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.generate import generate, score_tokens
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.inference.results import Continuation, ScoredCandidate
 from kosmos_lit.inference.scoring import slot_token
 from kosmos_lit.inference.trie import ChoiceTrie
@@ -63,7 +63,7 @@ class RequestScheduler:
             share_prefixes: whether comparisons of one sample whose prompts begin alike are read as one; without, each
                 prompt is read on its own, with the same answers.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model, tokenizer)
         self.batch_tokens, self.image_fit, self.image_control = batch_tokens, image_fit, image_control
         self.share_prefixes = share_prefixes
 
@@ -240,7 +240,7 @@ class RequestScheduler:
         self, items: Batch, settings: GenerationConfig, images: Tensor, places: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         prompts = [item.prompt for item in items]
-        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_shown(items, places))
+        return self.engine.generate_batch(prompts, images, settings, image_index=_shown(items, places))
 
     def _score(
         self, items: Batch, requests: Sequence[Request], images: Tensor, places: Sequence[Sequence[int]]
@@ -250,14 +250,15 @@ class RequestScheduler:
             [[slot_token(place[slot_token(s)]) if s < 0 else s for s in ids] for ids in item.candidates]
             for item, place in zip(items, places, strict=True)
         ]
-        shown = _shown(items, places)
-        found = score_tokens(self.model, prompts, candidates, images, self.tokenizer, shown=shown, given=given)
+        image_index = _shown(items, places)
+        found = self.engine.token_log_probs(prompts, candidates, images, image_index=image_index, n_context=given)
         answers: list[tuple[int, Response | Failure]] = []
         for item, rows in zip(items, map(iter, found), strict=True):
             for number in item.numbers:
                 request = requests[number]
                 assert isinstance(request, LogLikelihood)
-                answers.append((number, tuple(ScoredCandidate(text, tuple(next(rows))) for text in request.candidates)))
+                log_probs = [tuple(t.log_prob for t in next(rows)) for _ in request.candidates]
+                answers.append((number, tuple(map(ScoredCandidate, request.candidates, log_probs))))
         return answers
 
 

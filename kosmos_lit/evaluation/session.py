@@ -89,5 +89,5 @@ def _asked(request: Request, answer: Response | None = None) -> dict[str, Any]:
         settings["choices"] = f"{len(request.settings.choices)} of the task"
     found["settings"] = {"max_new_tokens": request.settings.max_new_tokens} | settings
     if answer is not None and not isinstance(answer, tuple):
-        found |= {"prediction": answer.text, "ended": answer.ended}
+        found |= {"prediction": answer.text, "finish_reason": answer.finish_reason}
     return found

@@ -16,8 +16,8 @@ from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.runner import Evaluation, summary
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.strategy import NET, Sharded
+from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.weights.keys import check_shapes, shapes_of
 
 
 class TrainerRanks:

@@ -26,10 +26,11 @@ from kosmos_lit.evaluation.harness import HarnessModel, generation_config, main
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice
 from kosmos_lit.evaluation.requests import Generate
 from kosmos_lit.evaluation.scheduler import RequestScheduler
-from kosmos_lit.inference.generate import GenerationConfig
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, Tokenizer
-from kosmos_lit.weights import save_folder
+from kosmos_lit.weights.folder import save_folder
 from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
@@ -40,15 +41,13 @@ CHOICE |= {"doc_to_target": "{{label}}", "metric_list": [{"metric": "acc"}]}
 
 
 @pytest.fixture(scope="module")
-def model(kosmos_tower: str, kosmos_vocabulary: bytes) -> Kosmos:
-    made = tiny_model(kosmos_tower, max_seq_len=ROOM)
-    made.tokenizer = Tokenizer(kosmos_vocabulary)
-    return made
+def engine(kosmos_tower: str, kosmos_vocabulary: bytes) -> Engine:
+    return Engine(tiny_model(kosmos_tower, max_seq_len=ROOM), Tokenizer(kosmos_vocabulary))
 
 
 @pytest.fixture(scope="module")
-def asked(model: Kosmos) -> HarnessModel:
-    return HarnessModel(model=model, device="cpu")
+def asked(engine: Engine) -> HarnessModel:
+    return HarnessModel(engine=engine, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +82,7 @@ def alone(model: Kosmos, context: list[int], rest: list[int]) -> list[float]:
     """Return log-probabilities from one look at a whole row."""
     row = torch.tensor([BOS, *context, *rest])
     with torch.inference_mode():
-        log_probs = model.logits(row)[:-1].log_softmax(-1)
+        log_probs = Engine(model, None).logits(row)[:-1].log_softmax(-1)
     return log_probs.gather(1, row[1:, None])[len(context) :, 0].tolist()  # type: ignore[no-any-return]
 
 
@@ -103,7 +102,9 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
     theirs = evaluate(asked, tmp_path)
 
-    results = {r.key: r for some in RequestScheduler(asked.model, asked.tokenizer).run(task, samples, pool) for r in some}
+    results = {
+        r.key: r for some in RequestScheduler(asked.engine.model, asked.tokenizer).run(task, samples, pool) for r in some
+    }
     ours = [results[sample.key].outcome for sample in samples]
     logged = sorted(theirs["samples"]["made"], key=lambda one: one["doc_id"])
     assert len(logged) == len(samples)
@@ -119,7 +120,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
 def test_candidates_of_a_context_are_read_behind_it_once(asked: HarnessModel) -> None:
     read: list[int] = []
-    hook = asked.model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
+    hook = asked.engine.model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
 
     asked.loglikelihood(requests("loglikelihood", *(("the cat sat on", f" {w}") for w in ("it", "mat", "my"))), True)
 
@@ -137,9 +138,9 @@ def test_tokens_are_those_of_the_joined_text(
 ) -> None:
     tokenizer = kosmos_tokenizer if kind == "sentencepiece" else Tokenizer.load(request.getfixturevalue(kind))
     model = tiny_model(kosmos_tower, max_seq_len=ROOM, vocab_size=tokenizer.vocab_size)
-    model.tokenizer = tokenizer
+    harness_model = HarnessModel(engine=Engine(model, tokenizer), device="cpu")
 
-    [(value, _)] = HarnessModel(model=model, device="cpu").loglikelihood(requests("loglikelihood", (context, rest)), True)
+    [(value, _)] = harness_model.loglikelihood(requests("loglikelihood", (context, rest)), True)
 
     joined, before = tokenizer.encode(context + rest).tolist(), tokenizer.encode(context).tolist()
     border = next((i for i, (a, b) in enumerate(zip(joined, before, strict=False)) if a != b), min(len(joined), len(before)))
@@ -152,7 +153,7 @@ def test_a_continuation_is_greedy_if_greedy_decoding_writes_it(asked: HarnessMod
     values = asked.loglikelihood(requests("loglikelihood", *((context, f" {word}") for word in words)), True)
     ids = asked.tokenizer.encode(context).tolist()
     with torch.inference_mode():
-        best = int(asked.model.logits([BOS, *ids])[-1].argmax())
+        best = int(asked.engine.logits([BOS, *ids])[-1].argmax())
     text = asked.tokenizer.name(best)
 
     [(_, is_greedy)] = asked.loglikelihood(requests("loglikelihood", (context, text)), True)
@@ -175,7 +176,7 @@ def test_a_long_context_loses_its_beginning_and_says_so(asked: HarnessModel, cap
         [(value, _)] = asked.loglikelihood(requests("loglikelihood", (context, " sat")), True)
 
     kept = ids[-(ROOM - 1 - len(rest)) :]
-    assert value == pytest.approx(sum(alone(asked.model, kept, rest)), abs=1e-4)
+    assert value == pytest.approx(sum(alone(asked.engine.model, kept, rest)), abs=1e-4)
     assert "1 contexts lost their beginnings: the model has 211 positions" in caplog.text
 
 
@@ -189,7 +190,7 @@ def test_a_short_text_is_one_row(asked: HarnessModel, tmp_path: Path) -> None:
     found = evaluate(asked, tmp_path)
 
     ids = asked.tokenizer.encode(text).tolist()
-    bits = -sum(alone(asked.model, [], ids)) / torch.log(torch.tensor(2.0)).item() / len(text.encode())
+    bits = -sum(alone(asked.engine.model, [], ids)) / torch.log(torch.tensor(2.0)).item() / len(text.encode())
     assert found["results"]["made"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
 
 
@@ -199,8 +200,7 @@ def test_windows_judge_each_token_of_a_text_once_behind_all_that_fits(
     kosmos_tower: str, kosmos_tokenizer: Tokenizer, n: int, stride: int | None
 ) -> None:
     model = tiny_model(kosmos_tower, max_seq_len=13)
-    model.tokenizer = kosmos_tokenizer
-    asked = HarnessModel(model=model, stride=stride, device="cpu")
+    asked = HarnessModel(engine=Engine(model, kosmos_tokenizer), stride=stride, device="cpu")
     ids = list(range(100, 100 + n))
 
     windows = asked._windows(ids)
@@ -215,8 +215,7 @@ def test_windows_judge_each_token_of_a_text_once_behind_all_that_fits(
 
 def test_a_long_text_is_the_sum_of_its_windows(kosmos_tower: str, kosmos_tokenizer: Tokenizer) -> None:
     model = tiny_model(kosmos_tower, max_seq_len=31)
-    model.tokenizer = kosmos_tokenizer
-    asked = HarnessModel(model=model, stride=11, device="cpu")
+    asked = HarnessModel(engine=Engine(model, kosmos_tokenizer), stride=11, device="cpu")
     text = "the cat sat on the mat " * 7
     ids = kosmos_tokenizer.encode(text).tolist()
 
@@ -235,7 +234,8 @@ def test_generation_stops_where_the_task_says(asked: HarnessModel, tmp_path: Pat
     contexts = ["the cat", "a red square and a", "jackdaws love"]
     settings = GenerationConfig(max_new_tokens=9)
     written = [
-        a.text for a in RequestScheduler(asked.model, asked.tokenizer).answer([Generate((c,), settings) for c in contexts])
+        a.text
+        for a in RequestScheduler(asked.engine.model, asked.tokenizer).answer([Generate((c,), settings) for c in contexts])
     ]  # type: ignore[union-attr]
     stop = next(letter for letter in "aeiotnsr" if any(letter in text[1:] for text in written))
     put_task(
@@ -289,7 +289,7 @@ def test_a_cache_of_the_harness_spares_the_model(asked: HarnessModel, tmp_path: 
     rows = [{"context": "the cat", "choices": ["sat", "is red"], "label": 0}]
     put_task(tmp_path, rows, **CHOICE)
     read: list[int] = []
-    hook = asked.model.decoder.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    hook = asked.engine.model.decoder.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
 
     first = evaluate(asked, tmp_path, use_cache=str(tmp_path / "answers"))
     n_read = len(read)
