@@ -260,7 +260,7 @@ def test_every_task_has_an_overlay_and_published_figures() -> None:
 
     assert apart == joint
     assert {entry["class_path"] for entry in joint.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
-    for name, entry in merge_prefixes.items():
+    for name, entry in joint.items():
         task = getattr(tasks, entry["class_path"].rpartition(".")[2])(**entry["init_args"])
         assert task.published == name
         assert published(task.published) is not None
