@@ -29,7 +29,7 @@ def draw(folder: Path, n: int, side: int = 17) -> list[Path]:
 class Rounds(Task):
     """First compares, then writes with the winner in the prompt; every third sample compares only."""
 
-    title, headline, chance = "Rounds", "accuracy", 0.5
+    title, main_metric, chance = "Rounds", "accuracy", 0.5
 
     def __init__(self, path: str, n: int = 7, max_new_tokens: int = 5, **options: int) -> None:
         """Take the size.

@@ -11,7 +11,7 @@ import pytest
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation import caption_metrics
-from kosmos_lit.evaluation.caption_metrics import check_measures, measure, plain_words
+from kosmos_lit.evaluation.caption_metrics import caption_scores, check_caption_metrics, plain_words
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
 
@@ -25,7 +25,7 @@ def test_cider_is_what_its_formula_gives(capsys: pytest.CaptureFixture[str]) -> 
     # Two images, so every n-gram that one of them has weighs log 2, which cancels in cosines. The first caption is its
     # reference: cosines of 1, 1, 0, 0 for n = 1 ... 4. The second has one of two words: 1 / sqrt(2) for n = 1, else 0, and
     # the reference has one bigram more: exp(-1 / (2 * 6**2)). CIDEr is 10 times the mean over n.
-    found = measure(["A b.", "c"], [["a b"], ["c d"]], ["cider"], "plain")["cider"][1]
+    found = caption_scores(["A b.", "c"], [["a b"], ["c d"]], ["cider"], "plain")["cider"][1]
 
     # rtol: the package computes in float64.
     assert found == pytest.approx([10 * 2 / 4, 10 * math.exp(-1 / 72) / math.sqrt(2) / 4], rel=1e-12)
@@ -33,7 +33,7 @@ def test_cider_is_what_its_formula_gives(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_references_are_averaged() -> None:
-    found = measure(["a b", "c"], [["a b", "x"], ["c"]], ["cider"], "plain")["cider"][1]
+    found = caption_scores(["a b", "c"], [["a b", "x"], ["c"]], ["cider"], "plain")["cider"][1]
 
     # Against "x" nothing: half of the value against "a b" alone.
     assert found[0] == pytest.approx(2.5)
@@ -51,17 +51,17 @@ def test_without_java_the_option_that_does_without_is_named(monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path))
 
     with pytest.raises(UserError, match="COCO: its measures lack Java for tokens: ptb, meteor") as raised:
-        check_measures("COCO", ["cider", "meteor"], "ptb")
+        check_caption_metrics("COCO", ["cider", "meteor"], "ptb")
 
-    assert all(part in str(raised.value) for part in ("default-jre-headless", "`measures: [cider]` with `tokens: plain`"))
-    check_measures("COCO", ["cider"], "plain")  # nothing is missing
+    assert all(part in str(raised.value) for part in ("default-jre-headless", "`metrics: [cider]` with `tokens: plain`"))
+    check_caption_metrics("COCO", ["cider"], "plain")  # nothing is missing
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
 
     with pytest.raises(UserError, match=r"pip install 'kosmos-lit\[eval\]'"):
-        check_measures("COCO", ["cider"], "plain")
+        check_caption_metrics("COCO", ["cider"], "plain")
 
 
 @needs_java
@@ -70,10 +70,10 @@ def test_without_corenlp_spice_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     (tmp_path / caption_metrics.CORENLP[0]).touch()
 
     with pytest.raises(UserError, match=r"lack stanford-corenlp-3\.6\.0-models\.jar for SPICE") as raised:
-        check_measures("COCO", ["cider", "spice"], "ptb")
+        check_caption_metrics("COCO", ["cider", "spice"], "ptb")
 
     assert "get_stanford_models" in str(raised.value)
-    assert "`measures: [cider, meteor]`" in str(raised.value)
+    assert "`metrics: [cider, meteor]`" in str(raised.value)
 
 
 def test_java_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_java_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
     with pytest.raises(UserError, match="pycocoevalcap failed at cider with tokens: ptb"):
-        measure(["a dog", "a cat"], [["a dog"], ["a cat"]], ["cider"], "ptb")
+        caption_scores(["a dog", "a cat"], [["a dog"], ["a cat"]], ["cider"], "ptb")
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_the_official_words_and_meteor_come_from_java() -> None:
     prediction = ["A man's dog, running.", "a cat", ""]
     target = [["a man 's dog running"], ["A cat."], ["a bird"]]
 
-    found = {name: each for name, (_, each) in measure(prediction, target, ["cider", "meteor"], "ptb").items()}
+    found = {name: each for name, (_, each) in caption_scores(prediction, target, ["cider", "meteor"], "ptb").items()}
 
     # "a" is of all three images and weighs nothing: of "a cat" n = 1 is "cat", n = 2 the whole.
     assert found["cider"][:2] == pytest.approx([10.0, 5.0])  # 5 words: all four n; 2 words: two of them

@@ -12,7 +12,7 @@ from datamodules.collate import ImageReader
 from datamodules.corpus import IndexedCorpus
 from datamodules.prepare.index import prepare_corpus
 from datamodules.stream import Row
-from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
+from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts, prompt_text
 from kosmos_lit.evaluation.requests import Parts
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.images import Fit
@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [
         {
             "images": [str(part) for part in parts if isinstance(part, Path)],
-            "prompt": readable(parts),
+            "prompt": prompt_text(parts),
             "completion": prediction,
         }
         for parts, prediction in ((parts, gap(parts) + answer) for parts, answer in EXAMPLES)

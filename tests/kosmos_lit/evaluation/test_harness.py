@@ -235,7 +235,7 @@ def test_generation_stops_where_the_task_says(asked: HarnessModel, tmp_path: Pat
     contexts = ["the cat", "a red square and a", "jackdaws love"]
     settings = GenerationConfig(max_new_tokens=9)
     written = [
-        a.text for a in RequestScheduler(asked.model, asked.tokenizer).answer([Generate((c,), settings) for c in contexts])
+        a.text for a in RequestScheduler(asked.model, asked.tokenizer).respond([Generate((c,), settings) for c in contexts])
     ]  # type: ignore[union-attr]
     stop = next(letter for letter in "aeiotnsr" if any(letter in text[1:] for text in written))
     put_task(

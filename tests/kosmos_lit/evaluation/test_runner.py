@@ -13,11 +13,11 @@ import torch
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.image_control import shuffle_images
-from kosmos_lit.evaluation.record import Result
 from kosmos_lit.evaluation.requests import LogLikelihood
+from kosmos_lit.evaluation.results import Result
 from kosmos_lit.evaluation.runner import evaluate, weights_digest
 from kosmos_lit.evaluation.scheduler import RequestScheduler
-from kosmos_lit.evaluation.task import Sample, chosen
+from kosmos_lit.evaluation.task import Sample, limit_samples
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 from tests.kosmos_lit.evaluation.asking import Rounds, draw
@@ -167,7 +167,7 @@ def test_a_sample_that_its_task_cannot_ask_about_is_listed(
 
 
 def test_fewer_samples_are_among_more(task: Rounds) -> None:
-    keys = [{sample.key for sample in chosen(task, task.samples(), n)} for n in (3, 7, None)]
+    keys = [{sample.key for sample in limit_samples(task, task.samples(), n)} for n in (3, 7, None)]
 
     assert [len(some) for some in keys] == [3, 7, 11]
     assert keys[0] < keys[1] < keys[2]
@@ -175,7 +175,7 @@ def test_fewer_samples_are_among_more(task: Rounds) -> None:
 
 def test_two_samples_of_one_key_are_a_mistake(task: Rounds) -> None:
     with pytest.raises(UserError, match="1 keys are of several samples, 's2' for one"):
-        chosen(task, [*task.samples(), task.samples()[2]])
+        limit_samples(task, [*task.samples(), task.samples()[2]])
 
 
 def test_shuffled_samples_show_others_images_and_keep_the_rest(

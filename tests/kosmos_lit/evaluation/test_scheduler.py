@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kosmos_lit.evaluation.record import Failure, Result
 from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Request
+from kosmos_lit.evaluation.results import Failure, Result
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.inference.generate import GenerationConfig
 from kosmos_lit.model import Kosmos
@@ -75,10 +75,10 @@ def test_an_image_of_several_samples_is_seen_once_a_batch(
     model.vision.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     requests = [LogLikelihood((one, other, one, text), ("a cat",)) for text in ("the", "a red square", "my")]
 
-    merged = RequestScheduler(model, kosmos_tokenizer).answer(requests)
+    merged = RequestScheduler(model, kosmos_tokenizer).respond(requests)
 
     assert [len(images) for images in seen] == [2]
-    alone = [RequestScheduler(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    alone = [RequestScheduler(model, kosmos_tokenizer).respond([request])[0] for request in requests]
     for answer, other_answer in zip(merged, alone, strict=True):
         assert answer[0].log_probs == pytest.approx(other_answer[0].log_probs, abs=1e-5)  # type: ignore[index]
 
@@ -101,9 +101,9 @@ def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
         RequestScheduler(model, kosmos_tokenizer, batch_tokens=batch_tokens, share_prefixes=share) for share in (False, True)
     ]
 
-    plain = engines[0].answer(requests)
+    plain = engines[0].respond(requests)
     n_plain = sum(read)
-    shared = engines[1].answer(requests[:2] + requests[2:5])
+    shared = engines[1].respond(requests[:2] + requests[2:5])
     n_shared = sum(read) - n_plain
 
     assert n_shared < 0.7 * n_plain
@@ -121,9 +121,9 @@ def test_draws_follow_from_the_images_shown(model: Kosmos, kosmos_tokenizer: Tok
     settings = GenerationConfig(max_new_tokens=7, temperature=1.0)
     requests = [Generate((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
 
-    merged = RequestScheduler(model, kosmos_tokenizer).answer(requests)
+    merged = RequestScheduler(model, kosmos_tokenizer).respond(requests)
 
-    assert merged == [RequestScheduler(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    assert merged == [RequestScheduler(model, kosmos_tokenizer).respond([request])[0] for request in requests]
 
 
 def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer
         Generate((good, "the"), settings),
     ]
 
-    answers = RequestScheduler(model, kosmos_tokenizer).answer(requests)
+    answers = RequestScheduler(model, kosmos_tokenizer).respond(requests)
 
     why: list[Any] = [answer.reason if isinstance(answer, Failure) else None for answer in answers]
     assert why == [
@@ -202,7 +202,7 @@ def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenize
     [image] = draw(tmp_path, 1)
     model.tokenizer = kosmos_tokenizer
 
-    [answer] = RequestScheduler(model, kosmos_tokenizer).answer([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
+    [answer] = RequestScheduler(model, kosmos_tokenizer).respond([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
 
     wanted = model.score("the cat", ["sat", "on the mat"], [image])
     assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kosmos_lit.evaluation.text_match import exact_match, f1, normalised
+from kosmos_lit.evaluation.answer_metrics import exact_match, f1, normalised
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kosmos_lit.evaluation.vqa import normalised, vqa_accuracy
+from kosmos_lit.evaluation.answer_metrics import normalised, vqa_accuracy
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ BEAM = {"settings": GenerationConfig(n_beams=2, max_new_tokens=5)}
 NAMES = {"settings": GenerationConfig(n_beams=2, max_new_tokens=32)}
 
 TASKS: dict[str, Callable[[Path], Task]] = {
-    "coco_caption_2": lambda f: tasks.CocoCaption(str(made.karpathy(f)), n_shots=2, measures=[], **BEAM),
-    "flickr30k": lambda f: tasks.Flickr30k(str(made.karpathy(f, "flickr30k")), measures=[], **BEAM),
+    "coco_caption_2": lambda f: tasks.CocoCaption(str(made.karpathy(f)), n_shots=2, metrics=[], **BEAM),
+    "flickr30k": lambda f: tasks.Flickr30k(str(made.karpathy(f, "flickr30k")), metrics=[], **BEAM),
     "vqav2_2": lambda f: tasks.Vqav2(str(made.vqav2(made.vqav2(f), "train2014")), n_shots=2, **SHORT),
     "vizwiz": lambda f: tasks.VizWiz(str(made.vizwiz(f)), **SHORT),
     "raven_iq50": lambda f: tasks.Raven(str(made.raven(f)), no="No"),
@@ -94,7 +94,7 @@ def test_the_rationale_is_in_the_second_prompt(model: Kosmos, kosmos_tokenizer: 
 
 def test_what_each_caption_is_worth_lies_beside_it(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
-    task = tasks.CocoCaption(str(made.karpathy(tmp_path / "data")), measures=["cider"], tokens="plain", **SHORT)
+    task = tasks.CocoCaption(str(made.karpathy(tmp_path / "data")), metrics=["cider"], tokens="plain", **SHORT)
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"coco": task}), tmp_path / "out")["coco"]
 

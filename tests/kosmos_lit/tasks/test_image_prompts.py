@@ -17,7 +17,7 @@ from kosmos_lit.inference.config import GenerationConfig
 from tests.kosmos_lit.tasks import images_on_disk as made
 from tests.kosmos_lit.tasks.asking_by_hand import prompt, readable, requests, wrote
 
-UNMEASURED: dict[str, Any] = {"measures": []}
+UNMEASURED: dict[str, Any] = {"metrics": []}
 WEB = (
     "Given the context below from web page, extract the answer from the given text like this: Qusestion: Who is the "
     "publisher of this book? Answer: Penguin Books Ltd."

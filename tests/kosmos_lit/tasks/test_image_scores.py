@@ -15,7 +15,7 @@ from kosmos_lit.evaluation.runner import read_samples
 from tests.kosmos_lit.tasks import images_on_disk as made
 from tests.kosmos_lit.tasks.asking_by_hand import finds, outcome, plain, wrote
 
-PLAIN: dict[str, Any] = {"measures": ["cider"], "tokens": "plain"}
+PLAIN: dict[str, Any] = {"metrics": ["cider"], "tokens": "plain"}
 
 
 def test_captions_that_are_references_score_highest_and_others_nothing(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_captions_that_are_references_score_highest_and_others_nothing(tmp_path:
 
 
 def test_an_exact_caption_is_so_whatever_its_case_and_full_stop(tmp_path: Path) -> None:
-    task = tasks.CocoCaption(str(made.karpathy(tmp_path)), measures=[])
+    task = tasks.CocoCaption(str(made.karpathy(tmp_path)), metrics=[])
 
     assert outcome(task, task.samples()[0], [wrote(" a RED square")]).scores == {"exact_match": 1}
 
@@ -60,7 +60,7 @@ def test_answers_that_nobody_may_know_go_to_the_server(tmp_path: Path) -> None:
     found = [outcome(task, sample, [wrote(f"answer {sample.key}")]) for sample in task.samples()]
 
     assert task.metrics(found) == {}
-    (name, text), *_ = task.files(found, []).items()
+    (name, text), *_ = task.submission_files(found, []).items()
     assert name == "submission_test-dev2015.json"
     assert json.loads(text) == [{"question_id": 10, "answer": "answer 10"}, {"question_id": 11, "answer": "answer 11"}]
 
@@ -69,7 +69,7 @@ def test_a_question_that_failed_has_an_empty_answer_for_the_server(tmp_path: Pat
     task = tasks.Vqav2(str(made.vqav2(tmp_path, "test-dev2015", n=2, answered=False)), split="test-dev2015")
     found = [outcome(task, task.samples()[0], [wrote("a cat")])]
 
-    [text] = task.files(found, ["11"]).values()
+    [text] = task.submission_files(found, ["11"]).values()
 
     assert json.loads(text) == [{"question_id": 10, "answer": "a cat"}, {"question_id": 11, "answer": ""}]
 
@@ -86,7 +86,7 @@ def test_vizwiz_answers_go_by_image(tmp_path: Path) -> None:
 
     found = [outcome(task, sample, [wrote("a can")]) for sample in task.samples()]
 
-    assert json.loads(task.files(found, [])["submission_test.json"]) == [
+    assert json.loads(task.submission_files(found, [])["submission_test.json"]) == [
         {"image": "VizWiz_test_00000000.jpg", "answer": "a can"}
     ]
 
@@ -134,7 +134,7 @@ def test_the_likelier_sentiment_is_the_answer(tmp_path: Path) -> None:
     found = outcome(task, sample, [finds(positive=0.1, negative=0.3)])
 
     assert (sample.data["label"], found.prediction, found.scores) == ("negative", "negative", {"accuracy": 1})
-    assert found.data["shares"] == pytest.approx({"positive": 0.25, "negative": 0.75})
+    assert found.data["probabilities"] == pytest.approx({"positive": 0.25, "negative": 0.75})
 
 
 def test_the_rationale_is_kept(tmp_path: Path) -> None:
