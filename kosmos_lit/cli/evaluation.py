@@ -50,14 +50,14 @@ def evaluation_data(
     tokenizer = trained_with or configured
     if tokenizer is None:
         raise UserError(
-            f"evaluation needs a tokenizer: {source or 'an untrained model'} has none, and data.tokenizer.path, {path}, has none "
-            "either"
+            f"evaluation needs a tokenizer: {source or 'an untrained model'} has none, nor has data.tokenizer.path, {path}"
         )
     model_info: dict[str, Any] = {"checkpoint": source, "step": None}
     if checkpoint is not None:
         model_info["step"] = int(load_checkpoint(checkpoint)["global_step"])
     folder = Path(config.folder) if config.folder else run / folder_name(config)
-    return EvaluationData(config, tokenizer, kosmos.decoder.max_seq_len, folder, model_info, write_report)
+    seq_len = kosmos.decoder.max_seq_len
+    return EvaluationData(config, tokenizer, seq_len, folder, model_info, write_report)
 
 
 def folder_name(config: EvalConfig) -> str:

@@ -1,7 +1,7 @@
 """lm-evaluation-harness with a model of this project: `python -m kosmos_lit.evaluation.harness --model kosmos_lit ...`.
 
-The command is lm_eval's own with one more model, `kosmos_lit`; `--model_args` are the arguments of `HarnessModel`. Texts only,
-no images. Needs the extra `eval`.
+The command is lm_eval's own with one more model, `kosmos_lit`; `--model_args` are the arguments of `HarnessModel`. It reads
+texts only, no images, and needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _log = logging.getLogger(__name__)
 class HarnessModel(LM):
     """A model behind lm_eval's interface.
 
-    A request is one document: its tokens are those of context and continuation joined, and the continuation's are those after
-    the ids in common with the context alone. If the border lies inside a token ("Answer:" and "yes" without a blank), that
-    token belongs to the continuation.
+    A request is one document: its tokens are those of context and continuation joined, and the continuation's are those
+    after the ids in common with the context alone. If the border lies inside a token ("Answer:" and "yes" without a blank),
+    that token belongs to the continuation.
 
     Contexts that are too long lose their beginnings, never <s>; their number is logged.
     """

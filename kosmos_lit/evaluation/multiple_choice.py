@@ -1,7 +1,7 @@
 """Base of the tasks that choose among candidates by their log-probability as continuations.
 
-The paper names neither the prompts nor the scoring rule of its language tasks. The defaults of the tasks in `kosmos_lit.tasks`
-are those of the tools that the same group has published for its earlier and later models (microsoft/LMOps
+The paper names neither the prompts nor the scoring rule of its language tasks. The defaults of the tasks in
+`kosmos_lit.tasks` are those of the tools that the same group has published for its earlier and later models (microsoft/LMOps
 `structured_prompting`, microsoft/unilm `kosmos-2/evaluation/seed-bench`): plain continuations without instructions, and the
 mean log-probability of a candidate's tokens. These tools end a demonstration with </s>; a prompt here is one document, so
 demonstrations are lines of it.
@@ -85,8 +85,8 @@ class MultipleChoice(Task):
 
         Args:
             path: Folder with the dataset's files as their authors distribute them.
-            scoring: Score of a candidate: `mean` or `sum` of its tokens' log-probabilities, the sum divided by its `bytes` of
-                UTF-8, or the sum minus that after the `unconditional` prompt (Brown et al. 2020, section 2.4).
+            scoring: Score of a candidate: `mean` or `sum` of its tokens' log-probabilities, the sum divided by its `bytes`
+                of UTF-8, or the sum minus that after the `unconditional` prompt (Brown et al. 2020, section 2.4).
             separator: Text between demonstrations, and between the last one and the question; a newline is </line>.
             unconditional: Prompt of the candidates' second scores with scoring `unconditional`.
             **common: Options of every task.

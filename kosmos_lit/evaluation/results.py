@@ -1,8 +1,7 @@
 """Results of an evaluation on disk: a line of `TASK/samples.jsonl` for each sample, and `metrics.json`.
 
-    samples.jsonl   key, requests [prompt, images, and candidates, log_probs | settings, prediction, ended],
-                    prediction, target, scores, data, error
-    metrics.json    model, image_control, machine, date, tasks {name: main_metric, metrics, n_samples, options, ...}
+Keys of a line: key, requests (each with prompt, images, and candidates, log_probs or settings, prediction, ended),
+prediction, target, scores, data, error. Keys of `metrics.json`: model, image_control, machine, date, and tasks by name.
 """
 
 from __future__ import annotations
@@ -231,6 +230,6 @@ def check_version(folder: Path) -> None:
 def earlier_version_error(folder: Path) -> UserError:
     """Return the message about results of an earlier version in a folder."""
     return UserError(
-        f"{folder} holds results of an earlier version of kosmos-lit, whose files and keys had other names: run `main.py test` "
-        "again, with another --eval.folder or after deleting this one"
+        f"{folder} holds results of an earlier version of kosmos-lit, whose files and keys had other names: delete the "
+        "folder or give another --eval.folder, and run `main.py test` again"
     )

@@ -60,8 +60,8 @@ def bootstrap(statistic: Callable[[Indices], float], n: int, seed: int = 0) -> M
     """Return a statistic of n samples with its interval.
 
     Args:
-        statistic: takes the indices of the drawn samples, some of them several times; draws for which it returns NaN are left
-            out.
+        statistic: takes the indices of the drawn samples, some of them several times; draws for which it returns NaN are
+            left out.
         n: number of samples; 0 gives a metric of NaN.
         seed: of the draws.
     """

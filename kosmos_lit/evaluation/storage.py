@@ -139,8 +139,8 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any], *, replace: 
                 f"{name} is {stored.get(name)!r} in the folder, {actual.get(name)!r} in this run" for name in names
             )
             raise UserError(
-                f"{folder} holds results of another evaluation: {differences}. Give this run another --eval.folder, or delete "
-                "the folder"
+                f"{folder} holds results of another evaluation: {differences}. Give this run another --eval.folder, or "
+                "delete the folder"
             )
         if names:
             shutil.rmtree(folder)

@@ -1,8 +1,8 @@
 """A task: samples of a dataset, the requests about one of them, and the scores of the responses.
 
-`Task.ask` is a generator: it yields a list of requests, receives the list of their responses, may yield again with what these
-say (a chain of thought), and returns an outcome. The scheduler drives the generators of many samples side by side, so that
-requests of different samples share a batch while a task reads as if there were one sample.
+`Task.ask` is a generator: it yields a list of requests, receives the list of their responses, may yield again (a chain of
+thought), and returns an outcome. The scheduler drives the generators of many samples side by side, so that requests of
+different samples share a batch while a task reads as if there were one sample.
 """
 
 from __future__ import annotations

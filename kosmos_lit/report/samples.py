@@ -106,7 +106,7 @@ def confidence(sample: Mapping[str, Any]) -> float:
 def candidate_shares(sample: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Return candidates with their shares; empty if there was no choice.
 
-    They are the task's own, `probabilities` in an outcome's data. Of a task that hands over none they follow from the mean log
+    They are the task's own, `probabilities` in an outcome's data. Of a task that hands over none they follow from mean log
     probability of the candidates' tokens. Candidates are then those of the last request that has several, or the last
     requests that have one each (images, each with its own prompt), numbered from 0.
     """

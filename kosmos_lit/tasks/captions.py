@@ -67,7 +67,7 @@ class KarpathyCaptions(Task):
             prompt: What follows the image.
             separator: What ends a demonstration. Blanks beside images go, as they do in training.
             settings: How to write.
-            measures: Figures beside the exact match: those of pycocoevalcap (extra `eval`). METEOR and SPICE need Java.
+            metrics: Metrics of pycocoevalcap (extra `eval`) beside the exact match. METEOR and SPICE need Java.
             tokens: `ptb`: the words that pycocoevalcap's tokenizer finds, as in published figures; it needs Java. `plain`:
                 lower-case words without punctuation; its figures are named so (`cider_plain`).
             **common: What every task takes.

@@ -87,7 +87,7 @@ class HatefulMemes(Task):
             scores={"accuracy": accuracy_with_ties(found, label)},
             data={
                 "score": found[1] if self.score == "share" else math.exp(scored[1].total), "label": label,
-                "shares": dict(zip(self.answers, found, strict=True)),
+                "probabilities": dict(zip(self.answers, found, strict=True)),
             },
         )
 

@@ -90,5 +90,5 @@ class Raven(Task):
             prediction=str(confidence.index(max(confidence))),
             target=str(target),
             scores={"accuracy": accuracy_with_ties(confidence, target)},
-            data={"confidence": confidence, "shares": {str(i): one / total for i, one in enumerate(confidence)}},
+            data={"confidence": confidence, "probabilities": {str(i): one / total for i, one in enumerate(confidence)}},
         )

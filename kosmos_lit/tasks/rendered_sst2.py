@@ -78,7 +78,7 @@ class ImageClassification(Task):
             prediction=self.classes[found.index(max(found))],
             target=label,
             scores={"accuracy": accuracy_with_ties(found, self.classes.index(label))},
-            data={"shares": dict(zip(self.classes, found, strict=True)), **data},
+            data={"probabilities": dict(zip(self.classes, found, strict=True)), **data},
         )
 
 

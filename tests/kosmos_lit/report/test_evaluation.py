@@ -322,9 +322,9 @@ def test_a_task_whose_samples_are_gone_keeps_its_figures(tmp_path: Path) -> None
     ("text", "message"),
     [
         (None, "no metrics.json"),
-        ("[1]", "not the figures"),
+        ("[1]", "not the metrics"),
         ('{"tasks": {}}', "no tasks"),
-        ('{"tasks": {"t": 1}}', "not the figures"),
+        ('{"tasks": {"t": 1}}', "not the metrics"),
     ],
 )
 def test_a_folder_without_results_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

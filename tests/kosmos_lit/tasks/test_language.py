@@ -19,7 +19,7 @@ from kosmos_lit.inference.generate import ScoredCandidate, encode_prompt, score
 from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import published
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
+from tests.kosmos_lit.tasks.language_datasets import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import LATENTS, random_images, tiny_model
 
 
