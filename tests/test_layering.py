@@ -41,6 +41,7 @@ LAYOUT = """
 PEERS = {
     ("init_from", "lora"),
     ("checks", "costs"),
+    ("checks", "sharding"),
     ("costs", "init_from"),
     ("sharding", "checkpoint"),
     ("lora", "checkpoint"),
