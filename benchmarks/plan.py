@@ -150,9 +150,10 @@ def report_scale(folder: Path, n: int, workers: int) -> None:
     totals = plan.totals
     plan_bytes = sum(file.stat().st_size for file in folder.glob("plans/*.npz"))
     print(
-        f"planned in {seconds:.0f} s by {workers} processes, {n / busy:,.0f} documents a second of CPU: {plan.n_rows:,} "
-        f"rows, padding {1 - totals.positions / totals.rows / SEQ_LEN:.4%}; validation {val.n_rows:,} rows, "
-        f"padding {1 - val.totals.positions / val.totals.rows / SEQ_LEN:.3%}; {plan_bytes:,} bytes of counts\n{plan.window()}"
+        f"planned in {seconds:.0f} s by {workers} processes, {n / busy:,.0f} documents a second of CPU: "
+        f"{plan.n_rows:,} rows, padding {1 - totals.positions / totals.rows / SEQ_LEN:.4%}; validation {val.n_rows:,} rows, "
+        f"padding {1 - val.totals.positions / val.totals.rows / SEQ_LEN:.3%}; "
+        f"{plan_bytes:,} bytes of counts\n{plan.window()}"
     )
     for number in 2 * (0, min(10**6, plan.n_rows // 2), plan.n_rows - 1):
         command = [sys.executable, __file__, "--open", str(folder), "--row", str(number)]
