@@ -46,6 +46,7 @@ tokenizer's. `state_dicts` reads the files of a pretrained tower, which `vision`
 PEERS = {
     ("init_from", "lora"),
     ("checks", "costs"),
+    ("checks", "sharding"),
     ("costs", "init_from"),
 }
 """Arrows between places of one line: how a model is trained is one layer with an order of its own."""

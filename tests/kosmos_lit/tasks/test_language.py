@@ -12,7 +12,7 @@ import yaml
 from kosmos_lit import tasks
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Scoring, rate
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Scoring, candidate_scores
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.runner import Evaluation
 from kosmos_lit.inference.engine import Engine
@@ -21,7 +21,7 @@ from kosmos_lit.inference.results import ScoredCandidate
 from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import published
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
+from tests.kosmos_lit.tasks.language_datasets import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import LATENTS, random_images, tiny_model
 
 
@@ -206,9 +206,9 @@ def test_a_question_without_training_split_is_never_its_own_demonstration(folder
 
 
 def test_demonstrations_follow_from_the_seed(folders: dict[str, str]) -> None:
-    tasks = [tasks.HellaSwag(folders["HellaSwag"], n_shots=3, seed=seed) for seed in (0, 0, 1)]
+    seeded = [tasks.HellaSwag(folders["HellaSwag"], n_shots=3, seed=seed) for seed in (0, 0, 1)]
 
-    one, same, other = [[asked(task, number) for number in range(3)] for task in tasks]
+    one, same, other = [[asked(task, number) for number in range(3)] for task in seeded]
 
     assert one == same
     assert one != other
@@ -226,7 +226,7 @@ def test_scoring_rules_are_these(scoring: Scoring, values: list[float]) -> None:
     conditional = [scored("größe", -1.0, -1.0, -1.0), scored("it", -3.5)]  # 7 and 2 bytes
     alone = [scored("größe", -2.0), scored("it", -4.0)] if scoring == "unconditional" else []
 
-    assert rate([*conditional, *alone], scoring) == pytest.approx(values)
+    assert candidate_scores([*conditional, *alone], scoring) == pytest.approx(values)
 
 
 def test_unconditional_scoring_asks_for_the_candidates_twice(folders: dict[str, str]) -> None:
@@ -256,13 +256,13 @@ def test_winograd_can_be_the_first_273_schemas(folders: dict[str, str]) -> None:
 
 def test_every_task_has_an_overlay_and_published_figures() -> None:
     folder = Path(__file__).parents[3] / "configs" / "eval"
-    merge_prefixes = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
+    joint = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
 
-    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in merge_prefixes}
+    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in joint}
 
-    assert apart == merge_prefixes
-    assert {entry["class_path"] for entry in merge_prefixes.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
-    for name, entry in merge_prefixes.items():
+    assert apart == joint
+    assert {entry["class_path"] for entry in joint.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
+    for name, entry in joint.items():
         task = getattr(tasks, entry["class_path"].rpartition(".")[2])(**entry["init_args"])
         assert task.published == name
         assert published(task.published) is not None
