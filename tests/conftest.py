@@ -42,7 +42,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Raw files of every format, all of them sound; `made.write_raw` says what there is."""
+    """Raw files of every format, all of them sound; see `sample_data.write_raw`."""
     folder = tmp_path_factory.mktemp("raw")
     sample_data.write_raw(folder)
     return folder
