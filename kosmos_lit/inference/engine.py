@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kosmos_lit.batch import check_slots, find_slots
 from kosmos_lit.errors import UserError
-from kosmos_lit.images import ImageError, ImageLike, as_image_list
+from kosmos_lit.images import ImageError, ImageLike, as_list
 from kosmos_lit.images import load as load_image
 from kosmos_lit.inference.beam_search import search_beams
 from kosmos_lit.inference.config import GenerationConfig
@@ -238,7 +238,7 @@ class Engine:
         Raises: UserError naming the image that cannot be read.
         """
         size = self.model.config.vision.image_size
-        sources = as_image_list(images)
+        sources = as_list(images)
         pixels = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
         for number, image in enumerate(sources):
             try:
