@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.made_batches import Document, Made, n_targets
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
@@ -268,7 +268,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     theirs = Side(make_theirs(model), their_loss, step.theirs, step.n_targets)
     kernel = theirs.model.config.text_config._attn_implementation
     figures: dict[str, Any] = {
-        "machine": machine(torch.device("cpu")), "transformers": transformers.__version__, "attention of theirs": kernel,
+        "machine": describe_device(torch.device("cpu")), "transformers": transformers.__version__, "attention of theirs": kernel,
         "size": a.size, "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": a.vocab,
         "positions of a row": a.seq_len, "rows": dict(zip(KINDS, a.rows, strict=True)), "short text": a.short_text,
         "micro-batch of ours, rows": a.micro_rows, "targets": step.n_targets, "rounds": a.rounds,

@@ -14,9 +14,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, PromptBatch
-from kosmos_lit.checks.device import check_device, fuses
+from kosmos_lit.checks.device import check_device, uses_compile
 from kosmos_lit.checks.leaks import check_leaks
-from kosmos_lit.checks.memory import Rows, check_trainer
+from kosmos_lit.checks.memory import Rows, check_step_memory
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.corpus_loss import CorpusLoss
 from kosmos_lit.errors import UserError
@@ -157,7 +157,7 @@ class KosmosLit(L.LightningModule):
             )
         check_device(self.trainer, self.config.decoder, wanted, trains=stage == "fit")
         if stage == "fit":
-            check_trainer(self.trainer, self._data, self.config, self.frozen)
+            check_step_memory(self.trainer, self._data, self.config, self.frozen)
 
     # ---- training
 
@@ -166,7 +166,7 @@ class KosmosLit(L.LightningModule):
 
         Raises: UserError if a document's words or images move another document's losses.
         """
-        if fuses(self.config.decoder, self.device):
+        if uses_compile(self.config.decoder, self.device):
             self.net.fuse()
         self._check_leaks()
         step, c = self.trainer.global_step, self.optimizer_config

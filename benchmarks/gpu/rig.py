@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.made_batches import Made
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.peaks import peak_flops
@@ -221,7 +221,7 @@ class Record:
     def __init__(self, path: Path | None, rig: Rig) -> None:
         self.path, self.rig = path, rig
         self.figures: Figures = {
-            "machine": machine(rig.device), "tiny": rig.tiny, "steps": rig.n_steps, "parts": rig.found, "errors": {},
+            "machine": describe_device(rig.device), "tiny": rig.tiny, "steps": rig.n_steps, "parts": rig.found, "errors": {},
         }  # fmt: skip
 
     def take(self, name: str, part: Callable[[Rig], Figures]) -> None:

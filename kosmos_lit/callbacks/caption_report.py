@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kosmos_lit.batch import PromptBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.errors import UserError
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.lit import KosmosLit
@@ -118,7 +118,7 @@ class CaptionReport(Callback):
             "steps": trainer.global_step,
             "seed": pl_module.seed,
             "parameters": n_parameters,
-            "machine": machine(pl_module.device),
+            "machine": describe_device(pl_module.device),
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
