@@ -201,7 +201,8 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    about = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {sum(p.numel() for p in model.parameters()):,} parameters"
+    n = sum(p.numel() for p in model.parameters())
+    about = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {n:,} parameters"
     print(about)
     print("set        samples  pairs   engine /s   alone /s   ratio  by CPU    differ by")
     with tempfile.TemporaryDirectory() as folder:

@@ -189,7 +189,8 @@ def run(folder: Path, models: Sequence[str], n_steps: int, n_rounds: int, *, pro
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     figures: dict[str, Any] = {
-        "machine": describe_device(torch.device("cpu")), "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
+        "machine": describe_device(torch.device("cpu")),
+        "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
     }  # fmt: skip
     print("; ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
     for name in models:

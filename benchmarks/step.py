@@ -268,7 +268,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     theirs = Side(make_theirs(model), their_loss, step.theirs, step.n_targets)
     kernel = theirs.model.config.text_config._attn_implementation
     figures: dict[str, Any] = {
-        "machine": describe_device(torch.device("cpu")), "transformers": transformers.__version__, "attention of theirs": kernel,
+        "machine": describe_device(torch.device("cpu")),
+        "transformers": transformers.__version__, "attention of theirs": kernel,
         "size": a.size, "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": a.vocab,
         "positions of a row": a.seq_len, "rows": dict(zip(KINDS, a.rows, strict=True)), "short text": a.short_text,
         "micro-batch of ours, rows": a.micro_rows, "targets": step.n_targets, "rounds": a.rounds,

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from kosmos_lit.config import KosmosConfig, Recompute
 from kosmos_lit.costs.memory import GB, MicroBatch, Setting, bytes_of, estimate, skeleton
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.strategy import Sharded
+from kosmos_lit.sharding.strategy import ShardedStrategy
 
 WORLD_SIZES = (2, 4, 8, 16, 32, 64)
 """World sizes that are suggested for sharding."""
@@ -43,7 +43,7 @@ def check_step_memory(trainer: L.Trainer, data: BatchSizes, config: KosmosConfig
     setting = Setting(
         batch=MicroBatch(rows=data.micro_batch_rows, seq_len=data.seq_len, n_images=images, n_targets=targets),
         device="cuda" if device.type == "cuda" else "cpu", precision=str(trainer.precision),
-        strategy="fsdp" if isinstance(strategy, Sharded) else "ddp" if trainer.world_size > 1 else "one",
+        strategy="fsdp" if isinstance(strategy, ShardedStrategy) else "ddp" if trainer.world_size > 1 else "one",
         world_size=trainer.world_size, n_micro_batches=trainer.accumulate_grad_batches, freeze=tuple(freeze),
         reshards=getattr(strategy, "reshard_after_forward", True),
         sums_every_micro_batch=getattr(strategy, "sync_every_micro_batch", True),

@@ -15,8 +15,9 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.runner import Evaluation, summary
 from kosmos_lit.lit import KosmosLit
-from kosmos_lit.sharding.strategy import NET, Sharded
+from kosmos_lit.sharding.strategy import NET, ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
+from kosmos_lit.trainer_internals import attached_trainer
 from kosmos_lit.weights.keys import check_shapes, shapes_of
 
 
@@ -78,7 +79,9 @@ class EvaluatedLit(KosmosLit):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError naming the tensors that the checkpoint lacks, or has too many."""
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and isinstance(self._data, EvaluationData) and not isinstance(self._strategy, Sharded):
+        if attached_trainer(self) is None or isinstance(self._strategy, ShardedStrategy):
+            return  # the strategy checks shapes itself
+        if isinstance(self._data, EvaluationData):
             found = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
             check_shapes(shapes_of(found), shapes_of(self.net.state_dict()), str(self._data.about["checkpoint"]))
 
@@ -88,7 +91,7 @@ class EvaluatedLit(KosmosLit):
         if not isinstance(data, EvaluationData):
             return
         whole = ExitStack()
-        net = whole.enter_context(self.whole_net())
+        net = whole.enter_context(self.full_net())
         about = data.about | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
         evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, about=about, ranks=ranks)
