@@ -54,7 +54,7 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
 def test_an_index_of_another_version_is_refused(copy):
     manifest = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(json.dumps(manifest | {"version": 97}))
-    with pytest.raises(UserError, match="has version 97, this program reads version 1"):
+    with pytest.raises(UserError, match="has version 97, this program reads version 2"):
         IndexedCorpus(copy)
 
 

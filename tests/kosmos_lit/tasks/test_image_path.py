@@ -137,7 +137,7 @@ def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tok
 def test_all_images_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = tasks.Raven(str(made.raven(tmp_path / "data", givens=[3, 3, 3])))
 
-    config = EvalConfig(tasks={"raven": task}, images="shuffled")
+    config = EvalConfig(tasks={"raven": task}, image_control="shuffled")
     entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["raven"]
 
     assert entry["n_failed"] == 0

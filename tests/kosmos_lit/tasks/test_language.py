@@ -204,9 +204,9 @@ def test_a_question_without_training_split_is_never_its_own_demonstration(folder
 
 
 def test_demonstrations_follow_from_the_seed(folders: dict[str, str]) -> None:
-    tasks = [tasks.HellaSwag(folders["HellaSwag"], n_shots=3, seed=seed) for seed in (0, 0, 1)]
+    seeded = [tasks.HellaSwag(folders["HellaSwag"], n_shots=3, seed=seed) for seed in (0, 0, 1)]
 
-    one, same, other = [[asked(task, number) for number in range(3)] for task in tasks]
+    one, same, other = [[asked(task, number) for number in range(3)] for task in seeded]
 
     assert one == same
     assert one != other
@@ -254,13 +254,13 @@ def test_winograd_can_be_the_first_273_schemas(folders: dict[str, str]) -> None:
 
 def test_every_task_has_an_overlay_and_published_figures() -> None:
     folder = Path(__file__).parents[3] / "configs" / "eval"
-    merge_prefixes = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
+    joint = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
 
-    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in merge_prefixes}
+    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in joint}
 
-    assert apart == merge_prefixes
-    assert {entry["class_path"] for entry in merge_prefixes.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
-    for name, entry in merge_prefixes.items():
+    assert apart == joint
+    assert {entry["class_path"] for entry in joint.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
+    for name, entry in joint.items():
         task = getattr(tasks, entry["class_path"].rpartition(".")[2])(**entry["init_args"])
         assert task.published == name
         assert published(task.published) is not None
