@@ -252,7 +252,7 @@ def test_a_model_that_rank_0_cannot_build_ends_all_ranks_with_one_message(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed, but configs/trainer/fsdp.yaml needs 32-true"),
         (["--trainer.precision=bf16-true"], "trainer.precision is bf16-true, but configs/trainer/fsdp.yaml needs 32-true"),
