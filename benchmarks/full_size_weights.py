@@ -1,9 +1,9 @@
-"""Import and export of the whole Kosmos-2: time, peak memory, and whether every tensor comes back bit by bit.
+"""Import and export of the full-size Kosmos-2: time, peak memory, and whether every tensor comes back bit by bit.
 
     python benchmarks/full_size_weights.py [--folder DIR]
 
 Writes a folder of transformers' Kosmos-2 with random weights in bfloat16 (3.3 GB), runs `import` and `export` on it as a
-user does, and compares. 11 GB of disk, 8 GB of memory.
+user does, and compares. It takes 11 GB of disk and 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def write_random(folder: Path) -> None:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     text = folder / "text.jsonl"
     text.write_text('{"text": "a few words are enough for a vocabulary of some pieces"}\n' * 20, encoding="utf-8")
-    made = train_tokenizer([str(text)], 25, folder / "tokenizer")
-    Tokenizer(made.to_bytes(), grounding(1024)).save_transformers(folder)
+    tokenizer = train_tokenizer([str(text)], 25, folder / "tokenizer")
+    Tokenizer(tokenizer.to_bytes(), grounding(1024)).save_transformers(folder)
 
 
 def run(*arguments: str) -> tuple[float, float]:
@@ -64,16 +64,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: the system's temporary folder")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
-        theirs, ours, back = (Path(folder) / name for name in ("theirs", "ours", "back"))
-        theirs.mkdir()
-        write_random(theirs)
-        for verb, *rest in (
-            ("import", "--format", "transformers", "--input", str(theirs), "--output", str(ours)),
-            ("export", "--ckpt_path", str(ours), "--format", "transformers", "--output", str(back)),
+        source, imported, exported = (Path(folder) / name for name in ("source", "imported", "exported"))
+        source.mkdir()
+        write_random(source)
+        for verb, *options in (
+            ("import", "--format", "transformers", "--input", str(source), "--output", str(imported)),
+            ("export", "--ckpt_path", str(imported), "--format", "transformers", "--output", str(exported)),
         ):
-            seconds, peak = run(verb, *rest)
+            seconds, peak = run(verb, *options)
             print(f"{verb}: {seconds:.0f} s, peak {peak:.1f} GB")
-        equal = is_equal(theirs, back)
+        equal = is_equal(source, exported)
     print("every tensor came back bit by bit" if equal else "TENSORS DIFFER", f"({describe_device(torch.device('cpu'))})")
     return 0 if equal else 1
 

@@ -1,11 +1,11 @@
-"""Tokens a second of our generation and of transformers', for the same weights and prompts, in one run on a CPU.
+"""Tokens per second of kosmos-lit and of transformers, for the same weights and prompts, in one run on a CPU.
 
     python benchmarks/generation.py [--size small] [--runs 5] [--new-tokens 64] [--threads N] [--batch 1 8] [--beams 1 5]
 
-A model with random weights is turned into transformers' Kosmos-2. Each prompt is an image and some text, no two alike and
-all of one length, so that neither side has padding to work on. Both sides write the same number of tokens, look at the
-images themselves, and forbid nothing. Runs alternate between the two; figures are medians over the runs, by wall clock
-and, as a machine may have other work to do, by CPU time. The tokens of both sides must be equal, or the run fails.
+A model with random weights is exported to transformers' Kosmos-2. Each prompt is an image and some text, all different and
+of one length, so that neither side computes padding. Both sides generate the same number of tokens, encode the images
+themselves, and forbid nothing. Runs alternate between the two. Results are medians over the runs, by wall clock and, as a
+machine may have other load, by CPU time. The tokens of both sides must be equal, or the run fails.
 """
 
 from __future__ import annotations
@@ -70,36 +70,36 @@ def make_prompts(n: int) -> tuple[list[Prompt], torch.Tensor]:
     return prompts, torch.from_numpy(draw.integers(0, 256, (n, 3, SIDE, SIDE), dtype=np.uint8))
 
 
-def ours(model: Kosmos, prompts: list[Prompt], images: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
-    """Write with kosmos-lit."""
+def generate(model: Kosmos, prompts: list[Prompt], images: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
+    """Generate with kosmos-lit."""
     vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, extra=(), decode=lambda ids, **_: str(ids))
     settings = GenerationConfig(max_new_tokens=n_new, n_beams=n_beams, allow_control_tokens=True)
     return [list(c.tokens) for c in Engine(model, vocabulary).generate_batch(prompts, images, settings)]
 
 
-def theirs(model: Any, prompts: list[Prompt], pixels: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
-    """Write with transformers."""
+def generate_reference(model: Any, prompts: list[Prompt], pixels: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:
+    """Generate with transformers."""
     tokens = torch.from_numpy(np.stack([prompt.tokens for prompt in prompts])).to(pixels.device)
-    places = torch.zeros_like(tokens)
+    in_slot = torch.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
-        places[row, int(prompt.slots[0]) : int(prompt.slots[0]) + N_LATENTS] = 1
-    made = model.generate(
-        pixel_values=pixels, input_ids=tokens, attention_mask=torch.ones_like(tokens), image_embeds_position_mask=places,
+        in_slot[row, int(prompt.slots[0]) : int(prompt.slots[0]) + N_LATENTS] = 1
+    outputs = model.generate(
+        pixel_values=pixels, input_ids=tokens, attention_mask=torch.ones_like(tokens), image_embeds_position_mask=in_slot,
         do_sample=False, num_beams=n_beams, max_new_tokens=n_new,
     )  # fmt: skip
-    rows: list[list[int]] = made[:, tokens.shape[1] :].tolist()
+    rows: list[list[int]] = outputs[:, tokens.shape[1] :].tolist()
     return rows
 
 
 def measure(sides: Sequence[Callable[[], object]], n_runs: int) -> list[tuple[float, float]]:
     """Return each side's median wall-clock and CPU seconds over alternating runs."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in sides]
+    seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     for _ in range(n_runs):
-        for side, times in zip(sides, taken, strict=True):
+        for side, times in zip(sides, seconds, strict=True):
             wall, cpu = time.perf_counter(), time.process_time()
             side()
             times.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return [tuple(map(statistics.median, zip(*times, strict=True))) for times in taken]  # type: ignore[misc]
+    return [tuple(map(statistics.median, zip(*times, strict=True))) for times in seconds]  # type: ignore[misc]
 
 
 def main() -> None:
@@ -118,30 +118,30 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     model = make_model(a.size)
-    other = to_transformers(model)
+    reference = to_transformers(model)
     n = sum(p.numel() for p in model.parameters())
     print(
         f"{describe_device(torch.device('cpu'))}; {torch.get_num_threads()} threads, transformers {transformers.__version__}"
     )
     print(f"{a.size}: {n:,} parameters, float32; prompts of {N_WORDS + N_LATENTS + 3} positions, {a.new_tokens} new tokens, "
           f"median of {a.runs}")  # fmt: skip
-    print("batch beams   ours tok/s   theirs tok/s   ratio   ratio by CPU time   tokens")
+    print("batch beams   kosmos-lit tok/s   transformers tok/s   ratio   ratio by CPU time   tokens")
     for size in a.batch:
         prompts, images = make_prompts(size)
         mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (model.config.vision.mean, model.config.vision.std))
         pixels = (images.float() - mean) / std
         for n_beams in a.beams:
             sides = [
-                partial(ours, model, prompts, images, n_beams, a.new_tokens),
-                partial(theirs, other, prompts, pixels, n_beams, a.new_tokens),
+                partial(generate, model, prompts, images, n_beams, a.new_tokens),
+                partial(generate_reference, reference, prompts, pixels, n_beams, a.new_tokens),
             ]
-            mine, yours = (side() for side in sides)
-            if mine != yours or any(len(ids) != a.new_tokens for ids in mine):
-                raise SystemExit(f"batch {size}, {n_beams} beams: the two sides differ\n{mine}\n{yours}")
-            (wall, cpu), (their_wall, their_cpu) = measure(sides, a.runs)
-            made = size * a.new_tokens
-            print(f"{size:5} {n_beams:5} {made / wall:12.1f} {made / their_wall:14.1f} {their_wall / wall:7.2f} "
-                  f"{their_cpu / cpu:19.2f}   equal", flush=True)  # fmt: skip
+            actual, expected = (side() for side in sides)
+            if actual != expected or any(len(ids) != a.new_tokens for ids in actual):
+                raise SystemExit(f"batch {size}, {n_beams} beams: the two sides differ\n{actual}\n{expected}")
+            (wall, cpu), (reference_wall, reference_cpu) = measure(sides, a.runs)
+            n_tokens = size * a.new_tokens
+            print(f"{size:5} {n_beams:5} {n_tokens / wall:18.1f} {n_tokens / reference_wall:20.1f} "
+                  f"{reference_wall / wall:7.2f} {reference_cpu / cpu:19.2f}   equal", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

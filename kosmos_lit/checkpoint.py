@@ -33,6 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        # Files that a killed writer left.
         for stale in target.parent.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
         try:
@@ -45,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)  # the rename is durable once the folder is synced too
         try:
             os.fsync(folder)
         finally:
@@ -80,6 +81,7 @@ def find_last(folder: Path) -> Path | None:
     damaged = []
     for path in folder.glob(f"*{SUFFIX}"):
         try:
+            # Mapped from disk, so that no tensor is read for a step number.
             steps.append((int(load_checkpoint(path)["global_step"]), path))
         except UserError as error:
             damaged.append(str(error))

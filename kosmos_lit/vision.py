@@ -35,6 +35,7 @@ class VisionTower(nn.Module):
         self.config = config
         self.visual = _build(config)
         trunk = getattr(self.visual, "trunk", self.visual)
+        # Of open_clip's ViT and of timm's; a convolutional tower has neither.
         self._has_tokens = hasattr(trunk, "class_embedding") or hasattr(trunk, "num_prefix_tokens")
         self.width = self._find_width()
         for parameter, trains in _trainable(self.visual, config.trainable):

@@ -28,14 +28,14 @@ LORA = ["--model.kosmos.lora.rank=3", "--model.kosmos.lora.alpha=6"]
 
 
 @pytest.fixture(scope="module")
-def given(trained: Path) -> Path:
+def pretrained(trained: Path) -> Path:
     """The checkpoint that training starts from."""
     return trained / "checkpoints" / "step=00000006.ckpt"
 
 
 @pytest.fixture(scope="module")
-def config(given: Path) -> KosmosConfig:
-    return KosmosConfig.from_dict(load_checkpoint(given)["hyper_parameters"]["kosmos"])
+def config(pretrained: Path) -> KosmosConfig:
+    return KosmosConfig.from_dict(load_checkpoint(pretrained)["hyper_parameters"]["kosmos"])
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("task") / "task"
 
 
-def finetune(folder: Path, world: Path, task: Path, given: object, *more: str) -> int:
+def finetune(folder: Path, world: Path, task: Path, pretrained: object, *more: str) -> int:
     """Run two steps on the task alone."""
-    start = [f"--model.init_from={given}", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    start = [f"--model.init_from={pretrained}", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     return main(tiny_run("fit", folder, world, *data_of(task), *start, *more))
 
 
@@ -71,20 +71,20 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 # ---- starting
 
 
-def test_a_model_starts_with_the_given_weights_and_tokenizer(given: Path, config: KosmosConfig) -> None:
-    weights = load_checkpoint(given)["state_dict"]
+def test_a_model_starts_with_the_given_weights_and_tokenizer(pretrained: Path, config: KosmosConfig) -> None:
+    weights = load_checkpoint(pretrained)["state_dict"]
 
-    model, tokenizer = from_pretrained(str(given), config)
+    model, tokenizer = from_pretrained(str(pretrained), config)
 
     assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in model.state_dict().items())
     assert tokenizer is not None
 
 
-def test_an_exported_folder_gives_the_same_start(given: Path, config: KosmosConfig, tmp_path: Path) -> None:
+def test_an_exported_folder_gives_the_same_start(pretrained: Path, config: KosmosConfig, tmp_path: Path) -> None:
     folder = str(tmp_path / "model")
-    assert main(["export", "--ckpt_path", str(given), "--format", "safetensors", "--output", folder]) == 0
+    assert main(["export", "--ckpt_path", str(pretrained), "--format", "safetensors", "--output", folder]) == 0
 
-    one, other = from_pretrained(folder, config), from_pretrained(str(given), config)
+    one, other = from_pretrained(folder, config), from_pretrained(str(pretrained), config)
 
     assert changed(one.model.state_dict(), other.model.state_dict()) == set()
     assert one.tokenizer is not None
@@ -92,51 +92,54 @@ def test_an_exported_folder_gives_the_same_start(given: Path, config: KosmosConf
     assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
 
 
-def test_training_starts_with_the_given_weights(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
-    assert finetune(tmp_path, tiny_world, task, given, "--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0") == 0
+def test_training_starts_with_the_given_weights(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+    assert (
+        finetune(tmp_path, tiny_world, task, pretrained, "--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0")
+        == 0
+    )
 
-    before, after = load_checkpoint(given)["state_dict"], trained_weights(tmp_path)
+    before, after = load_checkpoint(pretrained)["state_dict"], trained_weights(tmp_path)
     assert changed(before, after) == set()
 
 
-def test_a_vocabulary_may_have_more_rows(given: Path, config: KosmosConfig) -> None:
+def test_a_vocabulary_may_have_more_rows(pretrained: Path, config: KosmosConfig) -> None:
     larger = replace(config, decoder=replace(config.decoder, vocab_size=311))
-    rows = load_checkpoint(given)["state_dict"]["net.decoder.embed_tokens.weight"]
+    rows = load_checkpoint(pretrained)["state_dict"]["net.decoder.embed_tokens.weight"]
 
-    found = from_pretrained(str(given), larger).model.decoder.embed_tokens.weight
+    rows_of_model = from_pretrained(str(pretrained), larger).model.decoder.embed_tokens.weight
 
-    assert torch.equal(found[: len(rows)], rows)
-    assert len(found) == 311
-    assert found[len(rows) :].std() > 0.1  # N(0, 1 / 24)
+    assert torch.equal(rows_of_model[: len(rows)], rows)
+    assert len(rows_of_model) == 311
+    assert rows_of_model[len(rows) :].std() > 0.1  # N(0, 1 / 24)
 
 
-def test_fewer_rows_keep_nothing_of_the_others(given: Path, config: KosmosConfig) -> None:
-    tokenizer = load_model(given).tokenizer
+def test_fewer_rows_keep_nothing_of_the_others(pretrained: Path, config: KosmosConfig) -> None:
+    tokenizer = load_model(pretrained).tokenizer
     assert tokenizer is not None
     n_ids = tokenizer.vocab_size
     smaller = replace(config, decoder=replace(config.decoder, vocab_size=n_ids))
 
-    found = from_pretrained(str(given), smaller).model.decoder.embed_tokens.weight
+    rows_of_model = from_pretrained(str(pretrained), smaller).model.decoder.embed_tokens.weight
 
-    assert torch.equal(found, load_checkpoint(given)["state_dict"]["net.decoder.embed_tokens.weight"][:n_ids])
-    assert found.untyped_storage().nbytes() == n_ids * 24 * 4
+    assert torch.equal(rows_of_model, load_checkpoint(pretrained)["state_dict"]["net.decoder.embed_tokens.weight"][:n_ids])
+    assert rows_of_model.untyped_storage().nbytes() == n_ids * 24 * 4
 
 
 def test_nothing_is_drawn_but_what_is_missing(
-    given: Path, config: KosmosConfig, monkeypatch: pytest.MonkeyPatch
+    pretrained: Path, config: KosmosConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Kosmos, "init", lambda _: pytest.fail("a whole model was drawn"))
     before = torch.get_rng_state()
 
-    from_pretrained(str(given), replace(config, lora=LoraConfig(rank=3)), 5)
+    from_pretrained(str(pretrained), replace(config, lora=LoraConfig(rank=3)), 5)
 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_is_drawn_follows_from_the_seed(given: Path, config: KosmosConfig) -> None:
+def test_what_is_drawn_follows_from_the_seed(pretrained: Path, config: KosmosConfig) -> None:
     wider = replace(config, decoder=replace(config.decoder, vocab_size=311), lora=LoraConfig(rank=3))
 
-    one, same, other = (from_pretrained(str(given), wider, seed).model.state_dict() for seed in (5, 5, 7))
+    one, same, other = (from_pretrained(str(pretrained), wider, seed).model.state_dict() for seed in (5, 5, 7))
 
     assert changed(one, same) == set()
     drawn = {name for name in one if ".lora_A." in name} | {"decoder.embed_tokens.weight"}
@@ -144,9 +147,9 @@ def test_what_is_drawn_follows_from_the_seed(given: Path, config: KosmosConfig) 
 
 
 def test_a_half_precision_folder_gives_a_float32_start_that_trains(
-    given: Path, config: KosmosConfig, tmp_path: Path
+    pretrained: Path, config: KosmosConfig, tmp_path: Path
 ) -> None:
-    model, tokenizer = load_model(given)
+    model, tokenizer = load_model(pretrained)
     half = model.bfloat16()
     save_folder(half, tokenizer, tmp_path / "half")
 
@@ -159,11 +162,11 @@ def test_a_half_precision_folder_gives_a_float32_start_that_trains(
 
 
 def test_another_architecture_is_refused_by_every_field(
-    given: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--model.kosmos.decoder.ffn_dim=52", "--model.kosmos.decoder.positions=learned"]
 
-    assert finetune(tmp_path, tiny_world, task, given, *more) == 2
+    assert finetune(tmp_path, tiny_world, task, pretrained, *more) == 2
 
     message = capsys.readouterr().err
     assert "decoder.ffn_dim is 48 in the checkpoint, 52 in the run" in message
@@ -171,9 +174,9 @@ def test_another_architecture_is_refused_by_every_field(
 
 
 def test_another_tokenizer_is_refused(
-    given: Path, tmp_path: Path, tiny_world: Path, task: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = load_checkpoint(given) | {"tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)}
+    other = load_checkpoint(pretrained) | {"tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)}
     AtomicCheckpointIO().save_checkpoint(other, tmp_path / "other.ckpt")
 
     assert finetune(tmp_path, tiny_world, task, tmp_path / "other.ckpt") == 2
@@ -181,37 +184,37 @@ def test_another_tokenizer_is_refused(
     assert f"was trained with tokenizer {tokenizer.fingerprint}, but the data's is" in capsys.readouterr().err
 
 
-def test_a_resumed_run_goes_on_from_its_own_weights(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert finetune(whole, tiny_world, task, given, "--trainer.max_steps=4") == 0
-    assert finetune(parts, tiny_world, task, given, "--trainer.max_steps=3") == 0
+def test_a_resumed_run_goes_on_from_its_own_weights(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+    uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finetune(uninterrupted, tiny_world, task, pretrained, "--trainer.max_steps=4") == 0
+    assert finetune(parts, tiny_world, task, pretrained, "--trainer.max_steps=3") == 0
 
     assert finetune(parts, tiny_world, task, "gone.ckpt", "--trainer.max_steps=4", "--ckpt_path=last") == 0
 
-    assert losses(parts) == losses(whole)
-    assert changed(trained_weights(parts), trained_weights(whole)) == set()
+    assert losses(parts) == losses(uninterrupted)
+    assert changed(trained_weights(parts), trained_weights(uninterrupted)) == set()
 
 
 def test_the_record_of_a_resumed_run_says_where_it_started(
-    given: Path, tmp_path: Path, tiny_world: Path, task: Path
+    pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path
 ) -> None:
-    assert finetune(tmp_path, tiny_world, task, given) == 0
-    assert finetune(tmp_path, tiny_world, task, given, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+    assert finetune(tmp_path, tiny_world, task, pretrained) == 0
+    assert finetune(tmp_path, tiny_world, task, pretrained, "--trainer.max_steps=3", "--ckpt_path=last") == 0
 
     record = yaml.safe_load((tmp_path / "config.resume-1.yaml").read_text(encoding="utf-8"))
 
-    assert record["model"]["init_from"] == str(given)
+    assert record["model"]["init_from"] == str(pretrained)
 
 
 # ---- frozen parts
 
 
-def test_what_is_frozen_stays_and_the_rest_moves(given: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+def test_what_is_frozen_stays_and_the_rest_moves(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
     frozen = '--model.freeze=["vision", "decoder.layers.0", "*.bias", "decoder.embed_tokens.weight"]'
 
-    assert finetune(tmp_path, tiny_world, task, given, frozen) == 0
+    assert finetune(tmp_path, tiny_world, task, pretrained, frozen) == 0
 
-    before, after = load_checkpoint(given)["state_dict"], trained_weights(tmp_path)
+    before, after = load_checkpoint(pretrained)["state_dict"], trained_weights(tmp_path)
     moved = changed(before, after)
     stays = ("net.vision.", "net.decoder.layers.0.", "net.decoder.embed_tokens.")
     assert moved == {name for name in before if not name.startswith(stays) and not name.endswith(".bias")}
@@ -228,11 +231,11 @@ def test_something_must_be_left_to_train(config: KosmosConfig) -> None:
 
 
 def test_a_run_is_not_resumed_with_other_parts_frozen(
-    given: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
+    pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune(tmp_path, tiny_world, task, given, '--model.freeze=["vision"]') == 0
+    assert finetune(tmp_path, tiny_world, task, pretrained, '--model.freeze=["vision"]') == 0
 
-    assert finetune(tmp_path, tiny_world, task, given, "--trainer.max_steps=3", "--ckpt_path=last") == 2
+    assert finetune(tmp_path, tiny_world, task, pretrained, "--trainer.max_steps=3", "--ckpt_path=last") == 2
 
     assert "resume with that run's model.freeze" in capsys.readouterr().err
 
@@ -241,25 +244,25 @@ def test_a_run_is_not_resumed_with_other_parts_frozen(
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory, given: Path, tiny_world: Path, task: Path) -> Path:
+def adapted(tmp_path_factory: pytest.TempPathFactory, pretrained: Path, tiny_world: Path, task: Path) -> Path:
     """The folder of a run with adapters."""
     folder = tmp_path_factory.mktemp("adapted")
-    assert finetune(folder, tiny_world, task, given, *LORA, "--trainer.max_steps=4") == 0
+    assert finetune(folder, tiny_world, task, pretrained, *LORA, "--trainer.max_steps=4") == 0
     return folder
 
 
-def test_adapters_train_and_the_base_stays(adapted: Path, given: Path) -> None:
-    model, weights = load_model(last(adapted)).model, load_checkpoint(given)["state_dict"]
+def test_adapters_train_and_the_base_stays(adapted: Path, pretrained: Path) -> None:
+    model, weights = load_model(last(adapted)).model, load_checkpoint(pretrained)["state_dict"]
 
     assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in base_weights(model).items())
     assert any(tensor.abs().max() > 0 for name, tensor in model.state_dict().items() if ".lora_B." in name)
 
 
 def test_a_run_with_adapters_in_two_parts_equals_one(
-    adapted: Path, given: Path, tmp_path: Path, tiny_world: Path, task: Path
+    adapted: Path, pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path
 ) -> None:
-    assert finetune(tmp_path, tiny_world, task, given, *LORA, "--trainer.max_steps=3") == 0
-    assert finetune(tmp_path, tiny_world, task, given, *LORA, "--trainer.max_steps=4", "--ckpt_path=last") == 0
+    assert finetune(tmp_path, tiny_world, task, pretrained, *LORA, "--trainer.max_steps=3") == 0
+    assert finetune(tmp_path, tiny_world, task, pretrained, *LORA, "--trainer.max_steps=4", "--ckpt_path=last") == 0
 
     assert changed(trained_weights(tmp_path), trained_weights(adapted)) == set()
 
@@ -282,18 +285,18 @@ def test_a_checkpoint_with_adapters_writes_text(
     assert main(tiny_run("predict", tmp_path, tiny_world, *data_of(task), *LORA, f"--ckpt_path={last(adapted)}")) == 0
 
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    asked = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
-    assert len(asked) == 7
-    assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in asked)
+    instruct = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
+    assert len(instruct) == 7
+    assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in instruct)
 
 
-def test_adapters_are_exported_merged_or_alone(adapted: Path, given: Path, tmp_path: Path) -> None:
+def test_adapters_are_exported_merged_or_alone(adapted: Path, pretrained: Path, tmp_path: Path) -> None:
     export = ["export", "--ckpt_path", str(last(adapted))]
     assert main([*export, "--format", "safetensors", "--output", str(tmp_path / "merged")]) == 0
     assert main([*export, "--format", "adapter", "--output", str(tmp_path / "adapter")]) == 0
 
     merged = load_model(tmp_path / "merged").model
-    again = load_adapter(load_model(given).model, tmp_path / "adapter")
+    again = load_adapter(load_model(pretrained).model, tmp_path / "adapter")
 
     assert merged.config.lora is None
     assert changed(merged.state_dict(), merge_adapters(load_model(last(adapted)).model).state_dict()) == set()
@@ -316,8 +319,8 @@ def test_a_model_with_adapters_generates_what_the_merged_one_does(adapted: Path)
 
 
 def test_a_checkpoint_with_adapters_does_not_resume_a_run_without(
-    adapted: Path, given: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
+    adapted: Path, pretrained: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune(adapted, tiny_world, task, given, "--trainer.max_steps=5", "--ckpt_path=last") == 2
+    assert finetune(adapted, tiny_world, task, pretrained, "--trainer.max_steps=5", "--ckpt_path=last") == 2
 
     assert "lora is (3, 6.0, " in capsys.readouterr().err

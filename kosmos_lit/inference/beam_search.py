@@ -93,7 +93,7 @@ def search_beams(
     for step in range(1, processors.n_steps + 1):
         scores = _scores(head, processors, hidden, tree.history, generated)  # (B, n, V)
         best, parents, tokens = _best(scores, totals, 2 * n)  # enough to go on if n of them end
-        kept = torch.zeros(B, n, dtype=torch.int64)
+        ranks = torch.zeros(B, n, dtype=torch.int64)
         for b, ranked in enumerate(zip(best.tolist(), parents.tolist(), tokens.tolist(), strict=True)):
             extended: list[list[int]] = []
             for rank, (total, parent, token) in enumerate(zip(*ranked, strict=True)):
@@ -102,15 +102,15 @@ def search_beams(
                 if total == NEVER or len(extended) == n:
                     break
                 if not finish_reason:
-                    kept[b, len(extended)] = rank
+                    ranks[b, len(extended)] = rank
                     extended.append(ids)
                 elif rank < n:
                     finished[b].add(total, ids, step, finish_reason)
             alive[b] = torch.arange(n) < len(extended)
             generated[b] = extended + [[]] * (n - len(extended))
-        kept = kept.to(tree.device)
-        totals = best.gather(1, kept).masked_fill(~alive.to(tree.device), NEVER)
-        parents, tokens = parents.gather(1, kept), tokens.gather(1, kept)
+        ranks = ranks.to(tree.device)
+        totals = best.gather(1, ranks).masked_fill(~alive.to(tree.device), NEVER)
+        parents, tokens = parents.gather(1, ranks), tokens.gather(1, ranks)
         running = totals.tolist()
         for beams, total in zip(finished, running, strict=True):
             beams.update_is_done(total[0], step, processors.n_steps)

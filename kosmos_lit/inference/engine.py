@@ -106,6 +106,7 @@ class Engine:
         ids = _checked_ids(tokens, config.decoder.vocab_size, config.decoder.max_seq_len)
         rows = ids if ids.ndim == 2 else ids[None]  # (B, T)
         pixels, slots = self.pixels(images), torch.empty(0, 2, dtype=torch.int64)
+        # The id of <image> is the tokenizer's: without one, ids can be text only.
         if len(pixels) or self.tokenizer is not None:
             special = self._require_tokenizer().special
             slots = find_slots(rows, special.image)
@@ -157,6 +158,7 @@ class Engine:
                 draws = settings.temperature > 0
                 random_streams = RandomStreams(prompts, images, settings.seed, image_index) if draws else None
                 generated = sample_tokens(prefill, head, processors, stop_strings, random_streams)
+        # A choice is returned as in the settings: its tokens may not decode to the same spelling.
         text = processors.choices.text if processors.choices else stop_strings.cut
         return [Continuation(text(ids), tuple(ids), finish_reason) for ids, finish_reason in generated]
 
@@ -223,6 +225,7 @@ class Engine:
             check_length(len(prompt.tokens), max(map(len, row), default=0), self.model.config.decoder.max_seq_len)
         with _evaluating(self.model):
             prefill = self._prefill(prompts, images, max(cache_capacity(row) for row in candidates), image_index)
+            # Log-probabilities are over the whole vocabulary, control tokens included.
             none_forbidden = torch.zeros(0, dtype=torch.int64, device=self.device)
             return score_candidates(prefill, LMHead(self.model.decoder, none_forbidden), candidates, n_context)
 
@@ -270,6 +273,7 @@ def _checked_ids(tokens: Tensor | Sequence[int], vocab_size: int, max_seq_len: i
         ids = torch.as_tensor(tokens).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"tokens must be (T,) or (B, T) ids, rows of one length: {error}") from error
+    # Any integer dtype will do; bool and floats are mistakes.
     kind = str(ids.dtype).removeprefix("torch.")
     if ids.ndim not in (1, 2) or not ids.numel() or "int" not in kind:
         raise UserError(f"tokens must be (T,) or (B, T) ids, at least one of them; got {tuple(ids.shape)} {kind}")

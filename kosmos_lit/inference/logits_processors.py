@@ -19,6 +19,7 @@ NEVER = float("-inf")
 
 def penalise_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Divide the positive (R, V) scores of tokens in the (R, S) history by `penalty`, multiply the negative ones."""
+    # An id that occurs twice in the history is scattered twice, with the same value.
     repeated = scores.gather(1, history)
     return scores.scatter(1, history, torch.where(repeated < 0, repeated * penalty, repeated / penalty))
 
@@ -49,7 +50,7 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
     """Forbid the least likely tokens that together have a probability of at most 1 - p; keep at least one."""
     ascending, ids = scores.sort()
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    dropped[:, -1] = False
+    dropped[:, -1] = False  # p may be smaller than the highest probability
     # From sorted order back to the order of ids.
     return scores.masked_fill(torch.zeros_like(dropped).scatter(1, ids, dropped), NEVER)
 

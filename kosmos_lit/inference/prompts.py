@@ -51,6 +51,7 @@ def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int
     if len(texts) - 1 > n_images:
         raise UserError(f"the prompt has {len(texts) - 1} {IMAGE_MARK} marks, but {n_images} images are given")
     image = tokenizer.special.image
+    # Blanks at the ends and beside images are no text, as in training rows (`tokenizer.trimmed`).
     ids = [image] * (n_images - len(texts) + 1)
     for i, part in enumerate(texts):
         ids += [image] if i else []

@@ -102,7 +102,7 @@ def _score_tries(
 ) -> list[dict[int, TokenLogProb]]:
     """Return the log-probability of each target node's token after its parent."""
     B, n = len(tries), max(len(trie) for trie in tries)
-    prefill.rewind()
+    prefill.rewind()  # the part before leaves its room in the cache
     before = prefill.hidden[:, None]  # (B, 1 + n, D): the prompts' ends, then the nodes
     if n:
         tokens = torch.full((B, n), PAD)
@@ -125,6 +125,7 @@ def _images(prefill: Prefill, tries: Sequence[Trie]) -> tuple[Tensor | None, Ten
 
     An image's slots follow one another: all came into the trie with the same candidate.
     """
+    # A slot whose parent is <image>, and no other slot of its image, is the first one.
     firsts = [
         (b, node, slot_token(token))
         for b, trie in enumerate(tries)
@@ -141,7 +142,7 @@ def _images(prefill: Prefill, tries: Sequence[Trie]) -> tuple[Tensor | None, Ten
 def _log_probs(head: LMHead, before: Tensor, trie: Trie, targets: Sequence[int]) -> dict[int, TokenLogProb]:
     """Return the log-probability of each target node's token, from (1 + n, D) hidden states of root and nodes."""
     parents = {node: trie.parents[node] - ROOT for node in targets}  # the root is row 0
-    inner = sorted(set(parents.values()))
+    inner = sorted(set(parents.values()))  # leaves need no logits
     row_of = {parent: row for row, parent in enumerate(inner)}
     scored: dict[int, TokenLogProb] = {}
     n_rows = max(1, MAX_LOGITS // head.vocab_size)

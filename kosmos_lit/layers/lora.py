@@ -40,7 +40,7 @@ def peft_config(config: LoraConfig, names: Iterable[str]) -> Any:
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft says int, and divides
         lora_dropout=config.dropout_rate,
-        target_modules=sorted(names),
+        target_modules=sorted(names),  # peft matches endings: short names would match the tower's layers too
     )
 
 

@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no weights: one of {SAFETENSORS}, {INDEX}, {PICKLE}, {PICKLE_INDEX} was expected")
     if not path.is_file():
         raise UserError(f"no weight file {path}")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":  # every other suffix is read as a file of torch.save
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

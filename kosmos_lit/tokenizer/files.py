@@ -3,13 +3,13 @@
 A folder that `Tokenizer.save` writes holds the pieces' own file, and what is ours beside it:
 
     sentencepiece.bpe.model or tokenizer.json
-    kosmos_tokenizer.json        {"kind": ..., "extra": [control tokens]}; absent where nothing is to be said
+    kosmos_tokenizer.json        {"kind": ..., "extra": [control tokens]}; absent for SentencePiece without extra tokens
 
-Folders from elsewhere are read too: the released layout (the model, perhaps with fairseq's dict.txt), what `transformers`
-keeps of a Kosmos-2 or XLM-RoBERTa tokenizer, and any other Hugging Face tokenizer.
+Other folders are read too: the released layout (the model, perhaps with fairseq's dict.txt), a Kosmos-2 or XLM-RoBERTa
+tokenizer of `transformers`, and any other Hugging Face tokenizer.
 
-As bytes: a line MAGIC, the same JSON in one line, the pieces' own file. Plain data, nothing is executed. A SentencePiece
-model without extra tokens is its own bytes.
+As bytes: the line MAGIC, the same JSON in one line, the pieces' own file. It is plain data; reading it runs no code. A
+SentencePiece model without extra tokens is its own bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIECES_FILE: dict[Kind, str] = {"sentencepiece": MODEL_FILE, "huggingface": JSON
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Return whether a folder holds a tokenizer's own file."""
+    """Return whether a folder has a tokenizer's file."""
     return any((Path(folder) / name).is_file() for name in PIECES_FILE.values())
 
 
@@ -44,7 +44,7 @@ def read_folder(folder: Path) -> tuple[Pieces, tuple[str, ...]]:
         kind, extra = _parse_layout(layout.read_bytes(), layout)
         path = folder / PIECES_FILE[kind]
         if not path.is_file():
-            raise UserError(f"{folder}: {LAYOUT_FILE} speaks of {path.name}, which is missing")
+            raise UserError(f"{folder}: {LAYOUT_FILE} names {path.name}, which is missing")
         return _build(kind, path.read_bytes()), extra
     if (folder / MODEL_FILE).is_file() or xlm_roberta.is_released_layout(folder / JSON_FILE):
         return xlm_roberta.read(folder)
@@ -65,20 +65,20 @@ def write_folder(folder: Path, pieces: Pieces, extra: tuple[str, ...]) -> None:
     if extra or pieces.kind != "sentencepiece":
         layout.write_bytes(_layout(pieces.kind, extra, indent=1))
     else:
-        layout.unlink(missing_ok=True)
+        layout.unlink(missing_ok=True)  # of another tokenizer that was saved to this folder before
 
 
-def pack(pieces: Pieces, extra: tuple[str, ...]) -> bytes:
+def to_bytes(pieces: Pieces, extra: tuple[str, ...]) -> bytes:
     """Return pieces and appended control tokens as bytes."""
     if pieces.kind == "sentencepiece" and not extra:
         return pieces.to_bytes()
     return MAGIC + _layout(pieces.kind, extra) + b"\n" + pieces.to_bytes()
 
 
-def unpack(data: bytes) -> tuple[Pieces, tuple[str, ...]]:
-    """Return what `pack` was given.
+def from_bytes(data: bytes) -> tuple[Pieces, tuple[str, ...]]:
+    """Return the arguments of `to_bytes`.
 
-    Raises: UserError if `data` is neither from there nor a SentencePiece model.
+    Raises: UserError if `data` is neither its result nor a SentencePiece model.
     """
     if not data.startswith(MAGIC):
         return SentencePieces(data), ()
@@ -95,10 +95,10 @@ def _parse_layout(data: bytes, where: object) -> tuple[Kind, tuple[str, ...]]:
     try:
         table: Any = json.loads(data)
         kind, extra = table["kind"], tuple(table["extra"])
-        sound = kind in PIECES_FILE and all(isinstance(name, str) for name in extra)
+        is_valid = kind in PIECES_FILE and all(isinstance(name, str) for name in extra)
     except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
+        is_valid = False
+    if not is_valid:
         raise UserError(
             f'{where}: expected {{"kind": {" or ".join(PIECES_FILE)}, "extra": [names]}}, got {data[:80]!r}; '
             "write the tokenizer again with Tokenizer.save"

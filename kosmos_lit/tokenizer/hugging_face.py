@@ -1,13 +1,13 @@
 """Any Hugging Face tokenizer as the text half of a vocabulary.
 
-Numbers are its own ids. Its special tokens (`special` in tokenizer.json) keep their numbers, so that ids stay what they
-are elsewhere, but text never gives one: our control tokens stand for them. Where a text spells one out, it is read as text.
+Numbers are its own ids. Its special tokens (`special` in tokenizer.json) keep their numbers, so that all ids stay the same,
+but text never becomes one: our control tokens stand for them. A special token spelled out in a text is read as text.
 
-Newlines and blanks are treated as the tokenizer does, which is found out by trying it: byte-level BPE and models with byte
-fallback give a newline back, others (WordPiece, most Unigram models) lose it and are given text line by line.
+Byte-level BPE and models with byte fallback decode a newline to a newline. Others (WordPiece, most Unigram models) lose it
+and get text line by line. Trying the tokenizer shows which kind it is, and how it treats blanks.
 
-Exact: byte-level BPE and Llama-like models give back every text, with which UTF-8 bytes are counted exactly. WordPiece
-forgets where blanks were around punctuation; decoding then puts one between all words.
+Byte-level BPE and Llama-like models decode every text exactly, so its UTF-8 bytes are counted exactly. WordPiece loses
+the blanks around punctuation; its decoder puts one between all words.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 OTHER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-"""Of folders that `transformers` can convert."""
+"""Files of folders that `transformers` can convert."""
 DECIDES_IDS = ("model", "normalizer", "pre_tokenizer", "added_tokens")
 PROBES = ("a\nb", "a\n\n b\n", "\na")
 ANCHORS = ("a", "A", "the", "0", "x")
@@ -55,7 +55,7 @@ class HuggingFacePieces:
         self._tokens = {id_: token for token, id_ in vocabulary.items()} | specials
         self.n_text = self.n_pieces = max(self._tokens) + 1
         self._numbers = np.arange(self.n_text, dtype=np.int64)
-        self._numbers[list(specials)] = UNKNOWN
+        self._numbers[list(specials)] = UNKNOWN  # text never becomes a special token
         unknown = self._unknown_id()
         if unknown is not None:
             self._numbers[unknown] = UNKNOWN
@@ -79,8 +79,8 @@ class HuggingFacePieces:
     def _unknown_id(self) -> int | None:
         model = self._backend.model
         token = getattr(model, "unk_token", None)
-        found: int | None = self._table["model"].get("unk_id") if token is None else model.token_to_id(token)
-        return found
+        unknown: int | None = self._table["model"].get("unk_id") if token is None else model.token_to_id(token)
+        return unknown
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -93,15 +93,15 @@ class HuggingFacePieces:
         return np.concatenate([np.empty(0, dtype=np.int64), *numbers]), np.array([len(n) for n in numbers], dtype=np.int64)
 
     def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
-        # Decoders treat the first token specially, so they are given another one in front.
+        # Decoders treat the first token specially, so an anchor token goes in front of each run.
         before = self._backend.decode(self._anchor, skip_special_tokens=False)
         text, run = "", list[int]()
         for number in (*numbers, UNKNOWN):
             if number != UNKNOWN:
                 run += [number] if self._numbers[number] != UNKNOWN else []
                 continue
-            read = self._backend.decode([*self._anchor, *run], skip_special_tokens=False).removeprefix(before)
-            text, run = text + read + UNKNOWN_TEXT, []
+            decoded = self._backend.decode([*self._anchor, *run], skip_special_tokens=False).removeprefix(before)
+            text, run = text + decoded + UNKNOWN_TEXT, []
         text = text.removesuffix(UNKNOWN_TEXT)
         return text.removeprefix(" ") if begins and self.puts_space else text
 
@@ -147,16 +147,17 @@ class HuggingFacePieces:
         return self._data
 
     def identity(self) -> bytes:
+        # Decoders, templates and padding change no ids.
         parts = {key: self._table.get(key) for key in DECIDES_IDS}
         return json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
 
 
 class _RefusedError(Exception):
-    """What the `tokenizers` library says; it raises plain Exception."""
+    """An error of the `tokenizers` library, which raises plain Exception."""
 
 
 def _backend(table: dict[str, Any]) -> Backend:
-    """Return the tokenizer without templates, truncation and padding, and with its special tokens out of reach of text."""
+    """Return the tokenizer without templates, truncation and padding; no text becomes one of its special tokens."""
     from tokenizers import Tokenizer
 
     hidden = _hide_special_tokens(table) | {"post_processor": None, "truncation": None, "padding": None}
@@ -164,7 +165,7 @@ def _backend(table: dict[str, Any]) -> Backend:
         backend = Tokenizer.from_str(json.dumps(hidden))
     except Exception as error:  # the library raises no narrower one
         raise _RefusedError(str(error)) from error
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = True  # names of special tokens in a text are encoded like other text
     for token, spelt in zip(table["added_tokens"], hidden["added_tokens"], strict=True):
         if backend.token_to_id(spelt["content"]) != token["id"]:
             raise _RefusedError(f"added token {token['content']!r} cannot have id {token['id']}; ids must leave none out")
@@ -172,9 +173,9 @@ def _backend(table: dict[str, Any]) -> Backend:
 
 
 def _hide_special_tokens(table: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer.json in which special tokens are spelled as no text is.
+    """Return a tokenizer.json whose special tokens are spelled with NUL characters.
 
-    A Unigram, WordLevel or merge-ignoring BPE model finds every entry of its vocabulary in a text, special ones too.
+    A Unigram, WordLevel or merge-ignoring BPE model matches every entry of its vocabulary in a text, special ones too.
     """
     model = table["model"]
     merged = {"".join(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges") or ()}
@@ -197,11 +198,11 @@ def _converted(folder: Path) -> bytes:
     from transformers import AutoTokenizer
 
     try:
-        made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        text: str = made.backend_tokenizer.to_str()
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        text: str = tokenizer.backend_tokenizer.to_str()
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{folder} has no {FILE}, and transformers cannot make one of what is there: {error}; "
+            f"{folder} has no {FILE}, and transformers cannot make one of its files: {error}; "
             f"save the tokenizer with AutoTokenizer(...).save_pretrained where it can be loaded"
         ) from error
     return text.encode()

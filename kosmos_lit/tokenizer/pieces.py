@@ -1,7 +1,7 @@
-"""The text half of a vocabulary: what turns text into numbers 0, 1, ... and back.
+"""Pieces, the text half of a vocabulary: text to numbers 0, 1, ... and back.
 
-`Tokenizer` puts control tokens around these numbers. There are two kinds: SentencePiece models (here), as the released
-KOSMOS models have, and Hugging Face tokenizers (`hugging_face`).
+`Tokenizer` puts control tokens around these numbers. There are two kinds: SentencePiece models (this file), as of the
+released KOSMOS models, and Hugging Face tokenizers (`hugging_face`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from kosmos_lit.tokenizer.vocabulary import N_CONTROL_PIECES, Ids
 Kind = Literal["sentencepiece", "huggingface"]
 
 UNKNOWN = -1
-"""The number of what the vocabulary has no piece for."""
+"""The number of a character that the vocabulary has no piece for."""
 UNKNOWN_TEXT = " ⁇ "
-"""How such a piece is decoded, as SentencePiece does."""
+"""The text that UNKNOWN decodes to, as in SentencePiece."""
 SPACE = "▁"
-"""How a piece writes a space."""
+"""A space as pieces spell it."""
 
 
 class Pieces(Protocol):
@@ -32,16 +32,15 @@ class Pieces(Protocol):
 
     kind: Kind
     n_text: int
-    """Numbers there are."""
+    """How many numbers there are."""
     n_pieces: int
     """The vocabulary's size as its own files count it."""
     reads_newlines: bool
-    """Whether a newline is text that decoding gives back; if not, it must not be given."""
+    """Whether decoding gives a newline back; if not, `encode` must not get one."""
     absorbs_space: bool
     """Whether a space in front of a text changes nothing, because encoding would put one there."""
-
     puts_space: bool
-    """Whether encoding puts a space in front of a text, which `decode` leaves out where one begins."""
+    """Whether encoding puts a space in front of a text; `decode` removes it where a text begins."""
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
         """Return the numbers of each text."""
@@ -50,7 +49,7 @@ class Pieces(Protocol):
         """Return the numbers of all texts one after another, and how many belong to each."""
 
     def decode(self, numbers: Sequence[int], *, begins: bool = True) -> str:
-        """Return the text of `numbers`; the space that encoding puts in front of a text is left out if it `begins` here."""
+        """Return the text of `numbers`; if it `begins` a text, without the space that encoding puts in front."""
 
     def name(self, number: int) -> str:
         """Return how a number is written, spaces as spaces."""
@@ -62,7 +61,7 @@ class Pieces(Protocol):
         """Return the file that this was made from."""
 
     def identity(self) -> bytes:
-        """Return all that decides numbers, in one spelling."""
+        """Return everything that decides the numbers, as canonical bytes."""
 
 
 class SentencePieces:
@@ -123,7 +122,7 @@ class SentencePieces:
         return self.raw_name(number).replace(SPACE, " ")
 
     def sizes(self) -> Ids:
-        """SentencePiece reads every line as if a space stood before it; where the line begins that space is no text."""
+        """SentencePiece puts a space before every line; at the start of one, that space is no text."""
         texts = [self.name(number) for number in range(self.n_text)]
         inside, first = ([len(t.encode()) for t in x] for x in (texts, [t.removeprefix(" ") for t in texts]))
         return np.array([inside, first], dtype=np.int64)

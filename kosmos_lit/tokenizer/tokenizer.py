@@ -1,14 +1,13 @@
 """The tokenizer, and the token form of an image.
 
-The ids of text stand between leading and trailing control tokens (`vocabulary`): id 4 + k for number k of the `pieces`.
-For a SentencePiece model that is its piece number + 1, as in the released models.
+The ids of text lie between leading and trailing control tokens (`vocabulary`): id 4 + k for number k of the `pieces`. For
+a SentencePiece model that is its piece number + 1, as in the released models.
 
-Control tokens never come from text: the pieces see text only, and the control ids are added around their output. A
-literal "<image>" or "</s>" in a corpus is therefore spelled out in ordinary pieces. A prompt may ask for them by name
-(`encode_marked`).
+Text never becomes a control token: the pieces encode text only, and control ids are added around their output. A literal
+"<image>" or "</s>" in a corpus is spelled in ordinary pieces. `encode_marked` alone reads their names.
 
-An image is one `<image>` marker in stored tokens, whatever the model's number of latents L; `expand_images` turns it
-into `<image>`, L slots, `</image>`, the form in which the model reads it (L + 2 positions).
+In stored tokens an image is one `<image>` marker, for any number of latents L; `expand_images` turns it into `<image>`,
+L slots, `</image>` (L + 2 positions).
 """
 
 from __future__ import annotations
@@ -25,31 +24,19 @@ import numpy as np
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import files, xlm_roberta
-from kosmos_lit.tokenizer.files import has_tokenizer
 from kosmos_lit.tokenizer.pieces import Pieces, SentencePieces
 from kosmos_lit.tokenizer.vocabulary import (
     BOS,
-    EOS,
-    GROUNDING,
-    GROUNDING_TAGS,
     LEADING,
-    PAD,
     TRAILING,
     UNK,
     Ids,
     SpecialTokens,
     check_extra,
-    grounding,
 )
-from kosmos_lit.tokenizer.xlm_roberta import MODEL_FILE
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaTokenizer
-
-__all__ = [
-    "BOS", "EOS", "GROUNDING", "GROUNDING_TAGS", "IGNORE", "LEADING", "MODEL_FILE", "PAD", "TRAILING", "UNK", "Ids",
-    "SpecialTokens", "Tokenizer", "clean", "expand_images", "grounding", "has_tokenizer", "trimmed",
-]  # fmt: skip
 
 Part = TypeVar("Part")
 
@@ -60,8 +47,8 @@ IGNORE = -100
 class Tokenizer:
     """Pieces plus control tokens.
 
-    For pieces that cannot read a newline (SentencePiece), each line is encoded on its own, and `</line>` stands between
-    two lines. Byte-level pieces read it as they read all text, and `</line>` does not occur.
+    For pieces that lose newlines (SentencePiece), each line is encoded on its own, with `</line>` between lines. Byte-level
+    pieces encode a newline like other text, without `</line>`.
     """
 
     def __init__(self, pieces: bytes | Pieces, extra: Iterable[str] = ()) -> None:
@@ -76,10 +63,10 @@ class Tokenizer:
         self.special = SpecialTokens.for_text_ids(self._pieces.n_text)
         self.vocab_size = self.special.line_end + 1 + len(self.extra)
         self.fingerprint = hashlib.sha256(self._identity()).hexdigest()[:16]
-        """Identifies the vocabulary; an index remembers the one it was made with."""
+        """Identifies the vocabulary; an index stores the one it was made with."""
 
     def _identity(self) -> bytes:
-        if not self.extra and self._pieces.kind == "sentencepiece":
+        if not self.extra and self._pieces.kind == "sentencepiece":  # the model's own bytes say it all
             return self._pieces.identity()
         return json.dumps([self._pieces.kind, self.extra]).encode() + self._pieces.identity()
 
@@ -102,15 +89,15 @@ class Tokenizer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokenizer:
-        """Read what `to_bytes` gave, or the bytes of a SentencePiece model.
+        """Read the result of `to_bytes`, or the bytes of a SentencePiece model.
 
         Raises: UserError if it is neither.
         """
-        return cls(*files.unpack(data))
+        return cls(*files.from_bytes(data))
 
     def to_bytes(self) -> bytes:
         """Return the whole tokenizer as plain data; the bytes of its model for SentencePiece without extra tokens."""
-        return files.pack(self._pieces, self.extra)
+        return files.to_bytes(self._pieces, self.extra)
 
     @classmethod
     def from_transformers(cls, folder: str | Path) -> Tokenizer:
@@ -155,8 +142,8 @@ class Tokenizer:
         Raises: UserError if there is none of that name.
         """
         if name not in self._control_ids:
-            known = (*LEADING, *TRAILING, *self.extra[:8], *(["..."] if len(self.extra) > 8 else []))
-            raise UserError(f"the tokenizer has no control token {name!r}; it has {', '.join(known)}")
+            names = (*LEADING, *TRAILING, *self.extra[:8], *(["..."] if len(self.extra) > 8 else []))
+            raise UserError(f"the tokenizer has no control token {name!r}; it has {', '.join(names)}")
         return self._control_ids[name]
 
     # ---- bytes
@@ -190,7 +177,7 @@ class Tokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text; one call of the pieces for all of them."""
-        # What cannot be written as UTF-8 (lone surrogates out of JSON escapes) becomes "?".
+        # Lone surrogates, which JSON escapes can hold, have no UTF-8 form and become "?".
         if self._pieces.reads_newlines:
             return [numbers + len(LEADING) for numbers in self._pieces.encode([_writable(text) for text in texts])]
         return self._encode_lines([clean(text).split("\n") for text in texts])
@@ -200,12 +187,13 @@ class Tokenizer:
         number_of = {line: i for i, line in enumerate(dict.fromkeys(line for lines in texts for line in lines))}
         numbers, lengths = self._pieces.encode_flat(list(number_of))
         starts = np.cumsum(lengths) - lengths
+        # All lines of all texts at once: where each line's numbers begin, and where they go.
         line = np.array([number_of[line] for lines in texts for line in lines], dtype=np.int64)
         length = lengths[line] + 1  # and </line>
         end = np.cumsum(length)
         ids = np.empty(end[-1] if len(end) else 0, dtype=np.int64)
         source = np.repeat(starts[line] - (end - length), length) + np.arange(len(ids))
-        source[end - 1] = 0  # no number, and perhaps behind the last one
+        source[end - 1] = 0  # the place of </line>, perhaps behind the last number
         ids[:] = (numbers[source] if len(numbers) else 0) + len(LEADING)
         ids[end - 1] = self.special.line_end
         last_line = np.cumsum([len(lines) for lines in texts])
@@ -215,8 +203,8 @@ class Tokenizer:
     def encode_parts(self, documents: Iterable[Sequence[object]]) -> list[Ids]:
         """Return the ids of all parts of documents, one after another: the one encoder of training rows and prompts.
 
-        A `str` is text, whatever it says; anything else is an image, one <image>. A text right behind another one of its
-        document goes on with it (`continuation`).
+        A `str` is text, even "<image>"; anything else is an image, one <image>. A text right behind another one of its
+        document continues it (`continuation`).
         """
         parts = list(documents)
         texts = iter(self.encode_all([text for document in parts for text in self._texts(document)]))
@@ -231,7 +219,7 @@ class Tokenizer:
             before = part
 
     def continuation(self, text: str) -> str:
-        """Return how `encode` must be given a text that follows another one: without a space that it puts there itself."""
+        """Return the input of `encode` for a text that follows another one: without a space that the pieces would add."""
         adds = self._pieces.puts_space and not self._pieces.absorbs_space
         return text.removeprefix(" ") if adds else text
 
@@ -247,15 +235,16 @@ class Tokenizer:
 
         Raises: UserError if one of `names` is no control token.
         """
-        wanted = {name: self.id_of(name) for name in (self.extra if names is None else names)}
-        if not wanted:
+        ids_of = {name: self.id_of(name) for name in (self.extra if names is None else names)}
+        if not ids_of:
             return self.encode(text)
-        longest_first = sorted(wanted, key=len, reverse=True)
+        # One name may begin with another, and the alternation takes the first that matches.
+        longest_first = sorted(ids_of, key=len, reverse=True)
         parts = re.split(rf"[^\S\r\n]*({'|'.join(map(re.escape, longest_first))})", text)
         stretches = self.encode_all(parts[::2])
         ids = [stretches[0]]
         for name, stretch in zip(parts[1::2], stretches[1:], strict=True):
-            ids += [np.array([wanted[name]], dtype=np.int64), stretch]
+            ids += [np.array([ids_of[name]], dtype=np.int64), stretch]
         return np.concatenate(ids)
 
     def decode(self, ids: Iterable[int], *, keep_control: bool = False) -> str:
@@ -280,14 +269,14 @@ def _writable(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Return `text` with Unix newlines and without what UTF-8 cannot express."""
+    """Return `text` with Unix newlines, and "?" for characters that UTF-8 cannot express."""
     return _writable(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def trimmed(parts: Iterable[Part]) -> Iterator[tuple[int, Part | str]]:
-    """Yield what a document keeps of its parts, each with its number: no blanks at its ends, none beside images.
+    """Yield the index and content of each part of a document, without blanks at its ends and beside images.
 
-    Blanks between two texts are the head of the second one. A `str` is text; anything else is an image.
+    Blanks between two texts go to the second one. A `str` is text; anything else is an image.
     """
     at_start, blanks = True, ""
     for number, part in enumerate(parts):
@@ -295,18 +284,18 @@ def trimmed(parts: Iterable[Part]) -> Iterator[tuple[int, Part | str]]:
             yield number, part
             at_start = True
             continue
-        whole = part.lstrip() if at_start else blanks + part
-        words = whole.rstrip()
-        blanks = whole[len(words) :]
+        text = part.lstrip() if at_start else blanks + part
+        words = text.rstrip()
+        blanks = text[len(words) :]
         if words:
             yield number, words
             at_start = False
 
 
 def expand_images(tokens: Ids, special: SpecialTokens, n_latents: int) -> tuple[Ids, Ids, Ids]:
-    """Write each image marker out as `<image>`, `n_latents` slots, `</image>`.
+    """Expand each image marker into `<image>`, `n_latents` slots, `</image>`.
 
-    Slots repeat the id of `<image>`, as the released training loader does: what the embedding gives there is overwritten.
+    Slots repeat the id of `<image>`, as in the released training loader: latents replace their embeddings.
 
     Returns: the expanded ids; for each of `tokens` its last expanded position; for each image its first slot.
     """

@@ -1,7 +1,7 @@
-"""The control tokens of a vocabulary, and where their ids lie.
+"""The control tokens of a vocabulary, and their ids.
 
-Laid out as in the released KOSMOS models (fairseq over SentencePiece): four leading control tokens, the ids of text, six
-trailing control tokens, and whatever a model appends to them. 64,000 SentencePiece pieces give the paper's 64,007 ids;
+The order is that of the released KOSMOS models (fairseq over SentencePiece): four leading control tokens, the ids of text,
+six trailing control tokens, and any that a model appends. 64,000 SentencePiece pieces give the paper's 64,007 ids;
 the grounding tokens of Kosmos-2 behind them give 65,037.
 """
 
@@ -25,7 +25,7 @@ N_CONTROL_PIECES = 3
 GROUNDING_TAGS = (
     "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>",
 )  # fmt: skip
-"""What Kosmos-2 appends behind `</line>`; the places in an image follow."""
+"""Appended by Kosmos-2 behind `</line>`; its patch tokens follow."""
 
 
 def grounding(n_patches: int = 1024) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class SpecialTokens:
 
 
 def check_extra(extra: tuple[str, ...]) -> None:
-    """Make sure that appended control tokens can be told apart.
+    """Make sure that appended control tokens have names of their own.
 
     Raises: UserError naming those that are empty, occur twice, or are control tokens already.
     """

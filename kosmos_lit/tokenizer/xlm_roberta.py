@@ -1,10 +1,10 @@
-"""The released vocabulary as files that `transformers` reads, both ways.
+"""Import and export of the released vocabulary as files of `transformers`.
 
-There a Kosmos-2 tokenizer is an XLM-RoBERTa one, a Unigram model over the same pieces with the same ids, whose control
-tokens behind `<mask>` are added tokens that swallow the blanks to their left. Version 5 keeps `tokenizer.json` alone;
-older folders have the SentencePiece model too, which is preferred, being what the model was trained with.
+In transformers, a Kosmos-2 tokenizer is an XLM-RoBERTa one: a Unigram model over the same pieces with the same ids, whose
+control tokens behind `<mask>` are added tokens that absorb the blanks to their left. Version 5 writes `tokenizer.json`
+alone. Older folders have the SentencePiece model too, which is preferred: the released models were trained with it.
 
-What differs there, for texts (docs/tokenizers.md): a newline is a blank; names of control tokens in a text are control
+Texts differ in transformers (docs/tokenizers.md): a newline is a blank; names of control tokens in a text are control
 tokens; decomposed accents are normalised grapheme by grapheme.
 """
 
@@ -34,7 +34,7 @@ UNIGRAM, NORMAL, UNKNOWN, CONTROL = 1, 1, 2, 3
 """SentencePiece's numbers for the model's type, and for those of pieces."""
 
 
-# ---- from there
+# ---- import
 
 
 def read(folder: Path) -> tuple[SentencePieces, tuple[str, ...]]:
@@ -85,8 +85,8 @@ def _steps(table: dict[str, Any], part: str) -> list[dict[str, Any]]:
     step = table.get(part)
     if step is None:
         return []
-    several = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}[part]
-    return list(step[several]) if step["type"] == "Sequence" else [step]
+    plural = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}[part]
+    return list(step[plural]) if step["type"] == "Sequence" else [step]
 
 
 def _rebuild(table: dict[str, Any]) -> bytes:
@@ -103,6 +103,7 @@ def _rebuild(table: dict[str, Any]) -> bytes:
     charsmaps = [s["precompiled_charsmap"] for s in _steps(table, "normalizer") if s["type"] == "Precompiled"]
     rules.name = "precompiled" if charsmaps else "identity"
     rules.precompiled_charsmap = base64.b64decode(charsmaps[0]) if charsmaps else b""
+    # What the normaliser and Metaspace do: a space in front, runs of blanks as one, "▁" for a space.
     rules.add_dummy_prefix = rules.remove_extra_whitespaces = rules.escape_whitespaces = True
     data: bytes = model.SerializeToString()
     return data
@@ -117,7 +118,7 @@ def _message() -> Any:
 
 def _extra(folder: Path, table: dict[str, Any], first: int) -> tuple[str, ...]:
     """Return the added tokens behind `</line>`; `first` is the id behind the pieces."""
-    added = {first: TRAILING[0]}  # not always listed
+    added = {first: TRAILING[0]}  # some files do not list <mask>
     added |= {token["id"]: token["content"] for token in table.get("added_tokens", [])}
     added |= {id_: name for name, id_ in _json(folder / ADDED_FILE).items()}
     listed = _json(folder / CONFIG_FILE).get("added_tokens_decoder", {})
@@ -127,9 +128,11 @@ def _extra(folder: Path, table: dict[str, Any], first: int) -> tuple[str, ...]:
     if behind != list(range(first, first + len(behind))):
         gap = next(first + i for i, id_ in enumerate(behind) if id_ != first + i)
         raise UserError(f"{folder}: its added tokens leave out id {gap}; expected one for each id from {first} on")
-    for i, (there, here) in enumerate(zip(names, TRAILING, strict=False), start=first):
-        if there != here:
-            raise UserError(f"{folder}: id {i} is {there}, expected {here}; the order is {', '.join(TRAILING)}, then others")
+    for i, (actual, expected) in enumerate(zip(names, TRAILING, strict=False), start=first):
+        if actual != expected:
+            raise UserError(
+                f"{folder}: id {i} is {actual}, expected {expected}; the order is {', '.join(TRAILING)}, then others"
+            )
     return tuple(names[len(TRAILING) :])
 
 
@@ -142,12 +145,12 @@ def _check_dict(path: Path, pieces: SentencePieces) -> None:
         return
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     listed = [line.rsplit(" ", 1)[0] for line in lines]
-    there = [pieces.raw_name(number) for number in range(pieces.n_text)]
-    for i, (a, b) in enumerate(zip(listed, there, strict=False), start=1):
+    names = [pieces.raw_name(number) for number in range(pieces.n_text)]
+    for i, (a, b) in enumerate(zip(listed, names, strict=False), start=1):
         if a != b:
             raise UserError(f"{path}: line {i} is {a!r}, but piece {i + 2} of {MODEL_FILE} is {b!r}; they are of two models")
-    if len(listed) != len(there):
-        raise UserError(f"{path} has {len(listed)} lines, but {MODEL_FILE} has {len(there)} pieces of text")
+    if len(listed) != len(names):
+        raise UserError(f"{path} has {len(listed)} lines, but {MODEL_FILE} has {len(names)} pieces of text")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -162,40 +165,43 @@ def _json(path: Path) -> dict[str, Any]:
     return table
 
 
-# ---- to there
+# ---- export
 
 
 def convert(pieces: Pieces, extra: tuple[str, ...]) -> XLMRobertaTokenizer:
     """Return the tokenizer of `transformers` with the same ids for the same text.
 
-    Raises: UserError if the pieces cannot be expressed there.
+    Raises: UserError if the pieces have no counterpart.
     """
     from transformers import AddedToken, XLMRobertaTokenizer
 
     model = _parse(pieces)
     texts = [(piece.piece, piece.score) for piece in model.pieces[N_CONTROL_PIECES:]]
-    made = XLMRobertaTokenizer(
+    tokenizer = XLMRobertaTokenizer(
         vocab=[*((name, 0.0) for name in LEADING), *texts, (TRAILING[0], 0.0)],
         _spm_precompiled_charsmap=model.normalizer_spec.precompiled_charsmap or None,
     )
+    # `lstrip` absorbs blanks to the left of a name, as the released tokenizer does.
     names = (*TRAILING[1:], *extra)
-    made.add_tokens([AddedToken(name, lstrip=True, rstrip=False, normalized=False) for name in names])
-    assert len(made) == len(LEADING) + len(texts) + len(TRAILING) + len(extra)
-    return made
+    tokenizer.add_tokens([AddedToken(name, lstrip=True, rstrip=False, normalized=False) for name in names])
+    assert len(tokenizer) == len(LEADING) + len(texts) + len(TRAILING) + len(extra)
+    return tokenizer
 
 
 def write(folder: Path, pieces: Pieces, extra: tuple[str, ...]) -> None:
-    """Write what `transformers` reads, and the SentencePiece model.
+    """Write the files that `transformers` reads, and the SentencePiece model.
 
     Raises: UserError as `convert` does.
     """
-    made = convert(pieces, extra)
-    made.save_pretrained(folder)
+    convert(pieces, extra).save_pretrained(folder)
     (folder / MODEL_FILE).write_bytes(pieces.to_bytes())
 
 
 def _parse(pieces: Pieces) -> Any:
-    """Return the SentencePiece model as a message, if it is of the released kind."""
+    """Return the SentencePiece model as a message.
+
+    Raises: UserError if it is of another kind than the released one.
+    """
     if pieces.kind != "sentencepiece":
         raise UserError(
             "only a SentencePiece vocabulary becomes a Kosmos-2 tokenizer of transformers; the pieces of this one are a "
@@ -204,22 +210,22 @@ def _parse(pieces: Pieces) -> Any:
     model = _message()
     model.ParseFromString(pieces.to_bytes())
     rules = model.normalizer_spec
-    odd = {piece.type for piece in model.pieces[N_CONTROL_PIECES:]} - {NORMAL}
+    other_types = {piece.type for piece in model.pieces[N_CONTROL_PIECES:]} - {NORMAL}
     wrong = [
-        what
-        for what, is_so in (
+        reason
+        for reason, is_so in (
             ("its type is not Unigram", model.trainer_spec.model_type != UNIGRAM),
             ("byte_fallback is on", model.trainer_spec.byte_fallback),
             ("add_dummy_prefix is off", not rules.add_dummy_prefix),
             ("remove_extra_whitespaces is off", not rules.remove_extra_whitespaces),
             ("treat_whitespace_as_suffix is on", model.trainer_spec.treat_whitespace_as_suffix),
-            (f"it has pieces of types {sorted(odd)}", bool(odd)),
+            (f"it has pieces of types {sorted(other_types)}", bool(other_types)),
         )
         if is_so
     ]
     if wrong:
         raise UserError(
-            f"transformers reads this SentencePiece model otherwise: {', '.join(wrong)}; "
+            f"transformers would read this SentencePiece model differently: {', '.join(wrong)}; "
             "train one with `python main.py prepare tokenizer`"
         )
     return model

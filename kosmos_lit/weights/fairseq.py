@@ -57,6 +57,7 @@ def from_fairseq(path: str | Path, tokenizer: str | Path | None = None) -> Loade
 
 def _tokenizer(folder: Path, n_rows: int) -> Tokenizer:
     """Return the tokenizer of a folder with the control tokens that the embedding has rows for."""
+    # The file of the tokenizer does not say whether its model has grounding tokens; the embedding's rows do.
     try:
         plain = Tokenizer.load(folder)
     except UserError as error:
@@ -74,7 +75,7 @@ def _tokenizer(folder: Path, n_rows: int) -> Tokenizer:
 
 def _options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the training options of a checkpoint, flat; older files have them under `args`, newer under `cfg`."""
-    nested = checkpoint.get("cfg") or {}
+    nested = checkpoint.get("cfg") or {}  # either may be there and empty
     tables = [checkpoint.get("args"), nested.get("model") if isinstance(nested, Mapping) else None]
     flat: dict[str, Any] = {}
     for table in tables:

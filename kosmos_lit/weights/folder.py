@@ -110,6 +110,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder)
     check_new(target)
+    # Beside the target: a rename is atomic within one file system only.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

@@ -21,6 +21,7 @@ def vit_architecture(
     ratio = ffn_dim / width
     if int(width * ratio) != ffn_dim:  # open_clip rounds width * ratio down
         ratio = math.nextafter(ratio, math.inf)
+    # open_clip derives the number of heads from their width, and the FFN's width from a ratio.
     table = {
         "image_size": image_size,
         "layers": layers,

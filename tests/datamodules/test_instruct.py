@@ -21,7 +21,7 @@ from kosmos_lit.images import decode
 from kosmos_lit.inference.prompts import encode_prompt
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, Tokenizer
 from tests.datamodules import sample_data
-from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, made_folder, unigram
+from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, unigram, write_folder
 
 LATENTS, SEQ_LEN = 3, 211
 OPTIONS = {
@@ -194,7 +194,7 @@ WHOLE = [
 
 @pytest.mark.parametrize("pieces", [byte_level, partial(byte_level, add_prefix_space=True), byte_fallback, unigram])
 def test_an_answer_follows_its_prompt_with_the_ids_of_the_whole_text(tmp_path, pieces):
-    folder = made_folder(tmp_path, pieces())
+    folder = write_folder(tmp_path, pieces())
     sample_data.write_examples(tmp_path / "x.jsonl", TALKS)
     inputs = [str(tmp_path / "x.jsonl")]
     corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
@@ -203,7 +203,7 @@ def test_an_answer_follows_its_prompt_with_the_ids_of_the_whole_text(tmp_path, p
 
 
 def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
-    folder = made_folder(tmp_path, byte_level())
+    folder = write_folder(tmp_path, byte_level())
     sample_data.write_examples(tmp_path / "x.jsonl", TALKS)
     inputs = [str(tmp_path / "x.jsonl")]
     corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")

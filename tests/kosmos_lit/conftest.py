@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder, word_pieces
+from tests.kosmos_lit.hugging_face_tokenizers import byte_level, word_pieces, write_folder
 from tests.kosmos_lit.tiny_kosmos import N_PIECES, TOWER
 
 LINES = (
@@ -54,10 +54,10 @@ def kosmos_tokenizer(kosmos_vocabulary) -> Tokenizer:
 @pytest.fixture(scope="session")
 def byte_level_folder(tmp_path_factory):
     """Folder of a byte-level BPE tokenizer, as GPT-2's."""
-    return made_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
+    return write_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
 
 
 @pytest.fixture(scope="session")
 def word_folder(tmp_path_factory):
     """Folder of a WordPiece tokenizer, as BERT's."""
-    return made_folder(tmp_path_factory.mktemp("words"), word_pieces())
+    return write_folder(tmp_path_factory.mktemp("words"), word_pieces())

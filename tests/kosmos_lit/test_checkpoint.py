@@ -218,7 +218,7 @@ def test_every_field_that_differs_is_named():
 # ---- models
 
 
-def whole(model, vocabulary: bytes, **changes) -> dict:
+def checkpoint_of(model, vocabulary: bytes, **changes) -> dict:
     weights = {f"net.{name}": value for name, value in model.state_dict().items()}
     tokenizer = torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)
     return checkpoint(3, model.config, state_dict=weights, tokenizer=tokenizer) | changes
@@ -226,21 +226,21 @@ def whole(model, vocabulary: bytes, **changes) -> dict:
 
 def test_a_checkpoint_gives_model_and_tokenizer(tmp_path, kosmos_tower, kosmos_vocabulary, kosmos_tokenizer):
     model = tiny_model(kosmos_tower, positions="learned")
-    loaded, tokenizer = load_model(save(tmp_path / "a.ckpt", whole(model, kosmos_vocabulary)))
+    loaded, tokenizer = load_model(save(tmp_path / "a.ckpt", checkpoint_of(model, kosmos_vocabulary)))
     batch = batch_of([[image_doc(3)]], 11)
     assert torch.equal(loaded(batch), model(batch))
     assert (tokenizer.fingerprint, loaded.training) == (kosmos_tokenizer.fingerprint, False)
 
 
 def test_a_loaded_model_needs_no_pretrained_weights(tmp_path, kosmos_tower, kosmos_vocabulary):
-    content = whole(tiny_model(kosmos_tower), kosmos_vocabulary)
+    content = checkpoint_of(tiny_model(kosmos_tower), kosmos_vocabulary)
     content["hyper_parameters"]["kosmos"]["vision"]["pretrained"] = "gone/weights.pt"
     loaded = load_model(save(tmp_path / "a.ckpt", content)).model
     assert loaded.config.vision.pretrained is None
 
 
 def test_missing_weights_are_the_users_error(tmp_path, kosmos_tower, kosmos_vocabulary):
-    content = whole(tiny_model(kosmos_tower), kosmos_vocabulary)
+    content = checkpoint_of(tiny_model(kosmos_tower), kosmos_vocabulary)
     del content["state_dict"]["net.decoder.layer_norm.bias"]
     listed = r"a.ckpt does not fit the model in 1 of \d+ tensors:\n  missing: decoder.layer_norm.bias \(20,\)$"
     with pytest.raises(UserError, match=listed):

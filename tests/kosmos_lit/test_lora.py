@@ -44,8 +44,8 @@ def test_only_adapters_train_and_each_matrix_of_decoder_and_connector_has_one(ad
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
     owners = {name.split(".lora_")[0] for name in trained}
     matrices = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "ffn.fc1", "ffn.fc2")
-    wanted = {f"decoder.layers.{i}.{m}" for i in (0, 1) for m in matrices}
-    assert owners == wanted | {f"connector.x_attn.{m}_proj" for m in ("q", "k", "v", "out")}
+    expected = {f"decoder.layers.{i}.{m}" for i in (0, 1) for m in matrices}
+    assert owners == expected | {f"connector.x_attn.{m}_proj" for m in ("q", "k", "v", "out")}
 
 
 def test_targets_may_be_fewer(kosmos_tower):
@@ -90,7 +90,7 @@ def test_peft_itself_reads_a_saved_adapter(adapted, base, tmp_path):
     torch.testing.assert_close(model(BATCH), adapted(BATCH), **EXACT)
 
 
-def test_an_adapter_that_peft_wrote_computes_here_what_it_does_there(base, tmp_path):
+def test_an_adapter_written_by_peft_computes_the_same(base, tmp_path):
     model = by_peft(base, tmp_path)
     torch.testing.assert_close(load_adapter(base, tmp_path)(BATCH), model(BATCH), **EXACT)
 
@@ -189,15 +189,15 @@ def test_a_loaded_adapter_leaves_the_base_its_dtype(adapted, base, tmp_path):
 def test_merging_and_loading_stay_on_the_model_s_device(adapted, base, tmp_path):
     save_adapter(adapted, tmp_path)
     elsewhere = torch.device("meta")  # a device that is everywhere
-    made = merge_adapters(copy.deepcopy(adapted).to(elsewhere)), load_adapter(copy.deepcopy(base).to(elsewhere), tmp_path)
-    assert {tensor.device for model in made for tensor in model.state_dict().values()} == {elsewhere}
+    models = merge_adapters(copy.deepcopy(adapted).to(elsewhere)), load_adapter(copy.deepcopy(base).to(elsewhere), tmp_path)
+    assert {tensor.device for model in models for tensor in model.state_dict().values()} == {elsewhere}
 
 
 def test_merging_and_loading_share_no_memory_with_the_model(adapted, base, tmp_path):
     save_adapter(adapted, tmp_path)
     before = {tensor.data_ptr() for model in (adapted, base) for tensor in model.state_dict().values()}
-    made = merge_adapters(adapted), load_adapter(base, tmp_path)
-    assert not before & {tensor.data_ptr() for model in made for tensor in model.state_dict().values()}
+    models = merge_adapters(adapted), load_adapter(base, tmp_path)
+    assert not before & {tensor.data_ptr() for model in models for tensor in model.state_dict().values()}
 
 
 def test_saving_an_adapter_builds_no_other_model(adapted, tmp_path, monkeypatch):

@@ -42,10 +42,10 @@ def of_document(values: torch.Tensor, batch: KosmosBatch, n: int) -> torch.Tenso
 def test_packed_documents_have_the_logits_of_each_alone(kosmos_tower, positions, norm):
     model = tiny_model(kosmos_tower, positions=positions, norm=norm)
     packed = batch_of([[FIRST, SECOND], [THIRD, SECOND, THIRD]], T)
-    found = logits(model, packed)
+    actual = logits(model, packed)
     for n, doc in ((0, FIRST), (1, SECOND), (3, THIRD), (4, SECOND), (5, THIRD)):
         alone = logits(model, batch_of([[doc]], len(doc.expanded)))[0]
-        torch.testing.assert_close(of_document(found, packed, n), alone, rtol=1e-4, atol=2e-5)  # fp32, measured 2e-6
+        torch.testing.assert_close(of_document(actual, packed, n), alone, rtol=1e-4, atol=2e-5)  # fp32, measured 2e-6
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])
@@ -212,10 +212,10 @@ def test_the_loss_of_training_is_the_weighted_sum_of_what_each_token_costs(kosmo
     model, batch = tiny_model(kosmos_tower, loss_chunk=3), batch_of([[FIRST, SECOND], [THIRD]], T)
     weights = torch.linspace(0.1, 2, len(batch.loss_at))
     expected = (weights * model.nll(batch)).sum()
-    wanted = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    expected = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     loss, nll = model.loss(batch, weights)
     loss.backward()
     torch.testing.assert_close(nll, model.nll(batch).detach(), rtol=1e-6, atol=1e-6)  # fp32, in chunks
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # fp32
-    for (name, parameter), gradient in zip(model.named_parameters(), wanted, strict=True):
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=name)  # fp32, four blocks' sums

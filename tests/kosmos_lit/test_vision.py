@@ -50,9 +50,9 @@ def written_out(images: Tensor, tower: VisionTower) -> Tensor:
 
 def test_features_are_class_token_and_patches_after_the_last_norm_without_projection(build):
     tower = build(feature_length=None)
-    found = tower(random_images(N))
-    assert found.shape == (N, 1 + P, C)
-    torch.testing.assert_close(found, written_out(random_images(N), tower), rtol=1e-4, atol=1e-5)  # fp32, 3 layers
+    actual = tower(random_images(N))
+    assert actual.shape == (N, 1 + P, C)
+    torch.testing.assert_close(actual, written_out(random_images(N), tower), rtol=1e-4, atol=1e-5)  # fp32, 3 layers
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
@@ -81,7 +81,7 @@ def test_without_gradient_nothing_is_padded(build):
 
 
 def test_frozen_blocks_keep_nothing_for_the_backward_pass(kosmos_tower):
-    kept: list[int] = []
+    bytes_kept: list[int] = []
     for layers in (2, 5):
         table = json.loads(json.dumps(TOWER)) | {"vision_cfg": TOWER["vision_cfg"] | {"layers": layers}}
         fields = {"architecture": table, "trainable": "last_block"}
@@ -89,15 +89,15 @@ def test_frozen_blocks_keep_nothing_for_the_backward_pass(kosmos_tower):
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             tower(random_images(N))
-        kept.append(sum(sizes))
-    assert kept[0] == kept[1] > 0
+        bytes_kept.append(sum(sizes))
+    assert bytes_kept[0] == bytes_kept[1] > 0
 
 
 @pytest.mark.parametrize("length", [1.0, 90.0])
 def test_features_get_the_length_asked_for_and_keep_their_direction(build, length):
-    found, plain = build(feature_length=length)(random_images(N)), build(feature_length=None)(random_images(N))
-    torch.testing.assert_close(found.norm(dim=-1), torch.full((N, 1 + P), length), rtol=1e-6, atol=0)  # fp32
-    torch.testing.assert_close(F.cosine_similarity(found, plain, dim=-1), torch.ones(N, 1 + P), rtol=0, atol=1e-6)
+    actual, plain = build(feature_length=length)(random_images(N)), build(feature_length=None)(random_images(N))
+    torch.testing.assert_close(actual.norm(dim=-1), torch.full((N, 1 + P), length), rtol=1e-6, atol=0)  # fp32
+    torch.testing.assert_close(F.cosine_similarity(actual, plain, dim=-1), torch.ones(N, 1 + P), rtol=0, atol=1e-6)
 
 
 def test_mean_and_deviation_of_the_input_are_those_of_the_config(build):
@@ -208,8 +208,8 @@ def test_a_local_weight_file_gives_the_features_of_the_model_it_came_from(build,
 def test_the_class_tokens_feature_is_what_open_clip_projects(kosmos_tower, open_clip_pair):
     pair, path = open_clip_pair
     tower = VisionTower(tiny_config(kosmos_tower, vision={"pretrained": path, "feature_length": None}).vision).eval()
-    found, expected = tower(random_images(N))[:, 0] @ pair.visual.proj, pair.encode_image(normalised(random_images(N)))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, 3 layers
+    actual, expected = tower(random_images(N))[:, 0] @ pair.visual.proj, pair.encode_image(normalised(random_images(N)))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # fp32, 3 layers
 
 
 def test_initialisation_leaves_loaded_weights_alone(kosmos_tower, open_clip_pair):

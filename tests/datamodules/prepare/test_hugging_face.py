@@ -13,13 +13,13 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import BOS, EOS, Tokenizer
 from kosmos_lit.weights.load import load_tokenizer
 from tests.datamodules import sample_data
-from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
+from tests.kosmos_lit.hugging_face_tokenizers import byte_level, write_folder
 from tests.running import TINY
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return made_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
+    return write_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
 
 
 @pytest.fixture

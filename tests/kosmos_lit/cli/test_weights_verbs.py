@@ -16,16 +16,16 @@ from kosmos_lit.tokenizer import MODEL_FILE, Tokenizer
 from kosmos_lit.weights.kosmos2 import export_transformers, from_transformers
 from kosmos_lit.weights.load import load_model
 from tests.kosmos_lit.weights import test_fairseq as released
-from tests.kosmos_lit.weights.hostile import Bomb
+from tests.kosmos_lit.weights.malicious_pickle import MaliciousPickle
+from tests.kosmos_lit.weights.reference_kosmos2 import reference_model
 from tests.kosmos_lit.weights.test_clip import SIDE as TOWER_SIDE
-from tests.kosmos_lit.weights.test_clip import their_tower
-from tests.kosmos_lit.weights.their_kosmos import their_model
+from tests.kosmos_lit.weights.test_clip import reference_tower
 
 LAST = Path("checkpoints") / "step=00000006.ckpt"
 
 
 @pytest.fixture
-def said(capsys):
+def stdout_of(capsys):
     """Return a function that runs a command to its good end, and returns what it printed."""
 
     def run(*arguments: object) -> str:
@@ -53,10 +53,10 @@ def mistake(capsys):
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory, kosmos_vocabulary) -> Path:
+def reference(tmp_path_factory, kosmos_vocabulary) -> Path:
     """A folder as transformers has it."""
     tokenizer = Tokenizer(kosmos_vocabulary)
-    model = from_transformers(their_model("wide", vocab_size=tokenizer.vocab_size)).model
+    model = from_transformers(reference_model("wide", vocab_size=tokenizer.vocab_size)).model
     folder = tmp_path_factory.mktemp("theirs") / "kosmos2"
     export_transformers(model, tokenizer, folder)
     return folder
@@ -65,69 +65,69 @@ def theirs(tmp_path_factory, kosmos_vocabulary) -> Path:
 # ---- what they do
 
 
-def test_an_export_as_safetensors_writes_what_the_checkpoint_writes(trained, tmp_path, said):
+def test_an_export_as_safetensors_writes_what_the_checkpoint_writes(trained, tmp_path, stdout_of):
     image = tmp_path / "a.png"
     Image.linear_gradient("L").resize((53, 31)).convert("RGB").save(image)
     question = ("--image", image, "--prompt", "Here <image> we see", "--max-new-tokens", 11, "--beams", 3)
 
-    message = said("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
+    message = stdout_of("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
 
     assert message.startswith(f"{tmp_path}/model: ")
     assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", MODEL_FILE}
-    expected = said("generate", "--ckpt_path", trained / LAST, *question)
-    assert said("generate", "--ckpt_path", tmp_path / "model", *question) == expected
+    expected = stdout_of("generate", "--ckpt_path", trained / LAST, *question)
+    assert stdout_of("generate", "--ckpt_path", tmp_path / "model", *question) == expected
 
 
-def test_an_exported_folder_runs_anywhere(trained, tmp_path, said, monkeypatch):
-    said("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
+def test_an_exported_folder_runs_anywhere(trained, tmp_path, stdout_of, monkeypatch):
+    stdout_of("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where no description of the tower can be found
 
-    assert said("generate", "--ckpt_path", "../model", "--max-new-tokens", 3).endswith("\n")
+    assert stdout_of("generate", "--ckpt_path", "../model", "--max-new-tokens", 3).endswith("\n")
 
 
-def test_a_folder_of_transformers_goes_in_and_out_bit_by_bit(theirs, tmp_path, said):
-    said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
-    said("export", "--ckpt_path", tmp_path / "ours", "--format", "transformers", "--output", tmp_path / "back")
+def test_a_folder_of_transformers_goes_in_and_out_bit_by_bit(reference, tmp_path, stdout_of):
+    stdout_of("import", "--format", "transformers", "--input", reference, "--output", tmp_path / "ours")
+    stdout_of("export", "--ckpt_path", tmp_path / "ours", "--format", "transformers", "--output", tmp_path / "back")
 
-    expected, found = (load_file(folder / "model.safetensors") for folder in (theirs, tmp_path / "back"))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected, actual = (load_file(folder / "model.safetensors") for folder in (reference, tmp_path / "back"))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     for name in ("config.json", "tokenizer.json", "processor_config.json"):
-        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((theirs / name).read_text())
+        assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((reference / name).read_text())
 
 
-def test_import_says_what_it_has_made(theirs, tmp_path, said):
-    message = said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
+def test_import_says_what_it_has_made(reference, tmp_path, stdout_of):
+    message = stdout_of("import", "--format", "transformers", "--input", reference, "--output", tmp_path / "ours")
 
-    n = sum(p.numel() for p in load_model(theirs).model.parameters())
+    n = sum(p.numel() for p in load_model(reference).model.parameters())
     assert message == f"{tmp_path}/ours: {n:,} parameters, 68 ids\n"
 
 
-def test_generate_reads_a_folder_of_transformers_as_it_is(theirs, tmp_path, said):
-    said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
+def test_generate_reads_a_folder_of_transformers_as_it_is(reference, tmp_path, stdout_of):
+    stdout_of("import", "--format", "transformers", "--input", reference, "--output", tmp_path / "ours")
     question = ("--prompt", "the cat", "--max-new-tokens", 7)
 
-    expected = said("generate", "--ckpt_path", tmp_path / "ours", *question)
-    assert said("generate", "--ckpt_path", theirs, *question) == expected
+    expected = stdout_of("generate", "--ckpt_path", tmp_path / "ours", *question)
+    assert stdout_of("generate", "--ckpt_path", reference, *question) == expected
 
 
-def test_a_released_checkpoint_is_imported(tmp_path, kosmos_vocabulary, said):
+def test_a_released_checkpoint_is_imported(tmp_path, kosmos_vocabulary, stdout_of):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / MODEL_FILE).write_bytes(kosmos_vocabulary)
     file = released.save(tmp_path, released.released_tensors())
 
     out = tmp_path / "ours"
-    said("import", "--format", "fairseq", "--input", file, "--tokenizer", tmp_path / "data", "--output", out)
+    stdout_of("import", "--format", "fairseq", "--input", file, "--tokenizer", tmp_path / "data", "--output", out)
 
     assert load_model(out).model.config.decoder.vocab_size == released.N_GROUNDED
 
 
 @pytest.mark.parametrize("format_", ["transformers", "open_clip"])
-def test_a_clip_folder_of_transformers_is_imported_as_a_tower(tmp_path, said, format_):
-    their_tower("gelu").save_pretrained(tmp_path / "clip")
+def test_a_clip_folder_of_transformers_is_imported_as_a_tower(tmp_path, stdout_of, format_):
+    reference_tower("gelu").save_pretrained(tmp_path / "clip")
 
-    message = said("import", "--format", format_, "--input", tmp_path / "clip", "--output", tmp_path / "tower")
+    message = stdout_of("import", "--format", format_, "--input", tmp_path / "clip", "--output", tmp_path / "tower")
 
     assert "an image tower" in message
     tower = tmp_path / "tower"
@@ -162,15 +162,15 @@ def test_an_export_names_all_that_would_be_lost(trained, tmp_path, mistake):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_is_not_empty_is_left_alone(trained, theirs, tmp_path, mistake):
+def test_an_output_folder_that_is_not_empty_is_left_alone(trained, reference, tmp_path, mistake):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
 
     # Said before anything is read: hence no word of the tensors' loading.
     for command in (
         ("export", "--ckpt_path", trained / LAST, "--format", "safetensors"),
-        ("export", "--ckpt_path", theirs, "--format", "transformers"),
-        ("import", "--format", "transformers", "--input", theirs),
+        ("export", "--ckpt_path", reference, "--format", "transformers"),
+        ("import", "--format", "transformers", "--input", reference),
     ):
         assert "no empty folder" in mistake(*command, "--output", tmp_path / "out")
 
@@ -188,13 +188,13 @@ def test_a_folder_of_something_else_is_told_what_was_expected(tmp_path, mistake)
         assert "expected" in message
 
 
-def test_weights_that_do_not_fit_are_listed_one_a_line(theirs, tmp_path, mistake):
-    tensors = load_file(theirs / "model.safetensors")
+def test_weights_that_do_not_fit_are_listed_one_a_line(reference, tmp_path, mistake):
+    tensors = load_file(reference / "model.safetensors")
     del tensors["image_to_text_projection.latent_query"]
     tensors["text_model.model.layer_norm.bias"] = torch.ones(7)
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in theirs.iterdir():
+    for file in reference.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     save_file(tensors, broken / "model.safetensors")
 
@@ -208,14 +208,14 @@ def test_weights_that_do_not_fit_are_listed_one_a_line(theirs, tmp_path, mistake
 
 
 @pytest.mark.parametrize("verb", ["generate", "export", "fairseq", "open_clip", "transformers"])
-def test_no_verb_runs_what_a_file_brings(verb, theirs, tmp_path, mistake):
+def test_no_verb_runs_what_a_file_brings(verb, reference, tmp_path, mistake):
     exploded, file, out = tmp_path / "exploded", tmp_path / "hostile.ckpt", ("--output", tmp_path / "out")
-    torch.save({"model": {"a": Bomb(exploded)}, "args": Namespace()}, file)
+    torch.save({"model": {"a": MaliciousPickle(exploded)}, "args": Namespace()}, file)
     folder = tmp_path / "folder"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((theirs / name).read_bytes())
-    torch.save({"a": Bomb(exploded)}, folder / "pytorch_model.bin")
+        (folder / name).write_bytes((reference / name).read_bytes())
+    torch.save({"a": MaliciousPickle(exploded)}, folder / "pytorch_model.bin")
     command = {
         "generate": ("generate", "--ckpt_path", file),
         "export": ("export", "--ckpt_path", file, "--format", "safetensors", *out),
@@ -230,8 +230,8 @@ def test_no_verb_runs_what_a_file_brings(verb, theirs, tmp_path, mistake):
     assert not exploded.exists()
 
 
-def test_a_file_given_for_a_folder_of_transformers_is_named(theirs, tmp_path, mistake):
-    file = theirs / "model.safetensors"
+def test_a_file_given_for_a_folder_of_transformers_is_named(reference, tmp_path, mistake):
+    file = reference / "model.safetensors"
 
     message = mistake("import", "--format", "transformers", "--input", file, "--output", tmp_path / "out")
 

@@ -19,7 +19,7 @@ from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.images import Fit
 from kosmos_lit.tokenizer import EOS, IGNORE, Ids, Tokenizer
 from tests.datamodules import sample_data
-from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
+from tests.kosmos_lit.hugging_face_tokenizers import byte_level, write_folder
 from tests.kosmos_lit.tiny_kosmos import SIDE, tiny_model
 
 LATENTS, SEQ_LEN = 3, 397
@@ -53,7 +53,7 @@ def test_the_examples_have_no_mark_in_a_text() -> None:
 def vocabulary(request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "sentencepiece":
         return tokenizer_folder
-    return made_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
+    return write_folder(tmp_path_factory.mktemp("byte_level"), byte_level())
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from kosmos_lit.inference.config import GenerationConfig
         ({"choices": ("a",), "no_repeat_ngram_size": 2}, "no_repeat_ngram_size 2 and choices exclude one another"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_named_with_its_value(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_a_setting_that_makes_no_sense_is_named_with_its_value(settings, message):
+    with pytest.raises(UserError, match=message):
         GenerationConfig(**settings)
 
 

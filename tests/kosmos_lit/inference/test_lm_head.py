@@ -18,12 +18,12 @@ def decoder(monkeypatch) -> Decoder:
     """A decoder whose matrix counts as large, with rows of very different lengths as trained ones have."""
     monkeypatch.setattr(lm_head, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(lm_head, "SLICE_WEIGHTS", 31 * D)
-    made = Decoder(DecoderConfig(vocab_size=V, dim=D, n_layers=1, n_heads=5, ffn_dim=23, max_seq_len=11))
+    decoder = Decoder(DecoderConfig(vocab_size=V, dim=D, n_layers=1, n_heads=5, ffn_dim=23, max_seq_len=11))
     draw = torch.Generator().manual_seed(0)
-    nn.init.normal_(made.embed_tokens.weight, generator=draw)
+    nn.init.normal_(decoder.embed_tokens.weight, generator=draw)
     with torch.no_grad():
-        made.embed_tokens.weight *= torch.rand(V, 1, generator=draw) * 3
-    return made
+        decoder.embed_tokens.weight *= torch.rand(V, 1, generator=draw) * 3
+    return decoder
 
 
 def hidden(n: int, seed: int = 1) -> torch.Tensor:

@@ -34,8 +34,8 @@ def test_a_penalty_divides_positive_and_multiplies_negative_scores_once():
 
 def test_a_penalty_is_that_of_transformers():
     scores, ids = draw(R, V), history(11)
-    theirs = RepetitionPenaltyLogitsProcessor(1.7)(ids, scores.clone())
-    assert torch.equal(penalise_repetition(scores, ids, 1.7), theirs)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, scores.clone())
+    assert torch.equal(penalise_repetition(scores, ids, 1.7), expected)
 
 
 def test_a_run_of_three_does_not_come_twice():
@@ -47,8 +47,8 @@ def test_a_run_of_three_does_not_come_twice():
 @pytest.mark.parametrize("size", [1, 2, 3, 11, 12])
 def test_ngram_limits_are_those_of_transformers(size):
     scores, ids = draw(R, V), history(11)
-    theirs = NoRepeatNGramLogitsProcessor(size)(ids, scores.clone())
-    assert torch.equal(forbid_repeated_ngrams(scores, ids, size), theirs)
+    expected = NoRepeatNGramLogitsProcessor(size)(ids, scores.clone())
+    assert torch.equal(forbid_repeated_ngrams(scores, ids, size), expected)
 
 
 def test_an_ngram_limit_leaves_a_way_to_end():

@@ -73,12 +73,12 @@ class Pair:
         draw = torch.Generator().manual_seed(7)
         return torch.randint(256, (n, 3, self.side, self.side), generator=draw, dtype=torch.uint8)
 
-    def ours(self, tokenizer: Any, prompts: list[Prompt], images: Tensor, **settings: Any) -> list[list[int]]:
+    def generate(self, tokenizer: Any, prompts: list[Prompt], images: Tensor, **settings: Any) -> list[list[int]]:
         continuations = Engine(self.model, tokenizer).generate_batch(prompts, images, GenerationConfig(**settings))
         return [list(continuation.tokens) for continuation in continuations]
 
     @torch.inference_mode()
-    def theirs(
+    def generate_reference(
         self, tokenizer: Any, prompts: list[Prompt], images: Tensor, margin: float = 0.0, **settings: Any
     ) -> list[list[int]]:
         """Generate with transformers, which must decide every step by `margin` at least; with one prompt, any images."""
@@ -90,14 +90,14 @@ class Pair:
             tokens[row, padding:] = torch.from_numpy(prompt.tokens)
             for slot in prompt.slots:
                 places[row, padding + int(slot) : padding + int(slot) + self.n_latents] = 1
-        random_images = {}
+        image_inputs = {}
         if len(images):
             latents = self.encode_images(images)
-            random_images = {"image_embeds_position_mask": places}
-            random_images["image_embeds"] = latents.flatten(0, 1)[None] if len(prompts) == 1 else latents
+            image_inputs = {"image_embeds_position_mask": places}
+            image_inputs["image_embeds"] = latents.flatten(0, 1)[None] if len(prompts) == 1 else latents
         generate = self.other.generate if len(images) else self.other.text_model.generate
         outputs = generate(
-            input_ids=tokens, attention_mask=(tokens != PAD).long(), **random_images, do_sample=False, output_scores=True,
+            input_ids=tokens, attention_mask=(tokens != PAD).long(), **image_inputs, do_sample=False, output_scores=True,
             suppress_tokens=forbidden_ids(tokenizer, VOCAB), return_dict_in_generate=True, **settings,
         )  # fmt: skip
         for step, scores in enumerate(outputs.scores if margin else ()):
@@ -128,13 +128,13 @@ RULES = [{}, PENALTY, NGRAM, {"repetition_penalty": 0.8, "no_repeat_ngram_size":
 @pytest.mark.parametrize("rules", RULES, ids=str)
 @pytest.mark.parametrize("n_images", [0, 1, 3])
 def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_images: int, rules: dict[str, Any]):
-    made = []
+    actual = []
     for seed in range(5):
         prompt, images = pair.prompt(3 + seed, n_images, seed), pair.random_images(n_images)
         settings = {"max_new_tokens": 17}
-        made += pair.ours(kosmos_tokenizer, [prompt], images, **settings, **rules)
-        assert made[-1:] == pair.theirs(kosmos_tokenizer, [prompt], images, margin=1e-4, **settings, **rules)
-    assert len({id_ for ids in made for id_ in ids}) > 2
+        actual += pair.generate(kosmos_tokenizer, [prompt], images, **settings, **rules)
+        assert actual[-1:] == pair.generate_reference(kosmos_tokenizer, [prompt], images, margin=1e-4, **settings, **rules)
+    assert len({id_ for ids in actual for id_ in ids}) > 2
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
@@ -146,35 +146,37 @@ def test_beam_search_is_that_of_transformers(
     for seed in range(5):
         prompt, images = pair.prompt(3 + seed, n_images, seed), pair.random_images(n_images)
         settings = {"max_new_tokens": 17, "length_penalty": length_penalty, **rules}
-        ours = pair.ours(kosmos_tokenizer, [prompt], images, n_beams=5, **settings)
-        assert ours == pair.theirs(kosmos_tokenizer, [prompt], images, num_beams=5, **settings)
+        actual = pair.generate(kosmos_tokenizer, [prompt], images, n_beams=5, **settings)
+        assert actual == pair.generate_reference(kosmos_tokenizer, [prompt], images, num_beams=5, **settings)
 
 
 def test_some_continuations_end_and_some_do_not(pair: Pair, kosmos_tokenizer: Any):
     lengths = set()
     for n in (0, 1):
         prompts, images = [pair.prompt(3 + seed, n, seed) for seed in range(5)], pair.random_images(5 * n)
-        lengths |= {len(ids) for ids in pair.ours(kosmos_tokenizer, prompts, images, max_new_tokens=17, n_beams=5)}
+        lengths |= {len(ids) for ids in pair.generate(kosmos_tokenizer, prompts, images, max_new_tokens=17, n_beams=5)}
     assert 17 in lengths
     assert len(lengths) > 1
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("heuristic", False), ("first", True), ("exact", "never")])
+@pytest.mark.parametrize(("beam_stop", "early_stopping"), [("heuristic", False), ("first", True), ("exact", "never")])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.5, 2.0])
-def test_a_search_ends_by_the_same_rules(pair: Pair, kosmos_tokenizer: Any, ours: str, theirs: Any, length_penalty: float):
+def test_a_search_ends_by_the_same_rules(
+    pair: Pair, kosmos_tokenizer: Any, beam_stop: str, early_stopping: Any, length_penalty: float
+):
     prompts = [pair.prompt(5, 0, seed) for seed in range(7)]
     settings = {"max_new_tokens": 13, "length_penalty": length_penalty}
-    made = pair.ours(kosmos_tokenizer, prompts, pair.random_images(0), n_beams=3, beam_stop=ours, **settings)
-    assert made == pair.theirs(
-        kosmos_tokenizer, prompts, pair.random_images(0), num_beams=3, early_stopping=theirs, **settings
+    actual = pair.generate(kosmos_tokenizer, prompts, pair.random_images(0), n_beams=3, beam_stop=beam_stop, **settings)
+    assert actual == pair.generate_reference(
+        kosmos_tokenizer, prompts, pair.random_images(0), num_beams=3, early_stopping=early_stopping, **settings
     )
 
 
 @pytest.mark.parametrize("n_beams", [1, 5])
 def test_prompts_of_one_length_are_answered_as_a_batch_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_beams: int):
     prompts, images = [pair.prompt(5, 1, seed) for seed in range(4)], pair.random_images(4)
-    ours = pair.ours(kosmos_tokenizer, prompts, images, n_beams=n_beams, max_new_tokens=17)
-    assert ours == pair.theirs(kosmos_tokenizer, prompts, images, num_beams=n_beams, max_new_tokens=17)
+    actual = pair.generate(kosmos_tokenizer, prompts, images, n_beams=n_beams, max_new_tokens=17)
+    assert actual == pair.generate_reference(kosmos_tokenizer, prompts, images, num_beams=n_beams, max_new_tokens=17)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
@@ -183,17 +185,17 @@ def test_padded_prompts_are_answered_as_by_transformers_without_its_cache(
 ):
     prompts = [pair.prompt(n, k, n) for n, k in ((2, 0), (11, 2), (5, 1), (0, 1))]
     images, settings = pair.random_images(4), {"max_new_tokens": 11, **rules}
-    ours = pair.ours(kosmos_tokenizer, prompts, images, **settings)
-    assert ours == pair.theirs(kosmos_tokenizer, prompts, images, use_cache=False, **settings)
+    actual = pair.generate(kosmos_tokenizer, prompts, images, **settings)
+    assert actual == pair.generate_reference(kosmos_tokenizer, prompts, images, use_cache=False, **settings)
 
 
 def test_padded_prompts_are_searched_as_each_alone_by_transformers(pair: Pair, kosmos_tokenizer: Any):
-    random_images = (0, 2, 1, 1)
-    prompts = [pair.prompt(n, k, n) for n, k in zip((2, 11, 5, 0), random_images, strict=True)]
+    n_images = (0, 2, 1, 1)
+    prompts = [pair.prompt(n, k, n) for n, k in zip((2, 11, 5, 0), n_images, strict=True)]
     images = pair.random_images(4)
-    ours = pair.ours(kosmos_tokenizer, prompts, images, n_beams=5, max_new_tokens=11)
+    actual = pair.generate(kosmos_tokenizer, prompts, images, n_beams=5, max_new_tokens=11)
     alone = [
-        pair.theirs(kosmos_tokenizer, [prompt], own, num_beams=5, max_new_tokens=11)[0]
-        for prompt, own in zip(prompts, images.split(random_images), strict=True)
+        pair.generate_reference(kosmos_tokenizer, [prompt], own, num_beams=5, max_new_tokens=11)[0]
+        for prompt, own in zip(prompts, images.split(n_images), strict=True)
     ]
-    assert ours == alone
+    assert actual == alone

@@ -1,4 +1,4 @@
-"""Files of tensors from anywhere: whole or in shards, old and new, damaged and hostile."""
+"""Files of tensors from anywhere: whole or in shards, old and new, damaged and malicious."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.state_dicts.files import read_json, read_pickle, read_tensors
-from tests.kosmos_lit.weights.hostile import Bomb
+from tests.kosmos_lit.weights.malicious_pickle import MaliciousPickle
 
 TENSORS = {"a.weight": torch.arange(15.0).view(3, 5), "a.bias": torch.ones(3), "b": torch.tensor([7, 11])}
 
 
-def same(found, expected=TENSORS) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], t) for name, t in expected.items())
+def same(actual, expected=TENSORS) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], t) for name, t in expected.items())
 
 
 # ---- what is read
@@ -91,7 +91,7 @@ def test_nothing_more_is_allowed_to_others_afterwards(tmp_path):
 @pytest.mark.parametrize("content", [lambda b: b, lambda b: {"w": torch.ones(1), "x": b}, lambda b: Namespace(x=b)])
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, content, is_zip):
-    torch.save(content(Bomb(tmp_path / "exploded")), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+    torch.save(content(MaliciousPickle(tmp_path / "exploded")), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
 
     with pytest.raises(UserError, match=r"a\.pt is not read: it refers to \S*open, and only tensors and plain data"):
         read_tensors(tmp_path / "a.pt")
@@ -107,7 +107,7 @@ def test_a_pickled_module_is_refused_by_its_class(tmp_path):
 
 
 def test_a_plain_pickle_of_python_is_refused_and_not_run(tmp_path):
-    (tmp_path / "a.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    (tmp_path / "a.pt").write_bytes(pickle.dumps(MaliciousPickle(tmp_path / "exploded")))
 
     with pytest.raises(UserError, match=r"a\.pt"):
         read_tensors(tmp_path / "a.pt")
@@ -160,10 +160,10 @@ def test_a_garbled_file_gives_tensors_or_is_refused(tmp_path, is_zip):
     """Nothing but a UserError, wherever bytes are wrong or missing."""
     path = tmp_path / "a.pt"
     torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     outcomes = set()
-    for at in range(0, len(whole), 7):
-        for damaged in (whole[:at], whole[:at] + bytes([255 - whole[at]]) + whole[at + 1 :]):
+    for at in range(0, len(content), 7):
+        for damaged in (content[:at], content[:at] + bytes([255 - content[at]]) + content[at + 1 :]):
             path.write_bytes(damaged)
             try:
                 outcomes.add(type(read_tensors(path)))

@@ -48,8 +48,8 @@ def test_a_plain_model_is_its_own_bytes(kosmos_vocabulary):
 def test_the_fingerprint_tells_everything_apart_that_changes_ids(kosmos_vocabulary, byte_level_folder, word_folder):
     pieces = [kosmos_vocabulary, *(Tokenizer.load(f)._pieces for f in (byte_level_folder, word_folder))]
     extras = [(), ("<a>",), ("<b>",), ("<a>", "<b>"), ("<b>", "<a>")]
-    found = {Tokenizer(p, e).fingerprint for p in pieces for e in extras}
-    assert len(found) == len(pieces) * len(extras)
+    fingerprints = {Tokenizer(p, e).fingerprint for p in pieces for e in extras}
+    assert len(fingerprints) == len(pieces) * len(extras)
 
 
 def test_the_fingerprint_is_of_content_not_of_spelling(byte_level_folder, tmp_path):
@@ -60,7 +60,7 @@ def test_the_fingerprint_is_of_content_not_of_spelling(byte_level_folder, tmp_pa
     assert same(Tokenizer.load(tmp_path), Tokenizer.load(byte_level_folder))
 
 
-def test_saving_without_extra_tokens_forgets_those_that_were_there(kosmos_vocabulary, tmp_path):
+def test_saving_without_extra_tokens_removes_earlier_ones(kosmos_vocabulary, tmp_path):
     Tokenizer(kosmos_vocabulary, ["<a>"]).save(tmp_path)
     Tokenizer(kosmos_vocabulary).save(tmp_path)
     assert Tokenizer.load(tmp_path).extra == ()
@@ -79,14 +79,14 @@ def test_a_broken_layout_is_the_users_error(kosmos_vocabulary, tmp_path, layout)
 def test_a_layout_without_its_pieces_is_the_users_error(kosmos_vocabulary, tmp_path):
     Tokenizer(kosmos_vocabulary, ["<a>"]).save(tmp_path)
     (tmp_path / MODEL_FILE).unlink()
-    with pytest.raises(UserError, match=f"speaks of {MODEL_FILE}, which is missing"):
+    with pytest.raises(UserError, match=f"names {MODEL_FILE}, which is missing"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"model": 3, "added_tokens": []}', b"\xff", b"[]", b"half"])
 def test_a_broken_hugging_face_file_is_the_users_error(byte_level_folder, tmp_path, data):
-    whole = (byte_level_folder / "tokenizer.json").read_bytes()
-    (tmp_path / "tokenizer.json").write_bytes(whole[: len(whole) // 2] if data == b"half" else data)
+    content = (byte_level_folder / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content[: len(content) // 2] if data == b"half" else data)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)
 

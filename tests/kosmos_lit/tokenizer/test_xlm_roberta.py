@@ -20,24 +20,24 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @pytest.fixture(scope="module")
-def ours(kosmos_vocabulary):
+def tokenizer(kosmos_vocabulary):
     return Tokenizer(kosmos_vocabulary, grounding(5))
 
 
 @pytest.fixture(scope="module")
-def theirs(ours):
-    return ours.to_transformers()
+def reference(tokenizer):
+    return tokenizer.to_transformers()
 
 
 @pytest.fixture(scope="module")
-def folder(ours, tmp_path_factory):
-    made = tmp_path_factory.mktemp("saved")
-    ours.save_transformers(made)
-    return made
+def folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer.save_transformers(folder)
+    return folder
 
 
-def ids(theirs, text: str) -> list[int]:
-    return theirs(text, add_special_tokens=False)["input_ids"]
+def ids(reference, text: str) -> list[int]:
+    return reference(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -61,125 +61,125 @@ def is_text(text: str) -> bool:
 
 @quickly
 @given(text=WORDS.filter(is_text))
-def test_words_and_blanks_have_the_same_ids(ours, theirs, text):
-    assert ours.encode(text).tolist() == ids(theirs, text)
+def test_words_and_blanks_have_the_same_ids(tokenizer, reference, text):
+    assert tokenizer.encode(text).tolist() == ids(reference, text)
 
 
 @quickly
 @given(text=ANY)
-def test_any_text_that_the_normaliser_leaves_alone_has_the_same_ids(model, ours, theirs, text):
+def test_any_text_that_the_normaliser_leaves_alone_has_the_same_ids(model, tokenizer, reference, text):
     plain = left_alone(model, text)
-    assert ours.encode_marked(plain, names=NAMES).tolist() == ids(theirs, plain)
+    assert tokenizer.encode_marked(plain, names=NAMES).tolist() == ids(reference, plain)
 
 
-def test_every_character_has_the_same_ids(ours, theirs):
+def test_every_character_has_the_same_ids(tokenizer, reference):
     characters = [chr(c) for c in (*range(0x20, 0x3000, 3), *range(0xFB00, 0xFFFF, 7)) if chr(c) not in "\x85"]
     texts = [f"a{c}b {c}" for c in characters]
-    assert [i.tolist() for i in ours.encode_all(texts)] == theirs(texts, add_special_tokens=False)["input_ids"]
+    assert [i.tolist() for i in tokenizer.encode_all(texts)] == reference(texts, add_special_tokens=False)["input_ids"]
 
 
-def test_a_newline_is_a_line_end_here_and_a_blank_there(ours, theirs):
-    assert ids(theirs, "the\ncat") == ids(theirs, "the cat") == ours.encode("the cat").tolist()
-    assert ids(theirs, "the</line>cat") == ours.encode("the\ncat").tolist()
+def test_a_newline_is_a_line_end_and_to_transformers_a_blank(tokenizer, reference):
+    assert ids(reference, "the\ncat") == ids(reference, "the cat") == tokenizer.encode("the cat").tolist()
+    assert ids(reference, "the</line>cat") == tokenizer.encode("the\ncat").tolist()
 
 
 def test_a_long_decomposed_character_is_composed_here_only():
     composed, decomposed = "\ud55c", "\u1112\u1161\u11ab"  # one Korean syllable; transformers looks at five bytes at most
     tokenizer = Tokenizer(trained([f"a {composed} b", f"b {composed}"]))
-    there = tokenizer.to_transformers()
-    assert tokenizer.encode(decomposed).tolist() == tokenizer.encode(composed).tolist() == ids(there, composed)
-    assert ids(there, decomposed) != ids(there, composed)
+    reference = tokenizer.to_transformers()
+    assert tokenizer.encode(decomposed).tolist() == tokenizer.encode(composed).tolist() == ids(reference, composed)
+    assert ids(reference, decomposed) != ids(reference, composed)
 
 
 @quickly
 @given(parts=st.lists(st.one_of(WORDS.filter(is_text), st.sampled_from(NAMES[4:]))))
-def test_a_marked_text_is_read_as_the_processor_reads_it(ours, theirs, parts):
+def test_a_marked_text_is_read_as_the_processor_reads_it(tokenizer, reference, parts):
     text = "".join(parts)
-    assert ours.encode_marked(text, names=NAMES).tolist() == ids(theirs, text)
+    assert tokenizer.encode_marked(text, names=NAMES).tolist() == ids(reference, text)
 
 
 @quickly
 @given(parts=st.lists(st.one_of(st.text("abcdefg ", min_size=1), st.sampled_from(grounding(5)))))
-def test_a_marked_text_is_written_as_transformers_writes_it(ours, theirs, parts):
-    marked = ours.encode_marked("".join(parts)).tolist()
-    assert ours.decode(marked, keep_control=True) == theirs.decode(marked, clean_up_tokenization_spaces=False)
+def test_a_marked_text_is_written_as_transformers_writes_it(tokenizer, reference, parts):
+    marked = tokenizer.encode_marked("".join(parts)).tolist()
+    assert tokenizer.decode(marked, keep_control=True) == reference.decode(marked, clean_up_tokenization_spaces=False)
 
 
-def test_names_and_ids_are_the_same(ours, theirs):
-    assert len(theirs) == ours.vocab_size
-    names = theirs.convert_ids_to_tokens(list(range(ours.vocab_size)))
-    assert [name.replace("▁", " ") for name in names] == [ours.name(i) for i in range(ours.vocab_size)]
+def test_names_and_ids_are_the_same(tokenizer, reference):
+    assert len(reference) == tokenizer.vocab_size
+    names = reference.convert_ids_to_tokens(list(range(tokenizer.vocab_size)))
+    assert [name.replace("▁", " ") for name in names] == [tokenizer.name(i) for i in range(tokenizer.vocab_size)]
 
 
 def test_the_released_vocabulary_comes_out_in_full(kosmos_vocabulary):
-    made = Tokenizer(kosmos_vocabulary, GROUNDING)
-    there = made.to_transformers()
-    assert len(there) == made.vocab_size
-    assert there.convert_tokens_to_ids(["</line>", "<grounding>", "<patch_index_1023>"]) == [
-        made.special.line_end, made.special.line_end + 6, made.vocab_size - 1,
+    tokenizer = Tokenizer(kosmos_vocabulary, GROUNDING)
+    reference = tokenizer.to_transformers()
+    assert len(reference) == tokenizer.vocab_size
+    assert reference.convert_tokens_to_ids(["</line>", "<grounding>", "<patch_index_1023>"]) == [
+        tokenizer.special.line_end, tokenizer.special.line_end + 6, tokenizer.vocab_size - 1,
     ]  # fmt: skip
 
 
 # ---- files
 
 
-def test_the_saved_folder_is_read_by_transformers(ours, folder):
+def test_the_saved_folder_is_read_by_transformers(tokenizer, folder):
     from transformers import AutoTokenizer, XLMRobertaTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)
     text = "the cat <phrase> sat</phrase> <unknown> 漢"
     assert isinstance(loaded, XLMRobertaTokenizer)
-    assert loaded(text)["input_ids"] == [BOS, *ours.encode_marked(text).tolist(), EOS]
-    assert len(loaded) == ours.vocab_size
+    assert loaded(text)["input_ids"] == [BOS, *tokenizer.encode_marked(text).tolist(), EOS]
+    assert len(loaded) == tokenizer.vocab_size
 
 
-def test_the_saved_folder_is_the_same_tokenizer(ours, folder):
+def test_the_saved_folder_is_the_same_tokenizer(tokenizer, folder):
     loaded = Tokenizer.from_transformers(folder)
-    assert (loaded.fingerprint, loaded.extra) == (ours.fingerprint, ours.extra)
-    assert Tokenizer.load(folder).fingerprint == ours.fingerprint
+    assert (loaded.fingerprint, loaded.extra) == (tokenizer.fingerprint, tokenizer.extra)
+    assert Tokenizer.load(folder).fingerprint == tokenizer.fingerprint
 
 
 @pytest.fixture(scope="module")
-def rebuilt(theirs, tmp_path_factory):
+def rebuilt(reference, tmp_path_factory):
     """Ours again, by way of the files that transformers 5 writes: without the SentencePiece model."""
-    made = tmp_path_factory.mktemp("json")
-    theirs.save_pretrained(made)
-    assert not (made / MODEL_FILE).exists()
-    return Tokenizer.load(made)
+    folder = tmp_path_factory.mktemp("json")
+    reference.save_pretrained(folder)
+    assert not (folder / MODEL_FILE).exists()
+    return Tokenizer.load(folder)
 
 
 @quickly
 @given(text=st.one_of(ANY, WORDS, st.text(LETTERS + "\n\u0301\u1112\u1161\u11ab")))
-def test_a_model_rebuilt_from_json_gives_the_same_ids(ours, rebuilt, text):
-    assert np.array_equal(rebuilt.encode(text), ours.encode(text))
+def test_a_model_rebuilt_from_json_gives_the_same_ids(tokenizer, rebuilt, text):
+    assert np.array_equal(rebuilt.encode(text), tokenizer.encode(text))
 
 
 @quickly
 @given(text=st.text("abcdefg <>\n漢"))
-def test_a_model_rebuilt_from_json_gives_the_same_text(ours, rebuilt, text):
-    numbers = ours.encode(text)
-    assert rebuilt.decode(numbers) == ours.decode(numbers)
+def test_a_model_rebuilt_from_json_gives_the_same_text(tokenizer, rebuilt, text):
+    numbers = tokenizer.encode(text)
+    assert rebuilt.decode(numbers) == tokenizer.decode(numbers)
 
 
-def test_a_model_rebuilt_from_json_has_the_same_names(ours, rebuilt):
-    assert rebuilt.extra == ours.extra
-    assert [rebuilt.name(i) for i in range(ours.vocab_size)] == [ours.name(i) for i in range(ours.vocab_size)]
+def test_a_model_rebuilt_from_json_has_the_same_names(tokenizer, rebuilt):
+    assert rebuilt.extra == tokenizer.extra
+    assert [rebuilt.name(i) for i in range(tokenizer.vocab_size)] == [tokenizer.name(i) for i in range(tokenizer.vocab_size)]
 
 
-def test_files_go_both_ways_without_loss(ours, rebuilt, tmp_path):
+def test_files_go_both_ways_without_loss(tokenizer, rebuilt, tmp_path):
     rebuilt.save_transformers(tmp_path)
     assert Tokenizer.from_transformers(tmp_path).fingerprint == rebuilt.fingerprint
 
 
-def test_a_folder_of_version_4_is_read_with_its_added_tokens(kosmos_vocabulary, ours, tmp_path):
+def test_a_folder_of_version_4_is_read_with_its_added_tokens(kosmos_vocabulary, tokenizer, tmp_path):
     (tmp_path / MODEL_FILE).write_bytes(kosmos_vocabulary)
-    added = {ours.name(i): i for i in range(ours.special.doc_end, ours.vocab_size)}
+    added = {tokenizer.name(i): i for i in range(tokenizer.special.doc_end, tokenizer.vocab_size)}
     (tmp_path / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
-    assert Tokenizer.load(tmp_path).fingerprint == ours.fingerprint
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
 
 
-def test_a_tokenizer_json_of_version_4_is_read(ours, theirs, rebuilt, tmp_path):
-    theirs.save_pretrained(tmp_path)
+def test_a_tokenizer_json_of_version_4_is_read(tokenizer, reference, rebuilt, tmp_path):
+    reference.save_pretrained(tmp_path)
     table = json.loads((tmp_path / "tokenizer.json").read_bytes())
     blanks = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
     strip = {"type": "Strip", "strip_left": False, "strip_right": True}
@@ -204,29 +204,29 @@ def test_a_folder_without_added_tokens_gets_those_of_kosmos_1(kosmos_vocabulary,
 
 
 @pytest.fixture(scope="module")
-def processor(theirs):
+def processor(reference):
     from transformers import CLIPImageProcessor, Kosmos2Processor
 
-    return Kosmos2Processor(CLIPImageProcessor(), theirs, num_patch_index_tokens=5)
+    return Kosmos2Processor(CLIPImageProcessor(), reference, num_patch_index_tokens=5)
 
 
-def test_the_processor_finds_all_its_tokens(ours, processor):
-    assert len(processor.tokenizer) == ours.vocab_size
+def test_the_processor_finds_all_its_tokens(tokenizer, processor):
+    assert len(processor.tokenizer) == tokenizer.vocab_size
 
 
-def test_the_processor_reads_a_prompt_as_we_do(ours, processor):
+def test_the_processor_reads_a_prompt_as_we_do(tokenizer, processor):
     text = "<grounding> the cat <phrase> sat</phrase><object><patch_index_0001> <patch_index_0004></object> on"
     read = processor(text=text)["input_ids"]
-    assert read == [BOS, *ours.encode_marked(text).tolist()]
+    assert read == [BOS, *tokenizer.encode_marked(text).tolist()]
 
 
-def test_the_processors_folder_is_read_back(ours, processor, tmp_path):
+def test_the_processors_folder_is_read_back(tokenizer, processor, tmp_path):
     from transformers import AutoProcessor, Kosmos2Processor
 
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, Kosmos2Processor)
-    assert loaded(text="<grounding> the cat")["input_ids"] == [BOS, *ours.encode_marked("<grounding> the cat").tolist()]
+    assert loaded(text="<grounding> the cat")["input_ids"] == [BOS, *tokenizer.encode_marked("<grounding> the cat").tolist()]
 
 
 def test_the_processor_appends_its_tags_to_a_kosmos_1_vocabulary(kosmos_vocabulary):

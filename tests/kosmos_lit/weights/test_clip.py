@@ -20,8 +20,8 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.vision import VisionTower
 from kosmos_lit.weights.clip import import_tower
 from tests.kosmos_lit.tiny_kosmos import shaken
-from tests.kosmos_lit.weights.hostile import Bomb
-from tests.kosmos_lit.weights.their_kosmos import photographs
+from tests.kosmos_lit.weights.malicious_pickle import MaliciousPickle
+from tests.kosmos_lit.weights.reference_kosmos2 import noise_images
 
 SIDE = 28
 SIZES = {
@@ -46,7 +46,7 @@ def our_features(pretrained: Path, **fields: Any) -> Tensor:
     """(3, 1 + P, C) of our tower with the weights of a file or folder."""
     settings: dict[str, Any] = {"architecture": TABLE, "image_size": SIDE, "pretrained": str(pretrained)}
     with torch.inference_mode():
-        return VisionTower(VisionConfig(**(settings | fields))).eval()(photographs(3, SIDE))
+        return VisionTower(VisionConfig(**(settings | fields))).eval()(noise_images(3, SIDE))
 
 
 # ---- open_clip
@@ -61,17 +61,17 @@ def open_clip_pair(activation: str) -> open_clip.CLIP:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_features_are_those_of_open_clip_for_the_same_weights(tmp_path, activation):
     """What its last block gives, which a hook takes out of its own forward, after its last norm."""
-    theirs = open_clip_pair(activation)
-    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
+    reference = open_clip_pair(activation)
+    torch.save(reference.state_dict(), tmp_path / "clip.pt")
     seen: list[Tensor] = []
-    theirs.visual.transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    reference.visual.transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
 
     with torch.inference_mode():
-        theirs.encode_image(normalised(photographs(3, SIDE)))
-        expected = F.normalize(theirs.visual.ln_post(seen[0]), dim=-1)
+        reference.encode_image(normalised(noise_images(3, SIDE)))
+        expected = F.normalize(reference.visual.ln_post(seen[0]), dim=-1)
 
-    found = our_features(tmp_path / "clip.pt", architecture=TABLE | {"quick_gelu": activation == "quick_gelu"})
-    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+    actual = our_features(tmp_path / "clip.pt", architecture=TABLE | {"quick_gelu": activation == "quick_gelu"})
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ATOL)
 
 
 def test_the_activation_is_seen_in_the_features(tmp_path):
@@ -115,7 +115,7 @@ def test_the_released_tower_has_quick_gelu_14_pixel_patches_and_features_of_leng
 # ---- transformers
 
 
-def their_tower(activation: str) -> CLIPVisionModel:
+def reference_tower(activation: str) -> CLIPVisionModel:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return shaken(CLIPVisionModel(CLIPVisionConfig(hidden_act=activation, **SIZES)), by=0.1).eval()
@@ -124,7 +124,7 @@ def their_tower(activation: str) -> CLIPVisionModel:
 def their_features(model: CLIPVisionModel) -> Tensor:
     """What Kosmos-2 reads: the last hidden state of all tokens after the last norm, scaled to length 1."""
     with torch.inference_mode():
-        hidden = model(normalised(photographs(3, SIDE))).last_hidden_state
+        hidden = model(normalised(noise_images(3, SIDE))).last_hidden_state
         return F.normalize(model.post_layernorm(hidden), dim=-1)
 
 
@@ -140,22 +140,22 @@ def architecture(activation: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_features_are_those_of_a_transformers_folder(tmp_path, activation):
-    theirs = their_tower(activation)
-    theirs.save_pretrained(tmp_path)
+    reference = reference_tower(activation)
+    reference.save_pretrained(tmp_path)
 
-    found = our_features(tmp_path, architecture=architecture(activation))
+    actual = our_features(tmp_path, architecture=architecture(activation))
 
-    torch.testing.assert_close(found, their_features(theirs), rtol=0, atol=ATOL)
+    torch.testing.assert_close(actual, their_features(reference), rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_features_are_those_of_a_transformers_folder_of_version_4(tmp_path, file):
-    theirs = their_tower("gelu")
-    theirs.config.save_pretrained(tmp_path)
+    reference = reference_tower("gelu")
+    reference.config.save_pretrained(tmp_path)
     write = save_file if file == "model.safetensors" else torch.save
-    write(of_version_4(theirs), tmp_path / file)
+    write(of_version_4(reference), tmp_path / file)
 
-    torch.testing.assert_close(our_features(tmp_path), their_features(theirs), rtol=0, atol=ATOL)
+    torch.testing.assert_close(our_features(tmp_path), their_features(reference), rtol=0, atol=ATOL)
 
 
 def whole_clip(folder: Path) -> CLIPModel:
@@ -171,7 +171,7 @@ def test_the_tower_of_a_whole_clip_is_taken_out(tmp_path):
     model = whole_clip(tmp_path)
     with torch.inference_mode():
         tower = model.vision_model
-        hidden = tower(normalised(photographs(3, SIDE))).last_hidden_state
+        hidden = tower(normalised(noise_images(3, SIDE))).last_hidden_state
         expected = F.normalize(tower.post_layernorm(hidden), dim=-1)
 
     torch.testing.assert_close(our_features(tmp_path), expected, rtol=0, atol=ATOL)
@@ -188,15 +188,15 @@ def lines(text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("version", [4, 5])
 def test_an_imported_tower_gives_the_features_of_the_folder_it_came_from(tmp_path, activation, version):
-    theirs, source = their_tower(activation), tmp_path / "clip"
-    theirs.save_pretrained(source)
+    reference, source = reference_tower(activation), tmp_path / "clip"
+    reference.save_pretrained(source)
     if version == 4:
-        save_file(of_version_4(theirs), source / "model.safetensors")
+        save_file(of_version_4(reference), source / "model.safetensors")
 
     fields = lines(import_tower(source, tmp_path / "tower"))
 
     assert fields["pretrained"] == str(tmp_path / "tower")
-    torch.testing.assert_close(our_features(**fields), their_features(theirs), rtol=0, atol=ATOL)
+    torch.testing.assert_close(our_features(**fields), their_features(reference), rtol=0, atol=ATOL)
     assert torch.equal(our_features(**fields), our_features(source, architecture=architecture(activation)))
 
 
@@ -231,12 +231,12 @@ def test_the_released_towers_name_is_found_again():
 
 
 def test_what_does_not_fit_is_listed_all_at_once(tmp_path):
-    theirs = their_tower("gelu")
-    tensors = theirs.state_dict()
+    reference = reference_tower("gelu")
+    tensors = reference.state_dict()
     del tensors["encoder.layers.1.self_attn.k_proj.bias"]
     tensors["pre_layrnorm.weight"] = torch.ones(7)
     tensors["encoder.layers.3.layer_norm1.weight"] = torch.ones(22)
-    theirs.config.save_pretrained(tmp_path)
+    reference.config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
 
     for use in (lambda: our_features(tmp_path), lambda: import_tower(tmp_path, tmp_path / "out")):
@@ -269,16 +269,16 @@ def test_a_file_without_a_tower_says_which_names_were_expected(tmp_path):
     ids=str,
 )
 def test_a_tower_that_ours_cannot_be_is_named(tmp_path, settings, reason):
-    their_tower("gelu").save_pretrained(tmp_path)
-    about = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(about | settings))
+    reference_tower("gelu").save_pretrained(tmp_path)
+    table = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(table | settings))
 
     with pytest.raises(UserError, match=reason):
         import_tower(tmp_path, tmp_path / "out")
 
 
 def test_weights_of_transformers_without_their_config_are_refused(tmp_path):
-    save_file(of_version_4(their_tower("gelu")), tmp_path / "model.safetensors")
+    save_file(of_version_4(reference_tower("gelu")), tmp_path / "model.safetensors")
 
     with pytest.raises(UserError, match=r"no file .*config\.json"):
         import_tower(tmp_path / "model.safetensors", tmp_path / "out")
@@ -286,7 +286,7 @@ def test_weights_of_transformers_without_their_config_are_refused(tmp_path):
 
 @pytest.mark.parametrize("use", [our_features, lambda path: import_tower(path, path.parent / "out")])
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, use):
-    torch.save({"visual.conv1.weight": Bomb(tmp_path / "exploded")}, tmp_path / "clip.pt")
+    torch.save({"visual.conv1.weight": MaliciousPickle(tmp_path / "exploded")}, tmp_path / "clip.pt")
 
     with pytest.raises(UserError, match=r"clip\.pt is not read: it refers to"):
         use(tmp_path / "clip.pt")

@@ -23,16 +23,16 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import EOS, GROUNDING, PAD, Tokenizer
 from kosmos_lit.weights.kosmos2 import export_transformers, from_transformers
 from tests.kosmos_lit.tiny_kosmos import shaken, tiny_model
-from tests.kosmos_lit.weights.hostile import Bomb
-from tests.kosmos_lit.weights.their_kosmos import SHAPES, Rows, photographs, their_logits, their_model
+from tests.kosmos_lit.weights.malicious_pickle import MaliciousPickle
+from tests.kosmos_lit.weights.reference_kosmos2 import SHAPES, Rows, noise_images, reference_logits, reference_model
 
 SHAPE, N_LATENTS, SIDE = "wide", 5, 35
 EXTRAS = {"plain": (), "grounded": GROUNDING}
 
 
-def our_engine(tokenizer: Tokenizer, seed: int = 0) -> Engine:
+def random_engine(tokenizer: Tokenizer, seed: int = 0) -> Engine:
     """A model that generates different texts: one whose embeddings outweigh the rest repeats itself."""
-    model = shaken(from_transformers(their_model(SHAPE, seed, vocab_size=tokenizer.vocab_size)).model, seed, by=0.2)
+    model = shaken(from_transformers(reference_model(SHAPE, seed, vocab_size=tokenizer.vocab_size)).model, seed, by=0.2)
     with torch.no_grad():
         model.decoder.embed_tokens.weight.mul_(0.03)
     return Engine(model, tokenizer)
@@ -41,7 +41,7 @@ def our_engine(tokenizer: Tokenizer, seed: int = 0) -> Engine:
 @pytest.fixture(scope="module", params=EXTRAS)
 def exported(request, tmp_path_factory, kosmos_vocabulary) -> tuple[Engine, Path]:
     """A model, and the folder that it was exported to."""
-    engine = our_engine(Tokenizer(kosmos_vocabulary, EXTRAS[request.param]))
+    engine = random_engine(Tokenizer(kosmos_vocabulary, EXTRAS[request.param]))
     folder = tmp_path_factory.mktemp("exported") / "model"
     export_transformers(engine.model, engine.tokenizer, folder)
     return engine, folder
@@ -50,7 +50,7 @@ def exported(request, tmp_path_factory, kosmos_vocabulary) -> tuple[Engine, Path
 @pytest.fixture
 def folder(tmp_path, kosmos_tokenizer) -> Path:
     """An exported folder of a test's own, to change."""
-    export_transformers(our_engine(kosmos_tokenizer).model, kosmos_tokenizer, tmp_path / "model")
+    export_transformers(random_engine(kosmos_tokenizer).model, kosmos_tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -68,121 +68,121 @@ def test_auto_classes_find_model_and_processor(exported):
     assert isinstance(AutoProcessor.from_pretrained(exported[1]), Kosmos2Processor)
 
 
-def test_a_model_loaded_there_has_our_logits(exported):
-    ours, folder = exported
+def test_an_export_in_transformers_has_the_same_logits(exported):
+    engine, folder = exported
     rows = Rows([["p", 5, "p"], [11]], "left")
-    tokens, images = rows.tokens(N_LATENTS), photographs(2, SIDE)
+    tokens, images = rows.tokens(N_LATENTS), noise_images(2, SIDE)
 
-    found = their_logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), tokens, images)
+    actual = reference_logits(AutoModelForImageTextToText.from_pretrained(folder).eval(), tokens, images)
 
-    expected = ours.logits(tokens, list(images))
-    torch.testing.assert_close(found[tokens != 1], expected[tokens != 1], rtol=0, atol=1e-4)
+    expected = engine.logits(tokens, list(images))
+    torch.testing.assert_close(actual[tokens != 1], expected[tokens != 1], rtol=0, atol=1e-4)
 
 
 TEXTS = ("An image of a red square", "the cat sat on the mat.", "naïve café", "sat")
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_their_processor_gives_our_ids_outside_of_the_slots(exported, text):
-    ours, folder = exported
+def test_the_processor_gives_the_same_ids_outside_of_the_slots(exported, text):
+    engine, folder = exported
     inputs = AutoProcessor.from_pretrained(folder)(text=text, images=drawn_image(), num_image_tokens=N_LATENTS)
 
-    expected = encode_prompt(text, 1, ours.tokenizer, N_LATENTS).tokens
-    found, in_slot = np.array(inputs["input_ids"]).ravel(), np.array(inputs["image_embeds_position_mask"]).ravel() == 1
-    assert len(found) == len(expected)
+    expected = encode_prompt(text, 1, engine.tokenizer, N_LATENTS).tokens
+    actual, in_slot = np.array(inputs["input_ids"]).ravel(), np.array(inputs["image_embeds_position_mask"]).ravel() == 1
+    assert len(actual) == len(expected)
     assert in_slot.nonzero()[0].tolist() == list(range(2, 2 + N_LATENTS))
-    assert found[~in_slot].tolist() == expected[~in_slot].tolist()
+    assert actual[~in_slot].tolist() == expected[~in_slot].tolist()
 
 
 GROUNDED_TEXTS = ("<grounding> An image of", "<grounding><phrase> the cat</phrase><object><patch_index_0044> sat")
 
 
 @pytest.mark.parametrize("text", GROUNDED_TEXTS)
-def test_tokens_of_grounding_are_asked_for_by_name_as_there(tmp_path, kosmos_vocabulary, text):
-    ours = our_engine(Tokenizer(kosmos_vocabulary, GROUNDING))
-    export_transformers(ours.model, ours.tokenizer, tmp_path / "model")
+def test_grounding_tokens_are_encoded_by_name_as_in_transformers(tmp_path, kosmos_vocabulary, text):
+    engine = random_engine(Tokenizer(kosmos_vocabulary, GROUNDING))
+    export_transformers(engine.model, engine.tokenizer, tmp_path / "model")
     inputs = AutoProcessor.from_pretrained(tmp_path / "model")(text=text, images=drawn_image(), num_image_tokens=N_LATENTS)
 
-    found = encode_prompt(text, 1, ours.tokenizer, N_LATENTS).tokens[3 + N_LATENTS :]
-    assert found.tolist() == np.array(inputs["input_ids"]).ravel()[3 + N_LATENTS :].tolist()
+    actual = encode_prompt(text, 1, engine.tokenizer, N_LATENTS).tokens[3 + N_LATENTS :]
+    assert actual.tolist() == np.array(inputs["input_ids"]).ravel()[3 + N_LATENTS :].tolist()
 
 
-def test_their_processor_gives_our_pixels(exported):
-    ours, folder = exported
+def test_the_processor_gives_the_same_pixels(exported):
+    engine, folder = exported
     inputs = AutoProcessor.from_pretrained(folder)(text="a", images=drawn_image(), return_tensors="pt")
 
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.model.config.vision.mean, ours.model.config.vision.std))
-    expected = (ours.pixels([drawn_image()]) / 255 - mean) / std
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (engine.model.config.vision.mean, engine.model.config.vision.std))
+    expected = (engine.pixels([drawn_image()]) / 255 - mean) / std
     torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1e-6)  # float32 of size 2: measured 2e-7
 
 
-def test_their_processor_scales_both_sides_of_an_image_as_ours_does(exported):
-    ours, folder = exported
+def test_the_processor_scales_both_sides_of_an_image_as_the_engine_does(exported):
+    engine, folder = exported
     smooth = Image.fromarray(np.linspace(0, 255, 53 * 91 * 3).reshape(53, 91, 3).astype(np.uint8))
     inputs = AutoProcessor.from_pretrained(folder)(text="a", images=smooth, return_tensors="pt")
 
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.model.config.vision.mean, ours.model.config.vision.std))
-    found = (inputs["pixel_values"] * std + mean) * 255
-    # Two programs' bicubic filters differ by a level of 255 here and there.
-    torch.testing.assert_close(found, ours.pixels([smooth]).float(), rtol=0, atol=2)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (engine.model.config.vision.mean, engine.model.config.vision.std))
+    actual = (inputs["pixel_values"] * std + mean) * 255
+    # Two programs' bicubic filters differ by a level of 255 in places.
+    torch.testing.assert_close(actual, engine.pixels([smooth]).float(), rtol=0, atol=2)
 
 
 def forbidden(tokenizer: Tokenizer) -> list[int]:
-    """What ours never writes, by name; the control tokens of grounding are not among it."""
+    """Ids that the engine never generates; the control tokens of grounding are not among them."""
     s = tokenizer.special
     return [s.bos, s.pad, s.unk, s.mask, s.doc_end, s.image, s.image_end, s.chunk_end]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("n_beams", [1, 5])
-def test_generation_there_and_here_write_the_same(exported, text, n_beams):
-    ours, folder = exported
+def test_transformers_and_the_engine_generate_the_same(exported, text, n_beams):
+    engine, folder = exported
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     inputs = processor(text=text, images=drawn_image(), return_tensors="pt", num_image_tokens=N_LATENTS)
 
-    found = model.generate(
-        **inputs, max_new_tokens=13, do_sample=False, num_beams=n_beams, suppress_tokens=forbidden(ours.tokenizer)
+    actual = model.generate(
+        **inputs, max_new_tokens=13, do_sample=False, num_beams=n_beams, suppress_tokens=forbidden(engine.tokenizer)
     )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
 
-    written = our_ids(ours, text, n_beams)
-    assert found[: len(written)].tolist() == written
-    assert set(found[len(written) :].tolist()) <= {PAD, EOS}
-    # They write the first word's space, and a newline by the name of its token.
-    expected = processor.decode(found, skip_special_tokens=True).removeprefix(" ").replace("</line>", "\n")
-    assert ours.generate(text, [drawn_image()], max_new_tokens=13, n_beams=n_beams) == expected
+    generated = generated_ids(engine, text, n_beams)
+    assert actual[: len(generated)].tolist() == generated
+    assert set(actual[len(generated) :].tolist()) <= {PAD, EOS}
+    # transformers writes the first word's space, and a newline by the name of its token.
+    expected = processor.decode(actual, skip_special_tokens=True).removeprefix(" ").replace("</line>", "\n")
+    assert engine.generate(text, [drawn_image()], max_new_tokens=13, n_beams=n_beams) == expected
 
 
-def our_ids(ours: Engine, text: str, n_beams: int) -> list[int]:
+def generated_ids(engine: Engine, text: str, n_beams: int) -> list[int]:
     settings = GenerationConfig(max_new_tokens=13, n_beams=n_beams)
-    [continuation] = ours.generate_batch([ours.encode(text, 1)], ours.pixels([drawn_image()]), settings)
+    [continuation] = engine.generate_batch([engine.encode(text, 1)], engine.pixels([drawn_image()]), settings)
     return list(continuation.tokens)
 
 
 def test_the_generations_compared_are_not_one_and_the_same(exported):
-    written = [our_ids(exported[0], text, 1) for text in TEXTS]
+    generated = [generated_ids(exported[0], text, 1) for text in TEXTS]
 
-    assert len(set(map(tuple, written))) == len(TEXTS)
-    assert max(len(set(ids)) for ids in written) > 3
+    assert len(set(map(tuple, generated))) == len(TEXTS)
+    assert max(len(set(ids)) for ids in generated) > 3
 
 
 def test_an_export_comes_back_as_the_same_model(exported):
-    ours, folder = exported
+    engine, folder = exported
 
     model, tokenizer = from_transformers(folder)
 
-    assert model.config == ours.model.config
-    assert tokenizer.fingerprint == ours.tokenizer.fingerprint
-    assert all(torch.equal(t, model.state_dict()[name]) for name, t in ours.model.state_dict().items())
+    assert model.config == engine.model.config
+    assert tokenizer.fingerprint == engine.tokenizer.fingerprint
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in engine.model.state_dict().items())
 
 
 def test_an_exported_folder_is_loaded_like_any_other(exported):
-    ours, folder = exported
+    engine, folder = exported
 
-    assert kosmos_lit.load(folder).generate("sat", [drawn_image()]) == ours.generate("sat", [drawn_image()])
+    assert kosmos_lit.load(folder).generate("sat", [drawn_image()]) == engine.generate("sat", [drawn_image()])
 
 
 def test_statistics_of_images_come_along(tmp_path, kosmos_tokenizer):
-    model = our_engine(kosmos_tokenizer).model
+    model = random_engine(kosmos_tokenizer).model
     model.config = replace(model.config, vision=replace(model.config.vision, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
     export_transformers(model, kosmos_tokenizer, tmp_path / "model")
 
@@ -193,7 +193,7 @@ def test_statistics_of_images_come_along(tmp_path, kosmos_tokenizer):
 
 def test_an_export_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="the model has no tokenizer"):
-        export_transformers(*from_transformers(their_model(SHAPE)), tmp_path / "model")
+        export_transformers(*from_transformers(reference_model(SHAPE)), tmp_path / "model")
 
     assert list(tmp_path.iterdir()) == []
 
@@ -215,9 +215,9 @@ def same(folder: Path, expected: Kosmos) -> bool:
 
 def test_a_folder_in_shards_is_read(folder):
     expected = from_transformers(folder).model
-    theirs = Kosmos2ForConditionalGeneration.from_pretrained(folder)
+    reference = Kosmos2ForConditionalGeneration.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    theirs.save_pretrained(folder, max_shard_size="200KB")
+    reference.save_pretrained(folder, max_shard_size="200KB")
 
     assert len(list(folder.glob("model-*.safetensors"))) > 1
     assert same(folder, expected)
@@ -262,8 +262,8 @@ def test_an_output_matrix_beside_the_embedding_is_checked(folder):
 
 def test_statistics_are_found_where_older_versions_keep_them(folder):
     (folder / "processor_config.json").unlink()
-    about = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    table = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(table))
 
     vision = from_transformers(folder).model.config.vision
 
@@ -281,7 +281,7 @@ def test_a_folder_without_image_statistics_has_clips(folder):
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_not_run(folder, tmp_path):
-    torch.save({"a": Bomb(tmp_path / "exploded")}, folder / "pytorch_model.bin")
+    torch.save({"a": MaliciousPickle(tmp_path / "exploded")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
     with pytest.raises(UserError, match=r"pytorch_model\.bin is not read"):
@@ -301,8 +301,8 @@ def test_weights_that_do_not_fit_are_listed_with_the_folder(folder):
 
 
 def changed(folder: Path, **fields: Any) -> None:
-    about = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(about | fields))
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(table | fields))
 
 
 def test_another_models_folder_is_refused(folder):

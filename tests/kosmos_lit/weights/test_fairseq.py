@@ -20,8 +20,15 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import GROUNDING, MODEL_FILE, Tokenizer
 from kosmos_lit.weights.fairseq import from_fairseq
 from kosmos_lit.weights.folder import load_folder, save_folder
-from tests.kosmos_lit.weights.hostile import Bomb
-from tests.kosmos_lit.weights.their_kosmos import Rows, Shape, our_logits, photographs, their_logits, their_model
+from tests.kosmos_lit.weights.malicious_pickle import MaliciousPickle
+from tests.kosmos_lit.weights.reference_kosmos2 import (
+    Rows,
+    Shape,
+    kosmos_logits,
+    noise_images,
+    reference_logits,
+    reference_model,
+)
 
 N_PLAIN = 68
 """Ids of the tests' tokenizer: as Kosmos-G's stage 1, whose 64,007 have no grounding tokens."""
@@ -57,13 +64,13 @@ RENAMES = (
 
 
 def released_name(name: str) -> str:
-    [found] = [re.sub(pattern, new, name) for pattern, new in RENAMES if re.fullmatch(pattern, name)]
-    return found
+    [actual] = [re.sub(pattern, new, name) for pattern, new in RENAMES if re.fullmatch(pattern, name)]
+    return actual
 
 
 def released_tensors(**text: Any) -> dict[str, Tensor]:
-    theirs = their_model(SHAPE, seed=7, **text).state_dict()
-    return {released_name(name): tensor for name, tensor in theirs.items()} | DEAD
+    reference = reference_model(SHAPE, seed=7, **text).state_dict()
+    return {released_name(name): tensor for name, tensor in reference.items()} | DEAD
 
 
 ARGS = {
@@ -106,15 +113,15 @@ def released(tmp_path, kosmos_vocabulary) -> Path:
 
 @pytest.mark.parametrize("options", [ARGS, CFG, CFG_OF_NAMESPACES], ids=["args", "cfg", "cfg of namespaces"])
 def test_a_released_checkpoint_gives_the_logits_of_the_same_weights_in_transformers(released, options):
-    theirs = their_model(SHAPE, seed=7)
+    reference = reference_model(SHAPE, seed=7)
     rows = Rows([["p", 5], [3, "p", "p", 2], [7]], "left")
-    tokens, images = rows.tokens(SHAPE.n_latents), photographs(3, 28)
+    tokens, images = rows.tokens(SHAPE.n_latents), noise_images(3, 28)
 
-    ours = from_fairseq(save(released, released_tensors(), **options)).model
+    kosmos = from_fairseq(save(released, released_tensors(), **options)).model
 
-    expected, found = their_logits(theirs, tokens, images), our_logits(ours, tokens, images)
+    expected, actual = reference_logits(reference, tokens, images), kosmos_logits(kosmos, tokens, images)
     # Measured 2e-6.
-    torch.testing.assert_close(found[tokens != 1], expected[tokens != 1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual[tokens != 1], expected[tokens != 1], rtol=0, atol=1e-4)
 
 
 def test_a_checkpoint_holds_the_two_dead_buffers_under_the_released_names():
@@ -126,22 +133,22 @@ def test_a_checkpoint_without_the_dead_buffers_is_read_too(released):
     tensors = released_tensors()
     expected = from_fairseq(save(released, tensors)).model.state_dict()
 
-    found = from_fairseq(save(released, {n: t for n, t in tensors.items() if n not in DEAD})).model.state_dict()
+    actual = from_fairseq(save(released, {n: t for n, t in tensors.items() if n not in DEAD})).model.state_dict()
 
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("options", [{"args": None, "cfg": None}, {"cfg": {"model": None}}, {"args": {"dropout": 0.1}}])
 def test_heads_that_no_option_tells_are_64_wide(released, options):
-    ours = from_fairseq(save(released, released_tensors(), **options)).model
+    kosmos = from_fairseq(save(released, released_tensors(), **options)).model
 
-    assert ours.config.decoder.n_heads == ours.config.connector.n_heads == 1
+    assert kosmos.config.decoder.n_heads == kosmos.config.connector.n_heads == 1
 
 
 def test_the_tower_has_quick_gelu_whatever_it_is_called(released):
-    ours = from_fairseq(save(released, released_tensors())).model
+    kosmos = from_fairseq(save(released, released_tensors())).model
 
-    assert type(ours.vision.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert type(kosmos.vision.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
 def test_half_precision_stays_half(released):
@@ -168,9 +175,9 @@ def test_the_tokenizer_may_lie_elsewhere(tmp_path, kosmos_vocabulary):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / MODEL_FILE).write_bytes(kosmos_vocabulary)
 
-    ours = from_fairseq(save(tmp_path, released_tensors()), tmp_path / "data")
+    kosmos = from_fairseq(save(tmp_path, released_tensors()), tmp_path / "data")
 
-    assert ours.tokenizer.vocab_size == N_GROUNDED
+    assert kosmos.tokenizer.vocab_size == N_GROUNDED
 
 
 def test_a_missing_tokenizer_is_named_with_the_option_that_gives_it(tmp_path):
@@ -263,11 +270,11 @@ def test_a_number_of_heads_that_cannot_be_is_the_users_error(released):
 
 @pytest.mark.parametrize("place", ["args", "cfg", "model", "extra"])
 def test_a_checkpoint_that_holds_more_than_plain_data_is_refused_and_not_run(released, place):
-    bomb = Bomb(released / "exploded")
+    malicious = MaliciousPickle(released / "exploded")
     tensors = released_tensors()
-    options: dict[str, Any] = {"args": None} | ({place: bomb} if place != "model" else {})
+    options: dict[str, Any] = {"args": None} | ({place: malicious} if place != "model" else {})
     if place == "model":
-        tensors |= {"gpt_model.decoder.bomb": bomb}
+        tensors |= {"gpt_model.decoder.bomb": malicious}
 
     with pytest.raises(UserError, match=r"kosmos-2\.pt is not read: it refers to .*code"):
         from_fairseq(save(released, tensors, **options))
@@ -277,13 +284,13 @@ def test_a_checkpoint_that_holds_more_than_plain_data_is_refused_and_not_run(rel
 
 def test_a_model_does_not_change_with_its_file(released):
     path = save(released, released_tensors())
-    ours = from_fairseq(path).model
-    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    kosmos = from_fairseq(path).model
+    before = {name: tensor.clone() for name, tensor in kosmos.state_dict().items()}
 
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
 
-    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kosmos.state_dict().items())
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -15,7 +15,7 @@ from kosmos_lit.tokenizer import GROUNDING, Tokenizer
 from kosmos_lit.weights.folder import load_folder, new_folder, save_folder
 from kosmos_lit.weights.load import load_model
 from tests.kosmos_lit.tiny_kosmos import tiny_model
-from tests.kosmos_lit.weights.hostile import Bomb
+from tests.kosmos_lit.weights.malicious_pickle import MaliciousPickle
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def test_a_saved_model_comes_back_with_every_tensor_and_setting(tmp_path, kosmos
 
 def test_a_folder_needs_no_file_from_elsewhere(saved):
     """The architecture is a table in it, though the model was built from a path."""
-    about = json.loads((saved[1] / "config.json").read_text())
+    table = json.loads((saved[1] / "config.json").read_text())
 
-    assert isinstance(about["kosmos"]["vision"]["architecture"], dict)
-    assert about["kosmos"]["vision"]["pretrained"] is None
+    assert isinstance(table["kosmos"]["vision"]["architecture"], dict)
+    assert table["kosmos"]["vision"]["pretrained"] is None
 
 
 def test_a_model_without_tokenizer_comes_back_without_one(tmp_path, kosmos_tower):
@@ -189,9 +189,9 @@ def test_a_folder_whose_config_tells_no_model_is_refused(tmp_path, table):
 
 
 def test_a_setting_of_another_version_is_named(saved):
-    about = json.loads((saved[1] / "config.json").read_text())
-    about["kosmos"]["decoder"]["colour"] = "red"
-    (saved[1] / "config.json").write_text(json.dumps(about))
+    table = json.loads((saved[1] / "config.json").read_text())
+    table["kosmos"]["decoder"]["colour"] = "red"
+    (saved[1] / "config.json").write_text(json.dumps(table))
 
     with pytest.raises(UserError, match="DecoderConfig has no field colour"):
         load_model(saved[1])
@@ -231,7 +231,7 @@ def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(saved,
 
 
 def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(tmp_path):
-    torch.save({"state_dict": {}, "hyper_parameters": Bomb(tmp_path / "exploded")}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": MaliciousPickle(tmp_path / "exploded")}, tmp_path / "a.ckpt")
 
     with pytest.raises(UserError, match=r"a\.ckpt is no checkpoint that can be read safely"):
         load_model(tmp_path / "a.ckpt")

@@ -18,14 +18,14 @@ from kosmos_lit.tokenizer import PAD
 from kosmos_lit.weights.kosmos2 import from_transformers, kosmos_config, to_transformers, transformers_config
 from kosmos_lit.weights.towers import RELEASED_TOWER, tower_architecture
 from tests.kosmos_lit.tiny_kosmos import shaken
-from tests.kosmos_lit.weights.their_kosmos import (
+from tests.kosmos_lit.weights.reference_kosmos2 import (
     SHAPES,
     Rows,
     Shape,
-    our_logits,
-    photographs,
-    their_logits,
-    their_model,
+    kosmos_logits,
+    noise_images,
+    reference_logits,
+    reference_model,
 )
 
 ATOL = 1e-4
@@ -49,8 +49,8 @@ ROWS = {
 @pytest.fixture(scope="module", params=SHAPES)
 def pair(request) -> tuple[Shape, Kosmos2ForConditionalGeneration, Kosmos]:
     """Their model and ours with its weights, of one shape."""
-    theirs = their_model(request.param)
-    return SHAPES[request.param], theirs, from_transformers(theirs).model
+    reference = reference_model(request.param)
+    return SHAPES[request.param], reference, from_transformers(reference).model
 
 
 # ---- the same numbers
@@ -58,43 +58,43 @@ def pair(request) -> tuple[Shape, Kosmos2ForConditionalGeneration, Kosmos]:
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_logits_are_those_of_transformers(pair, rows):
-    shape, theirs, ours = pair
+    shape, reference, kosmos = pair
     tokens = rows.tokens(shape.n_latents)
-    random_images = photographs(rows.n_images, shape.vision["image_size"])
+    random_images = noise_images(rows.n_images, shape.vision["image_size"])
 
-    expected, found = their_logits(theirs, tokens, random_images), our_logits(ours, tokens, random_images)
+    expected, actual = reference_logits(reference, tokens, random_images), kosmos_logits(kosmos, tokens, random_images)
 
-    torch.testing.assert_close(found[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
+    torch.testing.assert_close(actual[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
 
 
 def test_logits_depend_on_each_image(pair):
     """Or the tests above would pass for a model that does not look."""
-    shape, _, ours = pair
+    shape, _, kosmos = pair
     rows = Rows([["p", 2, "p", 3]])
-    tokens, random_images = rows.tokens(shape.n_latents), photographs(2, shape.vision["image_size"])
-    expected = our_logits(ours, tokens, random_images)[0, -1]
+    tokens, random_images = rows.tokens(shape.n_latents), noise_images(2, shape.vision["image_size"])
+    expected = kosmos_logits(kosmos, tokens, random_images)[0, -1]
 
     for number in range(2):
         others = random_images.clone()
         others[number] = 255 - others[number]
-        assert (our_logits(ours, tokens, others)[0, -1] - expected).abs().max() > 100 * ATOL
+        assert (kosmos_logits(kosmos, tokens, others)[0, -1] - expected).abs().max() > 100 * ATOL
 
 
 def test_a_model_of_ours_has_the_same_logits_in_transformers():
     config = kosmos_config(SHAPES["three_layers_gelu"].config())
-    ours = shaken(Kosmos.create(config, seed=3), seed=3).eval()
+    kosmos = shaken(Kosmos.create(config, seed=3), seed=3).eval()
     rows = Rows([[3, "p", 5], ["p", 1]], "left")
-    tokens, random_images = rows.tokens(3), photographs(2, 42)
+    tokens, random_images = rows.tokens(3), noise_images(2, 42)
 
-    found = their_logits(to_transformers(ours), tokens, random_images)
+    actual = reference_logits(to_transformers(kosmos), tokens, random_images)
 
-    expected = our_logits(ours, tokens, random_images)
-    torch.testing.assert_close(found[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
+    expected = kosmos_logits(kosmos, tokens, random_images)
+    torch.testing.assert_close(actual[tokens != PAD], expected[tokens != PAD], rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("intermediate", [1, 15, 30, 49, 53, 89])
 def test_any_width_of_the_towers_hidden_layer_is_kept(intermediate):
-    """open_clip takes a ratio of widths and rounds down: 22 * (15 / 22) is 14 there."""
+    """open_clip takes a ratio of widths and rounds down: 22 * (15 / 22) is 14 in it."""
     gelu = SHAPES["three_layers_gelu"]
     shape = replace(gelu, vision=gelu.vision | {"intermediate_size": intermediate})
 
@@ -109,96 +109,96 @@ def test_any_width_of_the_towers_hidden_layer_is_kept(intermediate):
 
 
 def test_theirs_to_ours_to_theirs_gives_back_every_tensor(pair):
-    _, theirs, ours = pair
-    expected, found = theirs.state_dict(), to_transformers(ours).state_dict()
+    _, reference, kosmos = pair
+    expected, actual = reference.state_dict(), to_transformers(kosmos).state_dict()
 
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_ours_to_theirs_to_ours_gives_back_every_tensor(shape):
-    ours = shaken(Kosmos.create(kosmos_config(SHAPES[shape].config()), seed=5), seed=5)
+    kosmos = shaken(Kosmos.create(kosmos_config(SHAPES[shape].config()), seed=5), seed=5)
 
-    found = from_transformers(to_transformers(ours)).model.state_dict()
+    actual = from_transformers(to_transformers(kosmos)).model.state_dict()
 
-    expected = ours.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected = kosmos.state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_as_it_is_both_ways(dtype):
-    theirs = their_model("wide").to(dtype)
+    reference = reference_model("wide").to(dtype)
 
-    back = to_transformers(from_transformers(theirs).model).state_dict()
+    back = to_transformers(from_transformers(reference).model).state_dict()
 
-    assert all(back[name].dtype == dtype and torch.equal(back[name], t) for name, t in theirs.state_dict().items())
+    assert all(back[name].dtype == dtype and torch.equal(back[name], t) for name, t in reference.state_dict().items())
 
 
 def test_parts_of_different_precision_stay_so_both_ways():
-    ours = from_transformers(their_model("wide")).model
-    ours.decoder.to(torch.bfloat16)
+    kosmos = from_transformers(reference_model("wide")).model
+    kosmos.decoder.to(torch.bfloat16)
 
-    back = from_transformers(to_transformers(ours)).model.state_dict()
+    back = from_transformers(to_transformers(kosmos)).model.state_dict()
 
-    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in ours.state_dict().items())
+    assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in kosmos.state_dict().items())
 
 
 def test_an_import_shares_no_memory_with_its_source():
-    theirs = their_model("wide")
-    ours = from_transformers(theirs).model
-    before = {name: t.clone() for name, t in theirs.state_dict().items()}
+    reference = reference_model("wide")
+    kosmos = from_transformers(reference).model
+    before = {name: t.clone() for name, t in reference.state_dict().items()}
 
     with torch.no_grad():
-        for parameter in ours.parameters():
+        for parameter in kosmos.parameters():
             parameter.zero_()
 
-    assert all(torch.equal(t, before[name]) for name, t in theirs.state_dict().items())
+    assert all(torch.equal(t, before[name]) for name, t in reference.state_dict().items())
 
 
 def test_an_export_shares_no_memory_with_its_source():
-    ours = from_transformers(their_model("wide")).model
-    theirs = to_transformers(ours)
-    before = {name: t.clone() for name, t in ours.state_dict().items()}
+    kosmos = from_transformers(reference_model("wide")).model
+    reference = to_transformers(kosmos)
+    before = {name: t.clone() for name, t in kosmos.state_dict().items()}
 
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in reference.parameters():
             parameter.zero_()
 
-    assert all(torch.equal(t, before[name]) for name, t in ours.state_dict().items())
+    assert all(torch.equal(t, before[name]) for name, t in kosmos.state_dict().items())
 
 
 def test_the_exported_output_matrix_is_the_embedding():
-    theirs = to_transformers(from_transformers(their_model("wide")).model)
+    reference = to_transformers(from_transformers(reference_model("wide")).model)
 
-    assert theirs.text_model.lm_head.weight is theirs.text_model.model.embed_tokens.weight
+    assert reference.text_model.lm_head.weight is reference.text_model.model.embed_tokens.weight
 
 
 def test_an_import_is_in_evaluation_mode_and_can_be_trained():
-    ours = from_transformers(their_model("wide")).model
+    kosmos = from_transformers(reference_model("wide")).model
 
-    assert not ours.training
-    assert all(p.requires_grad for p in ours.parameters())
+    assert not kosmos.training
+    assert all(p.requires_grad for p in kosmos.parameters())
 
 
 def test_an_output_matrix_of_its_own_is_refused():
-    theirs = their_model("wide")
-    theirs.text_model.lm_head.weight = torch.nn.Parameter(theirs.text_model.lm_head.weight + 1)
+    reference = reference_model("wide")
+    reference.text_model.lm_head.weight = torch.nn.Parameter(reference.text_model.lm_head.weight + 1)
 
     with pytest.raises(UserError, match=r"lm_head\.weight differs from .*embed_tokens\.weight.*one matrix for both"):
-        from_transformers(theirs)
+        from_transformers(reference)
 
 
 def test_tensors_that_do_not_fit_are_listed_all_at_once():
-    theirs = their_model("wide")
-    layer = theirs.text_model.model.layers[1]
+    reference = reference_model("wide")
+    layer = reference.text_model.model.layers[1]
     del layer.self_attn.inner_attn_ln
     layer.ffn.fc1.weight = torch.nn.Parameter(torch.zeros(7, 11))
-    theirs.image_to_text_projection.extra = torch.nn.Linear(3, 5)
+    reference.image_to_text_projection.extra = torch.nn.Linear(3, 5)
 
     with pytest.raises(UserError) as caught:
-        from_transformers(theirs)
+        from_transformers(reference)
 
     assert str(caught.value).splitlines()[1:] == [
         "  missing: text_model.model.layers.1.self_attn.inner_attn_ln.weight (96,)",
@@ -214,37 +214,37 @@ def test_tensors_that_do_not_fit_are_listed_all_at_once():
 
 def test_every_tensor_of_the_released_size_has_its_place():
     with torch.device("meta"):
-        theirs = Kosmos2ForConditionalGeneration(Kosmos2Config())
-        ours = Kosmos(kosmos_config(Kosmos2Config()))
+        reference = Kosmos2ForConditionalGeneration(Kosmos2Config())
+        kosmos = Kosmos(kosmos_config(Kosmos2Config()))
 
-    assert TRANSFORMERS.external_shapes(shapes_of(ours.state_dict())) == shapes_of(theirs.state_dict())
+    assert TRANSFORMERS.external_shapes(shapes_of(kosmos.state_dict())) == shapes_of(reference.state_dict())
 
 
 def test_the_released_size_has_the_released_number_of_parameters():
     with torch.device("meta"):
-        ours = Kosmos(kosmos_config(Kosmos2Config()))
+        kosmos = Kosmos(kosmos_config(Kosmos2Config()))
 
-    count = {name: sum(p.numel() for p in part.parameters()) for name, part in ours.named_children()}
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in kosmos.named_children()}
     assert count == {"vision": 303_179_776, "connector": 19_015_680, "decoder": 1_342_289_920}
 
 
 def test_the_released_size_comes_back_as_the_same_configuration():
     expected = Kosmos2Config()
 
-    found = transformers_config(kosmos_config(expected))
+    actual = transformers_config(kosmos_config(expected))
 
-    assert found.to_dict() == expected.to_dict()
+    assert actual.to_dict() == expected.to_dict()
 
 
 def test_the_released_tower_is_named_and_is_what_open_clip_means_by_the_name():
     assert tower_architecture(Kosmos2Config().vision_config) == RELEASED_TOWER
-    theirs = open_clip.get_model_config(RELEASED_TOWER)
-    assert theirs["quick_gelu"]
+    reference = open_clip.get_model_config(RELEASED_TOWER)
+    assert reference["quick_gelu"]
     sizes = {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}
-    assert theirs["vision_cfg"] == sizes, "and head_width 64, mlp_ratio 4 by default"
+    assert reference["vision_cfg"] == sizes, "and head_width 64, mlp_ratio 4 by default"
 
 
-# ---- what has no counterpart here
+# ---- settings of transformers without a counterpart
 
 
 STRANGE = {
@@ -297,7 +297,7 @@ def test_images_that_are_no_squares_are_named():
         kosmos_config(changed({"vision_config.image_size": [35, 70], "vision_config.patch_size": [5, 7]}))
 
 
-# ---- what has no counterpart there
+# ---- settings of a Kosmos without a counterpart
 
 
 def ours_with(table: str, **fields: Any) -> KosmosConfig:
@@ -355,9 +355,9 @@ def test_plain_towers_of_open_clip_have_a_counterpart(name):
     config = replace(ours_with("vision"), vision=VisionConfig(architecture=name, pretrained=None, image_size=size))
 
     with torch.device("meta"):
-        theirs = Kosmos2ForConditionalGeneration(transformers_config(config))
-        ours = Kosmos(config)
+        reference = Kosmos2ForConditionalGeneration(transformers_config(config))
+        kosmos = Kosmos(config)
 
-    assert TRANSFORMERS.external_shapes(shapes_of(ours.state_dict())) == shapes_of(theirs.state_dict())
-    heads = theirs.vision_model.model.encoder.layers[0].self_attn.num_heads
-    assert heads == ours.vision.visual.transformer.resblocks[0].attn.num_heads
+    assert TRANSFORMERS.external_shapes(shapes_of(kosmos.state_dict())) == shapes_of(reference.state_dict())
+    heads = reference.vision_model.model.encoder.layers[0].self_attn.num_heads
+    assert heads == kosmos.vision.visual.transformer.resblocks[0].attn.num_heads

@@ -59,7 +59,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-def their_model(shape: str | Shape, seed: int = 0, **text: Any) -> Kosmos2ForConditionalGeneration:
+def reference_model(shape: str | Shape, seed: int = 0, **text: Any) -> Kosmos2ForConditionalGeneration:
     """Return a model in evaluation mode, none of whose weights has a neutral value."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -97,20 +97,20 @@ class Rows:
         return sum(part == "p" for row in self.rows for part in row)
 
 
-def photographs(n: int, size: int, seed: int = 0) -> Tensor:
+def noise_images(n: int, size: int, seed: int = 0) -> Tensor:
     """(n, 3, size, size) uint8 noise."""
     return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 @torch.inference_mode()
-def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, images: Tensor) -> Tensor:
-    """(B, T, V), from the inputs that their processor would make."""
+def reference_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, images: Tensor) -> Tensor:
+    """(B, T, V), from the inputs that the processor of transformers would make."""
     if not len(images):
         return model.text_model(input_ids=tokens, attention_mask=(tokens != PAD).long()).logits
     in_slot = tokens == IMAGE
     in_slot[:, 1:] &= tokens[:, :-1] == IMAGE
     in_slot[:, 0] = False
-    # Their processor counts from 4 on in the slots.
+    # The processor counts from 4 on in the slots.
     ids = torch.where(in_slot, 4 + in_slot.cumsum(1) % 53, tokens)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return model(
@@ -120,8 +120,8 @@ def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, images:
 
 
 @torch.inference_mode()
-def our_logits(model: Kosmos, tokens: Tensor, images: Tensor) -> Tensor:
-    """(B, T, V), as `Kosmos.logits` gives them, for a model that has no tokenizer."""
+def kosmos_logits(model: Kosmos, tokens: Tensor, images: Tensor) -> Tensor:
+    """(B, T, V), as `Engine.logits` gives them, for a model without tokenizer."""
     positions, mask = padded(tokens != PAD)
     latents = model.encode_images(images) if len(images) else None
     return model.decoder.logits(model.decoder(tokens, positions, mask, latents, find_slots(tokens, IMAGE)))

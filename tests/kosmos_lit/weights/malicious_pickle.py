@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class Bomb:
+class MaliciousPickle:
     """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
