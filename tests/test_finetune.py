@@ -1,4 +1,4 @@
-"""Training that starts from given weights: whole, partly frozen, by adapters; through the command line."""
+"""Training from pretrained weights through the command line: full, partly frozen, with adapters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 # ---- starting
 
 
-def test_a_model_starts_with_the_given_weights_and_tokenizer(pretrained: Path, config: KosmosConfig) -> None:
+def test_a_model_starts_with_the_pretrained_weights_and_tokenizer(pretrained: Path, config: KosmosConfig) -> None:
     weights = load_checkpoint(pretrained)["state_dict"]
 
     model, tokenizer = from_pretrained(str(pretrained), config)
@@ -92,7 +92,7 @@ def test_an_exported_folder_gives_the_same_start(pretrained: Path, config: Kosmo
     assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
 
 
-def test_training_starts_with_the_given_weights(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+def test_training_starts_with_the_pretrained_weights(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
     assert (
         finetune(tmp_path, tiny_world, task, pretrained, "--model.optimizer.lr=1e-30", "--model.optimizer.weight_decay=0")
         == 0
@@ -113,7 +113,7 @@ def test_a_vocabulary_may_have_more_rows(pretrained: Path, config: KosmosConfig)
     assert rows_of_model[len(rows) :].std() > 0.1  # N(0, 1 / 24)
 
 
-def test_fewer_rows_keep_nothing_of_the_others(pretrained: Path, config: KosmosConfig) -> None:
+def test_a_smaller_vocabulary_keeps_no_other_rows(pretrained: Path, config: KosmosConfig) -> None:
     tokenizer = load_model(pretrained).tokenizer
     assert tokenizer is not None
     n_ids = tokenizer.vocab_size
@@ -125,7 +125,7 @@ def test_fewer_rows_keep_nothing_of_the_others(pretrained: Path, config: KosmosC
     assert rows_of_model.untyped_storage().nbytes() == n_ids * 24 * 4
 
 
-def test_nothing_is_drawn_but_what_is_missing(
+def test_only_missing_weights_are_drawn(
     pretrained: Path, config: KosmosConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Kosmos, "init", lambda _: pytest.fail("a whole model was drawn"))
@@ -136,7 +136,7 @@ def test_nothing_is_drawn_but_what_is_missing(
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_is_drawn_follows_from_the_seed(pretrained: Path, config: KosmosConfig) -> None:
+def test_drawn_weights_depend_on_the_seed(pretrained: Path, config: KosmosConfig) -> None:
     wider = replace(config, decoder=replace(config.decoder, vocab_size=311), lora=LoraConfig(rank=3))
 
     one, same, other = (from_pretrained(str(pretrained), wider, seed).model.state_dict() for seed in (5, 5, 7))
@@ -184,7 +184,7 @@ def test_another_tokenizer_is_refused(
     assert f"was trained with tokenizer {tokenizer.fingerprint}, but the data's is" in capsys.readouterr().err
 
 
-def test_a_resumed_run_goes_on_from_its_own_weights(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+def test_a_resumed_run_keeps_its_own_weights(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
     uninterrupted, parts = tmp_path / "whole", tmp_path / "parts"
     assert finetune(uninterrupted, tiny_world, task, pretrained, "--trainer.max_steps=4") == 0
     assert finetune(parts, tiny_world, task, pretrained, "--trainer.max_steps=3") == 0
@@ -195,7 +195,7 @@ def test_a_resumed_run_goes_on_from_its_own_weights(pretrained: Path, tmp_path: 
     assert changed(trained_weights(parts), trained_weights(uninterrupted)) == set()
 
 
-def test_the_record_of_a_resumed_run_says_where_it_started(
+def test_the_config_of_a_resumed_run_keeps_init_from(
     pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path
 ) -> None:
     assert finetune(tmp_path, tiny_world, task, pretrained) == 0
@@ -209,7 +209,9 @@ def test_the_record_of_a_resumed_run_says_where_it_started(
 # ---- frozen parts
 
 
-def test_what_is_frozen_stays_and_the_rest_moves(pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path) -> None:
+def test_frozen_parameters_stay_and_all_others_change(
+    pretrained: Path, tmp_path: Path, tiny_world: Path, task: Path
+) -> None:
     frozen = '--model.freeze=["vision", "decoder.layers.0", "*.bias", "decoder.embed_tokens.weight"]'
 
     assert finetune(tmp_path, tiny_world, task, pretrained, frozen) == 0
@@ -220,12 +222,12 @@ def test_what_is_frozen_stays_and_the_rest_moves(pretrained: Path, tmp_path: Pat
     assert moved == {name for name in before if not name.startswith(stays) and not name.endswith(".bias")}
 
 
-def test_a_pattern_that_names_nothing_is_refused(config: KosmosConfig) -> None:
+def test_a_pattern_without_a_match_is_refused(config: KosmosConfig) -> None:
     with pytest.raises(UserError, match=r"no parameter is named 'decoder.layer.0'; there are .*decoder.layers"):
         freeze(Kosmos.create(config), ["vision", "decoder.layer.0"])
 
 
-def test_something_must_be_left_to_train(config: KosmosConfig) -> None:
+def test_freezing_everything_is_refused(config: KosmosConfig) -> None:
     with pytest.raises(UserError, match="leave nothing to train"):
         freeze(Kosmos.create(config), ["vision", "connector", "decoder"])
 
@@ -267,7 +269,7 @@ def test_a_run_with_adapters_in_two_parts_equals_one(
     assert changed(trained_weights(tmp_path), trained_weights(adapted)) == set()
 
 
-def test_a_checkpoint_with_adapters_goes_on_with_them_merged_or_as_they_are(adapted: Path, config: KosmosConfig) -> None:
+def test_training_starts_with_a_checkpoints_adapters_kept_or_merged(adapted: Path, config: KosmosConfig) -> None:
     model = load_model(last(adapted)).model
 
     plain = from_pretrained(str(last(adapted)), config).model
@@ -277,7 +279,7 @@ def test_a_checkpoint_with_adapters_goes_on_with_them_merged_or_as_they_are(adap
     assert changed(same.state_dict(), model.state_dict()) == set()
 
 
-def test_a_checkpoint_with_adapters_writes_text(
+def test_a_checkpoint_with_adapters_generates_text(
     adapted: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_world: Path, task: Path
 ) -> None:
     assert main(["generate", "--ckpt_path", str(last(adapted)), "--prompt", "a red", "--max-new-tokens", "5"]) == 0

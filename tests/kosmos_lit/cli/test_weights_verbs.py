@@ -65,7 +65,7 @@ def reference(tmp_path_factory, kosmos_vocabulary) -> Path:
 # ---- what they do
 
 
-def test_an_export_as_safetensors_writes_what_the_checkpoint_writes(trained, tmp_path, stdout_of):
+def test_an_export_as_safetensors_generates_what_the_checkpoint_does(trained, tmp_path, stdout_of):
     image = tmp_path / "a.png"
     Image.linear_gradient("L").resize((53, 31)).convert("RGB").save(image)
     question = ("--image", image, "--prompt", "Here <image> we see", "--max-new-tokens", 11, "--beams", 3)
@@ -97,7 +97,7 @@ def test_a_folder_of_transformers_goes_in_and_out_bit_by_bit(reference, tmp_path
         assert json.loads((tmp_path / "back" / name).read_text()) == json.loads((reference / name).read_text())
 
 
-def test_import_says_what_it_has_made(reference, tmp_path, stdout_of):
+def test_import_prints_the_counts_of_parameters_and_ids(reference, tmp_path, stdout_of):
     message = stdout_of("import", "--format", "transformers", "--input", reference, "--output", tmp_path / "ours")
 
     n = sum(p.numel() for p in load_model(reference).model.parameters())
@@ -208,7 +208,7 @@ def test_weights_that_do_not_fit_are_listed_one_a_line(reference, tmp_path, mist
 
 
 @pytest.mark.parametrize("verb", ["generate", "export", "fairseq", "open_clip", "transformers"])
-def test_no_verb_runs_what_a_file_brings(verb, reference, tmp_path, mistake):
+def test_no_verb_runs_code_of_a_file(verb, reference, tmp_path, mistake):
     exploded, file, out = tmp_path / "exploded", tmp_path / "hostile.ckpt", ("--output", tmp_path / "out")
     torch.save({"model": {"a": MaliciousPickle(exploded)}, "args": Namespace()}, file)
     folder = tmp_path / "folder"

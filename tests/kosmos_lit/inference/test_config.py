@@ -28,7 +28,7 @@ from kosmos_lit.inference.config import GenerationConfig
         ({"choices": ("a",), "no_repeat_ngram_size": 2}, "no_repeat_ngram_size 2 and choices exclude one another"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_named_with_its_value(settings, message):
+def test_an_invalid_setting_is_named_with_its_value(settings, message):
     with pytest.raises(UserError, match=message):
         GenerationConfig(**settings)
 

@@ -110,7 +110,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("method", ["pixels", "generate", "logits", "score"])
-def test_an_image_that_is_none_is_named_by_its_number(engine, name, method):
+def test_an_invalid_image_is_named_by_its_index(engine, name, method):
     image, reason = WRONG[name]
     images = [photograph(SIDE, SIDE), image]
     calls = {
@@ -124,7 +124,7 @@ def test_an_image_that_is_none_is_named_by_its_number(engine, name, method):
         calls[method]()
 
 
-def test_an_opened_file_that_is_cut_off_is_named_by_its_number(engine, tmp_path):
+def test_a_truncated_file_is_named_by_its_index(engine, tmp_path):
     data = png(photograph(31, 53))
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
 
@@ -249,7 +249,7 @@ def test_a_single_image_is_a_list_of_one(engine, tmp_path):
         assert torch.equal(engine.pixels(image), engine.pixels([image]))
 
 
-def test_one_text_is_no_list_of_candidates(engine):
+def test_a_single_text_is_refused_as_candidates(engine):
     with pytest.raises(UserError, match="candidates must be a list of texts, got one text, 'red'"):
         engine.score("a", "red")
 

@@ -130,7 +130,7 @@ def test_a_prompt_without_its_images_is_an_error(kosmos_tower, kosmos_tokenizer)
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("norm", ["sub", "pre"])
-def test_the_cache_changes_no_token(kosmos_tower, kosmos_tokenizer, positions, norm):
+def test_the_kv_cache_changes_no_token(kosmos_tower, kosmos_tokenizer, positions, norm):
     start, images, results, expected = prompt(4, 2), random_images(2), [], []
     for seed in range(3):
         model = talkative(tiny_model(kosmos_tower, seed, positions=positions, norm=norm))
@@ -142,7 +142,7 @@ def test_the_cache_changes_no_token(kosmos_tower, kosmos_tokenizer, positions, n
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("n_beams", [1, 3])
-def test_prompts_of_different_lengths_are_answered_as_each_alone(kosmos_tower, kosmos_tokenizer, positions, n_beams):
+def test_prompts_of_different_lengths_generate_as_each_alone(kosmos_tower, kosmos_tokenizer, positions, n_beams):
     model, images = talkative(tiny_model(kosmos_tower, positions=positions)), random_images(3)
     prompts = [prompt(4, 1, seed=1), prompt(1, 0, seed=2), prompt(13, 2, seed=3), prompt(0, 0, seed=4)]
     options = {"max_new_tokens": 11, "n_beams": n_beams}

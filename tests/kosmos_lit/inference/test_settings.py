@@ -54,7 +54,7 @@ def test_beams_as_many_as_choices_find_the_likeliest_one(talker, kosmos_tokenize
 
 
 @pytest.mark.parametrize("n_beams", [1, 5])
-def test_one_choice_is_no_choice(talker, kosmos_tokenizer, n_beams):
+def test_a_single_choice_is_always_generated(talker, kosmos_tokenizer, n_beams):
     [continuation] = generate(
         talker(), PROMPTS[1:2], random_images(0), kosmos_tokenizer, choices=("big  quartz",), n_beams=n_beams
     )
@@ -65,7 +65,7 @@ def test_one_choice_is_no_choice(talker, kosmos_tokenizer, n_beams):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_stop_string_ends_before_it_though_it_begins_in_one_token_and_ends_in_another(
+def test_text_ends_before_a_stop_string_that_spans_two_tokens(
     kosmos_tower, kosmos_tokenizer, method
 ):
     one = next(i for i in range(4, 60) if len(kosmos_tokenizer.decode([i])) > 1)
@@ -159,7 +159,7 @@ def test_control_tokens_may_be_generated_if_allowed(kosmos_tower, kosmos_tokeniz
     assert ids_of(free) == [(BOS, BOS, BOS)]
 
 
-def test_a_model_that_has_diverged_is_named(kosmos_tower, kosmos_tokenizer):
+def test_a_diverged_model_is_an_error(kosmos_tower, kosmos_tokenizer):
     model = tiny_model(kosmos_tower)
     with torch.no_grad():
         model.decoder.layers[0].ffn.fc2.weight[3, 5] = float("nan")

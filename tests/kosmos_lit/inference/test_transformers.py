@@ -173,14 +173,14 @@ def test_a_search_ends_by_the_same_rules(
 
 
 @pytest.mark.parametrize("n_beams", [1, 5])
-def test_prompts_of_one_length_are_answered_as_a_batch_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_beams: int):
+def test_prompts_of_one_length_generate_as_a_batch_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_beams: int):
     prompts, images = [pair.prompt(5, 1, seed) for seed in range(4)], pair.random_images(4)
     actual = pair.generate(kosmos_tokenizer, prompts, images, n_beams=n_beams, max_new_tokens=17)
     assert actual == pair.generate_reference(kosmos_tokenizer, prompts, images, num_beams=n_beams, max_new_tokens=17)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_padded_prompts_are_answered_as_by_transformers_without_its_cache(
+def test_padded_prompts_generate_as_in_transformers_without_its_cache(
     pair: Pair, kosmos_tokenizer: Any, rules: dict[str, Any]
 ):
     prompts = [pair.prompt(n, k, n) for n, k in ((2, 0), (11, 2), (5, 1), (0, 1))]
@@ -189,7 +189,7 @@ def test_padded_prompts_are_answered_as_by_transformers_without_its_cache(
     assert actual == pair.generate_reference(kosmos_tokenizer, prompts, images, use_cache=False, **settings)
 
 
-def test_padded_prompts_are_searched_as_each_alone_by_transformers(pair: Pair, kosmos_tokenizer: Any):
+def test_beam_search_of_padded_prompts_is_that_of_each_alone_in_transformers(pair: Pair, kosmos_tokenizer: Any):
     n_images = (0, 2, 1, 1)
     prompts = [pair.prompt(n, k, n) for n, k in zip((2, 11, 5, 0), n_images, strict=True)]
     images = pair.random_images(4)

@@ -26,7 +26,7 @@ def test_a_choice_that_begins_another_may_end_or_go_on(kosmos_tokenizer):
     assert choices.text(cats) == "the cat sat"
 
 
-def test_choices_that_read_the_same_cannot_be_told_apart(kosmos_tokenizer):
+def test_choices_with_equal_tokens_are_refused(kosmos_tokenizer):
     with pytest.raises(UserError, match="'the cat' and 'the  cat' are the same tokens"):
         ChoiceTrie(["the cat", "the  cat"], kosmos_tokenizer, 99)
 

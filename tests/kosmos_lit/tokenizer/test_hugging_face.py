@@ -147,7 +147,7 @@ def test_decoding_gives_lines_of_words_back(tokenizers, kind, lines):
 
 @quickly
 @given(text=st.text("abcdefghijklmnopqrstuvw ,.!\n", max_size=61))
-def test_what_word_pieces_forget_they_forget_at_once(tokenizers, text):
+def test_decoding_word_pieces_is_idempotent(tokenizers, text):
     tokenizer, _ = tokenizers["word_pieces"]
     once = tokenizer.decode(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(once)) == once
@@ -175,14 +175,14 @@ def test_an_unknown_word_is_decoded_as_unknown(tokenizers):
     assert tokenizer.decode(ids) == "the ⁇  sat"
 
 
-def test_what_utf8_cannot_write_becomes_a_question_mark(tokenizers):
+def test_characters_without_utf8_form_become_question_marks(tokenizers):
     tokenizer, _ = tokenizers["byte_level"]
     assert np.array_equal(tokenizer.encode("a\ud800b"), tokenizer.encode("a?b"))
 
 
 @quickly
 @given(parts=st.lists(st.one_of(st.text("the\n cat").map(str.strip), st.sampled_from(grounding(3)))))
-def test_a_marked_text_is_written_out_as_it_is_read(tokenizers, parts):
+def test_decoding_a_marked_text_gives_it_back(tokenizers, parts):
     for kind in EXACT:
         tokenizer = Tokenizer(tokenizers[kind][0]._pieces, grounding(3))
         ids = tokenizer.encode_marked("".join(parts))
@@ -239,7 +239,7 @@ def test_a_folder_that_transformers_cannot_convert_is_the_users_error(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-def test_what_transformers_saves_is_read(tokenizers, tmp_path):
+def test_a_folder_saved_by_transformers_is_read(tokenizers, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer, backend = tokenizers["word_pieces"]

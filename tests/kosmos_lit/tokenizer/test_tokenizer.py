@@ -106,7 +106,7 @@ def test_every_control_token_is_found_by_its_name(grounded):
     assert [grounded.name(grounded.id_of(name)) for name in names] == names
 
 
-def test_a_control_token_that_is_not_there_is_the_users_error(kosmos_tokenizer):
+def test_an_unknown_control_token_is_the_users_error(kosmos_tokenizer):
     with pytest.raises(UserError, match="no control token '<phrase>'; it has <s>, <pad>"):
         kosmos_tokenizer.id_of("<phrase>")
 
@@ -148,7 +148,7 @@ def test_a_name_that_another_begins_with_is_not_taken_for_it(kosmos_vocabulary):
     assert tokenizer.encode_marked("<ab<a").tolist() == [tokenizer.id_of("<ab"), tokenizer.id_of("<a")]
 
 
-def test_only_the_names_asked_for_are_looked_for(grounded):
+def test_only_the_requested_names_are_matched(grounded):
     ids = grounded.encode_marked("<image> <phrase>", names=["<image>"]).tolist()
     assert ids == [grounded.special.image, *grounded.encode("<phrase>").tolist()]
 
@@ -161,12 +161,12 @@ def test_without_appended_tokens_a_marked_text_is_text(kosmos_tokenizer, text):
 
 @quickly
 @given(parts=st.lists(st.one_of(KNOWN, st.sampled_from([*grounding(3), "\n", " "]))))
-def test_a_marked_text_is_written_out_as_it_is_read(grounded, parts):
+def test_decoding_a_marked_text_gives_it_back(grounded, parts):
     ids = grounded.encode_marked("".join(parts))
     assert grounded.encode_marked(grounded.decode(ids, keep_control=True)).tolist() == ids.tolist()
 
 
-def test_control_tokens_are_written_out_on_demand(grounded):
+def test_control_tokens_are_decoded_on_demand(grounded):
     ids = [BOS, *grounded.encode_marked("<grounding>the<phrase>red cat</phrase>\n<object>it"), EOS, 10_007]
     marked = "<s><grounding> the<phrase> red cat</phrase>\n<object> it</s>"
     assert grounded.decode(ids, keep_control=True) == marked
@@ -210,7 +210,7 @@ def test_an_empty_text_has_no_ids(kosmos_tokenizer):
     assert (ids.tolist(), ids.dtype) == ([], np.int64)
 
 
-def test_what_utf8_cannot_write_becomes_a_question_mark(kosmos_tokenizer):
+def test_characters_without_utf8_form_become_question_marks(kosmos_tokenizer):
     assert clean("a\ud800b") == "a?b"
     assert np.array_equal(kosmos_tokenizer.encode("a\ud800b"), kosmos_tokenizer.encode("a?b"))
 
@@ -268,12 +268,12 @@ def test_text_behind_an_image_begins_a_line(kosmos_tokenizer):
     assert kosmos_tokenizer.count_bytes(before, ids).sum() == len("the cat")
 
 
-def test_what_is_no_target_has_no_bytes(kosmos_tokenizer):
+def test_positions_without_target_have_no_bytes(kosmos_tokenizer):
     ids = kosmos_tokenizer.encode("the cat")
     assert kosmos_tokenizer.count_bytes(ids, np.full_like(ids, IGNORE)).sum() == 0
 
 
-def test_control_tokens_stand_for_no_bytes_but_line_ends_and_unknowns_for_one(kosmos_tokenizer):
+def test_control_tokens_have_no_bytes_but_line_ends_and_unknowns_have_one(kosmos_tokenizer):
     sizes, special = kosmos_tokenizer.token_bytes, kosmos_tokenizer.special
     assert sizes.shape == (2, N_PIECES + 7)
     assert sizes[:, :4].tolist() == [[0, 0, 0, 1]] * 2
@@ -315,7 +315,7 @@ def test_control_pieces_elsewhere_are_the_users_error():
 # ---- images
 
 
-def test_an_image_is_written_out_as_mark_slots_and_end():
+def test_an_image_expands_into_mark_slots_and_end():
     special = SpecialTokens.for_pieces(10)
     i, e = special.image, special.image_end
     expanded, last, slots = expand_images(np.array([0, i, 5, 6, i, i, 2]), special, 3)

@@ -83,7 +83,7 @@ def test_a_newline_is_a_line_end_and_to_transformers_a_blank(tokenizer, referenc
     assert ids(reference, "the</line>cat") == tokenizer.encode("the\ncat").tolist()
 
 
-def test_a_long_decomposed_character_is_composed_here_only():
+def test_transformers_does_not_compose_a_long_decomposed_character():
     composed, decomposed = "\ud55c", "\u1112\u1161\u11ab"  # one Korean syllable; transformers looks at five bytes at most
     tokenizer = Tokenizer(trained([f"a {composed} b", f"b {composed}"]))
     reference = tokenizer.to_transformers()
@@ -93,14 +93,14 @@ def test_a_long_decomposed_character_is_composed_here_only():
 
 @quickly
 @given(parts=st.lists(st.one_of(WORDS.filter(is_text), st.sampled_from(NAMES[4:]))))
-def test_a_marked_text_is_read_as_the_processor_reads_it(tokenizer, reference, parts):
+def test_a_marked_text_encodes_as_in_the_processor(tokenizer, reference, parts):
     text = "".join(parts)
     assert tokenizer.encode_marked(text, names=NAMES).tolist() == ids(reference, text)
 
 
 @quickly
 @given(parts=st.lists(st.one_of(st.text("abcdefg ", min_size=1), st.sampled_from(grounding(5)))))
-def test_a_marked_text_is_written_as_transformers_writes_it(tokenizer, reference, parts):
+def test_a_marked_text_decodes_as_in_transformers(tokenizer, reference, parts):
     marked = tokenizer.encode_marked("".join(parts)).tolist()
     assert tokenizer.decode(marked, keep_control=True) == reference.decode(marked, clean_up_tokenization_spaces=False)
 
@@ -274,7 +274,7 @@ def test_hugging_face_pieces_have_no_counterpart(byte_level_folder):
         Tokenizer.load(byte_level_folder).to_transformers()
 
 
-def test_a_folder_of_something_else_says_what_was_expected(byte_level_folder, tmp_path):
+def test_another_kind_of_folder_is_refused_with_the_expected_files(byte_level_folder, tmp_path):
     for folder in (byte_level_folder, tmp_path):
         with pytest.raises(UserError, match=f"no Kosmos-2 or XLM-RoBERTa tokenizer: expected {MODEL_FILE}, or"):
             Tokenizer.from_transformers(folder)

@@ -230,7 +230,7 @@ def test_the_released_towers_name_is_found_again():
 # ---- bad input
 
 
-def test_what_does_not_fit_is_listed_all_at_once(tmp_path):
+def test_all_mismatches_are_listed_at_once(tmp_path):
     reference = reference_tower("gelu")
     tensors = reference.state_dict()
     del tensors["encoder.layers.1.self_attn.k_proj.bias"]
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_listed_all_at_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_without_a_tower_says_which_names_were_expected(tmp_path):
+def test_a_file_without_a_tower_is_refused_with_the_expected_names(tmp_path):
     save_file({"decoder.weight": torch.ones(3)}, tmp_path / "model.safetensors")
 
     with pytest.raises(UserError, match=r"holds no image tower: names below `visual\.`.*`vision_model\.`.*decoder\.weight"):
@@ -268,7 +268,7 @@ def test_a_file_without_a_tower_says_which_names_were_expected(tmp_path):
     ],
     ids=str,
 )
-def test_a_tower_that_ours_cannot_be_is_named(tmp_path, settings, reason):
+def test_a_tower_with_unsupported_settings_is_refused(tmp_path, settings, reason):
     reference_tower("gelu").save_pretrained(tmp_path)
     table = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(table | settings))
@@ -277,7 +277,7 @@ def test_a_tower_that_ours_cannot_be_is_named(tmp_path, settings, reason):
         import_tower(tmp_path, tmp_path / "out")
 
 
-def test_weights_of_transformers_without_their_config_are_refused(tmp_path):
+def test_weights_of_transformers_without_a_config_are_refused(tmp_path):
     save_file(of_version_4(reference_tower("gelu")), tmp_path / "model.safetensors")
 
     with pytest.raises(UserError, match=r"no file .*config\.json"):

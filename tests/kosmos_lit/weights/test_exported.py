@@ -158,7 +158,7 @@ def generated_ids(engine: Engine, text: str, n_beams: int) -> list[int]:
     return list(continuation.tokens)
 
 
-def test_the_generations_compared_are_not_one_and_the_same(exported):
+def test_the_compared_generations_differ_from_one_another(exported):
     generated = [generated_ids(exported[0], text, 1) for text in TEXTS]
 
     assert len(set(map(tuple, generated))) == len(TEXTS)
@@ -198,7 +198,7 @@ def test_an_export_without_tokenizer_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_of_what_has_no_counterpart_leaves_nothing(tmp_path, kosmos_tower, kosmos_tokenizer):
+def test_a_refused_export_leaves_nothing(tmp_path, kosmos_tower, kosmos_tokenizer):
     with pytest.raises(UserError, match=r"Kosmos-2 would lose decoder\.positions xpos"):
         export_transformers(tiny_model(kosmos_tower), kosmos_tokenizer, tmp_path / "model")
 
@@ -323,7 +323,7 @@ def test_a_config_with_values_of_another_kind_is_refused(folder, fields):
 
 
 @pytest.mark.parametrize("path", ["none", "none/config.json"])
-def test_a_folder_that_is_not_there_is_named(tmp_path, path):
+def test_a_missing_folder_is_named(tmp_path, path):
     with pytest.raises(UserError, match=f"{tmp_path}/none"):
         from_transformers(tmp_path / path)
 

@@ -139,13 +139,13 @@ def test_a_checkpoint_without_the_dead_buffers_is_read_too(released):
 
 
 @pytest.mark.parametrize("options", [{"args": None, "cfg": None}, {"cfg": {"model": None}}, {"args": {"dropout": 0.1}}])
-def test_heads_that_no_option_tells_are_64_wide(released, options):
+def test_heads_without_an_option_are_64_wide(released, options):
     kosmos = from_fairseq(save(released, released_tensors(), **options)).model
 
     assert kosmos.config.decoder.n_heads == kosmos.config.connector.n_heads == 1
 
 
-def test_the_tower_has_quick_gelu_whatever_it_is_called(released):
+def test_the_tower_always_has_quick_gelu(released):
     kosmos = from_fairseq(save(released, released_tensors())).model
 
     assert type(kosmos.vision.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
@@ -180,7 +180,7 @@ def test_the_tokenizer_may_lie_elsewhere(tmp_path, kosmos_vocabulary):
     assert kosmos.tokenizer.vocab_size == N_GROUNDED
 
 
-def test_a_missing_tokenizer_is_named_with_the_option_that_gives_it(tmp_path):
+def test_the_error_for_a_missing_tokenizer_names_the_option(tmp_path):
     with pytest.raises(UserError, match=rf"no tokenizer in {tmp_path}: {MODEL_FILE} is missing.*--tokenizer"):
         from_fairseq(save(tmp_path, released_tensors()))
 
@@ -212,7 +212,7 @@ def test_a_dictionary_of_another_tokenizer_is_refused(released, kosmos_tokenizer
 # ---- bad input
 
 
-def test_what_does_not_fit_is_listed_all_at_once(released):
+def test_all_mismatches_are_listed_at_once(released):
     tensors = released_tensors()
     del tensors["gpt_model.decoder.layers.1.self_attn.inner_attn_ln.bias"]
     tensors["gpt_model.decoder.layers.1.ffn.fc2.bias"] = torch.zeros(5)
@@ -243,7 +243,7 @@ def test_an_output_matrix_of_its_own_is_refused(released):
     [[1, 2], {"weights": {}}, {"model": None}, {"model": {"a": 3}}, {"model": {}}, {"model": {"a": torch.ones(3)}}],
     ids=str,
 )
-def test_another_file_is_named_as_no_released_checkpoint(tmp_path, content):
+def test_another_file_is_refused_as_no_released_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "kosmos-2.pt")
 
     with pytest.raises(UserError, match=r"kosmos-2\.pt is no released Kosmos checkpoint"):
@@ -259,7 +259,7 @@ def test_tensors_with_another_number_of_axes_are_the_users_error(released, name,
 
 
 @pytest.mark.parametrize("options", [{"args": "decoder"}, {"cfg": [1]}, {"cfg": {"model": 3}}])
-def test_options_of_another_kind_are_passed_over(released, options):
+def test_options_of_another_kind_are_ignored(released, options):
     assert from_fairseq(save(released, released_tensors(), **options)).model.config.decoder.dim == 64
 
 

@@ -34,7 +34,7 @@ def saved(tmp_path, kosmos_tower, kosmos_tokenizer) -> tuple[Kosmos, Path]:
      {"vision": {"feature_length": None, "mean": (0.1, 0.2, 0.3)}}],
     ids=str,
 )  # fmt: skip
-def test_a_saved_model_comes_back_with_every_tensor_and_setting(tmp_path, kosmos_tower, kosmos_tokenizer, fields):
+def test_a_saved_model_loads_with_every_tensor_and_setting(tmp_path, kosmos_tower, kosmos_tokenizer, fields):
     model = tiny_model(kosmos_tower, **fields)
 
     save_folder(model, kosmos_tokenizer, tmp_path / "model")
@@ -55,7 +55,7 @@ def test_a_folder_needs_no_file_from_elsewhere(saved):
     assert table["kosmos"]["vision"]["pretrained"] is None
 
 
-def test_a_model_without_tokenizer_comes_back_without_one(tmp_path, kosmos_tower):
+def test_a_model_without_tokenizer_loads_without_one(tmp_path, kosmos_tower):
     save_folder(tiny_model(kosmos_tower), None, tmp_path / "model")
 
     assert load_folder(tmp_path / "model").tokenizer is None
@@ -151,7 +151,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_seen_under_the_outputs_name_before_all_is_written(tmp_path):
+def test_the_output_folder_appears_when_it_is_complete(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "half.txt").write_text("half")
         assert not (tmp_path / "out").exists()
@@ -162,20 +162,20 @@ def test_nothing_is_seen_under_the_outputs_name_before_all_is_written(tmp_path):
 # ---- bad input
 
 
-def test_a_folder_without_config_says_what_was_expected(tmp_path):
+def test_a_folder_without_config_is_refused_with_the_expected_forms(tmp_path):
     with pytest.raises(UserError, match=r"no model folder: it has no config\.json\. .*`export` or `import`.*\(\.ckpt\)"):
         load_model(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", None, 3])
-def test_another_models_folder_says_which_are_read(tmp_path, kind):
+def test_another_models_folder_is_refused_with_the_expected_types(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
 
     with pytest.raises(UserError, match=r"'kosmos-lit'.*'kosmos-2'\) was expected"):
         load_model(tmp_path)
 
 
-def test_a_path_that_is_nothing_is_named(tmp_path):
+def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint .*none"):
         load_model(tmp_path / "none")
 
@@ -197,7 +197,7 @@ def test_a_setting_of_another_version_is_named(saved):
         load_model(saved[1])
 
 
-def test_what_does_not_fit_is_listed_all_at_once_with_both_shapes(saved):
+def test_all_mismatches_are_listed_at_once_with_both_shapes(saved):
     file = saved[1] / "model.safetensors"
     tensors = load_file(file)
     del tensors["connector.latent_query"]
@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_listed_all_at_once_with_both_shapes(saved):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "sentencepiece.bpe.model"])
-def test_a_file_that_is_missing_is_named(saved, name):
+def test_a_missing_file_of_a_folder_is_named(saved, name):
     (saved[1] / name).unlink()
 
     with pytest.raises(UserError, match=name):

@@ -80,7 +80,7 @@ def test_logits_depend_on_each_image(pair):
         assert (kosmos_logits(kosmos, tokens, others)[0, -1] - expected).abs().max() > 100 * ATOL
 
 
-def test_a_model_of_ours_has_the_same_logits_in_transformers():
+def test_an_exported_model_has_the_same_logits_in_transformers():
     config = kosmos_config(SHAPES["three_layers_gelu"].config())
     kosmos = shaken(Kosmos.create(config, seed=3), seed=3).eval()
     rows = Rows([[3, "p", 5], ["p", 1]], "left")
@@ -108,7 +108,7 @@ def test_any_width_of_the_towers_hidden_layer_is_kept(intermediate):
 # ---- the same tensors
 
 
-def test_theirs_to_ours_to_theirs_gives_back_every_tensor(pair):
+def test_import_and_export_give_back_every_tensor(pair):
     _, reference, kosmos = pair
     expected, actual = reference.state_dict(), to_transformers(kosmos).state_dict()
 
@@ -117,7 +117,7 @@ def test_theirs_to_ours_to_theirs_gives_back_every_tensor(pair):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ours_to_theirs_to_ours_gives_back_every_tensor(shape):
+def test_export_and_import_give_back_every_tensor(shape):
     kosmos = shaken(Kosmos.create(kosmos_config(SHAPES[shape].config()), seed=5), seed=5)
 
     actual = from_transformers(to_transformers(kosmos)).model.state_dict()
@@ -236,7 +236,7 @@ def test_the_released_size_comes_back_as_the_same_configuration():
     assert actual.to_dict() == expected.to_dict()
 
 
-def test_the_released_tower_is_named_and_is_what_open_clip_means_by_the_name():
+def test_the_released_tower_has_open_clips_name_and_sizes():
     assert tower_architecture(Kosmos2Config().vision_config) == RELEASED_TOWER
     reference = open_clip.get_model_config(RELEASED_TOWER)
     assert reference["quick_gelu"]
@@ -273,7 +273,7 @@ def changed(settings: dict[str, Any]) -> Kosmos2Config:
 
 
 @pytest.mark.parametrize("name", STRANGE)
-def test_a_setting_that_no_kosmos_has_is_named(name):
+def test_an_unsupported_setting_is_named(name):
     with pytest.raises(UserError, match=rf"{name} is {STRANGE[name]!r}"):
         kosmos_config(changed({name: STRANGE[name]}))
 
@@ -323,14 +323,14 @@ LOST = {
 
 
 @pytest.mark.parametrize("reason", LOST)
-def test_a_part_that_kosmos_2_has_not_is_named(reason):
+def test_a_part_without_counterpart_in_kosmos_2_is_named(reason):
     table, fields = LOST[reason]
 
     with pytest.raises(UserError, match=f"transformers has no counterpart.*{reason}.*--format safetensors"):
         transformers_config(ours_with(table, **fields))
 
 
-def test_all_that_would_be_lost_is_named_at_once():
+def test_all_losses_of_an_export_are_named_at_once():
     config = replace(
         ours_with("decoder", positions="xpos", norm="pre"),
         connector=replace(ours_with("connector").connector, kind="linear"),
