@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts
 from kosmos_lit.evaluation.requests import LogLikelihood, scored_candidates
@@ -203,9 +203,8 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    description = (
-        f"{machine(torch.device('cpu'))}, {a.threads} threads, {sum(p.numel() for p in model.parameters()):,} parameters"
-    )
+    n = sum(p.numel() for p in model.parameters())
+    description = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {n:,} parameters"
     print(description)
     with tempfile.TemporaryDirectory() as folder:
         sets = draw_sets(Path(folder), a.samples)

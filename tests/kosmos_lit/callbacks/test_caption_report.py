@@ -67,14 +67,14 @@ def questions(*n_images: int) -> PromptBatch:
     n = len(n_images)
     return PromptBatch(
         prompts=["x"] * n, images=torch.stack(images) if images else torch.zeros(0, 3, 11, 11, dtype=torch.uint8),
-        n_images=n_images, answers=["y"] * n, tasks=["object"] * n,
+        n_images=n_images, targets=["y"] * n, tasks=["object"] * n,
     )  # fmt: skip
 
 
 def lit_that_says(text: str, tower: str) -> KosmosLit:
     lit = KosmosLit(tiny_config(tower))
     lit.net = tiny_model(tower)
-    lit.answer = lambda batch, settings: [text] * len(batch.prompts)  # type: ignore[method-assign, assignment]
+    lit.generate_texts = lambda batch, settings: [text] * len(batch.prompts)  # type: ignore[method-assign, assignment]
     return lit
 
 
