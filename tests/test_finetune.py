@@ -289,7 +289,7 @@ def test_a_checkpoint_with_adapters_generates_text(
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     instruct = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
     assert len(instruct) == 7
-    assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in instruct)
+    assert all(row["prompt"].startswith("<image> ") and row["target"] for row in instruct)
 
 
 def test_adapters_are_exported_merged_or_alone(adapted: Path, pretrained: Path, tmp_path: Path) -> None:
