@@ -64,8 +64,11 @@ def is_drawn(file: Path, identity: dict[str, object], what: str) -> bool:
     """
     advice = f"choose another data.{what}.path, or delete it"
     if file.exists():
-        if (there := json.loads(file.read_text(encoding="utf-8"))) != identity:
-            wrong = ", ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in identity.items() if there.get(k) != v)
+        if (existing := json.loads(file.read_text(encoding="utf-8"))) != identity:
+            differing = {key: value for key, value in identity.items() if existing.get(key) != value}
+            wrong = ", ".join(
+                f"{key} is {existing.get(key)} on disk, {value} in the run" for key, value in differing.items()
+            )
             raise UserError(f"{file.parent} holds another {what}: {wrong}; {advice}")
         return True
     if file.parent.exists() and any(file.parent.iterdir()):

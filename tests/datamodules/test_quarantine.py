@@ -105,20 +105,20 @@ def test_a_budget_judges_the_share_after_enough_images(monkeypatch):
     monkeypatch.setattr(quarantine, "MIN_IMAGES", 11)
     budget = Budget("coco", 0.3)
     for _ in range(7):
-        budget.good()
+        budget.count_good()
     for _ in range(3):
-        budget.bad("not an image", "a.tar, byte 7")
+        budget.count_bad("not an image", "a.tar, byte 7")
     with pytest.raises(UserError, match=r"coco: 4 of 11 images .* \(36\.4%\), more than max_bad_share 30\.0%"):
-        budget.bad("empty image", "a.tar, byte 9")
+        budget.count_bad("empty image", "a.tar, byte 9")
 
 
 def test_a_budget_counts_reasons_and_names_the_commonest_first(monkeypatch, tmp_path):
     monkeypatch.setattr(quarantine, "MIN_IMAGES", 5)
     budget = Budget("coco", 0.9, Ledger(tmp_path / "bad.jsonl"))
     for reason in ("empty image", "not an image", "not an image", "image too large"):
-        budget.bad(reason, "a.tar, byte 7")
+        budget.count_bad(reason, "a.tar, byte 7")
     with pytest.raises(UserError) as caught:
-        budget.bad("not an image", "a.tar, byte 9")
+        budget.count_bad("not an image", "a.tar, byte 9")
     assert "not an image: 3, empty image: 1, image too large: 1. All are listed in" in str(caught.value)
     assert str(tmp_path / "bad.jsonl") in str(caught.value)
     assert "The last one: a.tar, byte 9" in str(caught.value)
@@ -128,11 +128,11 @@ def test_bad_images_in_a_row_stop_a_run_whose_share_is_small(monkeypatch):
     monkeypatch.setattr(quarantine, "MAX_IN_A_ROW", 7)
     budget = Budget("coco", 0.5)
     for _ in range(1009):
-        budget.good()
+        budget.count_good()
     for _ in range(6):
-        budget.bad("not an image", "a.tar, byte 7")
-    budget.good()
+        budget.count_bad("not an image", "a.tar, byte 7")
+    budget.count_good()
     for _ in range(6):
-        budget.bad("not an image", "a.tar, byte 7")
+        budget.count_bad("not an image", "a.tar, byte 7")
     with pytest.raises(UserError, match=r"coco: 13 of 1,023 images .*, the last 7 of them one after another"):
-        budget.bad("not an image", "a.tar, byte 7")
+        budget.count_bad("not an image", "a.tar, byte 7")

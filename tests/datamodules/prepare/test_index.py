@@ -314,7 +314,7 @@ def test_another_tokenizer_is_refused_and_both_are_named(prepare, tokenizer, tmp
 
 def test_another_format_is_refused_and_both_are_named(prepare):
     prepare()
-    assert "format is 'jsonl' there, 'parquet' here" in refusal(prepare, format="parquet")
+    assert "format is 'jsonl' in the index, 'parquet' in the run" in refusal(prepare, format="parquet")
 
 
 def test_other_options_are_refused_and_both_are_named(prepare):
@@ -328,7 +328,7 @@ def test_other_shards_are_refused_and_named(prepare, shards):
     prepare()
     sample_data.write_jsonl(shards / "new.jsonl", sample_data.texts(5, 0))
     (shards / "0.jsonl").unlink()
-    assert "its shards differ: 3 there, 3 here; new ['new.jsonl'], gone ['0.jsonl']" in refusal(prepare)
+    assert "the index has 3 shards, the run 3; new ['new.jsonl'], gone ['0.jsonl']" in refusal(prepare)
 
 
 def test_a_shard_that_is_too_broken_is_named_with_both_shares(prepare, shards):

@@ -111,10 +111,10 @@ def test_there_may_be_more_parts_than_shards(pairs, tokenizer_folder, tmp_path):
 def test_a_crawls_part_waits_for_the_images_of_the_others(pages, tokenizer_folder, tmp_path):
     folder = given(pages, tokenizer_folder, tmp_path / "index")
     first = prepare_part(part=(1, 2), **folder)
-    assert (first.pass_, first.parts) == ("images", (2,))
+    assert (first.stage, first.parts) == ("images", (2,))
     assert "run this same command again when parts 2 have listed theirs" in str(first)
     second = prepare_part(part=(2, 2), **folder)
-    assert (second.pass_, second.parts) == ("documents", (1,))
+    assert (second.stage, second.parts) == ("documents", (1,))
     joined = prepare_part(part=(1, 2), **folder)
     whole = prepare_corpus(**folder | {"output": tmp_path / "whole"})
     assert joined.n_documents == whole.n_documents == 7
@@ -135,7 +135,9 @@ def test_parts_of_other_input_are_refused_and_kept(pairs, tokenizer_folder, tmp_
     folder = given(pairs, tokenizer_folder, tmp_path / "index")
     prepare_part(part=(1, 2), **folder)
     before = content(tmp_path / "index")
-    with pytest.raises(UserError, match=r"unfinished parts of something else: its shards differ: 5 there, 4 here; new \[\]"):
+    with pytest.raises(
+        UserError, match=r"unfinished index that was prepared differently: the index has 5 shards, the run 4; new \[\]"
+    ):
         prepare_part(part=(2, 2), **folder | {"inputs": [str(pairs / "[0-3].tar")]})
     assert content(tmp_path / "index") == before
 

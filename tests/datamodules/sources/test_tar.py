@@ -165,7 +165,7 @@ def test_a_size_that_is_no_number_is_an_error(archive, size):
     head.type, head.size = b"x", len(pax)
     block = head.tobuf(tarfile.USTAR_FORMAT) + pax.ljust(BLOCK, b"\0")
     archive.write_bytes(block + written([("a.jpg", tarfile.REGTYPE, b"1")]))
-    assert "size" in broken_at(archive)[1].what
+    assert "size" in broken_at(archive)[1].detail
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar", b"\x1f\x8b" + b"gzip? " * 997, sample_data.jpeg(3) * 3])

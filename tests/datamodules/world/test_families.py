@@ -48,7 +48,7 @@ def test_families_are_the_same_twice(families, tmp_path):
 
 
 def test_other_families_in_the_folder_are_refused(families):
-    with pytest.raises(UserError, match="n_examples is 23 there, 29 here"):
+    with pytest.raises(UserError, match="n_examples is 23 on disk, 29 in the run"):
         write_families(FamiliesConfig(n_examples=29), config(families.parent))
 
 

@@ -64,5 +64,5 @@ def test_a_task_is_the_same_whenever_it_is_drawn(folder, tmp_path):
 
 
 def test_another_task_in_the_folder_is_refused(folder):
-    with pytest.raises(UserError, match="n_examples is 43 there, 47 here"):
+    with pytest.raises(UserError, match="n_examples is 43 on disk, 47 in the run"):
         write_task(TaskConfig(path=str(folder), n_examples=47, n_questions=29), WORLD)

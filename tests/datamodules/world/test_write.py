@@ -67,7 +67,7 @@ def test_a_world_is_drawn_once(world):
 
 
 def test_another_world_is_refused_and_both_are_named(world):
-    with pytest.raises(UserError, match="n_pairs is 61 there, 67 here"):
+    with pytest.raises(UserError, match="n_pairs is 61 on disk, 67 in the run"):
         write_world(config(world, n_pairs=67))
 
 
