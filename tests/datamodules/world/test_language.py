@@ -2,7 +2,7 @@ from random import Random
 
 import pytest
 
-from datamodules.world.language import PROMPT, article, canonical_caption, caption, page_texts, text
+from datamodules.world.language import PROMPT, canonical_caption, caption, page_texts, text, with_article
 from datamodules.world.scene import COLOURS, PLACES, SHAPES, SIZES, Holdout, Scene, Thing, draw_scene
 
 RED_RING = Thing("ring", "red", "small", 0)
@@ -65,4 +65,4 @@ def test_a_text_follows_from_the_seed():
 
 @pytest.mark.parametrize(("words", "said"), [("orange ring", "an orange ring"), ("small star", "a small star")])
 def test_articles_are_right(words, said):
-    assert article(words) == said
+    assert with_article(words) == said

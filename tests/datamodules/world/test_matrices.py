@@ -22,21 +22,21 @@ from datamodules.world.matrices import (
 from datamodules.world.scene import SIDE, Holdout
 
 RULES = Holdout(3, 0.28)
-CASES = [(n_given, n_varying) for n_given in (3, 4, 8) for n_varying in (1, 2, 3)]
+CASES = [(n_context, n_varying) for n_context in (3, 4, 8) for n_varying in (1, 2, 3)]
 
 
-def drawn(n_given: int, n_varying: int, n: int = 61) -> list[Matrix]:
-    random = Random(f"{n_given} {n_varying}")
-    return [draw_matrix(random, n_given, n_varying) for _ in range(n)]
+def drawn(n_context: int, n_varying: int, n: int = 61) -> list[Matrix]:
+    random = Random(f"{n_context} {n_varying}")
+    return [draw_matrix(random, n_context, n_varying) for _ in range(n)]
 
 
 def wanted(matrix: Matrix) -> Panel:
     """Work the missing panel out of the given ones alone: what all rows or columns agree on goes on."""
-    side = {3: 2, 4: 2, 8: 3}[len(matrix.given)]
+    side = {3: 2, 4: 2, 8: 3}[len(matrix.context)]
     found = {}
     for name in VALUES:
-        values = [getattr(panel, name) for panel in matrix.given]
-        if len(matrix.given) == 4:  # two looks in turn
+        values = [getattr(panel, name) for panel in matrix.context]
+        if len(matrix.context) == 4:  # two looks in turn
             assert values[:2] == values[2:]
             found[name] = values[0]
             continue
@@ -50,15 +50,15 @@ def wanted(matrix: Matrix) -> Panel:
 
 
 @pytest.mark.parametrize(("n_given", "n_varying"), CASES)
-def test_exactly_one_candidate_follows_from_the_given_panels(n_given: int, n_varying: int) -> None:
-    for matrix in drawn(n_given, n_varying):
-        assert [i for i, panel in enumerate(matrix.candidates) if panel == wanted(matrix)] == [matrix.right]
+def test_exactly_one_candidate_follows_from_the_given_panels(n_context: int, n_varying: int) -> None:
+    for matrix in drawn(n_context, n_varying):
+        assert [i for i, panel in enumerate(matrix.candidates) if panel == wanted(matrix)] == [matrix.target]
         assert len(set(matrix.candidates)) == 6
 
 
 @pytest.mark.parametrize(("n_given", "n_varying"), CASES)
-def test_every_look_is_as_frequent_as_others_among_the_candidates(n_given: int, n_varying: int) -> None:
-    for matrix in drawn(n_given, n_varying):
+def test_every_look_is_as_frequent_as_others_among_the_candidates(n_context: int, n_varying: int) -> None:
+    for matrix in drawn(n_context, n_varying):
         for name in VALUES:
             counts = Counter(getattr(panel, name) for panel in matrix.candidates)
             assert len(set(counts.values())) == 1, name
@@ -66,7 +66,7 @@ def test_every_look_is_as_frequent_as_others_among_the_candidates(n_given: int, 
 
 @pytest.mark.parametrize("n_varying", [1, 2, 3])
 def test_the_right_one_may_stand_anywhere(n_varying: int) -> None:
-    places = Counter(matrix.right for matrix in drawn(8, n_varying, 1201))
+    places = Counter(matrix.target for matrix in drawn(8, n_varying, 1201))
     assert all(130 < places[i] < 270 for i in range(6))  # 200 expected; five standard deviations are 65
 
 
@@ -84,10 +84,10 @@ def test_distractors_differ_in_every_kind_of_attribute() -> None:
 def test_matrices_of_training_show_and_ask_nothing_that_is_held_out() -> None:
     random = Random(5)
     for _ in range(13):
-        for n_given, n_varying in CASES:
-            matrix = training_matrix(random, RULES, n_given, n_varying)
+        for n_context, n_varying in CASES:
+            matrix = training_matrix(random, RULES, n_context, n_varying)
             assert not RULES.is_held_out(matrix.combination())
-            for panel in (*matrix.given, *matrix.candidates):
+            for panel in (*matrix.context, *matrix.candidates):
                 look = ("object", panel.size, panel.colour, panel.shape, panel.place)
                 many = ("count", panel.number, panel.colour, panel.shape)
                 assert not RULES.is_held_out(many if panel.number > 1 else look)

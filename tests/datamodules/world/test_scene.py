@@ -72,7 +72,7 @@ def test_a_scene_is_not_allowed_for_any_of_its_parts():
     held_out = next(s for s in scenes("object", 997) if RULES.is_held_out(s.own_combination())).things[0]
     places = [p for p in range(9) if p != held_out.place]
     others = Thing("ring", "red", "small", places[0]), Thing("star", "blue", "small", places[1])
-    assert not RULES.allows(Scene("group", (held_out, *others)))
+    assert not RULES.is_trainable(Scene("group", (held_out, *others)))
 
 
 @pytest.mark.parametrize("kind", ["object", "count", "pair"])

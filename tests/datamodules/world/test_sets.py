@@ -139,7 +139,7 @@ def test_demonstrations_are_of_combinations_that_training_may_have(world: Path) 
     written = {path.name for path in (world / "eval").glob("what_*")}
     assert written == {f"what_{aspect}" for aspect in ASPECTS}
     random = Random(7)
-    assert all(RULES.allows(any_scene(random, "object", RULES, held_out=False)) for _ in range(101))
+    assert all(RULES.is_trainable(any_scene(random, "object", RULES, held_out=False)) for _ in range(101))
 
 
 def test_lines_that_pages_are_asked_about_are_held_out(tasks: dict[str, Task]) -> None:
