@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.images import load
-from kosmos_lit.inference.generate import score_tokens
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 
@@ -157,8 +157,8 @@ def by_pairs(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[Lo
             paths = [part for part in request.parts if isinstance(part, Path)]
             pixels = np.stack([load(p, SIDE, "square") for p in paths]) if paths else np.zeros((0, 3, SIDE, SIDE), np.uint8)
             ids = encode_answers(request.parts, [candidate], tokenizer)
-            [[log_probs]] = score_tokens(model, [prompt], [ids], torch.from_numpy(pixels), tokenizer)
-            found.append(sum(log_probs))
+            [[log_probs]] = Engine(model, tokenizer).token_log_probs([prompt], [ids], torch.from_numpy(pixels))
+            found.append(sum(token.log_prob for token in log_probs))
     return found
 
 
@@ -201,7 +201,8 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    about = f"{machine(torch.device('cpu'))}, {a.threads} threads, {sum(p.numel() for p in model.parameters()):,} parameters"
+    n = sum(p.numel() for p in model.parameters())
+    about = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {n:,} parameters"
     print(about)
     print("set        samples  pairs   engine /s   alone /s   ratio  by CPU    differ by")
     with tempfile.TemporaryDirectory() as folder:
