@@ -311,7 +311,7 @@ def _fit_square(image: Image.Image, size: int, fit: Fit) -> Pixels:
 
 
 def _resize_and_crop(pixels: Pixels, size: int) -> Pixels:
-    """Return what `_fitted` does with fit `crop`, from (H, W, 3), as a view of what was computed."""
+    """Return (H, W, 3) pixels as `_fit_square` does with fit `crop`, as a view."""
     import torch  # here, as preparing a corpus opens images without torch
 
     height, width, _ = pixels.shape

@@ -65,11 +65,11 @@ def test_a_sample_of_several_rows_is_read_once_and_another_place_is_another_samp
     assert list(read_ledger(ledger.path)) == [SAMPLE, *others]
 
 
-@pytest.mark.parametrize("kept", [1, 7, 12, 13, 60, -2])
-def test_a_last_line_that_broke_off_is_passed_over_and_what_is_appended_to_it_is_not(tmp_path, kept):
+@pytest.mark.parametrize("n_bytes", [1, 7, 12, 13, 60, -2])
+def test_a_last_line_that_broke_off_is_passed_over_and_what_is_appended_to_it_is_not(tmp_path, n_bytes):
     ledger, other = Ledger(tmp_path / "bad.jsonl"), replace(SAMPLE, key="ä", detail='{"source": "')
     ledger.write(SAMPLE)
-    ledger.path.write_bytes(ledger.path.read_bytes() + other.to_line()[:kept])
+    ledger.path.write_bytes(ledger.path.read_bytes() + other.to_line()[:n_bytes])
     assert list(read_ledger(ledger.path)) == [SAMPLE]
     ledger.write(replace(SAMPLE, key="next"))
     assert [s.key for s in read_ledger(ledger.path)] == [SAMPLE.key, "next"]

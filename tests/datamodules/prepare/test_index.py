@@ -30,23 +30,23 @@ def prepare(shards, tokenizer_folder, tmp_path):
     """Prepare the three shards, or something else where it is said."""
 
     def run(**changes):
-        given = {"inputs": [str(shards / "*.jsonl")], "tokenizer": tokenizer_folder, "output": tmp_path / "index"}
-        return prepare_corpus(**({"format": "jsonl"} | given | changes))
+        defaults = {"inputs": [str(shards / "*.jsonl")], "tokenizer": tokenizer_folder, "output": tmp_path / "index"}
+        return prepare_corpus(**({"format": "jsonl"} | defaults | changes))
 
     return run
 
 
 def watch(monkeypatch):
     """Return a list that gets the number of every shard that is indexed from now on."""
-    done = []
+    indexed_shards = []
     original = index.index_shard
 
     def noticed(task, progress):
         original(task, progress)
-        done.append(task.shard)
+        indexed_shards.append(task.shard)
 
     monkeypatch.setattr(index, "index_shard", noticed)
-    return done
+    return indexed_shards
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_ids_take_two_bytes_while_they_fit(corpora):
 def test_the_report_says_what_was_skipped_and_where(prepare, shards):
     spoil(shards / "1.jsonl", 1)
     sample_data.write_jsonl(shards / "3.jsonl", ["one", " "])
-    shown = describe(prepare())
-    assert "jsonl, 4 shards" in shown
-    assert "line is not JSON (first: 1.jsonl, line 24)" in shown
-    assert "empty text (first: 3.jsonl, line 2)" in shown
+    report = describe(prepare())
+    assert "jsonl, 4 shards" in report
+    assert "line is not JSON (first: 1.jsonl, line 24)" in report
+    assert "empty text (first: 3.jsonl, line 2)" in report
 
 
 # ---- many processes, interruptions, repetitions
