@@ -5,7 +5,7 @@ from kosmos_lit.inference.config import GenerationConfig
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be positive, got 0"),
         ({"n_beams": -1}, "n_beams must be positive, got -1"),
