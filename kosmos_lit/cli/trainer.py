@@ -195,7 +195,7 @@ class KosmosCLI(LightningCLI):
             check_precision(config.precision, config.strategy.yaml)
         evaluation = self._get(self.config_init, "eval")
         if self.subcommand == "fit" and evaluation.every_n_steps is not None:
-            if not evaluation.named:
+            if not evaluation.enabled_tasks:
                 raise UserError(f"eval.every_n_steps is {evaluation.every_n_steps}, but there are no eval.tasks")
             kwargs["callbacks"] = [*(config.get("callbacks") or []), EvaluateTasks(evaluation)]
         plugins = config.get("plugins") or []
