@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kosmos_lit.checks.memory import memory_of
+from kosmos_lit.checks.memory import device_memory
 from kosmos_lit.costs.peaks import Precision, peak_flops
 from kosmos_lit.errors import UserError
 
@@ -68,7 +68,7 @@ def find_device(
     memory_bytes = None if memory is None else parse_bytes(memory)
     flops = None if peak is None else peak * 1e12
     if on_cpu and name is None:
-        return Device("cpu", memory_bytes or memory_of(torch.device("cpu")), flops, share)
+        return Device("cpu", memory_bytes or device_memory(torch.device("cpu")), flops, share)
     if name is None and memory_bytes is not None:
         return Device("device", memory_bytes, flops, share)
     name = name or "h100"
