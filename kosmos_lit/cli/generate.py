@@ -52,8 +52,8 @@ def generate_parser() -> argparse.ArgumentParser:
 def generate(arguments: list[str]) -> None:
     """Print a model's continuation of a prompt, or the log-likelihoods of given ones."""
     a = generate_parser().parse_args(arguments)
-    from kosmos_lit.inference.generate import GenerationConfig
-    from kosmos_lit.model import Kosmos
+    from kosmos_lit.inference.config import GenerationConfig
+    from kosmos_lit.inference.engine import load
 
     settings = {
         "max_new_tokens": a.max_new_tokens, "n_beams": a.beams, "length_penalty": a.length_penalty, "beam_stop": a.beam_stop,
@@ -61,11 +61,11 @@ def generate(arguments: list[str]) -> None:
         "no_repeat_ngram_size": a.no_repeat_ngram, "stop": a.stop, "choices": a.choices, "seed": a.seed,
     }  # fmt: skip
     GenerationConfig.from_dict(settings)  # refuses a mistake before the model is loaded
-    model = Kosmos.load(a.ckpt_path).to(_device(a.device))
+    engine = load(a.ckpt_path).to(_device(a.device))
     if not a.score:
-        print(model.generate(a.prompt, a.image, **settings))
+        print(engine.generate(a.prompt, a.image, **settings))
         return
-    for s in model.score(a.prompt, a.score, a.image):
+    for s in engine.score(a.prompt, a.score, a.image):
         row = {"text": s.text, "log_prob": s.total, "n_tokens": s.n_tokens, "mean": s.mean}
         print(json.dumps(row, ensure_ascii=False))
 

@@ -11,6 +11,7 @@ from kosmos_lit.errors import UserError
 
 if TYPE_CHECKING:
     from kosmos_lit.model import Kosmos
+    from kosmos_lit.tokenizer import Tokenizer
 
 
 def import_parser() -> argparse.ArgumentParser:
@@ -28,20 +29,25 @@ def import_parser() -> argparse.ArgumentParser:
 def import_weights(arguments: list[str]) -> None:
     """Convert weights of other projects to a model folder, or an image tower's to a tower folder."""
     a = import_parser().parse_args(arguments)
-    from kosmos_lit import weights as w
+    from kosmos_lit.weights.clip import CLIP_TYPES, import_tower
+    from kosmos_lit.weights.fairseq import from_fairseq
+    from kosmos_lit.weights.folder import check_new, save_folder
+    from kosmos_lit.weights.kosmos2 import from_transformers
+    from kosmos_lit.weights.load import model_type
 
     if not a.input.exists():
         raise UserError(f"import: no file or folder {a.input}")
     if a.tokenizer is not None and a.format != "fairseq":
         raise UserError("import: --tokenizer is for --format fairseq; other folders have a tokenizer of their own")
-    w.check_new(a.output)
-    is_clip = a.format == "transformers" and a.input.is_dir() and w.model_type(a.input) in w.CLIP_TYPES
+    check_new(a.output)
+    is_clip = a.format == "transformers" and a.input.is_dir() and model_type(a.input) in CLIP_TYPES
     if is_clip or a.format == "open_clip":
-        print(f"{a.output}: an image tower, used by\n  {w.import_tower(a.input, a.output)}")
+        print(f"{a.output}: an image tower, used by\n  {import_tower(a.input, a.output)}")
         return
-    kosmos = w.from_fairseq(a.input, a.tokenizer) if a.format == "fairseq" else w.from_transformers(a.input)
-    w.save_folder(kosmos, a.output)
-    print(_summary(a.output, kosmos))
+    is_fairseq = a.format == "fairseq"
+    model, tokenizer = from_fairseq(a.input, a.tokenizer) if is_fairseq else from_transformers(a.input)
+    save_folder(model, tokenizer, a.output)
+    print(f"{a.output}: {_summary(model, tokenizer)}")
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -59,20 +65,22 @@ def export_parser() -> argparse.ArgumentParser:
 def export_weights(arguments: list[str]) -> None:
     """Write a trained model in another format."""
     a = export_parser().parse_args(arguments)
-    from kosmos_lit.lora import merged, save_adapter
-    from kosmos_lit.weights import check_new, export_transformers, load_model, save_folder
+    from kosmos_lit.lora import merge_adapters, save_adapter
+    from kosmos_lit.weights.folder import check_new, save_folder
+    from kosmos_lit.weights.kosmos2 import export_transformers
+    from kosmos_lit.weights.load import load_model
 
     check_new(a.output)
-    kosmos = load_model(a.ckpt_path)
+    model, tokenizer = load_model(a.ckpt_path)
     if a.format == "adapter":
-        save_adapter(kosmos, a.output)
+        save_adapter(model, a.output)
         print(f"{a.output}: an adapter; put it on its base with peft or kosmos_lit.lora.load_adapter")
         return
-    kosmos = merged(kosmos)
-    (export_transformers if a.format == "transformers" else save_folder)(kosmos, a.output)
-    print(_summary(a.output, kosmos))
+    model = merge_adapters(model)
+    (export_transformers if a.format == "transformers" else save_folder)(model, tokenizer, a.output)
+    print(f"{a.output}: {_summary(model, tokenizer)}")
 
 
-def _summary(folder: Path, kosmos: Kosmos) -> str:
-    tokenizer = "no tokenizer" if kosmos.tokenizer is None else f"{kosmos.tokenizer.vocab_size:,} ids"
-    return f"{folder}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {tokenizer}"
+def _summary(model: Kosmos, tokenizer: Tokenizer | None) -> str:
+    ids = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} ids"
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters, {ids}"
