@@ -121,7 +121,7 @@ def fake_step(case: Case) -> Iterator[tuple[Kosmos, KosmosBatch, Callable[[], No
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device=setting.device)
         if case.is_compiled:
-            net.fuse()
+            net.compile_blocks()
         batch = memory.dummy_batch(setting, net.config.vision.image_size)
         compute = memory.AUTOCAST.get(setting.precision)
 

@@ -77,7 +77,7 @@ def compiled_parts(tracker: AllocationTracker, partitions: dict[Any, Partition])
         return part if recomputed else lambda module, *args, **kwargs: _run(part, module, args, kwargs, partitions, tracker)
 
     def of_tower() -> Part:
-        return lambda module, *args, **kwargs: _run(vision._plainly, module, args, kwargs, partitions, tracker)
+        return lambda module, *args, **kwargs: _run(vision._eager, module, args, kwargs, partitions, tracker)
 
     def of_loss() -> Part:
         return lambda logits, *_: (logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits))

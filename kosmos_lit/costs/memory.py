@@ -143,7 +143,7 @@ def meta_model(config: KosmosConfig, freeze: Sequence[str] = ()) -> Kosmos:
     describe(config.vision)
     if config.lora is not None:
         import peft  # noqa: F401
-    net = Kosmos.outline(config)
+    net = Kosmos.on_meta(config)
     freeze_parameters(net, list(freeze))
     return net
 
@@ -174,7 +174,7 @@ def _micro_batch_peak(net: Kosmos, setting: Setting, partitions: dict[Any, Parti
         net.to_empty(device=setting.device)
         tracker = AllocationTracker(setting.device, BATCH, COPIES)
         if compiles or (compiles is None and setting.device == "cuda"):
-            net.fuse()
+            net.compile_blocks()
             stack.enter_context(compiled_parts(tracker, partitions))
         stack.enter_context(tracker)
         tracker.add_weights(net, WEIGHTS)
