@@ -19,7 +19,7 @@ def plan_parser() -> argparse.ArgumentParser:
         "and prepares nothing. Exit code 0: the run can start; 1: there are contradictions.",
         epilog="All other arguments are those of fit: -c CONFIG, overrides. Where corpora are indexed, tokens are counted; "
         "where not, they are those of typical documents. Memory is that of the model's own code, run on tensors "
-        "without storage, at its fullest moment; operations are counted as docs/figures.md says.",
+        "without storage, at its fullest moment; operations are counted as docs/metrics.md says.",
     )
     parser.add_argument("--devices", type=_positive, default=None, help="devices a node, instead of trainer.devices")
     parser.add_argument("--nodes", type=_positive, default=None, help="instead of trainer.num_nodes")

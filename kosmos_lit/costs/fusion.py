@@ -76,7 +76,7 @@ def fused(allocations: Allocations, cuts: dict[Any, Cut]) -> Iterator[None]:
 
     def of_block(part: Part) -> Part:
         # What is chosen by hand to be computed again is so without a cut.
-        chosen = part in (block._before_again, block._after_again)
+        chosen = part in (block._recomputed_before, block._recomputed_after)
         return part if chosen else lambda module, *args, **kwargs: _run(part, module, args, kwargs, cuts, allocations)
 
     def of_tower() -> Part:
