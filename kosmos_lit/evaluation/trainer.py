@@ -16,6 +16,7 @@ from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.progress import metrics_table
 from kosmos_lit.evaluation.results import METRICS
 from kosmos_lit.evaluation.runner import Evaluation
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.strategy import NET, ShardedStrategy
 from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
@@ -103,7 +104,9 @@ class EvaluatedLit(KosmosLit):
         net = whole_net.enter_context(self.full_net())
         model_info = data.model_info | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
-        evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, model_info=model_info, ranks=ranks)
+        evaluation = Evaluation(
+            Engine(net, self.tokenizer), data.config, data.folder, model_info=model_info, ranks=ranks
+        )
         self._evaluation = RunningEvaluation(evaluation, whole_net)
 
     def test_step(self, batch: KosmosBatch | str, batch_idx: int) -> None:
