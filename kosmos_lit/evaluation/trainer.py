@@ -90,7 +90,7 @@ class EvaluatedLit(KosmosLit):
         """Raises: UserError naming missing and unexpected tensors of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
         data: object = self._data if attached_trainer(self) is not None else None
-        # The sharded strategy checks the tensors when it loads them; here they may be shards already.
+        # The sharded strategy checks the tensors itself, when each rank loads its shards.
         if isinstance(data, EvaluationData) and not isinstance(self._strategy, ShardedStrategy):
             tensors = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
             check_shapes(shapes_of(tensors), shapes_of(self.net.state_dict()), str(data.model_info["checkpoint"]))
