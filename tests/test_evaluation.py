@@ -15,9 +15,9 @@ from kosmos_lit.cli import main
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights import save_folder
+from tests.cli_runs import TINY, losses, tiny_run
 from tests.kosmos_lit.evaluation.asking import draw
 from tests.ranks import on_ranks
-from tests.running import TINY, losses, tiny_run
 
 TASKS = "tests.kosmos_lit.evaluation.asking."
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]

@@ -13,8 +13,8 @@ from datamodules.corpus import MANIFEST, IndexedCorpus, place, read_manifest, sp
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.errors import UserError
+from tests.cli_runs import ROOT
 from tests.datamodules import made
-from tests.running import ROOT
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Running the command line as a user does, on a world of a few hundred images."""
+"""Run the command line as a user does, on a world of a few hundred images."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def start(arguments: list[str], **kwargs: object) -> subprocess.Popen[str]:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `python main.py ...` to its end."""
+    """Run `python main.py ...` and wait for it."""
     process = start(arguments)
     out, err = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 def losses(folder: Path) -> dict[int, str]:
-    """Return the training loss of each step over all starts of a run, as it was written."""
+    """Return the logged training loss of each step, over all starts of a run."""
     return {step: row["train/loss"] for step, row in logged(folder).items()}
