@@ -28,15 +28,15 @@ def ask_captions(
     """Yield questions about caption pairs' images; those that cannot be decoded are left out."""
     asked = list(islice(documents, MOST // 4))
     for first in range(0, len(asked), BATCH):
-        images, answers = [], []
+        images, targets = [], []
         for document in asked[first : first + BATCH]:
             decoded = _decoded_images(corpus, document, image_size)
             if decoded is not None:
                 images.append(decoded[0])
-                answers.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
-        if n := len(answers):
+                targets.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
+        if n := len(targets):
             yield PromptBatch(
-                prompts=[prompt] * n, images=_stack(images, image_size), n_images=[1] * n, answers=answers,
+                prompts=[prompt] * n, images=_stack(images, image_size), n_images=[1] * n, targets=targets,
                 tasks=["caption"] * n,
             )  # fmt: skip
 
@@ -66,13 +66,13 @@ def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: RenderOptio
 
 
 def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: RenderOptions) -> PromptBatch:
-    tokens, images_of, answers = zip(*kept, strict=True)
+    tokens, images_of, targets = zip(*kept, strict=True)
     return PromptBatch(
         prompts=[_readable(ids, r.tokenizer) for ids in tokens],
         images=_stack([image for decoded in images_of for image in decoded], r.image_size),
         n_images=[len(decoded) for decoded in images_of],
-        answers=answers,
-        tasks=["instruct"] * len(answers),
+        targets=targets,
+        tasks=["instruct"] * len(targets),
         tokens=tokens,
     )
 

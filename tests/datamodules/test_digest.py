@@ -14,7 +14,7 @@ from datamodules.corpus import StoredImage
 from datamodules.stream import PlacedDocument, Row, Stream
 from kosmos_lit.batch import DIGEST_MASK
 from kosmos_lit.tokenizer import IGNORE
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 NUMBERS = st.integers(0, 2**40)
 
@@ -70,7 +70,7 @@ def _moved(parts, n, name):
 @given(row=rows(), n=st.integers(1, 1000))
 def test_a_row_that_differs_in_anything_has_another_digest(what, row, n):
     other = OTHER[what](row, n)
-    if made.plain(other) != made.plain(row):
+    if sample_data.plain(other) != sample_data.plain(row):
         assert other.digest() != row.digest()
 
 
@@ -89,7 +89,7 @@ def test_every_field_of_a_row_decides_its_digest_or_follows_from_those_that_do()
 
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer) -> Stream:
-    return made.stream(corpora, tokenizer.special)
+    return sample_data.stream(corpora, tokenizer.special)
 
 
 def test_no_two_rows_of_a_stream_have_the_same_digest(stream):
