@@ -38,7 +38,7 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.step import show
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.cli.trainer import NOISE, KosmosCLI
 from kosmos_lit.lit import KosmosLit
 
@@ -122,7 +122,7 @@ class Loop:
         lit.configure_model()
         net, c = lit.net.to(device).train(), lit.optimizer_config
         if device.type == "cuda":  # as in a run
-            net.fuse()
+            net.compile_blocks()
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -189,7 +189,8 @@ def run(folder: Path, models: Sequence[str], n_steps: int, n_rounds: int, *, pro
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     results: dict[str, Any] = {
-        "machine": machine(torch.device("cpu")), "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
+        "machine": describe_device(torch.device("cpu")),
+        "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
     }  # fmt: skip
     print("; ".join(f"{name} {value}" for name, value in results.items()), flush=True)
     for name in models:

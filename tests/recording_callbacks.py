@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.sharding.shards import local
+from kosmos_lit.sharding.shards import local_shard
 from kosmos_lit.tokenizer import IGNORE, PAD
 
 
@@ -67,9 +67,9 @@ class RecordWeights(Callback):
         parameters = list(pl_module.parameters())
         state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
         held = {
-            "trained": sum(local(p).numel() for p in parameters if p.requires_grad),
-            "frozen": sum(local(p).numel() for p in parameters if not p.requires_grad),
-            "state": sum(local(value).numel() for value in state if value.ndim),  # Adam's step count has no dimension
+            "trained": sum(local_shard(p).numel() for p in parameters if p.requires_grad),
+            "frozen": sum(local_shard(p).numel() for p in parameters if not p.requires_grad),
+            "state": sum(local_shard(value).numel() for value in state if value.ndim),  # Adam's step count has no dimension
             "dtypes": sorted({str(t.dtype) for t in [*parameters, *state]}),
         }
         path = Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json"

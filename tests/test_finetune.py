@@ -11,15 +11,17 @@ import pytest
 import torch
 import yaml
 
-from kosmos_lit.checkpoint import WholeCheckpointIO, load_checkpoint
+from kosmos_lit.checkpoint import AtomicCheckpointIO, load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.init_from import freeze, initialise_from
-from kosmos_lit.lora import base_weights, load_adapter, merged
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.init_from import freeze, from_pretrained
+from kosmos_lit.lora import base_weights, load_adapter, merge_adapters
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.weights import save_folder
+from kosmos_lit.weights.folder import save_folder
+from kosmos_lit.weights.load import load_model
 from tests.cli_runs import losses, tiny_run
 
 LORA = ["--model.kosmos.lora.rank=3", "--model.kosmos.lora.alpha=6"]
@@ -72,19 +74,19 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 def test_a_model_starts_with_the_weights_and_tokenizer_of_a_checkpoint(base_checkpoint: Path, config: KosmosConfig) -> None:
     weights = load_checkpoint(base_checkpoint)["state_dict"]
 
-    model = initialise_from(str(base_checkpoint), config)
+    model, tokenizer = from_pretrained(str(base_checkpoint), config)
 
     assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in model.state_dict().items())
-    assert model.tokenizer is not None
+    assert tokenizer is not None
 
 
 def test_an_exported_folder_gives_the_same_start(base_checkpoint: Path, config: KosmosConfig, tmp_path: Path) -> None:
     folder = str(tmp_path / "model")
     assert main(["export", "--ckpt_path", str(base_checkpoint), "--format", "safetensors", "--output", folder]) == 0
 
-    one, other = initialise_from(folder, config), initialise_from(str(base_checkpoint), config)
+    one, other = from_pretrained(folder, config), from_pretrained(str(base_checkpoint), config)
 
-    assert changed(one.state_dict(), other.state_dict()) == set()
+    assert changed(one.model.state_dict(), other.model.state_dict()) == set()
     assert one.tokenizer is not None
     assert other.tokenizer is not None
     assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
@@ -108,7 +110,7 @@ def test_a_vocabulary_may_have_more_rows(base_checkpoint: Path, config: KosmosCo
     larger = replace(config, decoder=replace(config.decoder, vocab_size=311))
     rows = load_checkpoint(base_checkpoint)["state_dict"]["net.decoder.embed_tokens.weight"]
 
-    embeddings = initialise_from(str(base_checkpoint), larger).decoder.embed_tokens.weight
+    embeddings = from_pretrained(str(base_checkpoint), larger).model.decoder.embed_tokens.weight
 
     assert torch.equal(embeddings[: len(rows)], rows)
     assert len(embeddings) == 311
@@ -116,10 +118,12 @@ def test_a_vocabulary_may_have_more_rows(base_checkpoint: Path, config: KosmosCo
 
 
 def test_fewer_rows_do_not_keep_the_storage_of_the_others(base_checkpoint: Path, config: KosmosConfig) -> None:
-    n_ids = Kosmos.load(base_checkpoint)._own_tokenizer.vocab_size
+    tokenizer = load_model(base_checkpoint).tokenizer
+    assert tokenizer is not None
+    n_ids = tokenizer.vocab_size
     smaller = replace(config, decoder=replace(config.decoder, vocab_size=n_ids))
 
-    embeddings = initialise_from(str(base_checkpoint), smaller).decoder.embed_tokens.weight
+    embeddings = from_pretrained(str(base_checkpoint), smaller).model.decoder.embed_tokens.weight
 
     assert torch.equal(embeddings, load_checkpoint(base_checkpoint)["state_dict"]["net.decoder.embed_tokens.weight"][:n_ids])
     assert embeddings.untyped_storage().nbytes() == n_ids * 24 * 4
@@ -131,7 +135,7 @@ def test_only_missing_parameters_are_drawn(
     monkeypatch.setattr(Kosmos, "init", lambda _: pytest.fail("all parameters were drawn"))
     before = torch.get_rng_state()
 
-    initialise_from(str(base_checkpoint), replace(config, lora=LoraConfig(rank=3)), 5)
+    from_pretrained(str(base_checkpoint), replace(config, lora=LoraConfig(rank=3)), 5)
 
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -139,7 +143,7 @@ def test_only_missing_parameters_are_drawn(
 def test_missing_parameters_are_drawn_from_the_seed(base_checkpoint: Path, config: KosmosConfig) -> None:
     wider = replace(config, decoder=replace(config.decoder, vocab_size=311), lora=LoraConfig(rank=3))
 
-    one, same, other = (initialise_from(str(base_checkpoint), wider, seed).state_dict() for seed in (5, 5, 7))
+    one, same, other = (from_pretrained(str(base_checkpoint), wider, seed).model.state_dict() for seed in (5, 5, 7))
 
     assert changed(one, same) == set()
     missing = {name for name in one if ".lora_A." in name} | {"decoder.embed_tokens.weight"}
@@ -149,10 +153,11 @@ def test_missing_parameters_are_drawn_from_the_seed(base_checkpoint: Path, confi
 def test_a_half_precision_folder_gives_a_float32_start_that_trains(
     base_checkpoint: Path, config: KosmosConfig, tmp_path: Path
 ) -> None:
-    half = Kosmos.load(base_checkpoint).bfloat16()
-    save_folder(half, tmp_path / "half")
+    model, tokenizer = load_model(base_checkpoint)
+    half = model.bfloat16()
+    save_folder(half, tokenizer, tmp_path / "half")
 
-    model = initialise_from(str(tmp_path / "half"), config)
+    model = from_pretrained(str(tmp_path / "half"), config).model
 
     assert all(torch.equal(tensor, half.state_dict()[name].float()) for name, tensor in model.state_dict().items())
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
@@ -168,8 +173,8 @@ def test_a_checkpoint_of_another_architecture_is_refused_naming_every_field(
     assert finetune(tmp_path, tiny_world, task, base_checkpoint, *more) == 2
 
     message = capsys.readouterr().err
-    assert "decoder.ffn_dim is 48 there, 52 here" in message
-    assert "decoder.positions is 'xpos' there, 'learned' here" in message
+    assert "decoder.ffn_dim is 48 in the checkpoint, 52 in the run" in message
+    assert "decoder.positions is 'xpos' in the checkpoint, 'learned' in the run" in message
 
 
 def test_a_checkpoint_with_another_tokenizer_is_refused(
@@ -183,7 +188,7 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(
     other = load_checkpoint(base_checkpoint) | {
         "tokenizer": torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8)
     }
-    WholeCheckpointIO().save_checkpoint(other, tmp_path / "other.ckpt")
+    AtomicCheckpointIO().save_checkpoint(other, tmp_path / "other.ckpt")
 
     assert finetune(tmp_path, tiny_world, task, tmp_path / "other.ckpt") == 2
 
@@ -262,7 +267,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, base_checkpoint: Path, tin
 
 
 def test_adapters_train_and_the_base_stays(adapted: Path, base_checkpoint: Path) -> None:
-    model, weights = Kosmos.load(last(adapted)), load_checkpoint(base_checkpoint)["state_dict"]
+    model, weights = load_model(last(adapted)).model, load_checkpoint(base_checkpoint)["state_dict"]
 
     assert all(torch.equal(tensor, weights[f"net.{name}"]) for name, tensor in base_weights(model).items())
     assert any(tensor.abs().max() > 0 for name, tensor in model.state_dict().items() if ".lora_B." in name)
@@ -278,11 +283,12 @@ def test_a_run_with_adapters_in_two_parts_equals_one(
 
 
 def test_a_start_from_adapters_merges_them_or_keeps_them(adapted: Path, config: KosmosConfig) -> None:
-    model = Kosmos.load(last(adapted))
+    model = load_model(last(adapted)).model
 
-    plain, same = initialise_from(str(last(adapted)), config), initialise_from(str(last(adapted)), model.config)
+    plain = from_pretrained(str(last(adapted)), config).model
+    same = from_pretrained(str(last(adapted)), model.config).model
 
-    assert changed(plain.state_dict(), merged(model).state_dict()) == set()
+    assert changed(plain.state_dict(), merge_adapters(model).state_dict()) == set()
     assert changed(same.state_dict(), model.state_dict()) == set()
 
 
@@ -304,28 +310,30 @@ def test_adapters_are_exported_merged_or_alone(adapted: Path, base_checkpoint: P
     assert main([*export, "--format", "safetensors", "--output", str(tmp_path / "merged")]) == 0
     assert main([*export, "--format", "adapter", "--output", str(tmp_path / "adapter")]) == 0
 
-    exported, reloaded = Kosmos.load(tmp_path / "merged"), load_adapter(Kosmos.load(base_checkpoint), tmp_path / "adapter")
+    merged = load_model(tmp_path / "merged").model
+    again = load_adapter(load_model(base_checkpoint).model, tmp_path / "adapter")
 
-    assert exported.config.lora is None
-    assert changed(exported.state_dict(), merged(Kosmos.load(last(adapted))).state_dict()) == set()
-    assert changed(exported.state_dict(), merged(reloaded).state_dict()) == set()
+    assert merged.config.lora is None
+    assert changed(merged.state_dict(), merge_adapters(load_model(last(adapted)).model).state_dict()) == set()
+    assert changed(merged.state_dict(), merge_adapters(again).state_dict()) == set()
 
 
-def test_a_model_with_adapters_generates_the_text_of_the_merged_one(adapted: Path) -> None:
-    model = Kosmos.load(last(adapted))
+def test_a_model_with_adapters_generates_what_the_merged_one_does(adapted: Path) -> None:
+    model, tokenizer = load_model(last(adapted))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
     image = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
 
-    text = model.generate("a red", [image], max_new_tokens=11)
+    def text(model: Kosmos) -> str:
+        return Engine(model, tokenizer).generate("a red", [image], max_new_tokens=11)
 
-    assert text == merged(model).generate("a red", [image], max_new_tokens=11)
-    assert text != Kosmos.load(last(adapted)).generate("a red", [image], max_new_tokens=11)
+    assert text(model) == text(merge_adapters(model))
+    assert text(model) != text(load_model(last(adapted)).model)
 
 
-def test_a_checkpoint_with_adapters_does_not_resume_a_run_without(
+def test_adapters_do_not_resume_a_run_without(
     adapted: Path, base_checkpoint: Path, tiny_world: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune(adapted, tiny_world, task, base_checkpoint, "--trainer.max_steps=5", "--ckpt_path=last") == 2

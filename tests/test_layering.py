@@ -24,27 +24,31 @@ LAYOUT = """
     tasks
     evaluation
     lit
-    sharding checks costs lora init_from checkpoint corpus_loss
+    resume
+    sharding checks costs lora init_from corpus_loss trainer_internals
     inference
     weights
+    checkpoint
     model
     vision connector decoder
-    layers
+    layers state_dicts
     ops
-    tokenizer
     batch
+    tokenizer
     images
     config
     errors files terminal _version
 """
-"""Packages and files of kosmos_lit from the top down; each imports itself and what stands on lower lines."""
+"""Places of kosmos_lit from the top down: a line imports what stands below it, and within a line a place imports itself.
+
+`checkpoint` knows files and configurations only, so weights are loaded by it. `batch` speaks of ids, which are the
+tokenizer's. `state_dicts` reads the files of a pretrained tower, which `vision` needs to be built.
+"""
 PEERS = {
     ("init_from", "lora"),
     ("checks", "costs"),
     ("checks", "sharding"),
     ("costs", "init_from"),
-    ("sharding", "checkpoint"),
-    ("lora", "checkpoint"),
 }
 """Allowed imports within a line: (importer, imported). The modules on how a model is trained are one layer."""
 CONTRACT = {"tokenizer", "batch", "images", "config", "errors", "files", "terminal"}

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.synthetic_batches import SyntheticBatches
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.peaks import peak_flops
@@ -167,12 +167,14 @@ class Bench:
         """Return a float32 model in training mode on the device, fused as in a run on a GPU, or plain."""
         model = Kosmos.create(config).to(self.device).train()
         if fused and self.use_compile:
-            model.fuse()
+            model.compile_blocks()
         return model
 
     def synthetic(self) -> SyntheticBatches:
         s = self.sizes
-        return SyntheticBatches(SpecialTokens.after(s.vocab - 128), ConnectorConfig().n_latents, s.image_size, s.seq_len)
+        return SyntheticBatches(
+            SpecialTokens.for_pieces(s.vocab - 128), ConnectorConfig().n_latents, s.image_size, s.seq_len
+        )
 
     def batch(self, shares: Mapping[str, int]) -> KosmosBatch:
         """Return a micro-batch on the device, with the given number of rows of each kind."""
@@ -221,7 +223,7 @@ class Record:
     def __init__(self, path: Path | None, bench: Bench) -> None:
         self.path, self.bench = path, bench
         self.contents: dict[str, Any] = {
-            "machine": machine(bench.device), "tiny": bench.tiny, "steps": bench.n_steps, "results": bench.results,
+            "machine": describe_device(bench.device), "tiny": bench.tiny, "steps": bench.n_steps, "results": bench.results,
             "errors": {},
         }  # fmt: skip
 
