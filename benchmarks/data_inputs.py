@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.images import made
+from benchmarks.images import make_jpeg
 from datamodules import MixtureData
 from datamodules.config import CorpusConfig, Format, TokenizerConfig
 
@@ -109,7 +109,7 @@ def _write_texts(path: Path, n_texts: int) -> None:
 def _write_pairs(folder: Path, name: str, n_pairs: int) -> None:
     """Write the three members of each pair that img2dataset writes."""
     width, height, quality = SHAPES[name]
-    images = [made(width, height, quality, seed) for seed in range(min(DISTINCT, n_pairs))]
+    images = [make_jpeg(width, height, quality, seed) for seed in range(min(DISTINCT, n_pairs))]
     digests = [hashlib.sha256(image).hexdigest() for image in images]
     words = Words(seed=2)
     folder.mkdir(parents=True, exist_ok=True)

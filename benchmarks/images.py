@@ -42,7 +42,7 @@ BANDS = [(0, 128), (128, 224), (224, 257), (257, 512), (512, 1 << 30)]
 Pixels = npt.NDArray[np.uint8]
 
 
-def made(width: int, height: int, quality: int, seed: int) -> bytes:
+def make_jpeg(width: int, height: int, quality: int, seed: int) -> bytes:
     """Return a JPEG (4:2:0) with the edges and the spectrum of a photograph."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[: 2 * height, : 2 * width] / 2
@@ -142,7 +142,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     cases = {
-        f"{width} x {height}, quality {quality}": [made(width, height, quality, seed) for seed in range(a.images)]
+        f"{width} x {height}, quality {quality}": [make_jpeg(width, height, quality, seed) for seed in range(a.images)]
         for width, height in SIZES
         for quality in QUALITIES
     }

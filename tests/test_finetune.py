@@ -302,7 +302,7 @@ def test_a_checkpoint_with_adapters_generates_and_predicts(
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     predictions = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
     assert len(predictions) == 7
-    assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in predictions)
+    assert all(row["prompt"].startswith("<image> ") and row["target"] for row in predictions)
 
 
 def test_adapters_are_exported_merged_or_alone(adapted: Path, base_checkpoint: Path, tmp_path: Path) -> None:

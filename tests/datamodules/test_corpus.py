@@ -116,9 +116,11 @@ def test_a_shard_that_has_become_shorter_is_noticed(tokenizer_folder, tmp_path):
 def test_opening_a_hundred_million_documents_takes_less_than_100_megabytes(tmp_path):
     """In a fresh process, with 200,000 shards in the manifest; the columns are holes in files."""
     sparse_index(tmp_path / "index", 10**8, 200_000)
-    done = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path / "index")], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["MB opened"] < 100  # 63 were measured: the manifest
+    process = subprocess.run(
+        [sys.executable, "-c", PROBE, str(tmp_path / "index")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["MB opened"] < 100  # 63 were measured: the manifest
 
 
 def test_the_paths_of_shards_are_those_of_the_manifest(corpora):
@@ -167,15 +169,15 @@ def test_text_that_has_changed_is_refused_and_text_that_is_gone_is_not(tokenizer
 
 def test_answer_targets_are_counted_for_the_documents_that_are_asked_for(examples, monkeypatch):
     def plain(document):
-        said = examples.document_supervised(document).astype(int)
-        return int(said.sum() + (np.diff(said, append=0) == -1).sum())
+        supervised = examples.document_supervised(document).astype(int)
+        return int(supervised.sum() + (np.diff(supervised, append=0) == -1).sum())
 
-    wanted = np.array([11, 3, 3, 0, 31, 7])
+    documents = np.array([11, 3, 3, 0, 31, 7])
     monkeypatch.setattr("datamodules.corpus.DOCUMENTS", 2)
-    assert examples.answer_targets(wanted).tolist() == [plain(d) for d in wanted]
+    assert examples.answer_targets(documents).tolist() == [plain(d) for d in documents]
     every = np.arange(examples.n_documents)
     assert examples.answer_targets(every).tolist() == [plain(d) for d in every.tolist()]
-    assert examples.answer_targets(wanted[:0]).tolist() == []
+    assert examples.answer_targets(documents[:0]).tolist() == []
 
 
 def test_text_has_no_count_of_answer_targets(corpora):
