@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from kosmos_lit.cli import VERBS, verbs
-from kosmos_lit.cli.report import report_parser
+from kosmos_lit.cli import VERBS, generate, prepare, report, rows, weights
 from kosmos_lit.cli.trainer import KosmosCLI
 from tests.cli_runs import ROOT
 
+PARSERS = {
+    "prepare": prepare.prepare_parser,
+    "generate": generate.generate_parser,
+    "import": weights.import_parser,
+    "export": weights.export_parser,
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -61,12 +66,12 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
 def assert_parses(verb: str, arguments: list[str]) -> None:
     assert verb in VERBS
     if verb == "report":
-        assert report_parser().parse_args(arguments).folders
-    elif verb in ("prepare", "generate", "import", "export"):
-        assert getattr(verbs, f"{verb}_parser")().parse_args(arguments)
+        assert report.report_parser().parse_args(arguments).folders
+    elif verb in PARSERS:
+        assert PARSERS[verb]().parse_args(arguments)
     else:
         if verb == "rows":
-            _, arguments = verbs.rows_parser().parse_known_args(arguments)
+            _, arguments = rows.rows_parser().parse_known_args(arguments)
         if "--ckpt_path" in arguments:
             at = arguments.index("--ckpt_path")
             arguments = arguments[:at] + arguments[at + 2 :]
