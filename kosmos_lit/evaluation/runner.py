@@ -141,11 +141,13 @@ class Evaluation:
         """
         task, samples, store = self.config.enabled_tasks[name], self.samples[name], Store(self.folder / name)
         keys = [sample.key for sample in samples]
+        # One rank merges the files of an earlier start, which may have had another number of ranks.
         done = self._on_rank_zero(lambda: store.gather(keys))
         pool = read_pool(name, task)
         controlled: Sequence[Sample | None] = samples
         if self.config.image_control == "shuffled":
             controlled = shuffle_images(samples, task.seed)
+        # Every n-th sample, not a block: datasets are often sorted by class or length, and ranks should take equally long.
         remaining = [i for i, key in enumerate(keys) if key not in done][self.ranks.rank :: self.ranks.world_size]
         is_quiet = self.quiet or self.ranks.rank > 0
         progress = TaskProgress(name, len(samples), len(done & set(keys)), self.ranks.world_size, quiet=is_quiet)
@@ -168,6 +170,7 @@ class Evaluation:
         """Merge the results of all ranks, and write the task's entry to `metrics.json` beside those of other tasks."""
         store.gather(keys)
         expected = set(keys)
+        # The folder may have more, from a start with a larger max_samples: they stay, but do not count.
         results = [result for result in store.results() if result.key in expected]
         answered = [(result.key, result.outcome) for result in results if result.outcome is not None]
         outcomes = task.add_corpus_scores([outcome for _, outcome in answered])
@@ -193,6 +196,7 @@ class Evaluation:
         failed_keys = [result.key for result in results if result.failure is not None]
         for file, text in task.submission_files(outcomes, failed_keys).items():
             write_atomically(self.folder / name / file, text.encode())
+        # Last: a folder with this entry has all other files of the task.
         content = json.dumps(without_nan(evaluation), indent=1, ensure_ascii=False)
         write_atomically(self.folder / METRICS, content.encode())
         return entry

@@ -127,6 +127,7 @@ class RequestScheduler:
             yield failed
         queue = make_batches(items, self.batch_tokens)
         with ThreadPoolExecutor(N_READERS) as readers:
+            # One batch ahead: more would only hold more images in memory.
             ahead = [self._start_reading(batch, readers) for batch in queue[:1]]
             for batch, following in zip_longest(queue, queue[1:]):
                 pixels = {path: reading.result() for path, reading in ahead.pop().items()}
@@ -185,6 +186,7 @@ class RequestScheduler:
         """Return the largest number of tokens that generation takes; `n_steps_of` keeps it by the choices."""
         if not settings.choices:
             return settings.max_new_tokens
+        # ImageNet has 1,000 choices and 50,000 samples: the trie's depth is computed once.
         key = (str(settings.max_new_tokens), *settings.choices)
         if key not in n_steps_of:
             try:
@@ -208,6 +210,7 @@ class RequestScheduler:
     ) -> list[IndexedResponse]:
         responses: list[IndexedResponse] = []
         items = []
+        # A merged item has the requests of one sample, so all of them fail with an image of one.
         for item in batch:
             unreadable = next((p for path, _ in item.images if isinstance(p := pixels[path], Failure)), None)
             if unreadable is None:

@@ -40,7 +40,7 @@ class TrainerRanks:
 class EvaluationData(L.LightningDataModule):
     """The tasks of an evaluation as a data module, in the place of corpora."""
 
-    kinds: Mapping[str, int] = {}
+    kinds: Mapping[str, int] = {}  # of corpora: none
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class EvaluationData(L.LightningDataModule):
 
     def test_dataloader(self) -> Sequence[str]:
         """Return the names of the tasks."""
+        # Lightning iterates over any sequence; each name is the batch of one test step.
         return list(self.config.enabled_tasks)
 
 
