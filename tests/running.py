@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kosmos_lit.cli.verify_resume import logged
+from kosmos_lit.cli.verify_resume import read_log
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
@@ -36,4 +36,4 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def losses(folder: Path) -> dict[int, str]:
     """Return the training loss of each step over all starts of a run, as it was written."""
-    return {step: row["train/loss"] for step, row in logged(folder).items()}
+    return {step: row["train/loss"] for step, row in read_log(folder).items()}

@@ -127,7 +127,7 @@ def test_an_interrupted_evaluation_says_how_to_continue(
 
     assert main(command) == 130
 
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     lines = (tmp_path / "out/dying/samples.0.part").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["s0", "s1", "s2", "s3"]
     assert main(command) == 0

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from kosmos_lit.cli import VERBS, verbs
-from kosmos_lit.cli.report import report_parser
+from kosmos_lit.cli import VERBS, generate, prepare, report, rows, weights
 from kosmos_lit.cli.trainer import KosmosCLI
 from tests.running import ROOT
 
+PARSERS = {
+    "prepare": prepare.prepare_parser,
+    "generate": generate.generate_parser,
+    "import": weights.import_parser,
+    "export": weights.export_parser,
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -61,12 +66,12 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
 def assert_parses(verb: str, rest: list[str]) -> None:
     assert verb in VERBS
     if verb == "report":
-        assert report_parser().parse_args(rest).folders
-    elif verb in ("prepare", "generate", "import", "export"):
-        assert getattr(verbs, f"{verb}_parser")().parse_args(rest)
+        assert report.report_parser().parse_args(rest).folders
+    elif verb in PARSERS:
+        assert PARSERS[verb]().parse_args(rest)
     else:
         if verb == "rows":
-            _, rest = verbs.rows_parser().parse_known_args(rest)
+            _, rest = rows.rows_parser().parse_known_args(rest)
         if "--ckpt_path" in rest:
             at = rest.index("--ckpt_path")
             rest = rest[:at] + rest[at + 2 :]
