@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from kosmos_lit.checks.machine import machine
+from kosmos_lit.preflight.run import read_run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -40,7 +41,6 @@ from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.memory import Setting, estimate
 from kosmos_lit.model import Kosmos
 from kosmos_lit.preflight.estimates import Device, estimates, setting_of
-from kosmos_lit.preflight.run import read_run
 from kosmos_lit.terminal import table, write_line
 
 RECIPES: dict[str, tuple[str, ...]] = {
