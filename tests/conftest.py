@@ -1,4 +1,4 @@
-"""Fixtures that the tests of both packages share: a small tokenizer, small raw files, and what is prepared from them."""
+"""Fixtures of both packages' tests: a small tokenizer, small raw files, and the corpora prepared from them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.cli import main
 from kosmos_lit.tokenizer import Tokenizer
+from tests.cli_runs import tiny_run
 from tests.datamodules import sample_data
-from tests.running import tiny_run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,7 +42,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Raw files of every format, all of them sound; see `sample_data.write_raw`."""
+    """Valid raw files of every format; see `sample_data.write_raw`."""
     folder = tmp_path_factory.mktemp("raw")
     sample_data.write_raw(folder)
     return folder
@@ -76,7 +76,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Path:
-    """The folder of a run of six steps; a test must not change it."""
+    """The folder of a run of six steps, shared by tests, which must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     assert main(tiny_run("fit", folder, tiny_world)) == 0
     return folder

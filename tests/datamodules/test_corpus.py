@@ -13,8 +13,8 @@ from datamodules.corpus import MANIFEST, IndexedCorpus, pack_place, read_manifes
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.errors import UserError
+from tests.cli_runs import ROOT
 from tests.datamodules import sample_data
-from tests.running import ROOT
 
 
 @pytest.fixture

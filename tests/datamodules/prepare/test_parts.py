@@ -20,8 +20,8 @@ from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources.tar import TarReader
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
+from tests.cli_runs import run, start
 from tests.datamodules import sample_data
-from tests.running import run, start
 
 N_SHARDS = 5
 

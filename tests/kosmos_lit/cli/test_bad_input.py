@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kosmos_lit.cli import main
-from tests.running import ROOT, tiny_run
+from tests.cli_runs import ROOT, tiny_run
 
 Mistake = Callable[..., str]
 

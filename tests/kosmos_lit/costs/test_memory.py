@@ -25,7 +25,7 @@ from kosmos_lit.costs.memory import EstimateError, Memory, MicroBatch, Setting, 
 from kosmos_lit.errors import UserError
 from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
-from tests.running import losses, tiny_run
+from tests.cli_runs import losses, tiny_run
 
 BATCH = MicroBatch(rows=3, seq_len=211, n_images=5, n_targets=431)
 TOWER = {"embed_dim": 96, "vision_cfg": {"image_size": 56, "patch_size": 14, "width": 96, "layers": 3, "head_width": 32}}

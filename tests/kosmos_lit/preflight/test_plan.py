@@ -17,12 +17,12 @@ from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.errors import UserError
 from kosmos_lit.preflight.devices import parse_bytes
-from tests.running import tiny_run
+from tests.cli_runs import tiny_run
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PAPER = ("-c", str(CONFIGS / "kosmos1.yaml"), "--data.tokenizer.path=no/such/tokenizer", "--data.micro_batch_rows=1")
 LONGER = ("--trainer.max_steps=61", "--model.optimizer.total_steps=61")
-COUNTING = '--trainer.callbacks+={"class_path": "tests.counting.CountReading"}'
+COUNTING = '--trainer.callbacks+={"class_path": "tests.recording_callbacks.CountTrainingData"}'
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def read(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> dict[str
     """What 61 steps of the small run read, as its batches count it: several epochs of one source, parts of one of others."""
     folder = tmp_path_factory.mktemp("read")
     assert main(tiny_run("fit", folder, tiny_world, *LONGER, COUNTING)) == 0
-    found: dict[str, int] = json.loads((folder / "reading.json").read_text(encoding="utf-8"))
+    found: dict[str, int] = json.loads((folder / "training_data.json").read_text(encoding="utf-8"))
     return found
 
 
