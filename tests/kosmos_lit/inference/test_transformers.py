@@ -125,11 +125,10 @@ PENALTY, NGRAM = {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}
 RULES = [{}, PENALTY, NGRAM, {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3}]
 
 
-@pytest.mark.parametrize("rules", RULES, ids=str)
-@pytest.mark.parametrize("n_images", [0, 1, 3])
+@pytest.mark.parametrize(("n_images", "rules"), [(0, {}), (3, {}), *((1, rules) for rules in RULES)], ids=str)
 def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_images: int, rules: dict[str, Any]):
     made = []
-    for seed in range(3):
+    for seed in range(5):
         prompt, images = pair.prompt(3 + seed, n_images, seed), pair.random_images(n_images)
         settings = {"max_new_tokens": 17}
         made += pair.ours(kosmos_tokenizer, [prompt], images, **settings, **rules)
