@@ -23,7 +23,7 @@ from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.cli.verify_resume import compare, read_log
-from tests.running import tiny_run
+from tests.cli_runs import tiny_run
 
 pytestmark = pytest.mark.xdist_group("changes")  # one worker: its runs are made once
 

@@ -29,8 +29,6 @@ from kosmos_lit.inference.engine import Engine
 from kosmos_lit.inference.results import Continuation, ScoredCandidate
 from kosmos_lit.inference.scoring import slot_token
 from kosmos_lit.inference.trie import ChoiceTrie
-from kosmos_lit.model import Kosmos
-from kosmos_lit.tokenizer import Tokenizer
 
 WINDOW = 512
 """Samples in progress at the same time; more would need less padding, but an interruption would lose more."""
@@ -46,8 +44,7 @@ class RequestScheduler:
 
     def __init__(
         self,
-        model: Kosmos,
-        tokenizer: Tokenizer,
+        engine: Engine,
         *,
         batch_tokens: int = 16384,
         image_fit: Fit = "square",
@@ -57,16 +54,19 @@ class RequestScheduler:
         """Take a model, unsharded on this process, and the settings.
 
         Args:
-            model: the model.
-            tokenizer: its tokenizer.
+            engine: the model with its tokenizer.
             batch_tokens: largest batch in positions; a single request may have more.
             image_fit: how an image becomes square.
             image_control: `blank` puts grey in the place of a sample's own images, `none` removes all images from all
                 prompts; `shuffled` is done before, on the samples (`image_control.shuffle_images`).
             share_prefixes: merge log-likelihood requests of one sample whose prompts begin alike; the responses are the same
                 without.
+
+        Raises: UserError if the engine has no tokenizer.
         """
-        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model, tokenizer)
+        if engine.tokenizer is None:
+            raise UserError("evaluation needs a model with a tokenizer; this one has none")
+        self.engine, self.model, self.tokenizer = engine, engine.model, engine.tokenizer
         self.batch_tokens, self.image_fit, self.image_control = batch_tokens, image_fit, image_control
         self.share_prefixes = share_prefixes
 

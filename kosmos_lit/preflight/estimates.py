@@ -13,7 +13,7 @@ from datamodules.forecast import SourceForecast, TypicalForecast, forecast, larg
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.checks.memory import remedies
 from kosmos_lit.costs.flops import Flops, ModelFlops, Work
-from kosmos_lit.costs.memory import Memory, MicroBatch, Setting, estimate, skeleton
+from kosmos_lit.costs.memory import EstimateError, Memory, MicroBatch, Setting, estimate, meta_model
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 from kosmos_lit.preflight.devices import Device
@@ -127,8 +127,11 @@ def estimate_run(run: RunDescription, device: Device) -> Estimates:
     memory, changes = None, list[str]()
     if net is not None and batch is not None:
         assert run.kosmos is not None
-        memory = estimate(run.kosmos, setting_of(run, batch, n_micro or 1))
-        if device.memory is not None and not run.on_cpu and memory.needed > device.memory:
+        try:
+            memory = estimate(run.kosmos, setting_of(run, batch, n_micro or 1))
+        except EstimateError as error:
+            run.notes.append(str(error))
+        if memory is not None and device.memory is not None and not run.on_cpu and memory.needed > device.memory:
             assert run.data is not None
             rows = run.data.global_batch_rows // run.world_size
             changes = remedies(run.kosmos, setting_of(run, batch, n_micro or 1), memory.needed, device.memory, rows)
@@ -146,7 +149,7 @@ def _skeleton(run: RunDescription) -> Kosmos | None:
     if run.kosmos is None or not run.is_sound:
         return None
     try:
-        return skeleton(run.kosmos, run.freeze)
+        return meta_model(run.kosmos, run.freeze)
     except UserError as error:
         run.problems.append(str(error))
         return None
