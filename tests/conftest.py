@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import torch
 
@@ -24,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _one_thread() -> None:
     """Tensors here are too small for threads to help, and test processes run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parse_docstrings_once() -> None:
+    """Every command builds its parser anew, and parsing the same docstrings again would be half of that time."""
+    docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def test_a_crawls_part_waits_for_the_images_of_the_others(pages, tokenizer_folde
     folder = options(pages, tokenizer_folder, tmp_path / "index")
     first = prepare_part(part=(1, 2), **folder)
     assert (first.stage, first.parts) == ("images", (2,))
-    assert "run this same command again when parts 2 have listed theirs" in str(first)
+    assert "run the same command again when parts 2 have listed theirs" in str(first)
     second = prepare_part(part=(2, 2), **folder)
     assert (second.stage, second.parts) == ("documents", (1,))
     joined = prepare_part(part=(1, 2), **folder)
