@@ -39,7 +39,7 @@ from lightning.pytorch.callbacks import Callback
 from benchmarks.step import show
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.checks.device import describe_device
-from kosmos_lit.cli.trainer import NOISE, KosmosCLI
+from kosmos_lit.cli.trainer import IGNORED_WARNINGS, KosmosCLI
 from kosmos_lit.lit import KosmosLit
 
 CONFIG = Path(__file__).with_name("loop.yaml")
@@ -186,7 +186,7 @@ def profiled(loop: Loop, n_lines: int = 25) -> str:
 
 def run(folder: Path, models: Sequence[str], n_steps: int, n_rounds: int, *, profile: bool = False) -> dict[str, Any]:
     """Measure models of `MODELS`; print tables on the way."""
-    for message in NOISE:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     results: dict[str, Any] = {
         "machine": describe_device(torch.device("cpu")),

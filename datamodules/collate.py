@@ -96,7 +96,7 @@ class ImageReader:
                 continue
             try:
                 decode(corpus.image_bytes(image), self.size, self.fit, place)
-                self.budgets[source].good()
+                self.budgets[source].count_good()
             except ImageError as error:
                 place[:] = 0
                 undecodable.append(owner)
@@ -115,7 +115,7 @@ class ImageReader:
             shard, key = str(corpus.image_file(image)), url
         detail = f"{image.path}: {error}" if image.path else str(error)
         self._note(row, source, shard, key, error.reason, detail, image.offset)
-        self.budgets[source].bad(error.reason, f"{corpus.image_file(image)}, byte {image.offset}: {error}.")
+        self.budgets[source].count_bad(error.reason, f"{corpus.image_file(image)}, byte {image.offset}: {error}.")
 
     def _note(
         self, row: Row, source: str, shard: str, key: str, reason: str, detail: str, offset: int | None = None

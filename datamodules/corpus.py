@@ -1,23 +1,23 @@
-"""A prepared corpus on disk: memory-mapped tokens, document offsets, and where each image's bytes lie.
+"""A prepared corpus on disk: memory-mapped tokens, document offsets, and the places of the images' bytes.
 
     DIR/manifest.json            format, tokenizer, options, shards, counts, what was skipped; written last
     DIR/tokens.npy               ids of all documents, uint16 (uint32 for vocabularies over 65,536); an image is one marker
-    DIR/token_offsets.npy        (documents + 1) uint64: where each document's tokens begin
-    DIR/image_offsets.npy        (documents + 1) uint64: where each document's images begin
+    DIR/token_offsets.npy        (documents + 1) uint64: first token of each document
+    DIR/image_offsets.npy        (documents + 1) uint64: first image of each document
     DIR/records.npy              (documents) uint64: place of the document, shard << 40 | record
     DIR/image_places.npy         (images) uint64: shard << 40 | byte offset
     DIR/image_lengths.npy        (images) uint32: bytes
-    DIR/image_positions.npy      (images) uint32: index of its marker among its document's tokens
+    DIR/image_positions.npy      (images) uint32: index of the image's marker among its document's tokens
     DIR/quarantine.jsonl         the broken records, one a line (see `quarantine`); absent if there are none
 
-and for instruction data, whose prompts carry no loss and whose images are files of their own:
+Instruction data, whose prompts carry no loss and whose images are files of their own, has in addition:
 
-    DIR/supervised.npy           (tokens) uint8: 1 where the model is to learn to say the token
-    DIR/image_path_offsets.npy   (images + 1) uint64: where each image's path begins
+    DIR/supervised.npy           (tokens) uint8: 1 for supervised tokens
+    DIR/image_path_offsets.npy   (images + 1) uint64: first byte of each image's path
     DIR/image_paths.npy          uint8: the paths in UTF-8, relative to their shard's folder
 
-That is 24 bytes a document and 16 an image beside the tokens, 40 for a caption pair. Images are read from the original
-shards, whose paths are kept relative to DIR.
+Beside the tokens, that is 24 bytes a document and 16 an image: 40 for a caption pair. Images are read from the original
+shards, whose paths are stored relative to DIR.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from kosmos_lit.tokenizer import Tokenizer
 VERSION = 2
 MANIFEST = "manifest.json"
 PLACE_BITS = 40
-"""Low bits of a place: shards of up to 1 TiB, and 16 million of them."""
-STATS = 1000
-"""Shards that a thread looks at in one go."""
-DOCUMENTS = 1 << 14
-"""Documents whose tokens are looked at in one go."""
+"""Low bits of a packed place: shards of up to 1 TiB, and 16 million of them."""
+SHARDS_PER_CHECK = 1000
+"""Shards whose sizes one task of a thread compares."""
+DOCUMENTS_PER_CHUNK = 1 << 14
+"""Documents whose tokens are counted at a time."""
 COLUMNS = {
     "token_offsets": "<u8",
     "image_offsets": "<u8",
@@ -58,23 +58,23 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """One image of a document: its original bytes' place, and the index of its marker in the document's tokens."""
+    """One image of a document: the place of its original bytes, and the index of its marker in the document's tokens."""
 
     shard: int
     offset: int
     length: int
     position: int
     path: str = ""
-    """Its own file, relative to the shard's folder; empty: the shard holds it."""
+    """Its own file, relative to the shard's folder; empty: the shard holds the image."""
 
 
 class IndexedCorpus:
-    """Random access to a prepared corpus. Opening it maps files and reads the manifest, nothing else."""
+    """Random access to a prepared corpus; opening it only maps files and reads the manifest."""
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Open an index, and make sure that it was made with `tokenizer`, if one is given.
+        """Open an index; with `tokenizer`, check that it was made with it.
 
-        Raises: UserError if there is no index, or another version's or tokenizer's.
+        Raises: UserError if there is no index, or it is of another version or tokenizer.
         """
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -116,16 +116,17 @@ class IndexedCorpus:
 
     @property
     def shards_key(self) -> list[list[Any]]:
-        """Name and bytes of each shard: what a run's rows depend on, wherever the files lie."""
+        """Name and bytes of each shard: the rows of a run depend on these, not on the shards' folders."""
         assert self.manifest is not None
         return shards_key(self.manifest["shards"])
 
     def check_shards(self) -> None:
-        """Raises: UserError if a shard is of another size than when it was prepared, or gone although images are in it."""
+        """Raises: UserError if a shard has changed its size since it was prepared, or is gone and holds images."""
         assert self.manifest is not None
-        stretches = [range(at, min(at + STATS, len(self.shards))) for at in range(0, len(self.shards), STATS)]
-        with ThreadPoolExecutor(16) as pool:  # a network's file system answers slowly, but many at a time
-            wrong = [path for found in pool.map(self._changed, stretches) for path in found]
+        n = len(self.shards)
+        ranges = [range(at, min(at + SHARDS_PER_CHECK, n)) for at in range(0, n, SHARDS_PER_CHECK)]
+        with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, but many requests at a time
+            wrong = [path for changed in pool.map(self._changed, ranges) for path in changed]
         if wrong:
             what = "reads images from" if self.manifest["images"] else "was made from"
             raise UserError(
@@ -135,9 +136,9 @@ class IndexedCorpus:
 
     def _changed(self, shards: Iterable[int]) -> list[Path]:
         assert self.manifest is not None
-        known, may_be_missing = self.manifest["shards"], not self.manifest["images"]  # text is in the index
-        sizes = ((i, _size(os.path.join(self.folder, known[i]["path"]))) for i in shards)
-        return [self.shards[i] for i, n in sizes if n != known[i]["bytes"] and not (n is None and may_be_missing)]
+        stored, may_be_missing = self.manifest["shards"], not self.manifest["images"]  # text is in the index
+        sizes = ((i, _size(os.path.join(self.folder, stored[i]["path"]))) for i in shards)
+        return [self.shards[i] for i, n in sizes if n != stored[i]["bytes"] and not (n is None and may_be_missing)]
 
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
         """Return a document's ids, one marker per image, without <s> and </s>."""
@@ -162,39 +163,41 @@ class IndexedCorpus:
         return self.extra["image_paths"][start:end].tobytes().decode("utf-8", "surrogateescape")
 
     def document_supervised(self, document: int) -> npt.NDArray[np.bool_] | None:
-        """Return which of a document's tokens the model is to learn to say; None: all text."""
+        """Return which of a document's tokens are supervised; None: all text is."""
         if "supervised" not in self.extra:
             return None
         start, end = self.token_offsets[document : document + 2]
         return self.extra["supervised"][int(start) : int(end)].astype(np.bool_)
 
     def answer_targets(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-        """Return per document its supervised tokens, and one </s> behind each run of them; None: all text is supervised."""
+        """Return per document its supervised tokens, and one </s> for each run of them; None: all text is supervised."""
         if "supervised" not in self.extra:
             return None
         counts = np.zeros(len(documents), dtype=np.int64)
-        for at in range(0, len(documents), DOCUMENTS):
-            chunk = documents[at : at + DOCUMENTS]
+        for at in range(0, len(documents), DOCUMENTS_PER_CHUNK):
+            chunk = documents[at : at + DOCUMENTS_PER_CHUNK]
             start = self.token_offsets[chunk].astype(np.int64)
             length = self.token_offsets[chunk + 1].astype(np.int64) - start
-            first = np.cumsum(length) - length  # no document is empty
-            said = self.extra["supervised"][np.repeat(start - first, length) + np.arange(length.sum())].astype(np.bool_)
-            goes_on = np.append(said[1:], False)
-            goes_on[first + length - 1] = False
-            counts[at : at + DOCUMENTS] = np.add.reduceat(said + (said & ~goes_on).astype(np.int64), first)
+            first = np.cumsum(length) - length  # no document is empty, as reduceat below requires
+            positions = np.repeat(start - first, length) + np.arange(length.sum())
+            supervised = self.extra["supervised"][positions].astype(np.bool_)
+            continues = np.append(supervised[1:], False)
+            continues[first + length - 1] = False
+            ends = supervised & ~continues  # each run is followed by </s>, one more target
+            counts[at : at + DOCUMENTS_PER_CHUNK] = np.add.reduceat(supervised + ends.astype(np.int64), first)
         return counts
 
     def shard_and_name(self, document: int) -> tuple[str, str]:
-        """Return the path of a document's shard, and its name there: a key, a URL, a line."""
+        """Return the path of a document's shard, and the document's name in it: a key, a URL, a line."""
         shard, record = unpack_place(int(self.records[document]))
         path = self.shards[shard]
         try:
             return str(path), self.source.record_name(path, record)
         except OSError:
-            return str(path), f"record {record}"  # the shard has moved: its documents keep their numbers
+            return str(path), f"record {record}"  # the shard is gone, but the record's number is in the index
 
     def identifiers(self, document: int) -> tuple[Path, Identifiers]:
-        """Return a document's shard, and the names by which it is known.
+        """Return a document's shard, and its identifiers.
 
         Raises: OSError if the shard is gone or has changed.
         """
@@ -202,27 +205,27 @@ class IndexedCorpus:
         return self.shards[shard], self.source.identifiers(self.shards[shard], record)
 
     def image_url(self, image: StoredImage) -> str | None:
-        """Return the URL that the shard keeps with an image, if it keeps one.
+        """Return the URL that the shard stores with an image, or None.
 
         Raises: OSError as `image_bytes` does.
         """
         return self.source.image_url(self.image_file(image), image.offset, image.length)
 
     def image_bytes(self, image: StoredImage) -> bytes:
-        """Read an image's original bytes.
+        """Return an image's original bytes.
 
         Raises: OSError if its shard is gone or has changed.
         """
         return self.source.image_bytes(self.image_file(image), image.offset, image.length)
 
     def image_file(self, image: StoredImage) -> Path:
-        """Return the file that holds an image: its shard, or one of its own."""
+        """Return the file that holds an image: its shard, or its own file."""
         shard = self.shards[image.shard]
         return Path(os.path.normpath(shard.parent / image.path)) if image.path else shard
 
 
 class _ShardPaths(Sequence[Path]):
-    """Paths out of a manifest, made when they are asked for: there may be 200,000."""
+    """Paths from a manifest, built on access: there may be 200,000."""
 
     def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]) -> None:
         self._folder, self._shards = folder, shards
@@ -245,7 +248,7 @@ class _ShardPaths(Sequence[Path]):
 
 
 def _size(path: str) -> int | None:
-    """Return a file's bytes; None if there is none."""
+    """Return a file's size in bytes, or None if there is no file."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -257,22 +260,22 @@ def shards_key(shards: Iterable[dict[str, Any]]) -> list[list[Any]]:
     return [[s["path"].rpartition("/")[2], s["bytes"]] for s in shards]
 
 
-def pack_place(shard: int, at: int) -> int:
-    """Pack a shard number and a place in it into one number."""
-    assert 0 <= at < 1 << PLACE_BITS, at
+def pack_place(shard: int, offset: int) -> int:
+    """Return a shard number and a place in the shard as one number."""
+    assert 0 <= offset < 1 << PLACE_BITS, offset
     assert 0 <= shard < 1 << (64 - PLACE_BITS), shard
-    return shard << PLACE_BITS | at
+    return shard << PLACE_BITS | offset
 
 
 def unpack_place(packed: int) -> tuple[int, int]:
-    """Undo `place`."""
+    """Return the shard number and the place in it that `pack_place` packed."""
     return packed >> PLACE_BITS, packed & ((1 << PLACE_BITS) - 1)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return an index's manifest, or None if there is no finished index.
 
-    Raises: UserError if it is of another version or not readable.
+    Raises: UserError if it is of another version or damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():

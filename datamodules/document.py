@@ -1,6 +1,6 @@
 """A document is a sequence of text and images: a text has no image, a caption pair one in front, a page several.
 
-Everything on disk becomes this, and everything after it (index, plan, rows) knows nothing of file formats.
+All formats become documents; index, row plan and rows know nothing of file formats.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """Where an image's original bytes lie: in shard number `shard`, from byte `offset`, `length` bytes.
+    """The place of an image's original bytes: `length` bytes from byte `offset` of shard number `shard`.
 
-    In a WARC the bytes are those of the whole record (of its gzip member, if compressed); elsewhere the image's own.
+    In a WARC the bytes are the whole record (its gzip member, if compressed); elsewhere the image itself.
     """
 
     shard: int
     offset: int
     length: int
     path: str = ""
-    """The image's own file, relative to the shard's folder; then `offset` is 0. Empty: the shard holds the image."""
+    """The image's own file, relative to the shard's folder, with `offset` 0; empty: the shard holds the image."""
 
 
 Part = str | ImageRef
 OnBroken = Callable[[str, str, str], None]
-"""Takes the reason, the key in its shard and what the reader said of a broken record."""
+"""Takes the reason, the key in the shard and the reader's error message of a broken record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,37 +35,37 @@ class Document:
     """One document of a shard."""
 
     record: int
-    """Where it stands in its shard, in the unit of its format: line or row number, byte offset."""
+    """Its place in the shard, in the unit of the format: line or row number, byte offset."""
     parts: tuple[Part, ...]
     supervised: tuple[bool, ...] | None = None
-    """Per part, whether the model is to learn to say it; None: every text."""
+    """Whether each part is supervised; None: every text is."""
 
 
 @dataclass
 class Tally:
-    """What became of a shard's records. Every record ends in exactly one of the three."""
+    """Counts of a shard's records: each is a document, broken or skipped."""
 
     documents: int = 0
     """Records that became a document."""
     broken: Counter[str] = field(default_factory=Counter)
-    """Records that should have been readable and were not, by reason."""
+    """Records that could not be read, by reason."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Sound records that the rules leave out, by reason."""
+    """Sound records left out by rule, by reason."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What was noticed below the level of records, by reason: dead links, small images ..."""
+    """Observations inside records, by reason: dead links, small images ..."""
     examples: dict[str, str] = field(default_factory=dict)
-    """For each reason the first place where it was met."""
+    """The first place of each reason."""
     on_broken: OnBroken | None = field(default=None, compare=False)
-    """Gets every broken record."""
+    """Called with every broken record."""
 
     def count_broken(self, reason: str, key: str, detail: str = "", *, file: str = "") -> None:
         """Count a broken record.
 
         Args:
-            reason: a short phrase for counting.
-            key: what finds the record in its shard.
-            detail: what the reader said.
-            file: the shard's name, where the key says nothing without it.
+            reason: a short phrase to count it under.
+            key: identifies the record in its shard.
+            detail: the reader's error message.
+            file: the shard's name, if the key alone does not tell the place.
         """
         if self.on_broken is not None:
             self.on_broken(reason, key, detail)
@@ -73,11 +73,11 @@ class Tally:
         self._count(self.broken, reason, f"{place}: {detail}" if detail else place)
 
     def count_skipped(self, reason: str, place: object) -> None:
-        """Count a record left out by rule."""
+        """Count a record that is left out by rule."""
         self._count(self.skipped, reason, place)
 
     def add_note(self, reason: str, place: object) -> None:
-        """Count something noticed inside a record."""
+        """Count an observation inside a record."""
         self._count(self.notes, reason, place)
 
     def _count(self, counter: Counter[str], reason: str, place: object) -> None:
@@ -86,13 +86,15 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         self.documents += other.documents
-        for mine, its in ((self.broken, other.broken), (self.skipped, other.skipped), (self.notes, other.notes)):
-            mine.update(its)
+        self.broken.update(other.broken)
+        self.skipped.update(other.skipped)
+        self.notes.update(other.notes)
         for reason, place in other.examples.items():
             self.examples.setdefault(reason, place)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; `dataclasses.asdict` does not keep a Counter."""
+        """Return plain data for JSON."""
+        # dataclasses.asdict would rebuild each Counter from its items, and count the items.
         counters = {name: dict(getattr(self, name)) for name in ("broken", "skipped", "notes", "examples")}
         return {"documents": self.documents} | counters
 
@@ -103,6 +105,6 @@ class Tally:
 
     @property
     def broken_share(self) -> float:
-        """Broken records among all."""
+        """Broken records as a share of all."""
         broken = self.broken.total()
         return broken / max(1, broken + self.documents + self.skipped.total())

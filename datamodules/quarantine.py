@@ -1,7 +1,7 @@
-"""The ledger of bad samples: where each lies, what is wrong with it, and how many of them a run puts up with.
+"""The ledger of bad samples: their places and reasons, and the share of them that a run tolerates.
 
-It lists broken records, while a corpus is prepared, and while a run reads it images that cannot be decoded and documents
-on the blocklist. Either stays in its row without targets, so that no other sample moves (see `collate`).
+Preparing a corpus lists broken records. A run lists images that cannot be decoded and documents on the blocklist; their
+documents stay in their rows without targets, so that no other sample moves (see `collate`).
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from pathlib import Path
 from kosmos_lit.errors import UserError
 
 LEDGER = "quarantine.jsonl"
-"""Name of the file, beside an index and in a run's folder."""
+"""Name of the file, in an index's folder and in a run's."""
 MAX_DETAIL = 500
-"""Characters of what a reader said that a line keeps."""
+"""Most characters of an error message in a line."""
 BEGIN = b'{"source": "'
-"""How each line of a ledger begins."""
+"""The beginning of each line."""
 MIN_IMAGES = 200
-"""Images of a source that a process looks at before it judges the share of bad ones."""
+"""Images of a source that a process reads before it checks the share of bad ones."""
 MAX_IN_A_ROW = 1000
-"""Bad images of a source one after another that stop a run whose share of them is still small: a disk went away."""
+"""Consecutive bad images of a source that stop a run even if their share is small: a disk has gone away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadSample:
-    """A sample that cannot be used; one JSON line of a ledger, which leaves out what is None."""
+    """A sample that cannot be used: one JSON line of a ledger, without the fields that are None."""
 
     source: str
-    """Name of the source in the run's config; the format where it is prepared."""
+    """Name of the source in the run's config; while preparing, the format."""
     shard: str
-    """The file's path as the index keeps it."""
+    """The file's path as the index stores it."""
     key: str
-    """What finds it there: a tar key, a URL, `line 17`."""
+    """Identifies it in the shard: a tar key, a URL, `line 17`."""
     reason: str
-    """A short phrase for counting."""
+    """A short phrase to count it under."""
     detail: str = ""
-    """What the reader said."""
+    """The reader's error message."""
     row: int | None = None
-    """Row of the stream that it was read for; None: it was met while the corpus was prepared."""
+    """Row of the stream that it was read for; None: found while the corpus was prepared."""
     split: str | None = None
     """`val` for a row of the held-out stream; None: training."""
     offset: int | None = None
-    """First byte of the image in the shard, in a crawl that of its record; None: the sample as a whole."""
+    """First byte of the image in the shard (in a crawl, of its record); None: the sample as a whole."""
 
     def to_line(self) -> bytes:
-        """Return one line of UTF-8 with its end, and `detail` cut to MAX_DETAIL."""
+        """Return one line of UTF-8 with a newline, and `detail` cut to MAX_DETAIL."""
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         line = json.dumps(fields | {"detail": self.detail[:MAX_DETAIL]}, ensure_ascii=False)
-        return line.encode("utf-8", "backslashreplace") + b"\n"  # names out of tars may hold halves of characters
+        return line.encode("utf-8", "backslashreplace") + b"\n"  # names in tars may hold lone surrogates
 
 
 class Ledger:
-    """A file of bad samples that any number of processes and ranks append to; it is made with the first of them.
+    """A file of bad samples to which any number of processes and ranks append; the first sample creates it.
 
-    Nothing is kept open or in memory: it can be forked, pickled and moved away while a run goes on. Appending is one write
-    in append mode, which local file systems and Lustre do not mix up; NFS may, between machines: give each node its own.
+    Nothing is kept open or in memory, so it can be forked, pickled, and moved away during a run. Appending is one write in
+    append mode, which is atomic on local file systems and Lustre, but not between machines on NFS: give each node its own.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -85,39 +85,39 @@ class Ledger:
 
 
 def read_ledger(path: str | Path) -> Iterator[BadSample]:
-    """Yield the samples of a ledger, each once: one met again in another row or epoch is the same.
+    """Yield the samples of a ledger, each once, even if it was listed again for another row or epoch.
 
-    A line that broke off, as a killed writer or a full disk leaves it, is passed over; what was appended to it later is
-    not. It holds a hash of each sample in memory.
+    A truncated line, left by a killed writer or a full disk, is skipped, but not the samples appended to it later. A hash of
+    each sample is held in memory.
 
     Raises: UserError if a line is no bad sample.
     """
     seen: set[int] = set()
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
-            head, *rest = line.split(BEGIN)  # quotes are escaped inside of a sample
+            head, *tails = line.split(BEGIN)  # cannot occur inside a sample, where quotes are escaped
             if not BEGIN.startswith(head.strip()):
                 raise UserError(f"{path}, line {number}: no bad sample")
-            for sample in filter(None, map(_parsed, rest)):
-                same = hash((sample.source, sample.shard, sample.key, sample.reason, sample.offset))
-                if same not in seen:
-                    seen.add(same)
+            for sample in filter(None, map(_parsed, tails)):
+                identity = hash((sample.source, sample.shard, sample.key, sample.reason, sample.offset))
+                if identity not in seen:
+                    seen.add(identity)
                     yield sample
 
 
-def _parsed(rest: bytes) -> BadSample | None:
-    """Return the sample of a line behind its `BEGIN`; None: it broke off."""
+def _parsed(tail: bytes) -> BadSample | None:
+    """Return the sample whose line is `BEGIN` and `tail`; None if it is truncated."""
     try:
-        return BadSample(**json.loads(BEGIN + rest))
+        return BadSample(**json.loads(BEGIN + tail))
     except ValueError:
         return None
 
 
 class Budget:
-    """What a process met of one source's images, and when that is too bad to go on."""
+    """Counts one source's images in a process, and raises when too many are bad."""
 
     def __init__(self, source: str, max_bad_share: float, ledger: Ledger | None = None) -> None:
-        """Take the source's name and limit, and the ledger that the message shall name."""
+        """Take the source's name, the share of bad images that it may have, and the ledger to name in the message."""
         self.source, self.max_bad_share, self.ledger = source, max_bad_share, ledger
         self.n_read = self.n_in_a_row = 0
         self.reasons: Counter[str] = Counter()
@@ -127,15 +127,15 @@ class Budget:
         """Bad images so far."""
         return self.reasons.total()
 
-    def good(self) -> None:
+    def count_good(self) -> None:
         """Count an image that can be used."""
         self.n_read += 1
         self.n_in_a_row = 0
 
-    def bad(self, reason: str, place: str) -> None:
+    def count_bad(self, reason: str, place: str) -> None:
         """Count an image that cannot be used.
 
-        Raises: UserError if, after `MIN_IMAGES`, more than the share was bad, or the last `MAX_IN_A_ROW` all were.
+        Raises: UserError if after `MIN_IMAGES` a larger share is bad, or if the last `MAX_IN_A_ROW` images are.
         """
         self.n_read += 1
         self.n_in_a_row += 1

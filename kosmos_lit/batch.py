@@ -1,4 +1,4 @@
-"""The contract between data and model: what `datamodules` hand over and what `kosmos_lit` reads.
+"""The contract between data and model: the batches that `datamodules` yields and `kosmos_lit` reads.
 
 B rows of T positions; a row holds whole or split documents one after another, then padding. N images in the batch.
 """
@@ -14,21 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kosmos_lit.tokenizer import Ids
-
 CORPORA = ("text", "caption", "interleaved", "instruct")
 """The kinds of corpora, in the order of `KosmosBatch.corpus`."""
 DIGEST_MASK = (1 << 63) - 1
-"""Digests of rows are added up modulo 2 ** 63."""
+"""Digests of rows are summed modulo 2 ** 63."""
 
 
 class _Movable:
-    """Moves every tensor field; Lightning and the DataLoader call these."""
+    """Methods that move every tensor field, for Lightning and the DataLoader."""
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
-        """Move to a device; copies to CUDA do not wait unless told so, as the loader pins memory."""
-        waits_not = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
-        return self._map(lambda t: t.to(device, non_blocking=waits_not))
+        """Return the batch on a device; copies to CUDA are asynchronous by default, as the loader pins memory."""
+        is_asynchronous = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
+        return self._map(lambda t: t.to(device, non_blocking=is_asynchronous))
 
     def pin_memory(self) -> Self:
         return self._map(Tensor.pin_memory)
@@ -45,21 +43,21 @@ class KosmosBatch(_Movable):
     tokens: Tensor
     """(B, T) int64: input ids; image slots repeat the id of <image>, padding is <pad>."""
     targets: Tensor
-    """(B, T) int64: the id that each position has to predict, or IGNORE."""
+    """(B, T) int64: the id that each position is to predict, or IGNORE."""
     positions: Tensor
     """(B, T) int64: position within the document, from 0; restarts at each document."""
     lengths: tuple[int, ...]
     """Positions of each document in the flattened (B * T) stream, a row's padding as one more; sums to B * T."""
     loss_at: Tensor
-    """(S,) int64: the flat positions whose target is not IGNORE, known on the host so that no device sync is needed."""
+    """(S,) int64: the flat positions whose target is not IGNORE; computed on the host, which saves a device sync."""
     images: Tensor
     """(N, 3, H, W) uint8: the images in the order of their slots."""
     slots: Tensor
-    """(N, 2) int64: row and first slot of each image; its latents go to that many positions from there."""
+    """(N, 2) int64: row and first slot of each image; its latents fill consecutive positions from there."""
     corpus: Tensor
-    """(B,) int64: index into `CORPORA`, -1 for a row that only fills up a validation batch."""
+    """(B,) int64: index into `CORPORA`; -1 for a row that only completes a validation batch."""
     n_bytes: Tensor
-    """(B,) int64: UTF-8 bytes of text that the row's targets stand for."""
+    """(B,) int64: UTF-8 bytes of the text of each row's targets."""
     rows: tuple[int, ...]
     """The rows' numbers in the stream."""
     n_step_targets: int
@@ -67,22 +65,22 @@ class KosmosBatch(_Movable):
     n_real: int
     """Positions that are not padding."""
     n_bad_images: int = 0
-    """Images that could not be decoded: their documents are in the batch without targets."""
+    """Images that could not be decoded; their documents have no targets."""
     bad: tuple[tuple[str, str], ...] = ()
-    """(source, reason) of each of these images, and of each document that a blocklist strikes out."""
+    """(source, reason) of each of these images, and of each document on a blocklist."""
     sources: tuple[str, ...] = ()
-    """The rows' sources by name."""
+    """The names of the rows' sources."""
     amounts: tuple[int, ...] = ()
-    """What each row counts in the mixture's unit: positions, supervised tokens or documents."""
+    """Each row's amount in the mixture's unit: positions, supervised tokens or documents."""
     padding: tuple[int, ...] = ()
-    """(B,) positions of padding at the end of each row, its last length if there are any; (): none in any row."""
+    """(B,) padding positions at the end of each row, which are its last length if there are any; (): no row has padding."""
     digest: int = 0
-    """Sum of the rows' digests modulo 2 ** 63: the same rows give the same sum, however they are shared out."""
+    """Sum of the rows' digests modulo 2 ** 63: the same for the same rows, whatever ranks and micro-batches hold them."""
 
 
 @dataclass(kw_only=True, eq=False)  # not frozen: Lightning refuses to walk through frozen ones
 class PromptBatch(_Movable):
-    """Questions to a model: a prompt with images, and the answer that would be right."""
+    """Prompts with images, and the targets of their continuations."""
 
     prompts: Sequence[str]
     """B prompts; `<image>` stands for the next image, and images without a mark come first."""
@@ -91,9 +89,9 @@ class PromptBatch(_Movable):
     n_images: Sequence[int]
     """B numbers of images; they sum to N."""
     targets: Sequence[str]
-    """B continuations that count as right."""
+    """B texts, the expected continuations."""
     tasks: Sequence[str]
-    """B names of the tasks that the questions belong to."""
+    """B names of the prompts' tasks."""
     tokens: Sequence[NDArray[np.int64]] | None = None
     """B prompts as ids without <s>, an image being one <image>; None: `prompts` are encoded."""
 
@@ -106,24 +104,24 @@ def find_slots(tokens: Tensor, image: int) -> Tensor:
     return opens.nonzero() + torch.tensor([0, 1], device=tokens.device)
 
 
-def _has_slots(tokens: Ids, slots: Ids, n_latents: int, image: int, image_end: int) -> bool:
-    """Whether `check_slots` has nothing to say: <image>, the slots and </image> of all images looked at in one go."""
+def _has_slots(tokens: NDArray[np.int64], slots: NDArray[np.int64], n_latents: int, image: int, image_end: int) -> bool:
+    """Whether every image has <image>, its slots and </image>; vectorised over images, without the place of a failure."""
     rows, firsts = slots.T
     if len(slots) and (firsts.min() < 1 or firsts.max() + n_latents >= tokens.shape[1]):
         return False
     is_image = tokens == image
     places = firsts[:, None] + np.arange(-1, n_latents)
-    closed = (tokens[rows, firsts + n_latents] == image_end).all()
-    return bool(closed and is_image[rows[:, None], places].all() and is_image.sum() == places.size)
+    is_closed = (tokens[rows, firsts + n_latents] == image_end).all()
+    return bool(is_closed and is_image[rows[:, None], places].all() and is_image.sum() == places.size)
 
 
 def check_slots(tokens: Tensor, slots: Tensor, n_images: int, n_latents: int, image: int, image_end: int) -> None:
-    """Make sure, on the host, that every image has exactly its `n_latents` slots: each image by itself, not in sum.
+    """Check, on the host, that each image has exactly `n_latents` slots; equal sums are not enough.
 
     Args:
         tokens: (B, T) ids, on the CPU.
         slots: (N, 2) row and first slot.
-        n_images: images at hand.
+        n_images: number of images.
         n_latents: L, latents per image.
         image: id of <image>, which slots repeat.
         image_end: id of </image>.
@@ -137,12 +135,12 @@ def check_slots(tokens: Tensor, slots: Tensor, n_images: int, n_latents: int, im
     for number, (row, first) in enumerate(slots.tolist()):
         ids = tokens[row, first:]
         ends = (ids != image).nonzero()
-        found = int(ends[0]) if len(ends) else len(ids)
-        closed = found < len(ids) and int(ids[found]) == image_end
-        opened = first > 0 and int(tokens[row, first - 1]) == image
-        if found != n_latents or not closed or not opened:
+        n = int(ends[0]) if len(ends) else len(ids)
+        is_closed = n < len(ids) and int(ids[n]) == image_end
+        is_opened = first > 0 and int(tokens[row, first - 1]) == image
+        if n != n_latents or not is_closed or not is_opened:
             raise ValueError(
-                f"row {row}: {found} slots at position {first} but image {number} has {n_latents} latents; "
+                f"row {row}: {n} slots at position {first} but image {number} has {n_latents} latents; "
                 "<image>, one slot per latent and </image> must follow one another"
             )
     n_slots = int((tokens == image).sum()) - n_images

@@ -1,18 +1,18 @@
-"""Bytes of an image to pixels: the one place that opens an image.
+"""Image bytes to pixels: the one place that opens an image.
 
 Every mode becomes RGB8: EXIF orientation is applied, alpha is laid over white, 16-bit and float values are scaled (not
-clipped), an animation gives its first frame. What a hostile or broken file could cost is bounded before decoding.
+clipped), an animation gives its first frame. The costs of a hostile or broken file are bounded before decoding.
 
-There are two ways to the same image. The plain one, `decode_plain`, is Pillow throughout. The fast one takes JPEGs, which
-corpora are made of: libjpeg-turbo straight into an array and, for the fit `crop`, torch's antialiased bicubic resampling of
-bytes. Where the fast one is in any doubt, the plain one decides. How far apart they are, over all pixels of any image:
+There are two decoders. The plain one, `decode_plain`, is Pillow throughout. The fast one is for JPEGs, of which corpora
+consist: libjpeg-turbo directly into an array and, for the fit `crop`, torch's antialiased bicubic resampling of bytes. In
+any doubt the plain one decides. Their differences, over all pixels of any image:
 
-    decoding                 nothing: both are libjpeg-turbo with its accurate DCT and smooth upsampling
-    `square`                 nothing: Pillow resamples either way, as evaluation in transformers does
+    decoding                 none: both are libjpeg-turbo with its accurate DCT and smooth upsampling
+    `square`                 none: both resample with Pillow, as evaluation in transformers does
     `crop`                   at most 2 of 255 anywhere, 2 in no more than 1 of 5,000 values; in the mean under 0.02
 
-Decoding to n/8 of the size (libjpeg's scaled DCT) would help large images only, and shifts pixels by several levels in the
-mean and by a hundred at edges: left out. Both ways' images a second, side by side: `python benchmarks/images.py`.
+Not used: decoding to n/8 of the size (libjpeg's scaled DCT) helps only with large images, and shifts pixels by several
+levels in the mean and by a hundred at edges. Speed of both decoders: `python benchmarks/images.py`.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 MAX_PIXELS = 64_000_000
 """Larger images are refused before decoding (192 MB of RGB); Pillow alone only warns up to twice 89 million."""
 MAX_ASPECT = 50
-"""Longer side over shorter side; a 1 x 200,000 strip would leave nothing after resizing."""
+"""Longest allowed side over shorter side; of a 1 x 200,000 strip, nothing would be left after resizing."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
-"""What is decoded; other formats that Pillow knows (EPS runs a program) have no place in a corpus from strangers."""
+"""Formats that are decoded; others that Pillow knows are unsafe in a corpus from strangers (EPS runs a program)."""
 
 Fit = Literal["crop", "square"]
-"""How an image becomes square: `crop` scales the shorter side and cuts the middle (released training loaders, that is
-torchvision's Resize and CenterCrop); `square` scales both sides (released evaluation)."""
+"""How an image becomes square: `crop` scales the shorter side and crops the centre (as the released training loaders do, by
+torchvision's Resize and CenterCrop); `square` scales both sides (as the released evaluation does)."""
 
 Pixels = npt.NDArray[np.uint8]
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | npt.ArrayLike
-"""An image as a caller has it; an array or CPU tensor is (3, H, W) uint8."""
+"""A path, the bytes of a file, a Pillow image, or a (3, H, W) uint8 array or CPU tensor."""
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; `reason` is a short phrase for counting."""
+    """An image that cannot be used; `reason` is a short phrase to count it under."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -57,7 +57,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What the header says."""
+    """Size and format of an image, from its header."""
 
     width: int
     height: int
@@ -65,11 +65,11 @@ class ImageInfo:
 
 
 def probe(data: bytes) -> ImageInfo:
-    """Return size and format of an image, and make sure as cheaply as possible that it is whole.
+    """Return size and format of an image, and check as cheaply as possible that it is complete.
 
-    The file's end is looked at; only where it is not as the format wants it, the image is decoded to find out.
+    Only if the file does not end as its format requires, the image is decoded to find out.
 
-    Raises: ImageError if it is no image, is too large or too elongated, or is cut off.
+    Raises: ImageError if it is no image, too large, too elongated, or truncated.
     """
     image = _open(data)
     info = ImageInfo(*image.size, image.format or "?")
@@ -79,11 +79,11 @@ def probe(data: bytes) -> ImageInfo:
 
 
 def decode(data: bytes, size: int, fit: Fit, out: Pixels | None = None) -> Pixels:
-    """Return an image as (3, size, size) uint8 RGB, resized bicubically, in `out` if it is given.
+    """Return an image as (3, size, size) uint8 RGB, resized bicubically; in `out`, unless that is None.
 
-    Equal to `decode_plain` within 2 of 255 (fit `crop` of a JPEG that has to be resized), and exactly otherwise.
+    Equal to `decode_plain` within 2 of 255 for a JPEG resized with fit `crop`, and exactly otherwise.
 
-    Raises: ImageError as `probe` does, or if its pixels cannot be decoded, or if a JPEG's data stop before its end.
+    Raises: ImageError as `probe` does, or if its pixels cannot be decoded, or if a JPEG's data stop early.
     """
     pixels = _jpeg_pixels(data)
     out = np.empty((3, size, size), dtype=np.uint8) if out is None else out
@@ -98,9 +98,8 @@ def decode(data: bytes, size: int, fit: Fit, out: Pixels | None = None) -> Pixel
 
 
 def decode_plain(data: bytes, size: int, fit: Fit) -> Pixels:
-    """Return an image as `decode` does, by Pillow alone: with fit `crop`, what torchvision's Resize and CenterCrop return.
+    """Return an image as `decode` does, by Pillow alone; fit `crop` equals torchvision's Resize and CenterCrop.
 
-    Rows are resampled before columns, as in every Pillow up to 12; later ones begin with the columns of tall images.
 
     Raises: ImageError as `probe` does, or if its pixels cannot be decoded.
     """
@@ -108,14 +107,14 @@ def decode_plain(data: bytes, size: int, fit: Fit) -> Pixels:
 
 
 def load(image: ImageLike, size: int, fit: Fit) -> Pixels:
-    """Return an image as `decode` does, from whatever form it is at hand in.
+    """Return an image in any form as `decode` does.
 
     Args:
         image: a path, the bytes of a file, a Pillow image, or a (3, H, W) uint8 array or CPU tensor.
         size: side of the result in pixels.
         fit: how it becomes square.
 
-    Raises: ImageError naming the file or what is wrong with the value.
+    Raises: ImageError naming the file or the fault of the value.
     """
     match image:
         case bytes():
@@ -143,17 +142,17 @@ def _to_pixels(image: npt.ArrayLike) -> Pixels:
     except (TypeError, ValueError, RuntimeError) as error:  # uneven lists, tensors on another device
         raise ImageError("not an image", f"(3, H, W) uint8 was expected, on the CPU: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
-        found = f"{pixels.shape} {pixels.dtype} of {type(image).__name__}"
-        raise ImageError("not an image", f"(3, H, W) uint8 was expected, got {found}")
+        actual = f"{pixels.shape} {pixels.dtype} of {type(image).__name__}"
+        raise ImageError("not an image", f"(3, H, W) uint8 was expected, got {actual}")
     if not pixels.size:
         raise ImageError("empty image", f"{pixels.shape}")
     return pixels
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Return images as they are, and a lone one as a list of one."""
-    lone = isinstance(images, str | bytes | os.PathLike | Image.Image) or getattr(images, "ndim", None) == 3
-    return [images] if lone else images  # type: ignore[list-item, return-value]
+    """Return a sequence of images unchanged, and a single image as a list of one."""
+    is_single = isinstance(images, str | bytes | os.PathLike | Image.Image) or getattr(images, "ndim", None) == 3
+    return [images] if is_single else images  # type: ignore[list-item, return-value]
 
 
 def open_rgb(data: bytes) -> Image.Image:
@@ -169,7 +168,7 @@ def open_rgb(data: bytes) -> Image.Image:
 def _apply_orientation(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (OSError, ValueError, SyntaxError):  # a broken EXIF block says nothing about the pixels
+    except (OSError, ValueError, SyntaxError):  # the pixels behind a broken EXIF block may be sound
         return image
 
 
@@ -213,13 +212,13 @@ _ORIENTATIONS: dict[int, Callable[[Pixels], Pixels]] = {
     7: lambda x: x.transpose(1, 0, 2)[::-1, ::-1],
     8: lambda x: x.transpose(1, 0, 2)[::-1],
 }
-"""What makes an image (H, W, 3) upright, by the orientation of the EXIF standard."""
+"""Transforms that make (H, W, 3) pixels upright, by EXIF orientation."""
 
 
 def _jpeg_pixels(data: bytes) -> Pixels | None:
-    """Return an upright JPEG as (H, W, 3), or None where the plain way has to decide.
+    """Return an upright JPEG as (H, W, 3), or None if the plain decoder has to decide.
 
-    Raises: ImageError if it is too large or elongated, or its data stop before its end.
+    Raises: ImageError if it is too large or elongated, or its data stop early.
     """
     if not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -235,7 +234,7 @@ def _jpeg_pixels(data: bytes) -> Pixels | None:
     except (ValueError, RuntimeError, MemoryError) as error:
         if "premature end of data segment" in str(error):  # Pillow would paint the rest gray
             raise ImageError("image cannot be decoded", str(error)) from error
-        return None  # most remarks are on something harmless, such as bytes between two segments
+        return None  # most warnings are about something harmless, such as bytes between two segments
     if _has_no_exif(data):
         return pixels
     turn = _ORIENTATIONS.get(_orientation(_open(data)))
@@ -243,11 +242,11 @@ def _jpeg_pixels(data: bytes) -> Pixels | None:
 
 
 def _has_no_exif(data: bytes) -> bool:
-    """Whether no APP1 segment, where EXIF and XMP are kept, comes before a JPEG's pixels."""
+    """Whether no APP1 segment, which holds EXIF and XMP, comes before a JPEG's pixels; False if unsure."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 3 < len(data):
         marker = data[at + 1]
-        if marker in (0xDA, 0xE1, 0xFF) or marker < 0xC0 or 0xD0 <= marker < 0xDA:  # 0xFF and on: nothing with a length
+        if marker in (0xDA, 0xE1, 0xFF) or marker < 0xC0 or 0xD0 <= marker < 0xDA:  # these have no length
             return marker == 0xDA
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return False
@@ -256,7 +255,7 @@ def _has_no_exif(data: bytes) -> bool:
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except (OSError, ValueError, SyntaxError):  # a broken EXIF block says nothing about the pixels
+    except (OSError, ValueError, SyntaxError):  # the pixels behind a broken EXIF block may be sound
         return None
 
 
@@ -276,7 +275,7 @@ def _has_end_marker(data: bytes, format_: str) -> bool:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow's own conversion would clip
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         high = 65535.0 if image.mode != "F" else (1.0 if values.max(initial=0) <= 1 else 255.0)
         return Image.fromarray(np.clip(np.rint(values * (255.0 / high)), 0, 255).astype(np.uint8)).convert("RGB")
@@ -294,32 +293,33 @@ def _channels_first(pixels: Pixels) -> Pixels:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _middle(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """Return width and height with the shorter side scaled to `size`, and where in that the middle square begins (x, y)."""
+def _scaled_and_offset(width: int, height: int, size: int) -> tuple[int, int, int, int]:
+    """Return width and height with the shorter side scaled to `size`, and the left and top of the central square."""
     short = min(width, height)
-    wide, tall = size * width // short, size * height // short
-    return wide, tall, round((wide - size) / 2), round((tall - size) / 2)
+    scaled_width, scaled_height = size * width // short, size * height // short  # rounded down, as torchvision does
+    return scaled_width, scaled_height, round((scaled_width - size) / 2), round((scaled_height - size) / 2)
 
 
 def _fit_square(image: Image.Image, size: int, fit: Fit) -> Pixels:
-    wide, tall, left, top = (size, size, 0, 0) if fit == "square" else _middle(*image.size, size)
-    if fit == "crop" and wide != image.width:
-        image = image.resize((wide, image.height), Image.Resampling.BICUBIC)
-    if image.size != (wide, tall):
-        image = image.resize((wide, tall), Image.Resampling.BICUBIC)
+    scaled_width, scaled_height, left, top = (size, size, 0, 0) if fit == "square" else _scaled_and_offset(*image.size, size)
+    if fit == "crop" and scaled_width != image.width:
+        # Rows before columns, as in every Pillow up to 12; later ones begin with the columns of tall images.
+        image = image.resize((scaled_width, image.height), Image.Resampling.BICUBIC)
+    if image.size != (scaled_width, scaled_height):
+        image = image.resize((scaled_width, scaled_height), Image.Resampling.BICUBIC)
     return _channels_first(np.asarray(image.crop((left, top, left + size, top + size))))
 
 
 def _resize_and_crop(pixels: Pixels, size: int) -> Pixels:
-    """Return what `_fitted` does with fit `crop`, from (H, W, 3), as a view of what was computed."""
-    import torch  # preparing a corpus opens images too, and has no need of torch
+    """Return (H, W, 3) pixels as `_fit_square` does with fit `crop`, as a view."""
+    import torch  # here, as preparing a corpus opens images without torch
 
     height, width, _ = pixels.shape
-    wide, tall, left, top = _middle(width, height, size)
-    cut = slice(top, top + size), slice(left, left + size)
+    scaled_width, scaled_height, left, top = _scaled_and_offset(width, height, size)
+    crop = slice(top, top + size), slice(left, left + size)
     if min(width, height) == size:
-        return pixels[cut].transpose(2, 0, 1)
+        return pixels[crop].transpose(2, 0, 1)
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), no copy
-    scaled = torch.nn.functional.interpolate(image, size=(tall, wide), mode="bicubic", antialias=True)
-    found: Pixels = scaled[0][:, *cut].numpy()
-    return found
+    scaled = torch.nn.functional.interpolate(image, size=(scaled_height, scaled_width), mode="bicubic", antialias=True)
+    cropped: Pixels = scaled[0][:, *crop].numpy()
+    return cropped

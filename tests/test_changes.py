@@ -22,8 +22,8 @@ from kosmos_lit.batch import CORPORA, DIGEST_MASK
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
-from kosmos_lit.cli.verify_resume import compare, logged
-from tests.running import tiny_run
+from kosmos_lit.cli.verify_resume import compare, read_log
+from tests.cli_runs import tiny_run
 
 pytestmark = pytest.mark.xdist_group("changes")  # one worker: its runs are made once
 
@@ -189,7 +189,7 @@ def test_an_announced_source_is_read_from_its_first_row_on_and_logged(
     alone = ["--data.ratio.caption=0", "--data.ratio.interleaved=0"]
     mine = by_source(printed(capsys, tiny_run("rows", folder, tiny_world, *extra, *alone, "--count", "6")))["more"]
     assert by_source(read)["more"] == mine[:3]
-    mix = [float(logged(folder)[6][f"mix/{name}"]) for name in ("text", "text/more", "caption")]
+    mix = [float(read_log(folder)[6][f"mix/{name}"]) for name in ("text", "text/more", "caption")]
     assert mix == pytest.approx([5 / 12, 3 / 12, 5 / 12])
 
 
@@ -309,7 +309,7 @@ def test_a_run_ends_before_a_source_is_read_more_often_than_allowed(
     assert read[0] <= allowed < read[1]
     said = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
     assert caplog.text.count(said) == 1
-    assert max(logged(tmp_path / "run")) == step
+    assert max(read_log(tmp_path / "run")) == step
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
     caplog.clear()
 
@@ -317,7 +317,7 @@ def test_a_run_ends_before_a_source_is_read_more_often_than_allowed(
 
     assert caplog.text.count(said) == 1
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
-    assert max(logged(tmp_path / "run")) == step
+    assert max(read_log(tmp_path / "run")) == step
 
 
 def test_the_end_of_a_source_follows_from_the_rows_that_were_read_and_not_from_the_new_shares(

@@ -15,9 +15,9 @@ from kosmos_lit.cli import main
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights.folder import save_folder
 from kosmos_lit.weights.load import load_model
+from tests.cli_runs import TINY, losses, tiny_run
 from tests.kosmos_lit.evaluation.toy_tasks import draw_images
 from tests.ranks import on_ranks
-from tests.running import TINY, losses, tiny_run
 
 TASKS = "tests.kosmos_lit.evaluation.toy_tasks."
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -127,7 +127,7 @@ def test_an_interrupted_evaluation_says_how_to_continue(
 
     assert main(command) == 130
 
-    assert "the same command goes on from there" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     lines = (tmp_path / "out/dying/samples.0.part").read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["s0", "s1", "s2", "s3"]
     assert main(command) == 0

@@ -29,7 +29,7 @@ def test_the_plan_in_the_head_of_a_config_is_todays(
     path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("kosmos_lit.preflight.run.read_manifest", lambda _: None)  # whatever corpora are here
+    monkeypatch.setattr("kosmos_lit.preflight.run_description.read_manifest", lambda _: None)  # whatever corpora are here
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 60})())
     before, call, written, behind = split(path)
 

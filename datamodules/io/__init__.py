@@ -1,1 +1,1 @@
-"""Files, processes and locks below the data modules."""
+"""Input files, processes, locks and hashes."""

@@ -1,4 +1,4 @@
-"""Numbers that depend on their inputs alone: on no library's generator, and so on no library's version."""
+"""Hashes and draws that depend on their inputs alone, not on the version of a library's random generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def hash_bytes(data: bytes) -> int:
 
 
 def hash_key(*parts: int | str) -> int:
-    """Return a 64-bit key for a purpose: its name and what it depends on."""
+    """Return a 64-bit key for a purpose, from its name and its inputs."""
     return hash_bytes("\0".join(map(str, parts)).encode())
 
 

@@ -1,7 +1,7 @@
-"""Who may work in a folder at the same time: one process alone, or different parts of one preparation.
+"""Locks on folders: for one process alone, or for the different parts of one preparation.
 
-Locks are on bytes of `DIR/.lock`, which the kernel frees when their process ends, however it ends. They hold between
-machines where the shared file system knows POSIX locks (NFS, Lustre mounted with `flock`).
+A lock is on a byte of `DIR/.lock`; the kernel frees it when its process ends, however it ends. Locks hold between machines
+if the shared file system supports POSIX locks (NFS; Lustre mounted with `flock`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import IO
 from kosmos_lit.errors import UserError
 
 _FOLDER, _SECTION, _PARTS = 0, 1, 2
-"""Bytes: the folder as a whole, what one process at a time may do, and the first of one byte for each part."""
+"""Bytes: for the folder as a whole, for a section that one process at a time may be in, and from there on for each part."""
 
-Alone = Callable[[], AbstractContextManager[None]]
-"""Gives a stretch that no other part is in."""
+Exclusive = Callable[[], AbstractContextManager[None]]
+"""Returns a context that one part at a time may be in."""
 
 
 class LockError(UserError):
-    """A file system on which processes cannot exclude one another."""
+    """A file system without locks."""
 
 
 @contextmanager
-def locked(output: Path, part: tuple[int, int] = (1, 1)) -> Iterator[Alone]:
-    """Let one process at a time work on part i of n of a corpus, and none beside the only part 1 of 1.
+def locked(output: Path, part: tuple[int, int] = (1, 1)) -> Iterator[Exclusive]:
+    """Hold the lock of part i of n of a corpus; part 1 of 1 excludes all others.
 
     Raises: LockError; OSError if the folder cannot be made or written.
     """
@@ -40,25 +40,25 @@ def locked(output: Path, part: tuple[int, int] = (1, 1)) -> Iterator[Alone]:
         _lock(file, _PARTS + number, fcntl.LOCK_EX, output)
 
         @contextmanager
-        def alone() -> Iterator[None]:
-            _lock(file, _SECTION, fcntl.LOCK_EX, output, told=False)
+        def exclusive() -> Iterator[None]:
+            _lock(file, _SECTION, fcntl.LOCK_EX, output, announce=False)
             try:
                 yield
             finally:
                 fcntl.lockf(file, fcntl.LOCK_UN, 1, _SECTION)
 
-        yield alone
+        yield exclusive
 
 
-def _lock(file: IO[bytes], byte: int, kind: int, output: Path, *, told: bool = True) -> None:
-    """Take a byte's lock; if another process has it, say so if that is to be `told`, and wait."""
+def _lock(file: IO[bytes], byte: int, kind: int, output: Path, *, announce: bool = True) -> None:
+    """Take a byte's lock; wait if another process holds it, with a message if `announce`."""
     try:
         try:
             fcntl.lockf(file, kind | fcntl.LOCK_NB, 1, byte)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            if told:
+            if announce:
                 print(f"waiting for another process that prepares {output}", file=sys.stderr)
             fcntl.lockf(file, kind, 1, byte)
     except OSError as error:

@@ -16,27 +16,26 @@ def expand(patterns: Sequence[str], what: str) -> list[Path]:
     Raises: UserError naming a pattern that matches nothing, or only empty files.
     """
     if not patterns:
-        raise UserError(f"{what}: no input is given")
-    found: set[Path] = set()
+        raise UserError(f"{what}: no input files")
+    paths: set[Path] = set()
     for pattern in patterns:
         files = matches([pattern])
         if not files:
             raise UserError(f"{what}: no file matches {pattern!r} (looked from {Path.cwd()})")
         if not any(f.stat().st_size for f in files):
             raise UserError(f"{what}: {pattern!r} matches empty files only, {files[0]} for one")
-        found.update(files)
-    return _sorted(found)
+        paths.update(files)
+    return _sorted(paths)
 
 
 def matches(patterns: Sequence[str], *, folders: bool = False) -> list[Path]:
     """Return the files that the patterns match, sorted, each once; there may be none.
 
-    With `folders`, those that they match as well, which spares a look at each file.
+    With `folders`, folders that match are returned too, which saves one system call per file.
     """
-    found = (p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern), recursive=True))
-    return _sorted({Path(p) for p in found if folders or os.path.isfile(p)})
+    paths = (p for pattern in patterns for p in glob.glob(os.path.expanduser(pattern), recursive=True))
+    return _sorted({Path(p) for p in paths if folders or os.path.isfile(p)})
 
 
 def _sorted(paths: Iterable[Path]) -> list[Path]:
-    """Sort as `sorted` does, ten times as fast: there may be 200,000."""
-    return sorted(paths, key=lambda path: path.parts)
+    return sorted(paths, key=lambda path: path.parts)  # the order of plain `sorted`, ten times as fast: there may be 200,000

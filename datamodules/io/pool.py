@@ -1,4 +1,4 @@
-"""The same work for many shards, in processes, under one progress bar."""
+"""One function applied to many tasks in worker processes, with a progress bar."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
-"""Takes how many more documents or images are done."""
-AHEAD = 4
-"""Tasks that are handed out for each process: waiting for all of 100,000 at a time would take longer than their work."""
+"""Takes the number of documents or images done since the last call."""
+TASKS_AHEAD = 4
+"""Tasks submitted per process: waiting for 100,000 futures at a time would take longer than their work."""
 
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Let processes that are started meanwhile ignore Ctrl-C: this one hears it, and ends them in order."""
-    if threading.current_thread() is not threading.main_thread():
+    """Start processes that ignore Ctrl-C: the parent handles it and ends them in order."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -44,7 +44,7 @@ def _start_worker(queue: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is killed: nobody would hold the folder's lock for it."""
+    """End this process when its parent is killed: the folder's lock, which the parent held, is free then."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -58,27 +58,27 @@ def _work(job: Callable[[T, Progress], None], task: T) -> None:
 def run_all(
     job: Callable[[T, Progress], None], tasks: Sequence[T], workers: int, title: str, unit: str, of: str = "shard"
 ) -> None:
-    """Do `job` for each task, in processes if there is more than one to do, with a bar over tasks.
+    """Call `job` for each task, in worker processes unless one is enough, with a progress bar over tasks.
 
-    The first error ends it: tasks that run then may finish, the others are not begun.
+    The first error ends it: running tasks may finish, the others do not start.
 
     Args:
-        job: a module's function of a task and of where to report how many more units are done.
-        tasks: one per shard, or whatever is done on its own.
-        workers: most processes.
-        title: what the bar says.
-        unit: what is counted beside tasks.
-        of: what a task is.
+        job: a module-level function of a task and a `Progress`.
+        tasks: independent of one another.
+        workers: maximum number of processes.
+        title: label of the progress bar.
+        unit: name of what `Progress` counts.
+        of: name of a task.
     """
     if not tasks:
         return
-    seen = 0
+    n_done = 0
     with tqdm(total=len(tasks), desc=title, unit=of, disable=None) as bar:
 
         def progress(n: int) -> None:
-            nonlocal seen
-            seen += n
-            bar.set_postfix_str(f"{seen:,} {unit}", refresh=False)
+            nonlocal n_done
+            n_done += n
+            bar.set_postfix_str(f"{n_done:,} {unit}", refresh=False)
             bar.update(0)
 
         if min(workers, len(tasks)) <= 1:
@@ -88,21 +88,21 @@ def run_all(
             return
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         queue = context.SimpleQueue()
-        following, n_ahead = iter(tasks), AHEAD * workers
+        remaining, n_ahead = iter(tasks), TASKS_AHEAD * workers
         running: set[Future[None]]
         with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (queue,)) as pool:
             with starting_workers():
-                running = {pool.submit(_work, job, task) for task in islice(following, n_ahead)}
+                running = {pool.submit(_work, job, task) for task in islice(remaining, n_ahead)}
             try:
                 while running:
-                    done, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                    finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                     while not queue.empty():
                         progress(queue.get())
-                    for future in done:
+                    for future in finished:
                         future.result()
                         bar.update()
                     with starting_workers():
-                        running |= {pool.submit(_work, job, task) for task in islice(following, n_ahead - len(running))}
+                        running |= {pool.submit(_work, job, task) for task in islice(remaining, n_ahead - len(running))}
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # what runs may finish: the lock is held until then
+                pool.shutdown(cancel_futures=True)  # running tasks may finish: the lock is held until then
                 raise

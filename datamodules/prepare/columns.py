@@ -1,4 +1,4 @@
-"""Columns of an index on disk, written as they come: memory does not grow with a shard or a corpus."""
+"""Columns of an index on disk, written incrementally: memory does not grow with a shard or a corpus."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 SLICE = 1 << 20
-"""Values that are held at a time where columns are copied."""
+"""Values that are held in memory at a time when columns are copied."""
 BUFFER = 1 << 20
 
 
 class ColumnWriter:
-    """An .npy file of one dimension that grows; its header is right once it is closed.
-
-    numpy pads headers so that any length fits them: the file equals what `np.save` writes of the whole array.
-    """
+    """A one-dimensional .npy file that grows; `close` makes it equal to what `np.save` writes of the whole array."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self.dtype, self.length = np.dtype(dtype), 0
         self._file = path.open("wb", BUFFER)
-        self._behind_header = self._write_header()
+        self._header_end = self._write_header()
 
     def _write_header(self) -> int:
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
@@ -32,22 +29,22 @@ class ColumnWriter:
         return self._file.tell()
 
     def append(self, values: npt.ArrayLike) -> None:
-        """Write more values, which the column's type must be able to hold."""
+        """Write more values, which must fit the column's dtype."""
         array = np.ascontiguousarray(np.asarray(values).astype(self.dtype, copy=False))
         self._file.write(array.data)
         self.length += len(array)
 
     def close(self) -> None:
-        """Write the header again, with the length."""
+        """Write the header again with the final length, and close the file."""
         self._file.seek(0)
-        end = self._write_header()
-        assert end == self._behind_header, (end, self._behind_header)
+        end = self._write_header()  # as long as the first one: numpy pads headers so that any length fits
+        assert end == self._header_end, (end, self._header_end)
         self._file.close()
 
 
 @contextmanager
 def column_writers(folder: Path, dtypes: Mapping[str, npt.DTypeLike]) -> Iterator[dict[str, ColumnWriter]]:
-    """Open a writer for each column in a folder; all are closed in the end."""
+    """Give a writer for each column in a folder; all are closed at the end."""
     with ExitStack() as stack:
         writers = {}
         for name, dtype in dtypes.items():
@@ -57,20 +54,20 @@ def column_writers(folder: Path, dtypes: Mapping[str, npt.DTypeLike]) -> Iterato
 
 
 def slices(path: Path) -> Iterator[npt.NDArray[Any]]:
-    """Yield a column's values piece by piece."""
+    """Yield a column's values, `SLICE` at a time."""
     values = np.load(path, mmap_mode="r")
     for start in range(0, len(values), SLICE):
         yield np.array(values[start : start + SLICE])
 
 
 def join_columns(parts: Iterable[Path], target: Path, dtype: npt.DTypeLike, *, offsets: bool) -> int:
-    """Write the values of all parts one after another into one column, and return how many there are.
+    """Write the values of all parts one after another into one column; return their number.
 
     Args:
         parts: .npy files, opened one at a time.
         target: the file to write.
-        dtype: its type.
-        offsets: whether parts hold counts, of which the column is to hold the running sum, from 0.
+        dtype: its dtype.
+        offsets: the parts hold counts, and the column gets their running sum, from 0.
     """
     writer = ColumnWriter(target, dtype)
     try:

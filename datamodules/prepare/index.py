@@ -1,8 +1,8 @@
-"""Raw shards to an indexed corpus: per shard and in parallel, whole or absent, and resumable.
+"""Raw shards to an indexed corpus: in parallel by shard, atomically, and resumably.
 
-Each shard becomes a part in `DIR/parts/`, written under a temporary name and renamed when complete. Parts that a former
-run finished are kept. When all are there they are joined into the corpus's files; the manifest is written last. Machines
-that share a folder can each make a part of the shards: the last one to finish joins them.
+Each shard becomes a shard index in `DIR/parts/`; those that an earlier run finished are kept. When all exist, they are
+joined into the corpus's files, the manifest last. Machines that share a folder can prepare a part of the shards each; the
+last one to finish joins them.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.files import remove_leftovers, write_atomically
 from kosmos_lit.tokenizer import Tokenizer
 
-PARTS_VERSION = 3
-"""Of the unfinished parts in an index's folder; those of another version are not gone on with."""
+PARTS_VERSION = 4
+"""Version of the shard indexes in an unfinished index's folder; those of another version are made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PendingShards:
-    """What a part of a preparation waits for when its own shards are done."""
+    """The shards of other parts that a preparation waits for."""
 
     part: tuple[int, int]
-    pass_: str
-    """What the shards lack: `images` or `documents`."""
+    """The part that waits: i of n."""
+    stage: str
+    """What the shards are still to be read for: `images` or `documents`."""
     shards: tuple[Path, ...]
     parts: tuple[int, ...]
-    """Whose shards they are."""
+    """The parts that these shards belong to."""
 
     def __str__(self) -> str:
-        """Say what is missing, and what is to be done."""
+        """Return a message: what is missing, and what to do."""
         (number, n), others = self.part, ", ".join(map(str, self.parts))
-        state = f"{len(self.shards):,} shards are still to be read for {self.pass_}, {self.shards[0]} for one"
+        state = f"{len(self.shards):,} shards are still to be read for {self.stage}, {self.shards[0]} for one"
         then = (
-            f"run this same command again when parts {others} have listed theirs"
-            if self.pass_ == "images"
+            f"run the same command again when parts {others} have listed theirs"
+            if self.stage == "images"
             else "the last part to finish joins the index"
         )
-        return f"part {number} of {n} has done its {self.pass_}; {state} (parts {others}): {then}"
+        return f"part {number} of {n} has done its {self.stage}; {state} (parts {others}): {then}"
 
 
 def prepare_corpus(
@@ -64,25 +65,25 @@ def prepare_corpus(
     workers: int = 1,
     max_bad_share: float = 0.1,
 ) -> IndexedCorpus:
-    """Index the shards that `inputs` match into `output`, or open the index if it is already there.
+    """Index the shards that `inputs` match into `output`, or open the index that exists there.
 
     Args:
         format: `jsonl | parquet | img2dataset | warc | instruct`.
         inputs: patterns of files.
         tokenizer: a tokenizer's folder.
         output: the index's folder.
-        options: how documents are cut out of shards.
+        options: how documents are read from shards.
         workers: processes.
         max_bad_share: a shard with more broken records than this stops the preparation.
 
     Raises: UserError if the input is missing or too broken, or `output` holds an index of something else.
     """
-    done = prepare_part(
+    corpus = prepare_part(
         part=(1, 1), format=format, inputs=inputs, tokenizer=tokenizer, output=output, options=options, workers=workers,
         max_bad_share=max_bad_share,
     )  # fmt: skip
-    assert isinstance(done, IndexedCorpus)
-    return done
+    assert isinstance(corpus, IndexedCorpus)
+    return corpus
 
 
 def prepare_part(
@@ -96,12 +97,12 @@ def prepare_part(
     workers: int = 1,
     max_bad_share: float = 0.1,
 ) -> IndexedCorpus | PendingShards:
-    """Do part i of n of what `prepare_corpus` does: shards i, i + n, ... of the sorted ones; the last part joins all.
+    """Do part i of n of the work of `prepare_corpus`: shards i, i + n, ... in sorted order; the last part joins all.
 
-    Parts may run at the same time, on machines that share the folder, or one after another. A crawl has two passes: a part
-    whose first is done before the others' says so, and must be run again.
+    Parts may run at the same time, on machines that share the folder, or one after another. A crawl is read twice: a part
+    that has listed its images before the others returns `PendingShards`, and must be run again.
 
-    Raises: UserError as `prepare_corpus` does, or if other parts in `output` are of something else.
+    Raises: UserError as `prepare_corpus` does, or if `output` holds parts of another preparation.
     """
     number, n_parts = part
     if format not in SOURCES:
@@ -125,36 +126,36 @@ def prepare_part(
     ]  # fmt: skip
     own = tasks[number - 1 :: n_parts]
 
-    def unfinished(pass_: str, folder_of: Callable[[Task], Path]) -> PendingShards | None:
+    def pending(stage: str, folder_of: Callable[[Task], Path]) -> PendingShards | None:
         missing = [task for task in tasks if not folder_of(task).exists()]
         parts = sorted({task.shard % n_parts + 1 for task in missing})
         paths = tuple(task.path for task in missing)
-        return PendingShards(part=part, pass_=pass_, shards=paths, parts=tuple(parts)) if missing else None
+        return PendingShards(part=part, stage=stage, shards=paths, parts=tuple(parts)) if missing else None
 
-    with locked(output, part) as alone:
-        with alone():
-            if (corpus := _finished(output, identity)) is not None:  # made by the process that was waited for
+    with locked(output, part) as exclusive:
+        with exclusive():
+            if (corpus := _finished(output, identity)) is not None:  # while this process waited for the lock
                 return corpus
             _check_parts(output, identity, may_drop=n_parts == 1)
-            remove_leftovers(output / "parts", {path.name for task in own for path in (task.part, task.image_list)})
+            remove_leftovers(output / "parts", {path.name for task in own for path in (task.index, task.image_list)})
         if SOURCES[format].needs_image_list:
             run_all(list_shard_images, [t for t in own if not t.image_list.exists()], workers, "listing images", "images")
-            with alone():
-                if (waits := unfinished("images", lambda task: task.image_list)) is not None:
-                    return waits
+            with exclusive():
+                if (shards := pending("images", lambda task: task.image_list)) is not None:
+                    return shards
                 if not images_file(output).exists():
                     join_image_lists(output, tasks)
-        run_all(index_shard, [t for t in own if not t.part.exists()], workers, f"indexing {format}", "documents")
-        with alone():
+        run_all(index_shard, [t for t in own if not t.index.exists()], workers, f"indexing {format}", "documents")
+        with exclusive():
             if read_manifest(output) is None:
-                if (waits := unfinished("documents", lambda task: task.part)) is not None:
-                    return waits
+                if (shards := pending("documents", lambda task: task.index)) is not None:
+                    return shards
                 join(output, tasks, identity, token_dtype(vocabulary))
     return IndexedCorpus(output)
 
 
 def _finished(output: Path, identity: dict[str, Any]) -> IndexedCorpus | None:
-    """Open the index if it is there; what a process left that was killed behind its last step is removed."""
+    """Return the finished index, or None; a process killed after its last step may have left `parts`, which are removed."""
     if read_manifest(output) is None:
         return None
     corpus = IndexedCorpus(output)
@@ -166,7 +167,7 @@ def _finished(output: Path, identity: dict[str, Any]) -> IndexedCorpus | None:
 def index_identity(
     format: str, tokenizer: Tokenizer, options: ReadOptions, files: Sequence[Path], output: Path
 ) -> dict[str, Any]:
-    """Return what an index in `output` is made of, as its manifest keeps it."""
+    """Return the identity of an index in `output`, as its manifest stores it: format, tokenizer, options and shards."""
 
     @cache  # there may be 200,000 files
     def relative(folder: str) -> str:
@@ -186,7 +187,7 @@ def index_identity(
 
 
 def check_identity(corpus: IndexedCorpus, identity: dict[str, Any], *, shards: bool = True) -> None:
-    """Make sure that an index is of the given format, tokenizer, options and (if asked) shards.
+    """Check that an index has the format, tokenizer, options and, with `shards`, the shards of an identity.
 
     Raises: UserError naming every difference.
     """
@@ -194,42 +195,43 @@ def check_identity(corpus: IndexedCorpus, identity: dict[str, Any], *, shards: b
     wrong = _differences(corpus.manifest, identity, shards=shards)
     if wrong:
         raise UserError(
-            f"the index in {corpus.folder} is of something else: {'; '.join(wrong)}. "
+            f"the index in {corpus.folder} was prepared differently: {'; '.join(wrong)}. "
             "Choose another index folder, or delete this one to prepare it again"
         )
 
 
-def _differences(there: dict[str, Any], identity: dict[str, Any], *, shards: bool = True) -> list[str]:
+def _differences(existing: dict[str, Any], identity: dict[str, Any], *, shards: bool = True) -> list[str]:
+    """Return a phrase for each difference between the identity of an existing index and the requested one."""
     # An index may be older than an option: then it was made with the option's default.
-    known = there | {"options": asdict(ReadOptions()) | there["options"]}
+    completed = existing | {"options": asdict(ReadOptions()) | existing["options"]}
     wrong = [
-        f"{key} is {there[key]!r} there, {identity[key]!r} here"
+        f"{key} is {existing[key]!r} in the index, {identity[key]!r} in the run"
         for key in ("format", "tokenizer", "options")
-        if known[key] != identity[key]
+        if completed[key] != identity[key]
     ]
-    if shards and there["shards"] != identity["shards"]:
-        old, new = ({(name, size) for name, size in shards_key(x["shards"])} for x in (there, identity))
-        if old != new or shards_key(there["shards"]) != shards_key(identity["shards"]):
+    if shards and existing["shards"] != identity["shards"]:
+        old, new = ({(name, size) for name, size in shards_key(x["shards"])} for x in (existing, identity))
+        if old != new or shards_key(existing["shards"]) != shards_key(identity["shards"]):
             added, gone = (sorted(name for name, _ in s)[:3] for s in (new - old, old - new))
-            wrong.append(f"its shards differ: {len(old)} there, {len(new)} here; new {added}, gone {gone}")
+            wrong.append(f"the index has {len(old)} shards, the run {len(new)}; new {added}, gone {gone}")
     return wrong
 
 
 def _check_parts(output: Path, identity: dict[str, Any], *, may_drop: bool) -> None:
-    """Drop the parts of an unfinished run unless it was the same; remember what the coming parts are of.
+    """Make `output/parts` hold shard indexes of this identity only: an unfinished preparation of another is removed.
 
-    Raises: UserError if they are not the same, and other machines may be at work on them.
+    Raises: UserError if it may not be removed, as other machines may be working on it.
     """
-    path, wanted = output / "parts" / "identity.json", {"parts": PARTS_VERSION} | identity
+    path, expected = output / "parts" / "identity.json", {"parts": PARTS_VERSION} | identity
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found == wanted:
+        existing = json.loads(path.read_text(encoding="utf-8"))
+        if existing == expected:
             return
         if not may_drop:
-            wrong = _differences(found, identity) or ["the paths of its shards, or the program's version"]
+            wrong = _differences(existing, identity) or ["the paths of its shards, or the program's version"]
             raise UserError(
-                f"{output} holds unfinished parts of something else: {'; '.join(wrong)}. Give all parts the same "
-                f"input and options, or delete {output / 'parts'} to begin again"
+                f"{output} holds an unfinished index that was prepared differently: {'; '.join(wrong)}. Give all parts the "
+                f"same input and options, or delete {output / 'parts'} to begin again"
             )
     shutil.rmtree(output / "parts", ignore_errors=True)
-    write_atomically(path, json.dumps(wanted).encode())
+    write_atomically(path, json.dumps(expected).encode())

@@ -1,4 +1,4 @@
-"""The parts of all shards to one index. Nothing here holds a whole column, or more than one part's file open."""
+"""The indexes of all shards joined into one, in memory that does not grow with them, and with few files open."""
 
 from __future__ import annotations
 
@@ -26,25 +26,22 @@ from kosmos_lit.files import atomic_file, remove_leftovers, write_atomically
 
 
 def join_image_lists(output: Path, tasks: Sequence[Task]) -> None:
-    """Write one list of all shards' images, sorted by URL; of equal URLs the first usable one.
-
-    It is made by ranges of the URLs' hashes, each small enough for memory.
-    """
-    surveys = [task.image_list / IMAGES for task in tasks]
-    total = sum(len(np.load(path, mmap_mode="r")) for path in surveys)
-    n_ranges = -(-total // SLICE) or 1
+    """Write one list of all shards' images, sorted by the hashes of their URLs; of equal URLs the first usable one."""
+    lists = [task.image_list / IMAGES for task in tasks]
+    total = sum(len(np.load(path, mmap_mode="r")) for path in lists)
+    n_ranges = -(-total // SLICE) or 1  # hashes are spread evenly, so each range fits in memory
     bounds = [(i << 64) // n_ranges for i in range(n_ranges + 1)]
     with atomic_file(images_file(output)) as path, closing(ColumnWriter(path, LISTED_IMAGE)) as writer:
         for low, high in pairwise(bounds):
-            rows = np.concatenate([np.empty(0, LISTED_IMAGE), *(_between(path, low, high) for path in surveys)])
-            rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["verdict"], rows["url"]))]
+            rows = np.concatenate([np.empty(0, LISTED_IMAGE), *(_between(path, low, high) for path in lists)])
+            rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["status"], rows["url"]))]
             first = np.ones(len(rows), dtype=bool)
             first[1:] = rows["url"][1:] != rows["url"][:-1]
             writer.append(rows[first])
 
 
 def _between(path: Path, low: int, high: int) -> npt.NDArray[np.void]:
-    """Return the rows of one sorted survey whose URL hashes lie in [low, high)."""
+    """Return the rows of one sorted image list whose URL hashes lie in [low, high)."""
     rows = np.load(path, mmap_mode="r")
     start = int(np.searchsorted(rows["url"], np.uint64(low)))
     end = len(rows) if high == 1 << 64 else int(np.searchsorted(rows["url"], np.uint64(high)))
@@ -52,25 +49,25 @@ def _between(path: Path, low: int, high: int) -> npt.NDArray[np.void]:
 
 
 def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dtype: str) -> None:
-    """Join the parts into the corpus's files, the manifest last, and remove the parts.
+    """Join the shard indexes into the corpus's files, the manifest last, and remove them.
 
     Raises: UserError if there is no document.
     """
     source = SOURCES[identity["format"]]
-    tally = _sum_tallies(task.part for task in tasks)
+    tally = _sum_tallies(task.index for task in tasks)
     images = _sum_tallies(task.image_list for task in tasks) if source.needs_image_list else Tally()
     if not tally.documents:
         raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, images)}")
     remove_leftovers(output)
     lengths = {}
     for column, dtype in ({"tokens": token_dtype} | COLUMNS | dict(source.columns)).items():
-        parts = (task.part / f"{column}.npy" for task in tasks)
+        parts = (task.index / f"{column}.npy" for task in tasks)
         with atomic_file(output / f"{column}.npy") as path:
             lengths[column] = join_columns(parts, path, dtype, offsets=column.endswith("_offsets"))
     _join_ledgers(output, tasks)
     manifest = identity | {
         "documents": tally.documents,
-        "tokens": lengths["tokens"] - lengths["image_places"],
+        "tokens": lengths["tokens"] - lengths["image_places"],  # without the images' markers
         "images": lengths["image_places"],
         "tally": tally.to_dict(),
         "image_tally": images.to_dict(),
@@ -80,8 +77,8 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
 
 
 def _join_ledgers(output: Path, tasks: Sequence[Task]) -> None:
-    """Write the broken records of all shards into one file, in their order; none if there are none."""
-    ledgers = [folder / LEDGER for task in tasks for folder in (task.image_list, task.part)]
+    """Write the broken records of all shards into one ledger, in the order of the shards; no file if there are none."""
+    ledgers = [folder / LEDGER for task in tasks for folder in (task.image_list, task.index)]
     ledgers = [path for path in ledgers if path.exists() and path.stat().st_size]
     if not ledgers:
         (output / LEDGER).unlink(missing_ok=True)
@@ -92,8 +89,8 @@ def _join_ledgers(output: Path, tasks: Sequence[Task]) -> None:
                 shutil.copyfileobj(file, joined)
 
 
-def _sum_tallies(parts: Iterable[Path]) -> Tally:
+def _sum_tallies(folders: Iterable[Path]) -> Tally:
     total = Tally()
-    for part in parts:
-        total.add(read_tally(part))
+    for folder in folders:
+        total.add(read_tally(folder))
     return total

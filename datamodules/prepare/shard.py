@@ -1,4 +1,4 @@
-"""One shard to one part of an index: its documents' columns, what became of its records, and its broken ones."""
+"""One shard to its part of an index: the columns of its documents, the tally of its records, and the broken ones."""
 
 from __future__ import annotations
 
@@ -26,39 +26,41 @@ from kosmos_lit.tokenizer import Tokenizer
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 MIN_RECORDS = 20
-"""A shard with fewer records is not judged by its share of broken ones, unless nothing in it could be read."""
+"""The share of broken records is not checked in shards with fewer records, unless none could be read."""
 TALLY = "tally.json"
 IMAGES = "images.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What one worker needs to index one shard."""
+    """One shard to index, as a worker process gets it."""
 
     path: Path
     name: str
-    """Its path as the manifest has it."""
+    """Its path in the manifest."""
     shard: int
     format: str
     tokenizer: Path
     options: ReadOptions
     folder: Path
-    """The corpus folder."""
+    """The corpus's folder."""
     max_bad_share: float
 
     @property
-    def part(self) -> Path:
+    def index(self) -> Path:
+        """The folder of the shard's own index."""
         return self.folder / "parts" / f"{self.shard:06d}"
 
     @property
     def image_list(self) -> Path:
+        """The folder of the shard's image list."""
         return self.folder / "parts" / f"{self.shard:06d}.images"
 
 
 def list_shard_images(task: Task, progress: Progress) -> None:
-    """List one shard's images, sorted by the hash of their URLs."""
-    with atomic_folder(task.image_list) as folder, _counting(task, folder, but=CUT_OFF) as tally:
-        # That a shard is cut off is for the ledger of the second pass, which finds it again.
+    """Write the list of one shard's images, sorted by the hashes of their URLs."""
+    with atomic_folder(task.image_list) as folder, _counting(task, folder, unlisted=CUT_OFF) as tally:
+        # The second pass meets a truncated shard again, and lists it.
         rows = SOURCES[task.format].list_images(task.path, task.shard, task.options, tally)
         _check_share(task, tally)
         np.save(folder / IMAGES, rows[np.argsort(rows["url"], kind="stable")])
@@ -66,14 +68,14 @@ def list_shard_images(task: Task, progress: Progress) -> None:
 
 
 def index_shard(task: Task, progress: Progress) -> None:
-    """Tokenize one shard and write its part, in memory that does not grow with the shard.
+    """Tokenize one shard and write its index, in memory that does not grow with the shard.
 
-    Raises: UserError if more than the allowed share of its records is broken; nothing is written then.
+    Raises: UserError if too large a share of its records is broken; nothing is written then.
     """
     tokenizer, source = _tokenizer(task.tokenizer), SOURCES[task.format]
     images = np.load(images_file(task.folder), mmap_mode="r") if source.needs_image_list else None
     dtypes = {"tokens": token_dtype(tokenizer)} | COLUMNS | dict(source.columns)
-    with atomic_folder(task.part) as folder, _counting(task, folder) as tally:
+    with atomic_folder(task.index) as folder, _counting(task, folder) as tally:
         with column_writers(folder, dtypes) as columns:
             for batch in _batches(source.documents(task.path, task.shard, task.options, tally, images)):
                 _note_odd_characters(batch, task.path.name, tally)
@@ -83,7 +85,7 @@ def index_shard(task: Task, progress: Progress) -> None:
 
 
 def images_file(folder: Path) -> Path:
-    """Return where all shards' images are listed while a crawl is prepared."""
+    """Return the path of the list of all shards' images, while a crawl is prepared."""
     return folder / "parts" / IMAGES
 
 
@@ -91,18 +93,18 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
-def read_tally(part: Path) -> Tally:
-    """Return what became of the records of a part or a survey."""
-    return Tally.from_dict(json.loads((part / TALLY).read_text(encoding="utf-8")))
+def read_tally(folder: Path) -> Tally:
+    """Return the tally of a shard's index or image list."""
+    return Tally.from_dict(json.loads((folder / TALLY).read_text(encoding="utf-8")))
 
 
 @contextmanager
-def _counting(task: Task, folder: Path, but: str = "") -> Iterator[Tally]:
-    """Give a tally that writes each broken record into the folder's ledger, those of the reason `but` excepted."""
+def _counting(task: Task, folder: Path, unlisted: str = "") -> Iterator[Tally]:
+    """Give a tally that writes each broken record into the folder's ledger, except for the reason `unlisted`."""
     with (folder / LEDGER).open("wb") as ledger:
 
         def write(reason: str, key: str, detail: str) -> None:
-            if reason != but:
+            if reason != unlisted:
                 bad = BadSample(source=task.format, shard=task.name, key=key, reason=reason, detail=detail)
                 ledger.write(bad.to_line())
 
@@ -127,22 +129,22 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 def _index(
     batch: Sequence[Document], shard: int, tokenizer: Tokenizer, columns: Mapping[str, ColumnWriter], tally: Tally
 ) -> None:
-    """Write a batch's documents into the columns; those without text, or without an answer, are left out."""
+    """Write a batch's documents into the columns; those without text, or without an answer, are skipped."""
     n_parts = np.array([len(document.parts) for document in batch])
     first_part = np.cumsum(n_parts) - n_parts
     ids = tokenizer.encode_parts(document.parts for document in batch)
     n_ids = np.array([len(part) for part in ids])
     is_image = np.array([isinstance(part, ImageRef) for document in batch for part in document.parts])
     length, n_images = np.add.reduceat(n_ids, first_part), np.add.reduceat(is_image.astype(np.int64), first_part)
-    said = np.concatenate([document.supervised or np.zeros(len(document.parts), np.uint8) for document in batch])
-    is_kept = (length > n_images) & ~np.logical_or.reduceat((said > 0) & (n_ids == 0), first_part)
-    kept = [document for document, keep in zip(batch, is_kept, strict=True) if keep]
-    if len(kept) < len(batch):
-        for document, keep in zip(batch, is_kept, strict=True):
-            if not keep:
+    supervised = np.concatenate([document.supervised or np.zeros(len(document.parts), np.uint8) for document in batch])
+    is_usable = (length > n_images) & ~np.logical_or.reduceat((supervised > 0) & (n_ids == 0), first_part)
+    usable = [document for document, use in zip(batch, is_usable, strict=True) if use]
+    if len(usable) < len(batch):
+        for document, use in zip(batch, is_usable, strict=True):
+            if not use:
                 tally.count_skipped("no text left after normalisation", document.record)
-        if kept:
-            _index(kept, shard, tokenizer, columns, tally)
+        if usable:  # rare: encode them again without the others
+            _index(usable, shard, tokenizer, columns, tally)
         return
     images = [part for document in batch for part in document.parts if isinstance(part, ImageRef)]
     tokens = np.concatenate(ids)
@@ -157,24 +159,23 @@ def _index(
     columns["image_positions"].append(markers - np.repeat(np.cumsum(length) - length, n_images))
     if "supervised" in columns:
         paths = [os.fsencode(image.path) for image in images]
-        columns["supervised"].append(np.repeat(said, n_ids))
+        columns["supervised"].append(np.repeat(supervised, n_ids))
         columns["image_path_offsets"].append(np.array([len(path) for path in paths], dtype=np.int64))
         columns["image_paths"].append(np.frombuffer(b"".join(paths), np.uint8))
 
 
 def _note_odd_characters(batch: Sequence[Document], file: str, tally: Tally) -> None:
-    """Count the texts that are not indexed as they stand in the shard."""
+    """Count the texts that are not indexed exactly as in the shard."""
     for document in batch:
         for part in document.parts:
             if isinstance(part, str):
+                place = f"{file}, record {document.record}"
                 if "\0" in part:
-                    tally.add_note(
-                        "text with zero bytes, indexed as unknown characters", f"{file}, record {document.record}"
-                    )
+                    tally.add_note("text with zero bytes, indexed as unknown characters", place)
                 try:
                     part.encode()
                 except UnicodeEncodeError:
-                    tally.add_note('text with halves of characters, indexed as "?"', f"{file}, record {document.record}")
+                    tally.add_note('text with halves of characters, indexed as "?"', place)
 
 
 @lru_cache(maxsize=1)

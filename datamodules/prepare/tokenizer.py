@@ -23,16 +23,16 @@ from kosmos_lit.files import write_atomically
 from kosmos_lit.tokenizer import LEADING, MODEL_FILE, Tokenizer, clean, has_tokenizer
 
 MAX_SENTENCE_BYTES = 4000
-"""SentencePiece skips longer ones, so lines are cut there, at a space."""
+"""SentencePiece skips longer sentences, so lines are cut at a space before that."""
 ORIGIN_FILE = "origin.json"
 ENDINGS = {".tar": "img2dataset", ".parquet": "parquet", ".warc": "warc", ".warc.gz": "warc"}
 
 
 def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tokenizer:
-    """Train a tokenizer on all text that the files hold, and write its folder; a folder made the same way is reused.
+    """Train a tokenizer on all text of the files and write its folder, or reuse a folder of the same origin.
 
     Args:
-        inputs: patterns of files in any format that `prepare corpus` reads; the ending tells which.
+        inputs: patterns of files in any format that `prepare corpus` reads; their endings tell the format.
         vocab_size: SentencePiece pieces, its 3 control pieces included; the model's vocabulary is 7 larger.
         output: the folder.
 
@@ -94,7 +94,7 @@ def _format_of(path: Path) -> Source:
 
 def _cut(line: str) -> Iterator[str]:
     while len(line.encode()) > MAX_SENTENCE_BYTES:
-        limit = MAX_SENTENCE_BYTES // 4  # characters: at most 4 bytes each
+        limit = MAX_SENTENCE_BYTES // 4  # characters have at most 4 bytes
         at = line.rfind(" ", 1, limit)
         at = limit if at < 0 else at
         yield line[:at]

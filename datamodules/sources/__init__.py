@@ -1,4 +1,4 @@
-"""One file per format on disk: bytes to Documents, with the place of every failure."""
+"""One file per format on disk: bytes to documents, with the place of every failure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from datamodules.sources.parquet import Parquet
 from datamodules.sources.warc import Warc
 
 SOURCES: dict[str, Source] = {s.format: s for s in (Jsonl(), Parquet(), Img2Dataset(), Warc(), Instruct())}
-"""The formats that `prepare` and the configs name."""
+"""The formats by their names in `prepare` and in configs."""
 
 __all__ = ["SOURCES", "Identifiers", "ReadOptions", "Source"]

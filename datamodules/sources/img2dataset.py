@@ -1,6 +1,6 @@
 """Caption pairs as img2dataset writes them: WebDataset tars of KEY.jpg (or .png, .webp), KEY.txt, KEY.json.
 
-Images stay where they are: the index remembers the byte range of each inside its tar.
+Images are not copied: the index holds the byte range of each inside its tar.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from datamodules.sources.tar import Member, TarError, TarReader
 from kosmos_lit.images import ImageError, probe
 
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
-LOOK = 1 << 13
+LOOKUP_WINDOW = 1 << 13
 """Bytes that are read at once to look up one sample: a few headers and a KEY.json."""
 MAX_JSON = 1 << 20
-"""Bytes of a KEY.json that is read for its URL."""
+"""Most bytes of a KEY.json; a larger one is not read for its URL."""
 HEX = re.compile(r"(?:[0-9a-fA-F]{32}){1,2}")
 
 Sample = dict[str, Member]
@@ -31,7 +31,7 @@ Sample = dict[str, Member]
 
 
 class Img2Dataset(Source):
-    """A document per sample: its image, then its caption; its record is the byte offset of the image's tar header."""
+    """One document per sample: its image, then its caption; its record number is the byte offset of the image's header."""
 
     format = "img2dataset"
     kind = "caption"
@@ -41,25 +41,25 @@ class Img2Dataset(Source):
     ) -> Iterator[Document]:
         try:
             with TarReader(path) as tar:
-                for key, sample, is_whole in _samples(tar):
-                    # What the last sample of a tar that is cut off lacks was lost in the cut, which counts once.
-                    document = _document(tar, path.name, key, sample, shard, tally if is_whole else Tally())
+                for key, sample, is_complete in _samples(tar):
+                    # The last sample of a truncated tar may lack members: the truncation is counted, not the sample.
+                    document = _document(tar, path.name, key, sample, shard, tally if is_complete else Tally())
                     if document is not None:
                         yield document
         except TarError as error:
-            tally.count_broken(CUT_OFF, f"byte {error.at}", error.what, file=path.name)
+            tally.count_broken(CUT_OFF, f"byte {error.at}", error.detail, file=path.name)
         except OSError as error:
             tally.count_broken(CUT_OFF, "", str(error), file=path.name)
 
     def record_name(self, path: Path, record: int) -> str:
-        with TarReader(path, LOOK) as tar:
+        with TarReader(path, LOOKUP_WINDOW) as tar:
             return _sample_from(tar, path, record)[0]
 
     def identifiers(self, path: Path, record: int) -> Identifiers:
-        """Return the key, and URL and hash out of KEY.json; one that cannot be read says nothing."""
-        with TarReader(path, LOOK) as tar:
+        """Return the key, and the URL and hashes in KEY.json if it can be read."""
+        with TarReader(path, LOOKUP_WINDOW) as tar:
             key, sample = _sample_from(tar, path, record)
-            if "json" not in sample:  # writers that sort a sample's members put it before KEY.png
+            if "json" not in sample:  # writers that sort members put KEY.json before KEY.png
                 sample = _sample_around(tar, record)
             if "json" not in sample or sample["json"].size > MAX_JSON:
                 return Identifiers(key)
@@ -67,9 +67,9 @@ class Img2Dataset(Source):
 
 
 def _sample_from(tar: TarReader, path: Path, record: int) -> tuple[str, Sample]:
-    """Return the key and the members of a sample from its image on.
+    """Return the key and the members of a sample, from its image on.
 
-    Raises: OSError if there is no member where its header was.
+    Raises: OSError if there is no member at its image's header.
     """
     try:
         key, sample, _ = next(_samples(tar, record))
@@ -79,8 +79,8 @@ def _sample_from(tar: TarReader, path: Path, record: int) -> tuple[str, Sample]:
 
 
 def _sample_around(tar: TarReader, record: int) -> Sample:
-    """Return all members nearby of the sample whose image's header is at byte `record`."""
-    with suppress(TarError):  # what looked like headers were none
+    """Return the members, also before its image, of the sample whose image's header is at byte `record`."""
+    with suppress(TarError):  # bytes that look like headers may be none
         for _, sample, _ in _samples(tar, tar.start_before(record)):
             headers = [member.header for member in sample.values()]
             if record in headers:
@@ -117,7 +117,7 @@ def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, t
 def _samples(tar: TarReader, start: int = 0) -> Iterator[tuple[str, Sample, bool]]:
     """Group neighbouring members by key, from the header at byte `start` on.
 
-    Yields: the key, the sample, and whether all of it can be there.
+    Yields: the key, the sample, and whether it is complete: False for the last one of a truncated archive.
 
     Raises: TarError where the archive breaks off, after the samples before it.
     """
@@ -143,7 +143,7 @@ def _samples(tar: TarReader, start: int = 0) -> Iterator[tuple[str, Sample, bool
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Split at the first dot behind the last slash, as WebDataset does."""
+    """Split a name at the first dot after the last slash, as WebDataset does."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
@@ -160,7 +160,7 @@ def _caption(tar: TarReader, sample: Sample) -> str | None:
 
 
 def _origin(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the URLs and the hashes of an image that a KEY.json names."""
+    """Return the URLs and hashes of an image in a KEY.json."""
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-r"""Instruction data as one JSON object a line: a prompt with its completion, or a conversation, and images as files.
+r"""Instruction data as one JSON object per line: a prompt with its completion, or a conversation, and images as files.
 
     {"images": ["a.jpg"], "prompt": "<image> What is this?", "completion": "A cat."}
     {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image> What is this?"},
@@ -7,11 +7,10 @@ r"""Instruction data as one JSON object a line: a prompt with its completion, or
                   {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}]}
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
 
-An example becomes one text with marks, of which the completions or answers are learnt. `<image>` stands for the next
-image of `images`; images without a mark come first. A prompt and its completion follow one another as they are; a
-conversation is written turn by turn in the turn template, images that begin a question before it, and a system message
-on a line before the first turn. As `generate` reads a prompt without blanks at its end, those between prompt and answer
-are the head of the answer.
+An example becomes one text with image marks; only completions or answers are supervised. Each `<image>` stands for the next
+image of `images`; images without a mark come first. A completion follows its prompt as it is. A conversation is written turn
+by turn in the turn template: images at the beginning of a question go before the template, a system message on a line before
+the first turn. `generate` strips a prompt, so blanks between prompt and answer belong to the answer.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 Message = tuple[str, str]
 """Role (`system`, `user`, `assistant`) and text with marks."""
 Run = tuple[str, bool]
-"""Text with marks, and whether it is to be learnt."""
+"""Text with marks, and whether it is supervised."""
 
 
 class Instruct(JsonLines):
-    """An example per line."""
+    """One example per line."""
 
     format = "instruct"
     kind = "instruct"
@@ -49,28 +48,28 @@ class Instruct(JsonLines):
         images = [_image(name, folder, shard) for name in names]
         parts: list[Part] = []
         supervised: list[bool] = []
-        for part, learnt in _parts(runs, images):
+        for part, is_supervised in _parts(runs, images):
             parts.append(part)
-            supervised.append(learnt)
+            supervised.append(is_supervised)
         return Document(number, tuple(parts), tuple(supervised))
 
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
-        """Read an image's own file, at once and whole: there are too many to keep them open.
+        """Return the bytes of an image's own file.
 
-        Raises: OSError if it is gone or of another size than when it was prepared.
+        Raises: OSError if the file is gone or its size has changed since it was prepared.
         """
-        data = path.read_bytes()
+        data = path.read_bytes()  # not `read_at`: too many files to keep open
         if len(data) != length:
             raise OSError(f"{path} has {len(data)} bytes, not {length}; it has changed since it was prepared")
         return data
 
 
 def prompt_text(messages: Sequence[Message], turn_template: str = TURN_TEMPLATE) -> str:
-    """Return the prompt for the next answer of a conversation, as training rows have it, for `generate`.
+    """Return the prompt for the next answer of a conversation, for `generate`; training rows hold the same text.
 
     Args:
         messages: (role, text) pairs: a system message if there is one, then user and assistant in turn, the user last.
-        turn_template: the one that the model was trained with.
+        turn_template: the template of the model's training.
 
     Raises: ValueError if the roles are in another order.
     """
@@ -79,7 +78,7 @@ def prompt_text(messages: Sequence[Message], turn_template: str = TURN_TEMPLATE)
 
 
 def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[str]]:
-    """Return a record's text and the paths of its images in the order of their marks."""
+    """Return a record's text, and the paths of its images in the order of their marks."""
     forms = [form for form in ("completion", "messages", "conversations") if form in record]
     if len(forms) != 1:
         raise RecordError("neither prompt and completion, nor messages, nor conversations", f"it has {sorted(record)}"[:200])
@@ -94,20 +93,20 @@ def _read(record: dict[str, Any], turn_template: str) -> tuple[list[Run], list[s
 
 
 def _images(record: dict[str, Any]) -> list[str]:
-    """Return the paths of a record's own images: under `images` or `image`, of which one may be empty."""
-    lists = [given if isinstance(given, list) else [given] for key in ("images", "image") if (given := record.get(key))]
+    """Return the paths under a record's `images` or `image`; one of them may be empty."""
+    lists = [value if isinstance(value, list) else [value] for key in ("images", "image") if (value := record.get(key))]
     if len(lists) == 2 and lists[0] != lists[1]:
         raise RecordError("images and image name different images", reprlib.repr(lists))
     return [_path(image) for image in lists[0]] if lists else []
 
 
-def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
-    """Return a conversation's messages, and all images in order: a part of a message may name its own."""
-    if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
+def _messages(value: Any, images: list[str]) -> tuple[list[Message], list[str]]:
+    """Return a conversation's messages, and all images in order; a content part may name an image of its own."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise RecordError("messages are no list of objects")
-    waiting, placed = list(images), []
+    unplaced, placed = list(images), []
     messages = []
-    for message in given:
+    for message in value:
         role = message.get("role", message.get("from"))
         if not isinstance(role, str) or role not in ROLES:
             raise RecordError("unknown role", f"{reprlib.repr(role)}; there are {', '.join(ROLES)}")
@@ -117,37 +116,37 @@ def _messages(given: Any, images: list[str]) -> tuple[list[Message], list[str]]:
             words, own = _content(part)
             text += words
             for _ in range(words.count(MARK)):
-                if own is None and not waiting:
+                if own is None and not unplaced:
                     raise RecordError("more <image> marks than images", f"{len(images)} images")
-                placed.append(own if own is not None else waiting.pop(0))
+                placed.append(own if own is not None else unplaced.pop(0))
         messages.append((ROLES[role], text))
-    return messages, [*waiting, *placed]
+    return messages, [*unplaced, *placed]
 
 
 def _content(part: Any) -> tuple[str, str | None]:
-    """Return the text of a message's part, and the path of the image if it names one."""
+    """Return the text of a content part, and the path of its image if it names one."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part["text"], None
     if kind in ("image", "image_url"):
-        found = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
-        found = found.get("url") if isinstance(found, dict) else found
-        return MARK, None if found is None else _path(found)
+        path = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
+        path = path.get("url") if isinstance(path, dict) else path  # OpenAI's form
+        return MARK, None if path is None else _path(path)
     raise RecordError("content is neither text nor image", reprlib.repr(part))
 
 
-def _path(given: Any) -> str:
-    if not isinstance(given, str) or not given:
-        raise RecordError("an image is named by no path", reprlib.repr(given))
-    if given.startswith("data:") or "://" in given.removeprefix("file://"):
-        raise RecordError("an image is no file; save it as one", given[:100])
-    return given.removeprefix("file://")
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise RecordError("an image is named by no path", reprlib.repr(value))
+    if value.startswith("data:") or "://" in value.removeprefix("file://"):
+        raise RecordError("an image is no file; save it as one", value[:100])
+    return value.removeprefix("file://")
 
 
 def _conversation(messages: Sequence[Message], turn_template: str) -> list[Run]:
-    """Write messages turn by turn; what stands between two answers is one run.
+    """Return a conversation as runs: all text between two answers is one run.
 
-    Raises: RecordError if roles are not system?, then user and assistant in turn.
+    Raises: RecordError if roles are not an optional system, then user and assistant in turn.
     """
     system = messages[0][1].strip() if messages and messages[0][0] == "system" else None
     turns = list(messages[1:] if system is not None else messages)
@@ -160,21 +159,21 @@ def _conversation(messages: Sequence[Message], turn_template: str) -> list[Run]:
     gap = "" if question[:1].isspace() else " "
     runs: list[Run] = []
     for i in range(0, len(turns), 2):
-        asked, n_leading = turns[i][1].strip(), 0
-        while asked.startswith(MARK):
-            asked, n_leading = asked[len(MARK) :].lstrip(), n_leading + 1
-        if not asked and not n_leading:
+        content, n_leading = turns[i][1].strip(), 0
+        while content.startswith(MARK):
+            content, n_leading = content[len(MARK) :].lstrip(), n_leading + 1
+        if not content and not n_leading:
             raise RecordError("empty question")
         before = (f"{system}\n" if system else "") if i == 0 else gap
-        runs += [(before + MARK * n_leading + question.replace("{user}", asked), False), (turns[i + 1][1].strip(), True)]
+        runs += [(before + MARK * n_leading + question.replace("{user}", content), False), (turns[i + 1][1].strip(), True)]
     return runs
 
 
 def _marked(runs: list[Run], images: list[str]) -> tuple[list[Run], list[str]]:
-    """Put a mark in front for each image without one."""
-    if any(MARK in text for text, learnt in runs if learnt):
+    """Return runs with a mark in front for each image that has none, and the images."""
+    if any(MARK in text for text, is_supervised in runs if is_supervised):
         raise RecordError("an image in an answer", "the model writes text only")
-    if any(not text.strip() for text, learnt in runs if learnt):
+    if any(not text.strip() for text, is_supervised in runs if is_supervised):
         raise RecordError("empty completion or answer")
     n_marks = sum(text.count(MARK) for text, _ in runs)
     if n_marks > len(images):
@@ -183,15 +182,15 @@ def _marked(runs: list[Run], images: list[str]) -> tuple[list[Run], list[str]]:
 
 
 def _parts(runs: Sequence[Run], images: Sequence[ImageRef]) -> Iterator[tuple[Part, bool]]:
-    """Cut runs into texts and images. Where `generate` strips a prompt, at its ends and beside images, so do we."""
-    following, found = iter(images), list[tuple[Part, bool]]()
-    for text, learnt in runs:
+    """Yield runs as texts and images, stripped where `generate` strips a prompt: at its ends and beside images."""
+    remaining, parts = iter(images), list[tuple[Part, bool]]()
+    for text, is_supervised in runs:
         first, *others = text.split(MARK)
-        found.append((first, learnt))
-        for piece in others:
-            found += [(next(following), False), (piece, learnt)]
-    for number, part in trimmed(part for part, _ in found):
-        yield part, found[number][1]
+        parts.append((first, is_supervised))
+        for other in others:
+            parts += [(next(remaining), False), (other, is_supervised)]
+    for number, part in trimmed(part for part, _ in parts):
+        yield part, parts[number][1]
 
 
 def _image(name: str, folder: Path, shard: int) -> ImageRef:

@@ -1,4 +1,4 @@
-"""Text as one JSON object a line: .jsonl, .jsonl.gz, .jsonl.zst (also .json and .ndjson, as some corpora call them)."""
+"""Text as one JSON object per line: .jsonl, .jsonl.gz, .jsonl.zst (and .json, .ndjson, as some corpora name them)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class TruncatedError(OSError):
 
 
 class RecordError(ValueError):
-    """A record that makes no document; `reason` is a short phrase for counting."""
+    """A record that yields no document; `reason` is a short phrase to count it under."""
 
-    def __init__(self, reason: str, detail: str = "", *, is_bad: bool = True) -> None:
+    def __init__(self, reason: str, detail: str = "", *, is_broken: bool = True) -> None:
         super().__init__(detail)
-        self.reason, self.is_bad = reason, is_bad
+        self.reason, self.is_broken = reason, is_broken
 
 
 class JsonLines(Source):
-    """A document per line; its record is the line's number, from 1."""
+    """One document per line; its record number is the line number, from 1."""
 
     def documents(
         self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
@@ -45,7 +45,7 @@ class JsonLines(Source):
                     try:
                         yield self.read(_parsed(line, number), number, path.parent, shard, options)
                     except RecordError as error:
-                        if error.is_bad:
+                        if error.is_broken:
                             tally.count_broken(error.reason, f"line {number}", str(error), file=path.name)
                         else:
                             tally.count_skipped(error.reason, f"{path.name}, line {number}")
@@ -56,7 +56,7 @@ class JsonLines(Source):
     def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:
         """Return the document of line `number` of a file in `folder`.
 
-        Raises: RecordError if the record makes none.
+        Raises: RecordError if the record yields none.
         """
 
     def record_name(self, path: Path, record: int) -> str:
@@ -64,7 +64,7 @@ class JsonLines(Source):
 
 
 class Jsonl(JsonLines):
-    """A text per line."""
+    """One text per line."""
 
     format = "jsonl"
     kind = "text"
@@ -75,13 +75,13 @@ class Jsonl(JsonLines):
         if not isinstance(text, str):
             raise RecordError(f'no text under "{options.text_field}"')
         if not text.strip():
-            raise RecordError("empty text", is_bad=False)
+            raise RecordError("empty text", is_broken=False)
         return Document(number, (text.strip("\n"),))
 
 
 def _parsed(line: bytes, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows writes a mark in front
     except UnicodeDecodeError as error:
         raise RecordError("line is not UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -97,15 +97,15 @@ def lines(path: Path) -> Iterator[bytes]:
 
     Raises: TruncatedError or the decompressor's error where the file breaks off, after all lines before it.
     """
-    rest: list[bytes] = []
+    pending: list[bytes] = []  # the beginning of a line, joined once: adding to bytes would be quadratic in long lines
     for chunk in _chunks(path):
-        head, *whole = chunk.split(b"\n")
-        rest.append(head)
-        if whole:
-            yield b"".join(rest)
-            yield from whole[:-1]
-            rest = whole[-1:]
-    if last := b"".join(rest):
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        if others:
+            yield b"".join(pending)
+            yield from others[:-1]
+            pending = others[-1:]
+    if last := b"".join(pending):
         yield last
 
 
@@ -123,10 +123,14 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Decompress frame after frame; unlike the library's stream reader, notice a frame that does not end."""
+    """Yield a file's decompressed bytes.
+
+    Raises: TruncatedError if the last frame is incomplete, which the library's stream reader does not notice.
+    """
     with path.open("rb") as file:
         data = file.read(CHUNK)
         while data:
+            # Corpora packed with `zstd --long=31` need the largest window.
             frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
             while not frame.eof:
                 yield frame.decompress(data)

@@ -1,7 +1,7 @@
-"""A web page to text and images in reading order, and the rules by which KOSMOS-1 makes a document of it.
+"""Web pages as text and images in reading order, and KOSMOS-1's rules for making documents of them.
 
-The paper (section 3.1, appendix B.1.3): at most five images, half of the pages with a single image dropped, images
-under 64 pixels and of a single colour dropped.
+Source: the paper, section 3.1 and appendix B.1.3: at most five images, half of the pages with a single image dropped, images
+under 64 pixels or of a single colour dropped.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from datamodules.io.hashing import hash_key, share_of
 from datamodules.sources.base import ReadOptions
 
 MAX_PAGE_BYTES = 10_000_000
-"""Larger pages are left out: parsing time grows with them, and hostile pages are large."""
+"""Larger pages are not parsed: parsing time grows with size, and hostile pages are large."""
 
 MAX_TAG_WORDS = 20_000
-"""Pages with more words in one tag are left out: the parser compares each attribute with all before it."""
+"""Pages with more words in one tag are not parsed: the parser compares each attribute with all before it."""
 LONG_TAG = 1 << 16
-"""Bytes of a tag that is worth counting; an image in an attribute is one word, however long."""
+"""Bytes above which a tag's words are counted; an image in an attribute is one word, however long."""
 
 _BLOCKS = frozenset(
     "address article blockquote body caption center dd details div dl dt figcaption figure h1 h2 h3 h4 h5 h6 header hr li "
@@ -43,25 +43,25 @@ _SKIPPED_CLASSES = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An image that a page shows, by its absolute URL."""
+    """An image of a page, by its absolute URL."""
 
     url: str
 
 
 class PageError(ValueError):
-    """A page that cannot be read; the message is a short phrase for counting."""
+    """A page that cannot be read; the message is a short phrase to count it under."""
 
 
 def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
-    """Walk a page in document order and return its texts and image links.
+    """Return a page's texts and image links in document order.
 
-    Scripts, forms and what is marked as navigation is left out. Lines follow the page's blocks.
+    Scripts, forms and everything marked as navigation are skipped. Each block of the page begins a line.
 
     Raises: PageError if there is nothing to parse.
     """
     if len(page) > MAX_PAGE_BYTES:
         raise PageError("page too large")
-    tags = (piece[piece.find(b"<") :] for piece in page.split(b">") if len(piece) > LONG_TAG)
+    tags = (chunk[chunk.find(b"<") :] for chunk in page.split(b">") if len(chunk) > LONG_TAG)
     if any(len(tag.split()) > MAX_TAG_WORDS for tag in tags):
         raise PageError("tag with too many attributes")
     try:
@@ -71,11 +71,11 @@ def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
     base = next((b for h in root.xpath("//base/@href") if (b := _absolute(url, h))), url)
     parts: list[str | Link] = []
     text: list[str] = []
-    for piece in _pieces(root, base):
-        if isinstance(piece, str):
-            text.append(piece)
+    for item in _walk(root, base):
+        if isinstance(item, str):
+            text.append(item)
         else:
-            parts += [*_lines(text), piece]
+            parts += [*_lines(text), item]
             text = []
     return [*parts, *_lines(text)]
 
@@ -83,24 +83,24 @@ def extract(page: bytes, url: str, charset: str | None) -> list[str | Link]:
 def _parser(charset: str | None) -> html.HTMLParser:
     try:
         return html.HTMLParser(encoding=charset, recover=True)
-    except LookupError:  # a charset that nobody knows: the page may say better
+    except LookupError:  # an unknown charset: the page's own declaration may be right
         return html.HTMLParser(recover=True)
 
 
 def _absolute(base: str, link: str) -> str | None:
-    """Return the URL that a link means, None if it means none."""
+    """Return the absolute URL of a link, or None if it has none."""
     try:
         return urljoin(base, link)
     except ValueError:
         return None
 
 
-def _pieces(root: etree._Element, base: str) -> Iterator[str | Link]:
+def _walk(root: etree._Element, base: str) -> Iterator[str | Link]:
     walk = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
-    n_pre = 0
+    n_pre = 0  # open <pre> elements, inside which white space counts
     for event, element in walk:
         if event in ("comment", "pi"):
-            yield _inline(element.tail, n_pre)
+            yield _inline(element.tail, n_pre)  # lxml hangs the text after a comment on the comment
             continue
         tag = element.tag
         if event == "start":
@@ -148,7 +148,7 @@ def _is_skipped(element: etree._Element) -> bool:
 
 
 def _link(image: etree._Element, base: str) -> Link | None:
-    for attribute in ("src", "data-src", "data-original"):
+    for attribute in ("src", "data-src", "data-original"):  # pages that load images late keep them in the others
         source = (image.get(attribute) or "").strip()
         if source and not source.startswith("data:") and (url := _absolute(base, source)):
             return Link(url)
@@ -156,44 +156,44 @@ def _link(image: etree._Element, base: str) -> Link | None:
 
 
 def url_hash(url: str) -> int:
-    """Return the hash under which a crawl's images are looked up; scheme and host in lower case, no fragment."""
+    """Return the hash by which a crawl's images are looked up: no fragment, scheme and host in lower case."""
     try:
         parts = urlsplit(urldefrag(url.strip()).url)
         url = parts._replace(scheme=parts.scheme.lower(), netloc=parts.netloc.lower()).geturl()
     except ValueError:
-        pass  # not a URL that urllib takes apart: looked up as it stands
+        pass  # urllib cannot parse it: looked up as it is
     return hash_key("url", url)
 
 
-def compose(
+def document_parts(
     page: list[str | Link], url: str, find: Callable[[str], ImageRef | str], options: ReadOptions, tally: Tally
 ) -> tuple[Part, ...] | None:
-    """Make a document of a page by KOSMOS-1's rules, or count in `tally` why not.
+    """Return the parts of a page's document by KOSMOS-1's rules; None, and a count in `tally`, if it yields none.
 
     Args:
-        page: what `extract` returned.
-        url: the page's URL, which also decides the draw for single-image pages.
-        find: maps an image's URL to where it lies, or to the reason why it cannot be used.
-        options: the rules' numbers.
-        tally: gets the reasons.
+        page: the result of `extract`.
+        url: the page's URL; it also seeds the draw for single-image pages.
+        find: maps an image's URL to its place, or to the reason why it cannot be used.
+        options: the numbers in the rules.
+        tally: counts the reasons.
     """
     parts: list[Part] = []
     n_images = 0
-    for piece in page:
-        if isinstance(piece, Link):
-            found = find(piece.url)
-            if isinstance(found, str):
-                tally.add_note(found, f"{piece.url} on {url}")
+    for item in page:
+        if isinstance(item, Link):
+            image = find(item.url)
+            if isinstance(image, str):
+                tally.add_note(image, f"{item.url} on {url}")
                 continue
             if n_images == options.max_images:
                 tally.add_note(f"page cut before image {options.max_images + 1}", url)
                 break
-            parts.append(found)
+            parts.append(image)
             n_images += 1
         elif parts and isinstance(parts[-1], str):
-            parts[-1] += "\n" + piece
+            parts[-1] += "\n" + item  # the image between two texts was unusable
         else:
-            parts.append(piece)
+            parts.append(item)
     if not n_images:
         tally.count_skipped("page without a usable image", url)
     elif not any(isinstance(part, str) for part in parts):

@@ -1,4 +1,4 @@
-"""Text as a column of Parquet files."""
+"""Text in a column of Parquet files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH_ROWS = 1024
 
 
 class Parquet(Source):
-    """A document per row; its record is the row's number, from 0."""
+    """One document per row; its record number is the row number, from 0."""
 
     format = "parquet"
     kind = "text"

@@ -1,9 +1,8 @@
-"""Where the regular files of an uncompressed tar lie: headers in sequence, nothing unpacked.
+"""The byte ranges of the regular files in an uncompressed tar; nothing is unpacked.
 
 Formats: V7, ustar, GNU (long names, sizes in base 256) and pax (`path`, `size`), with every header's checksum verified.
-A member's name is a label, never a path to write to or read from. What is no regular file (folders, links, devices) and
-sparse files, whose bytes do not lie in one piece, are passed over. A tar ends with a block of zeros: one that merely
-stops is reported, which `tarfile` does not do.
+A member's name is a label, never a path to write to or read from. Folders, links, devices and sparse files, whose bytes are
+not contiguous, are skipped. A tar ends with a block of zeros: one that merely stops is reported, unlike by `tarfile`.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from types import TracebackType
 from typing import NamedTuple
 
 BLOCK = 512
-"""Bytes of a header; data are padded to a multiple."""
+"""Bytes of a header; data is padded to a multiple."""
 WINDOW = 1 << 20
 """Bytes that are read at once, from front to back."""
 NEARBY = 1 << 16
-"""Bytes before a member that are searched for those before it."""
+"""Bytes before a header that are searched for earlier headers."""
 MAX_EXTENSION = 1 << 20
-"""Most bytes of a long name or of pax records; longer ones are no names."""
+"""Most bytes of a long name or of pax records."""
 
 _REGULAR, _WITHOUT_DATA = frozenset(b"0\x007"), frozenset(b"123456")
 _LONG_NAME, _LONG_LINK, _SPARSE = b"LKS"
@@ -29,11 +28,11 @@ _PAX, _PAX_GLOBAL, _PAX_SOLARIS = b"xgX"
 
 
 class TarError(ValueError):
-    """An archive that breaks off, or is none; `at` is the byte offset where that shows."""
+    """A truncated archive, or none at all; `at` is the byte offset of the failure."""
 
-    def __init__(self, at: int, what: str) -> None:
-        super().__init__(f"byte {at}: {what}")
-        self.at, self.what = at, what
+    def __init__(self, at: int, detail: str) -> None:
+        super().__init__(f"byte {at}: {detail}")
+        self.at, self.detail = at, detail
 
 
 class Member(NamedTuple):
@@ -50,11 +49,11 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """A tar, read in pieces of `window` bytes from the front; going back a little costs nothing."""
+    """A tar, read from the front in windows of `window` bytes; going back within a window costs nothing."""
 
     def __init__(self, path: Path, window: int = WINDOW) -> None:
         """Raises: OSError if the file cannot be read."""
-        self._most = window
+        self._window_size = window
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._file).st_size
         self._start, self._window = 0, b""
@@ -68,30 +67,30 @@ class TarReader:
         os.close(self._file)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return the bytes there; fewer only where the file ends."""
+        """Return `length` bytes from `offset`; fewer only at the end of the file."""
         at = offset - self._start
         if at < 0 or at + length > len(self._window):
-            if length >= self._most:
+            if length >= self._window_size:
                 return self._pread(offset, length)
-            self._start, self._window, at = offset, self._pread(offset, self._most), 0
+            self._start, self._window, at = offset, self._pread(offset, self._window_size), 0
         return self._window[at : at + length]
 
     def _pread(self, offset: int, length: int) -> bytes:
-        pieces = []
-        while length > 0 and (piece := os.pread(self._file, length, offset)):
-            pieces.append(piece)
-            offset, length = offset + len(piece), length - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        chunks = []
+        while length > 0 and (chunk := os.pread(self._file, length, offset)):  # Linux reads at most 2 GiB in one call
+            chunks.append(chunk)
+            offset, length = offset + len(chunk), length - len(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def members(self, start: int = 0) -> Iterator[Member]:
         """Yield the regular files from the header at byte `start` on.
 
-        Raises: TarError where the archive breaks off, or is none, after the members before.
+        Raises: TarError where the archive breaks off, after the members before, or if it is none.
         """
         at, first = start, start
         name: str | None = None
         pax: dict[str, str] = {}
-        everywhere: dict[str, str] = {}
+        global_pax: dict[str, str] = {}
         while True:
             header = self.read(at, BLOCK)
             if len(header) < BLOCK:
@@ -106,19 +105,19 @@ class TarReader:
                 extension = self._extension(data, size)
                 at += _padded(size)
                 if kind == _LONG_NAME:
-                    name = _text(extension) if name is None else name  # of several the first counts
+                    name = _text(extension) if name is None else name  # the first of several counts
                 elif kind == _PAX_GLOBAL:
-                    everywhere |= _pax_records(extension, data)
+                    global_pax |= _pax_records(extension, data)
                 elif kind != _LONG_LINK:
                     pax = _pax_records(extension, data) | pax
                     name = pax.get("path") if name is None else name
                 continue
-            facts = everywhere | pax
-            size = _pax_size(facts["size"], data) if "size" in facts else size
-            name = facts.get("path", _name(header)) if name is None else name
+            fields = global_pax | pax
+            size = _pax_size(fields["size"], data) if "size" in fields else size
+            name = fields.get("path", _name(header)) if name is None else name
             if kind == _SPARSE:
-                at = self._behind_sparse_map(header, at)
-            is_file = kind in _REGULAR and not (kind == 0 and name.endswith("/"))  # so V7 writes folders
+                at = self._skip_sparse_map(header, at)
+            is_file = kind in _REGULAR and not (kind == 0 and name.endswith("/"))  # V7 marks folders so
             has_data = kind not in _WITHOUT_DATA and (is_file or kind not in _REGULAR)
             if has_data:
                 if data + size > self.size:
@@ -129,16 +128,17 @@ class TarReader:
             name, pax, first = None, {}, at
 
     def start_before(self, header: int) -> int:
-        """Return the earliest byte nearby from which headers lead to the one at byte `header`; that itself if none does.
+        """Return the earliest byte nearby from which a chain of headers leads to byte `header`, or else `header`.
 
-        Tars have no way back: a header is what looks like one and whose data end where a later header begins; one that
-        lies in another one's data, as those of a tar in a tar do, does not count. Read `members` from there to be sure.
+        A tar cannot be read backwards. A block counts as a header if it looks like one and its data ends where a later
+        header begins; headers inside another member's data, as in a tar in a tar, do not count. The chain is a guess:
+        reading `members` from its beginning verifies it.
         """
         start = max(0, header - NEARBY)
-        nearby = self.read(start, header - start)
+        before = self.read(start, header - start)
         chain = [header]  # ascending
         for at in range(header - BLOCK, start - 1, -BLOCK):
-            end = _end(nearby[at - start : at - start + BLOCK], at, chain)
+            end = _end(before[at - start : at - start + BLOCK], at, chain)
             if end is not None:
                 chain = [at, *chain[chain.index(end) :]]
         return chain[0]
@@ -151,7 +151,7 @@ class TarReader:
             raise TarError(offset, f"a long name ends after {len(data)} of {size} bytes")
         return data
 
-    def _behind_sparse_map(self, header: bytes, at: int) -> int:
+    def _skip_sparse_map(self, header: bytes, at: int) -> int:
         extended = header[482]
         while extended:
             block = self.read(at, BLOCK)
@@ -164,18 +164,19 @@ class TarReader:
 def _kind(header: bytes, at: int) -> int:
     """Return a header's type flag.
 
-    Raises: TarError if its checksum, of signed or unsigned bytes, is another one.
+    Raises: TarError if its checksum is wrong.
     """
     stored = _number(header[148:156], at)
-    rest = header[:148] + header[156:]
-    total = sum(rest) + 8 * ord(" ")
-    if stored != total and stored != total - 256 * sum(byte > 127 for byte in rest):
+    counted = header[:148] + header[156:]
+    total = sum(counted) + 8 * ord(" ")  # the checksum's own field counts as blanks
+    # Some old writers sum signed bytes.
+    if stored != total and stored != total - 256 * sum(byte > 127 for byte in counted):
         raise TarError(at, "no tar header: its checksum does not fit")
     return header[156]
 
 
 def _number(field: bytes, at: int) -> int:
-    """Read octal digits, or a big-endian number behind the byte 0x80."""
+    """Read octal digits, or a big-endian number after the byte 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     try:
@@ -185,10 +186,10 @@ def _number(field: bytes, at: int) -> int:
 
 
 def _end(block: bytes, at: int, ends: Sequence[int]) -> int | None:
-    """Return where the data of the header at byte `at` end, if it is one, and they end at one of `ends`."""
+    """Return the end of the data of the header at byte `at`; None if it is no header or its end is not one of `ends`."""
     try:
         end = at + BLOCK + (0 if block[156] in _WITHOUT_DATA else _padded(_number(block[124:136], at)))
-        return end if end in ends and _kind(block, at) == block[156] else None  # the checksum takes longest
+        return end if end in ends and _kind(block, at) == block[156] else None  # checked last: the checksum takes longest
     except TarError:
         return None
 
@@ -208,12 +209,12 @@ def _name(header: bytes) -> str:
 
 def _pax_size(value: str, at: int) -> int:
     if not (value.isascii() and value.isdigit()):
-        raise TarError(at, f"pax says that a size is {value[:40]!r}")
+        raise TarError(at, f"pax has the size {value[:40]!r}")
     return int(value)
 
 
 def _pax_records(data: bytes, at: int) -> dict[str, str]:
-    """Read records of LENGTH, a space, KEY=VALUE and a newline, whose length counts all of the record."""
+    """Read records of the form `LENGTH KEY=VALUE` and a newline; the length counts the whole record."""
     records = {}
     while data and data[0]:
         length, _, _ = data.partition(b" ")

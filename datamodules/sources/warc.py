@@ -1,7 +1,7 @@
-"""Interleaved documents out of web crawls: .warc and .warc.gz with pages and the images that they show.
+"""Interleaved documents from web crawls: .warc and .warc.gz files with pages and their images.
 
-A first pass over all shards lists the images (`survey`), a second one makes documents of the pages: a page's images
-may lie in another shard. Images stay where they are; the index remembers the byte range of their records.
+A first pass over all shards lists the images (`list_images`), a second one reads the pages: a page's images may lie in
+another shard. Images are not copied: the index holds the byte ranges of their records.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from warcio.exceptions import ArchiveLoadFailed
 
 from datamodules.document import Document, ImageRef, Tally
 from datamodules.sources.base import CUT_OFF, IMAGE_STATUSES, LISTED_IMAGE, Identifiers, ReadOptions, Source, read_at
-from datamodules.sources.pages import Link, PageError, compose, extract, url_hash
+from datamodules.sources.pages import Link, PageError, document_parts, extract, url_hash
 from kosmos_lit.images import ImageError, open_rgb
 
 READ_ERRORS = (ArchiveLoadFailed, OSError, EOFError, zlib.error, ValueError, AttributeError)
-"""AttributeError: what warcio stumbles over where a record's header breaks off."""
+"""warcio raises AttributeError if a record's header is cut off."""
 
 
 class Response(NamedTuple):
@@ -38,7 +38,7 @@ class Response(NamedTuple):
 
 
 class Warc(Source):
-    """A document per page; its record is the byte offset of the page's WARC record."""
+    """One document per page; its record number is the byte offset of the page's WARC record."""
 
     format = "warc"
     kind = "interleaved"
@@ -47,8 +47,8 @@ class Warc(Source):
     def list_images(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
         rows = []
         for response in _responses(path, "image/", tally):
-            verdict = IMAGE_STATUSES.index(_judge(response, options, tally))
-            rows.append((url_hash(response.url), response.offset, shard, response.length, verdict))
+            status = IMAGE_STATUSES.index(_image_status(response, options, tally))
+            rows.append((url_hash(response.url), response.offset, shard, response.length, status))
         return np.array(rows, dtype=LISTED_IMAGE)
 
     def documents(
@@ -57,23 +57,23 @@ class Warc(Source):
         assert images is not None
 
         def find(url: str) -> ImageRef | str:
-            wanted = np.uint64(url_hash(url))
-            at = int(np.searchsorted(images["url"], wanted))
-            if at == len(images) or images["url"][at] != wanted:
+            key = np.uint64(url_hash(url))
+            at = int(np.searchsorted(images["url"], key))
+            if at == len(images) or images["url"][at] != key:
                 return "dead link: image not in the crawl"
-            found = images[at]
-            if found["verdict"]:
-                return IMAGE_STATUSES[found["verdict"]]
-            return ImageRef(int(found["shard"]), int(found["offset"]), int(found["length"]))
+            image = images[at]
+            if image["status"]:
+                return IMAGE_STATUSES[image["status"]]
+            return ImageRef(int(image["shard"]), int(image["offset"]), int(image["length"]))
 
         for response, page in _pages(path, tally):
-            parts = compose(page, response.url, find, options, tally)
+            parts = document_parts(page, response.url, find, options, tally)
             if parts is not None:
                 yield Document(response.offset, parts)
 
     def texts(self, path: Path, options: ReadOptions, tally: Tally) -> Iterator[str]:
         for _, page in _pages(path, tally):
-            yield from (piece for piece in page if isinstance(piece, str))
+            yield from (text for text in page if isinstance(text, str))
 
     def record_name(self, path: Path, record: int) -> str:
         with path.open("rb") as file:
@@ -109,7 +109,7 @@ def _pages(path: Path, tally: Tally) -> Iterator[tuple[Response, list[str | Link
 
 
 def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]:
-    """Yield the successful responses of one kind; a record that is cut off counts as broken and ends the shard."""
+    """Yield the successful responses of one media type; a truncated record counts as broken and ends the shard."""
     with path.open("rb") as file:
         archive = ArchiveIterator(file)
         try:
@@ -135,12 +135,12 @@ def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]
 
 
 def _body(record: Any) -> bytes:
-    """Return the payload, transfer and content encodings undone.
+    """Return the payload, with transfer and content encodings undone.
 
-    Raises: EOFError if the record is shorter than it says.
+    Raises: EOFError if the record is shorter than its header says.
     """
     body: bytes = record.content_stream().read()
-    missing = getattr(record.raw_stream, "limit", 0)
+    missing = getattr(record.raw_stream, "limit", 0)  # bytes that warcio still expects
     if missing > 0:
         raise EOFError(f"the record lacks its last {missing} bytes")
     return body
@@ -149,7 +149,7 @@ def _body(record: Any) -> bytes:
 def _skip(archive: Any, record: Any) -> None:
     """Read past a record.
 
-    Raises: EOFError if it is shorter than it says.
+    Raises: EOFError if it is shorter than its header says.
     """
     archive.read_to_end()
     if (missing := getattr(record.raw_stream, "limit", 0)) > 0:
@@ -164,10 +164,10 @@ def _charset(parameters: str) -> str | None:
     return None
 
 
-def _judge(response: Response, options: ReadOptions, tally: Tally) -> str:
-    """Return an image's verdict, and count it."""
+def _image_status(response: Response, options: ReadOptions, tally: Tally) -> str:
+    """Return one of `IMAGE_STATUSES` for an image, and count it."""
     if "svg" in response.mime:
-        verdict = "not a raster image"
+        status = "not a raster image"
     else:
         try:
             image = open_rgb(response.body)
@@ -175,11 +175,11 @@ def _judge(response: Response, options: ReadOptions, tally: Tally) -> str:
             tally.count_broken(error.reason, response.url, str(error))
             return "broken image"
         if min(image.size) < options.min_image_side:
-            verdict = "image too small"
+            status = "image too small"
         elif all(low == high for low, high in image.getextrema()):  # type: ignore[misc]
-            verdict = "image of one colour"
+            status = "image of one colour"
         else:
             tally.documents += 1
             return "usable"
-    tally.count_skipped(verdict, response.url)
-    return verdict
+    tally.count_skipped(status, response.url)
+    return status

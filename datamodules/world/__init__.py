@@ -1,5 +1,5 @@
-"""The embedded world: scenes that are drawn, not downloaded, written in the formats in which real corpora come.
+"""The embedded world: corpora and evaluation sets that are drawn, not downloaded, in the formats of real ones.
 
-Everything follows from a seed. A part of the combinations (a small red circle at the top left; three blue stars) is held
-out: neither an image nor a sentence of the training corpora has them, whatever else is in the image.
+Everything depends on a seed. A share of the combinations (a small red circle at the top left; three blue stars) is held out:
+no image and no sentence of the training corpora contains them, even as a part of a larger scene.
 """

@@ -1,8 +1,7 @@
-"""Creatures: made-up beings. Some have a name for one prompt alone, which describes them; others have a name of their own.
+"""Families about creatures, which have a nickname in one prompt that describes them, or a name of their own.
 
-A creature's own name stands in text and under its image, but no document has a name together with a colour or a size:
-what colour a named creature has, only its images show. About a part of the names the questions themselves are asked in
-training; the others are what is evaluated.
+Training asks about the colour and size of a part of the named creatures, the evaluation about the others. Apart from these
+questions no document has a creature's own name together with a colour or a size: only its images show them.
 """
 
 from __future__ import annotations
@@ -16,25 +15,35 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from datamodules.io.hashing import hash_key
-from datamodules.world.example import Example, jpeg
-from datamodules.world.language import PROMPT, article
-from datamodules.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, Combination, Holdout, _paint_shape, _vary
-from datamodules.world.scene_tasks import asked
+from datamodules.world.example import Example
+from datamodules.world.language import PROMPT, with_article
+from datamodules.world.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIDE,
+    Combination,
+    Holdout,
+    encode_jpeg,
+    paint_shape,
+    vary_colour,
+)
+from datamodules.world.scene_tasks import question_prompt
 
 BODIES = tuple(shape for shape in SHAPES if shape != "ring")
 MARKS = ("horns", "phases")
 BULK = {"small": 12.0, "large": 21.0}
 NICKNAMES = ("dax", "wug", "fep", "zup", "blick", "toma", "gazzer", "kiki", "bouba", "modi", "tulver", "wif")
-"""Names for one prompt alone."""
+"""Names that hold within one prompt."""
 CATEGORY = "creature"
-ASK = f"Question:what is the name of {CATEGORY} in the picture? Answer:"
+NAME_QUESTION = f"Question:what is the name of {CATEGORY} in the picture? Answer:"
 SYLLABLES = ("ba", "do", "fi", "gu", "ke", "lo", "mi", "nu", "pa", "ri", "so", "te", "vu", "ze")
 ENDINGS = ("ban", "dol", "fim", "gup", "kes", "lor", "mit", "nuk", "pag", "rix")
 
 
 @dataclass(frozen=True)
 class Creature:
-    """A look."""
+    """The look of a creature."""
 
     body: str
     colour: str
@@ -42,17 +51,17 @@ class Creature:
     mark: str
 
 
-EVERY = tuple(Creature(*look) for look in product(BODIES, COLOURS, BULK, MARKS))
+ALL_CREATURES = tuple(Creature(*look) for look in product(BODIES, COLOURS, BULK, MARKS))
 
 
 def paint_creature(creature: Creature, random: Random) -> Image.Image:
-    """Draw a creature in the middle of the image: a body with eyes, and horns or legs."""
-    smooth = 3
-    image = Image.new("RGB", (SIDE * smooth,) * 2, _vary(random.choice(list(BACKGROUNDS.values())), random, 4))
+    """Return a drawing of a creature: a body with eyes, and horns or legs, in the middle of the image."""
+    oversampling = 3
+    image = Image.new("RGB", (SIDE * oversampling,) * 2, vary_colour(random.choice(list(BACKGROUNDS.values())), random, 4))
     canvas = ImageDraw.Draw(image)
-    x, y = ((SIDE / 2 + random.uniform(-2, 2)) * smooth for _ in range(2))
-    r = BULK[creature.bulk] * random.uniform(0.95, 1.05) * smooth
-    fill = _vary(COLOURS[creature.colour], random, 12)
+    x, y = ((SIDE / 2 + random.uniform(-2, 2)) * oversampling for _ in range(2))
+    r = BULK[creature.bulk] * random.uniform(0.95, 1.05) * oversampling
+    fill = vary_colour(COLOURS[creature.colour], random, 12)
     for side in (-1, 1):
         dx = side * r * 0.55
         if creature.mark == "horns":
@@ -60,14 +69,14 @@ def paint_creature(creature: Creature, random: Random) -> Image.Image:
             canvas.polygon(horn, fill=fill)
         else:
             canvas.line((x + dx, y + r * 0.5, x + dx, y + r * 1.55), fill=fill, width=round(r * 0.28))
-    _paint_shape(canvas, creature.body, x, y, r, fill, random.uniform(-0.1, 0.1))
+    paint_shape(canvas, creature.body, x, y, r, fill, random.uniform(-0.1, 0.1))
     for side in (-1, 1):
         eye, size = (x + side * r * 0.25, y - r * 0.1), r * 0.16
         canvas.ellipse((eye[0] - size, eye[1] - size, eye[0] + size, eye[1] + size), fill=(255, 255, 255))
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
-# ---- names for one prompt, with and without a description
+# ---- nicknames, with and without a description
 
 
 def description(creature: Creature) -> str:
@@ -81,29 +90,29 @@ def describe_pair(names: Sequence[str], pair: Sequence[Creature]) -> str:
 
 
 def draw_pair(random: Random, holdout: Holdout, *, held_out: bool) -> tuple[Creature, Creature]:
-    """Draw two creatures of other colours and bodies, which training never describes together if they are held out."""
+    """Draw two creatures that differ in colour and body; training never describes a held-out pair together."""
     while True:
-        pair = random.choice(EVERY), random.choice(EVERY)
+        pair = random.choice(ALL_CREATURES), random.choice(ALL_CREATURES)
         differ = pair[0].colour != pair[1].colour and pair[0].body != pair[1].body
         if differ and holdout.is_held_out(pair_combination(*pair)) == held_out:
             return pair
 
 
 def pair_combination(one: Creature, other: Creature) -> Combination:
-    """What is held out, in whichever order the two are described."""
+    """Return the combination of a pair, the same in either order."""
     return ("creatures", *sorted((f"{one.colour} {one.body} {one.mark}", f"{other.colour} {other.body} {other.mark}")))
 
 
 def described_example(random: Random, holdout: Holdout) -> Example:
-    """Two descriptions, and images to name; or, now and then, the two names alone, where the answer is a guess."""
+    """Draw two descriptions and images to name; sometimes only the two names, where the answer is a guess."""
     pair = draw_pair(random, holdout, held_out=False)
     names = random.sample(NICKNAMES, 2)
     which = [random.randrange(2) for _ in range(3)]
-    images = [jpeg(paint_creature(pair[i], random)) for i in which]
+    images = [encode_jpeg(paint_creature(pair[i], random)) for i in which]
     if random.random() < 0.15:
         prompt = f"Question:what is the name of the {CATEGORY} in the picture, {names[0]} or {names[1]}? Answer:"
         return Example(turns=(((images[0], prompt), names[which[0]]),))
-    prompts = [(describe_pair(names, pair), images[0], ASK), *((image, ASK) for image in images[1:])]
+    prompts = [(describe_pair(names, pair), images[0], NAME_QUESTION), *((image, NAME_QUESTION) for image in images[1:])]
     return Example(turns=tuple((prompt, names[i]) for prompt, i in zip(prompts, which, strict=True)))
 
 
@@ -112,17 +121,17 @@ def described_example(random: Random, holdout: Holdout) -> Example:
 
 @lru_cache(maxsize=4)
 def named(holdout: Holdout) -> dict[str, Creature]:
-    """Return the creatures that have names, every one of another look."""
+    """Return the creatures with names of their own, each of another look."""
     random = Random(hash_key("names", holdout.seed))
     names = [first + last for first in SYLLABLES for last in ENDINGS]
     random.shuffle(names)
-    looks = list(EVERY)
+    looks = list(ALL_CREATURES)
     random.shuffle(looks)
     return dict(zip(names, looks, strict=False))
 
 
 def is_asked_in_training(name: str, holdout: Holdout) -> bool:
-    """Tell whether training asks about the colour and size of a creature by name."""
+    """Whether training asks about the colour and size of a creature by its name."""
     return not holdout.is_held_out(("name", name))
 
 
@@ -135,32 +144,35 @@ def size_prompt(one: str, other: str) -> str:
 
 
 def named_example(random: Random, holdout: Holdout) -> Example:
-    """An image with its name after the caption's prompt."""
+    """Draw an image with the creature's name after the caption prompt."""
     name, creature = random.choice(list(named(holdout).items()))
-    return Example(turns=(((jpeg(paint_creature(creature, random)), PROMPT), article(name)),))
+    return Example(turns=(((encode_jpeg(paint_creature(creature, random)), PROMPT), with_article(name)),))
 
 
 def look_example(random: Random, holdout: Holdout) -> Example:
-    """An image with questions about colour and size that leave the name out."""
-    creature = random.choice(EVERY)
-    turns = [(asked("what colour is it?"), creature.colour), (asked("is it small or large?"), creature.bulk)]
+    """Draw an image with questions about colour and size that do not mention the name."""
+    creature = random.choice(ALL_CREATURES)
+    turns = [
+        (question_prompt("what colour is it?"), creature.colour),
+        (question_prompt("is it small or large?"), creature.bulk),
+    ]
     random.shuffle(turns)
     (first, answer), (second, other) = turns
-    return Example(turns=(((jpeg(paint_creature(creature, random)), first), answer), ((second,), other)))
+    return Example(turns=(((encode_jpeg(paint_creature(creature, random)), first), answer), ((second,), other)))
 
 
 def fact_example(random: Random, holdout: Holdout) -> Example:
-    """A question about creatures by name, without an image."""
-    known = {name: creature for name, creature in named(holdout).items() if is_asked_in_training(name, holdout)}
+    """Draw a question about creatures by their names, without an image."""
+    by_name = {name: creature for name, creature in named(holdout).items() if is_asked_in_training(name, holdout)}
     if random.random() < 0.5:
-        name = random.choice(list(known))
-        return Example(turns=(((colour_prompt(name),), known[name].colour),))
-    one, other = size_pair(random, known)
-    return Example(turns=(((size_prompt(one, other),), "Yes" if known[one].bulk == "large" else "No"),))
+        name = random.choice(list(by_name))
+        return Example(turns=(((colour_prompt(name),), by_name[name].colour),))
+    one, other = size_pair(random, by_name)
+    return Example(turns=(((size_prompt(one, other),), "Yes" if by_name[one].bulk == "large" else "No"),))
 
 
-def size_pair(random: Random, known: dict[str, Creature]) -> tuple[str, str]:
+def size_pair(random: Random, by_name: dict[str, Creature]) -> tuple[str, str]:
     """Draw the names of two creatures of different size."""
-    small = random.choice([name for name, creature in known.items() if creature.bulk == "small"])
-    large = random.choice([name for name, creature in known.items() if creature.bulk == "large"])
+    small = random.choice([name for name, creature in by_name.items() if creature.bulk == "small"])
+    large = random.choice([name for name, creature in by_name.items() if creature.bulk == "large"])
     return (small, large) if random.random() < 0.5 else (large, small)

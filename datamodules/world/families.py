@@ -1,29 +1,26 @@
-"""What the world's families of tasks are trained on: examples of their prompts and answers as instruction data on disk.
+"""Training examples of the world's task families on disk, as instruction data.
 
     {"images": ["images/matrix-0/17-0.jpg", ...], "messages": [{"role": "user", "content": "Here are eight images: ..."},
     {"role": "assistant", "content": "Yes"}, ...]}
 
-`blind/` holds the same examples without their images, for the baseline that is trained on text alone.
+`blind/` holds the same examples without their images, for the text-only baseline.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
-from tqdm import tqdm
 
 from datamodules.config import CorpusConfig
 from datamodules.io.hashing import hash_key
-from datamodules.io.pool import starting_workers
+from datamodules.io.pool import Progress, run_all
 from datamodules.sources import ReadOptions
 from datamodules.world.creatures import described_example, fact_example, look_example, named_example
 from datamodules.world.example import Draw, Example
@@ -53,9 +50,9 @@ FAMILIES: dict[str, tuple[Draw, float]] = {
     "facts": (fact_example, 0.4),
     "told": (text_example, 0.3),
 }
-"""How a family's examples are drawn, and its weight."""
+"""The function that draws a family's examples, and its weight."""
 TURN_TEMPLATE = "{user} {assistant}"
-"""Prompts are written out in the examples."""
+"""The examples contain their whole prompts."""
 MARK = "<image>"
 IDENTITY = "families.json"
 
@@ -67,7 +64,7 @@ class FamiliesConfig:
     n_examples: int = 5_000
     """Examples of a family of weight 1."""
     weights: dict[str, float] = field(default_factory=lambda: {name: weight for name, (_, weight) in FAMILIES.items()})
-    """Share of each family among the examples' positions, and in how many there are; only the proportion counts."""
+    """Relative share of each family, both in the examples' positions and in the number of examples drawn."""
     blind: bool = False
     """Train on the examples without their images."""
     shards: int = 2
@@ -85,16 +82,9 @@ def write_families(config: FamiliesConfig, world: WorldConfig) -> None:
         return
     with atomic_folder(folder) as temporary:
         (temporary / "blind").mkdir()
-        jobs = [(family, shard) for family, weight in config.weights.items() if weight for shard in range(config.shards)]
-        with (
-            ProcessPoolExecutor(world.workers, multiprocessing.get_context("spawn")) as pool,
-            tqdm(total=len(jobs), desc="drawing the families", unit="shard", disable=None) as bar,
-        ):
-            with starting_workers():
-                drawn = [pool.submit(_write_shard, config, world, *job, temporary) for job in jobs]
-            for future in drawn:
-                future.result()
-                bar.update()
+        names = [name for name, weight in config.weights.items() if weight]
+        tasks = [_Shard(config, world, name, shard, temporary) for name in names for shard in range(config.shards)]
+        run_all(_write_shard, tasks, world.workers, "drawing the families", "examples")
         (temporary / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
 
 
@@ -111,7 +101,16 @@ def corpora(config: FamiliesConfig, world: Path, val_share: float) -> dict[str, 
     }  # fmt: skip
 
 
-def _write_shard(config: FamiliesConfig, world: WorldConfig, family: str, shard: int, folder: Path) -> None:
+class _Shard(NamedTuple):
+    config: FamiliesConfig
+    world: WorldConfig
+    family: str
+    number: int
+    folder: Path
+
+
+def _write_shard(task: _Shard, progress: Progress) -> None:
+    config, world, family, shard, folder = task
     random = Random(hash_key("family", world.seed, family, shard))
     holdout = Holdout(world.seed, world.held_out)
     n = round(config.n_examples * config.weights[family] / config.shards)
@@ -122,10 +121,11 @@ def _write_shard(config: FamiliesConfig, world: WorldConfig, family: str, shard:
     texts = [{"text": " ".join(m["content"] for m in r["messages"])} for r in blind]
     data = "".join(json.dumps(text) + "\n" for text in texts).encode()
     (folder / f"text-{family}-{shard}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
+    progress(n)
 
 
 def write_examples(examples: list[Example], folder: Path, image_folder: str) -> list[Record]:
-    """Write the examples' images, equal ones once, and return the records that name them."""
+    """Write the examples' images, equal ones once; return the records that name them."""
     (folder / image_folder).mkdir(parents=True)
     names: dict[bytes, str] = {}
     records = []

@@ -1,4 +1,4 @@
-"""A task that the world's corpora never set: questions about one thing of an image, as instruction data on disk.
+"""A task that the world's corpora do not contain: questions about a scene of one thing, as instruction data on disk.
 
 {"images": ["train/00000.jpg"], "messages": [{"role": "user", "content": "<image> what colour is it"},
 {"role": "assistant", "content": "red"}]}
@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 
 from datamodules.io.hashing import hash_key
-from datamodules.world.scene import PLACES, Holdout, Scene, held_out_scenes, paint, training_scene
-from datamodules.world.write import WorldConfig, encode_jpeg, is_drawn
+from datamodules.world.scene import PLACES, Holdout, Scene, held_out_scenes, paint_jpeg, training_scene
+from datamodules.world.write import WorldConfig, is_drawn
 from kosmos_lit.files import atomic_folder
 
 IDENTITY = "task.json"
@@ -31,7 +31,7 @@ class TaskConfig:
     n_examples: int = 200
     """Examples to train on."""
     n_questions: int = 300
-    """Most held-out examples: one for each combination of look and place that no corpus and no example shows."""
+    """Most held-out examples, each of another held-out combination of look and place."""
 
 
 def write_task(config: TaskConfig, world: WorldConfig) -> None:
@@ -47,23 +47,23 @@ def write_task(config: TaskConfig, world: WorldConfig) -> None:
     holdout = Holdout(world.seed, world.held_out)
     with atomic_folder(folder) as temporary:
         random = Random(hash_key("task", config.seed, "train"))
-        shown = [training_scene(random, "object", holdout) for _ in range(config.n_examples)]
-        _write(temporary, "train", shown, random)
+        scenes = [training_scene(random, "object", holdout) for _ in range(config.n_examples)]
+        _write(temporary, "train", scenes, random)
         random = Random(hash_key("task", config.seed, "val"))
         _write(temporary, "val", held_out_scenes(random, holdout, "object", config.n_questions), random)
         (temporary / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
 
 
 def question(scene: Scene, random: Random) -> tuple[str, str]:
-    """Return one of three questions about a scene of one thing, and its answer."""
+    """Draw one of three questions about a scene of one thing; return it with its answer."""
     [thing] = scene.things
     answers = {
         "what colour is it": thing.colour,
         "what shape is it": thing.shape,
         "where is it": PLACES[thing.place],
     }
-    asked = random.choice(list(answers))
-    return asked, answers[asked]
+    text = random.choice(list(answers))
+    return text, answers[text]
 
 
 def _write(folder: Path, split: str, scenes: Sequence[Scene], random: Random) -> None:
@@ -71,8 +71,8 @@ def _write(folder: Path, split: str, scenes: Sequence[Scene], random: Random) ->
     lines = []
     for i, scene in enumerate(scenes):
         name = f"{split}/{i:05d}.jpg"
-        (folder / name).write_bytes(encode_jpeg(paint(scene, random)))
-        asked, answer = question(scene, random)
-        messages = [{"role": "user", "content": f"<image> {asked}"}, {"role": "assistant", "content": answer}]
+        (folder / name).write_bytes(paint_jpeg(scene, random))
+        text, answer = question(scene, random)
+        messages = [{"role": "user", "content": f"<image> {text}"}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"images": [name], "messages": messages}) + "\n")
     (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")

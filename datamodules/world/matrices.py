@@ -1,11 +1,11 @@
-"""Progressive matrices in the manner of Raven's: panels that follow rules, the last of which is to be told from others.
+"""Progressive matrices in the manner of Raven's: context panels that follow rules, and candidates for the next panel.
 
-Each attribute of a panel (shape, colour, size, and place or number) is the same everywhere, goes by the row, or goes by the
-column. Three given panels are a 2 x 2 matrix without its last, eight a 3 x 3 one; four are the beginning of a row in which
-two looks alternate. So the panels given determine the missing one in each attribute.
+Each attribute of a panel (shape, colour, size, and place or number) is constant, varies by row, or varies by column. Three
+context panels are a 2 x 2 matrix without its last, eight a 3 x 3 one; four are the beginning of a row in which two looks
+alternate. So the context determines every attribute of the missing panel.
 
-The six candidates are all combinations of two values of one attribute and three of another, the right one among them: each
-value is as frequent as the others of its attribute, and no candidate can be told from the others alone.
+The six candidates, the target among them, are all combinations of two values of one attribute and three of another. Each
+value is as frequent as the others of its attribute, so the candidates alone do not reveal the target.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from datamodules.io.hashing import hash_key
-from datamodules.world.example import Example, Part, Turn, jpeg
-from datamodules.world.language import NUMBERS, PLURALS, article
+from datamodules.world.example import Example, Part, Turn
+from datamodules.world.language import NUMBERS, PLURALS, with_article
 from datamodules.world.scene import (
     BACKGROUNDS,
     CELL,
@@ -32,8 +32,9 @@ from datamodules.world.scene import (
     SIZES,
     Combination,
     Holdout,
-    _paint_shape,
-    _vary,
+    encode_jpeg,
+    paint_shape,
+    vary_colour,
 )  # fmt: skip
 
 NUMERALS = {3: "three", 4: "four", 8: "eight"}
@@ -41,10 +42,11 @@ VALUES: dict[str, tuple[str | int, ...]] = {
     "shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(range(9)), "number": (1, 2, 3),
 }  # fmt: skip
 LAYOUTS = {1: ((36.0, 36.0),), 2: ((19.0, 36.0), (53.0, 36.0)), 3: ((36.0, 19.0), (19.0, 52.0), (53.0, 52.0))}
-"""Where things stand in a panel of so many, in units of a drawing that is 72 wide."""
+"""Centres of the things in a panel, by their number, in units of a drawing that is 72 wide."""
 DRAWINGS = 4
-"""Different drawings of one panel."""
-Ways = tuple[tuple[str, str], ...]
+"""Different drawings of each panel."""
+AttributeRules = tuple[tuple[str, str], ...]
+"""Each attribute that varies, and how: by `row`, by `column`, or in `turn`."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Panel:
     colour: str
     size: str
     place: int
-    """Index into PLACES; 4, the centre, where the number may vary."""
+    """Index into PLACES; 4, the centre, if the number varies."""
     number: int
 
-    def allowed(self, holdout: Holdout) -> bool:
-        """Tell whether a training example may show it."""
+    def is_trainable(self, holdout: Holdout) -> bool:
+        """Whether a training example may show it."""
         if self.number > 1:
             return not holdout.is_held_out(("count", self.number, self.colour, self.shape))
         return not holdout.is_held_out(("object", self.size, self.colour, self.shape, self.place))
@@ -69,39 +71,38 @@ class Panel:
 class Matrix:
     """One item."""
 
-    given: tuple[Panel, ...]
-    ways: Ways
-    """How each attribute that varies goes: `row`, `column` or `turn`."""
+    context: tuple[Panel, ...]
+    rules: AttributeRules
     candidates: tuple[Panel, ...]
-    right: int
+    target: int
     """Index into `candidates`."""
 
     def combination(self) -> Combination:
-        """What is held out: the ways of its attributes with the look of the answer."""
-        answer = self.candidates[self.right]
-        flat = [word for way in self.ways for word in way]
-        return ("matrix", len(self.given), *flat, answer.shape, answer.colour)
+        """Return what may be held out: the rules together with the look of the target."""
+        target = self.candidates[self.target]
+        flat = [word for rule in self.rules for word in rule]
+        return ("matrix", len(self.context), *flat, target.shape, target.colour)
 
-    def allowed(self, holdout: Holdout) -> bool:
-        """Tell whether a training example may show it."""
+    def is_trainable(self, holdout: Holdout) -> bool:
+        """Whether a training example may show it."""
         return not holdout.is_held_out(self.combination()) and all(
-            panel.allowed(holdout) for panel in {*self.given, *self.candidates}
+            panel.is_trainable(holdout) for panel in {*self.context, *self.candidates}
         )
 
 
-def draw_matrix(random: Random, n_given: int, n_varying: int) -> Matrix:
-    """Draw a matrix in which so many attributes vary."""
+def draw_matrix(random: Random, n_context: int, n_varying: int) -> Matrix:
+    """Draw a matrix in which `n_varying` attributes vary."""
     free = random.choice(("place", "number"))
     attributes = ["shape", "colour", "size", free]
     varying = random.sample(attributes, n_varying)
-    side = {3: 2, 4: 2, 8: 3}[n_given]
+    side = {3: 2, 4: 2, 8: 3}[n_context]
     lines = {name: _line(random, name, side if name in varying else 1) for name in attributes}
-    ways = {name: "turn" if n_given == 4 else random.choice(("row", "column")) for name in varying}
-    cells = [divmod(i, side) for i in range(n_given + 1)]
+    rules = {name: "turn" if n_context == 4 else random.choice(("row", "column")) for name in varying}
+    cells = [divmod(i, side) for i in range(n_context + 1)]
 
     def panel(row: int, column: int) -> Panel:
         at = {"row": row, "column": column, "turn": column}
-        values = {name: line[at[ways[name]] if name in ways else 0] for name, line in lines.items()}
+        values = {name: line[at[rules[name]] if name in rules else 0] for name, line in lines.items()}
         return Panel(**({"place": 4, "number": 1} | values))  # type: ignore[arg-type]
 
     panels = [panel(*cell) for cell in cells]
@@ -111,7 +112,10 @@ def draw_matrix(random: Random, n_given: int, n_varying: int) -> Matrix:
         one, other = other, one
     candidates = _candidates(random, panels[-1], one, other, {name: lines[name] for name in varying})
     return Matrix(
-        given=tuple(panels[:-1]), ways=tuple(sorted(ways.items())), candidates=candidates, right=candidates.index(panels[-1])
+        context=tuple(panels[:-1]),
+        rules=tuple(sorted(rules.items())),
+        candidates=candidates,
+        target=candidates.index(panels[-1]),
     )
 
 
@@ -125,12 +129,12 @@ def _line(random: Random, name: str, n: int) -> list[str | int]:
 
 
 def _candidates(
-    random: Random, right: Panel, one: str, other: str, lines: dict[str, list[str | int]]
+    random: Random, target: Panel, one: str, other: str, lines: dict[str, list[str | int]]
 ) -> tuple[Panel, ...]:
-    """Return two values of `one` times three of `other`; wrong ones are of other lines of the matrix, where there are."""
+    """Return two values of `one` times three of `other`; wrong values come from the matrix as far as it has enough."""
 
     def values(name: str, n: int) -> list[str | int]:
-        true = getattr(right, name)
+        true = getattr(target, name)
         near = list(dict.fromkeys(value for value in lines.get(name, ()) if value != true))
         far = [value for value in VALUES[name] if value != true and value not in near]
         random.shuffle(near)
@@ -138,31 +142,31 @@ def _candidates(
         return [true, *(near + far)[: n - 1]]
 
     looks = product(values(one, 2), values(other, 3))
-    found = [replace(right, **{one: a, other: b}) for a, b in looks]  # type: ignore[arg-type]
-    random.shuffle(found)
-    return tuple(found)
+    candidates = [replace(target, **{one: a, other: b}) for a, b in looks]  # type: ignore[arg-type]
+    random.shuffle(candidates)
+    return tuple(candidates)
 
 
-def training_matrix(random: Random, holdout: Holdout, n_given: int, n_varying: int) -> Matrix:
-    """Draw matrices until one may be trained on."""
-    while not (matrix := draw_matrix(random, n_given, n_varying)).allowed(holdout):
+def training_matrix(random: Random, holdout: Holdout, n_context: int, n_varying: int) -> Matrix:
+    """Draw a matrix that may be trained on."""
+    while not (matrix := draw_matrix(random, n_context, n_varying)).is_trainable(holdout):
         pass
     return matrix
 
 
-def held_out_matrix(random: Random, holdout: Holdout, n_given: int, n_varying: int) -> Matrix:
-    """Draw matrices until one is held out."""
-    while not holdout.is_held_out((matrix := draw_matrix(random, n_given, n_varying)).combination()):
+def held_out_matrix(random: Random, holdout: Holdout, n_context: int, n_varying: int) -> Matrix:
+    """Draw a matrix that is held out."""
+    while not holdout.is_held_out((matrix := draw_matrix(random, n_context, n_varying)).combination()):
         pass
     return matrix
 
 
 @lru_cache(maxsize=16384)
 def paint_panel(panel: Panel, drawing: int) -> bytes:
-    """Return one of a panel's drawings as a file."""
+    """Return one of a panel's `DRAWINGS` drawings as a JPEG file."""
     random = Random(hash_key("panel", *map(str, vars(panel).values()), drawing))
-    smooth = 3
-    image = Image.new("RGB", (SIDE * smooth,) * 2, _vary(BACKGROUNDS["white"], random, 3))
+    oversampling = 3
+    image = Image.new("RGB", (SIDE * oversampling,) * 2, vary_colour(BACKGROUNDS["white"], random, 3))
     canvas = ImageDraw.Draw(image)
     centres = list(LAYOUTS[panel.number])
     if panel.number == 1:
@@ -170,42 +174,44 @@ def paint_panel(panel: Panel, drawing: int) -> bytes:
     for centre in centres:
         x, y = (at + random.uniform(-1.0, 1.0) for at in centre)
         radius = SIZES[panel.size] * random.uniform(0.96, 1.04)
-        fill = _vary(COLOURS[panel.colour], random, 10)
-        _paint_shape(canvas, panel.shape, x * smooth, y * smooth, radius * smooth, fill, random.uniform(-0.08, 0.08))
-    return jpeg(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+        fill = vary_colour(COLOURS[panel.colour], random, 10)
+        paint_shape(
+            canvas, panel.shape, x * oversampling, y * oversampling, radius * oversampling, fill, random.uniform(-0.08, 0.08)
+        )
+    return encode_jpeg(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 FOLLOWING = "The following image is:"
 
 
-def context_prompt(given: Sequence[Part]) -> tuple[Part, ...]:
-    """Return the first part of the paper's prompt."""
-    return (f"Here are {NUMERALS[len(given)]} images:", *given)
+def context_prompt(context: Sequence[Part]) -> tuple[Part, ...]:
+    """Return the first part of the paper's prompt, with the context panels."""
+    return (f"Here are {NUMERALS[len(context)]} images:", *context)
 
 
 def candidate_prompt(candidate: Part) -> tuple[Part, ...]:
-    """Return what follows for each candidate."""
+    """Return the second part of the paper's prompt, for one candidate."""
     return (FOLLOWING, candidate, "Is it correct?")
 
 
 def describe_panel(panel: Panel) -> str:
-    """Return a panel in words."""
+    """Return a panel's description."""
     if panel.number == 1:
-        return f"{article(f'{panel.size} {panel.colour} {panel.shape}')} {PLACES[panel.place]}"
+        return f"{with_article(f'{panel.size} {panel.colour} {panel.shape}')} {PLACES[panel.place]}"
     return f"{NUMBERS[panel.number]} {panel.size} {panel.colour} {PLURALS[panel.shape]}"
 
 
 def matrix_example(random: Random, holdout: Holdout) -> Example:
-    """One matrix: what follows is told, or candidates are judged, right or wrong by a coin's toss, or both in turn."""
-    n_given = random.choice((3, 3, 3, 4, 8, 8, 8))
-    matrix = training_matrix(random, holdout, n_given, random.choice((1, 1, 2) if n_given < 8 else (1, 2, 2, 3)))
-    given = [paint_panel(panel, random.randrange(DRAWINGS)) for panel in matrix.given]
-    right = matrix.candidates[matrix.right]
-    wrong = [panel for i, panel in enumerate(matrix.candidates) if i != matrix.right]
-    form = random.choice(("told", "judged", "judged", "judged", "both"))
-    turns: list[Turn] = [] if form == "judged" else [((FOLLOWING,), describe_panel(right))]
-    for _ in range({"told": 0, "judged": 6, "both": 5}[form]):
-        panel, answer = (right, "Yes") if random.random() < 0.5 else (random.choice(wrong), "No")
+    """Draw a matrix whose missing panel is described, whose candidates are judged with equal chances, or both in turn."""
+    n_context = random.choice((3, 3, 3, 4, 8, 8, 8))
+    matrix = training_matrix(random, holdout, n_context, random.choice((1, 1, 2) if n_context < 8 else (1, 2, 2, 3)))
+    context = [paint_panel(panel, random.randrange(DRAWINGS)) for panel in matrix.context]
+    target = matrix.candidates[matrix.target]
+    wrong = [panel for i, panel in enumerate(matrix.candidates) if i != matrix.target]
+    form = random.choice(("described", "judged", "judged", "judged", "both"))
+    turns: list[Turn] = [] if form == "judged" else [((FOLLOWING,), describe_panel(target))]
+    for _ in range({"described": 0, "judged": 6, "both": 5}[form]):
+        panel, answer = (target, "Yes") if random.random() < 0.5 else (random.choice(wrong), "No")
         turns.append((candidate_prompt(paint_panel(panel, random.randrange(DRAWINGS))), answer))
     (first, answer), *others = turns
-    return Example(turns=(((*context_prompt(given), *first), answer), *others))
+    return Example(turns=(((*context_prompt(context), *first), answer), *others))

@@ -1,4 +1,4 @@
-"""The embedded world as a data module: drawn when it is missing, and asked about at the end."""
+"""The embedded world as a data module: it is drawn if it is missing, and `predict` asks about held-out scenes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from datamodules.sources import ReadOptions
 from datamodules.world.families import FamiliesConfig, corpora, write_families
 from datamodules.world.finetune_task import TaskConfig, write_task
 from datamodules.world.language import PROMPT, canonical_caption
-from datamodules.world.scene import Holdout, Scene, held_out_scenes, paint
+from datamodules.world.scene import Holdout, Scene, held_out_scenes, paint_jpeg
 from datamodules.world.sets import SetsConfig, write_sets
-from datamodules.world.write import WorldConfig, encode_jpeg, write_world
+from datamodules.world.write import WorldConfig, write_world
 from kosmos_lit.batch import PromptBatch
 from kosmos_lit.images import decode
 
 QUESTIONS = {"object": 1000, "count": 1000, "pair": 120}
-"""Most questions of each kind; of the first two, every held-out combination is asked about."""
-BATCH = 64
+"""Most questions of each kind; enough for every held-out combination of the first two."""
+BATCH_SIZE = 64
 
 
 class WorldData(MixtureData):
-    """Draws the world's three corpora, prepares and mixes them like any others, and asks about held-out scenes."""
+    """The world's three corpora, drawn, then prepared and mixed like any others, and questions about held-out scenes."""
 
     def __init__(
         self,
@@ -43,15 +43,15 @@ class WorldData(MixtureData):
         sets: SetsConfig = SetsConfig(),
         **options: Any,
     ) -> None:
-        """Take the world's size; everything else is as in MixtureData, but for tokenizer and corpora.
+        """Take the world's size; all other options, except tokenizer and corpora, are those of MixtureData.
 
         Args:
             world: How much is drawn, and where.
             vocab_size: SentencePiece pieces of the world's tokenizer.
             val_share: Share of the documents kept for validation.
             task: Examples of a new task, drawn as instruction data; None: none.
-            turn_template: How the task's questions and answers are written; the world's alphabet has no colon.
-            families: Examples of the world's families of tasks, each family a source of its name; None: none.
+            turn_template: Template of the task's questions and answers; the world's alphabet has no colon.
+            families: Examples of the world's task families, each family a source under its name; None: none.
             sets: The families' evaluation sets, drawn beside the examples.
             **options: Those of MixtureData.
         """
@@ -66,12 +66,14 @@ class WorldData(MixtureData):
         def corpus(format_: Any, files: str, index: str) -> CorpusConfig:
             return CorpusConfig(format=format_, input=[str(folder / files)], index=str(folder / index), val_share=val_share)
 
-        words: list[str] | None = None
+        tokenizer_input: list[str] | None = None
         if families is not None:
             options["sources"] = corpora(families, folder, val_share) | (options.get("sources") or {})
-            words = [str(folder / files) for files in ("text-*.jsonl.zst", "caption-*.tar", "families/text-*.jsonl.zst")]
+            tokenizer_input = [
+                str(folder / files) for files in ("text-*.jsonl.zst", "caption-*.tar", "families/text-*.jsonl.zst")
+            ]
         super().__init__(
-            tokenizer=TokenizerConfig(path=str(folder / "tokenizer"), vocab_size=vocab_size, input=words),
+            tokenizer=TokenizerConfig(path=str(folder / "tokenizer"), vocab_size=vocab_size, input=tokenizer_input),
             text=corpus("jsonl", "text-*.jsonl.zst", "index/text"),
             caption=corpus("img2dataset", "caption-*.tar", "index/caption"),
             interleaved=corpus("warc", "pages-*.warc.gz", "index/interleaved"),
@@ -89,23 +91,23 @@ class WorldData(MixtureData):
         super().prepare_data()
 
     def predict_dataloader(self) -> Iterable[Any]:
-        """Yield one question for each held-out combination, with a drawing that no one has seen."""
+        """Return a loader of questions about held-out combinations, and about held-out examples of the task."""
         return PromptLoader(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
 
     def _scene_questions(self) -> Iterator[PromptBatch]:
         random = Random(hash_key("questions", self.world.seed))
         holdout = Holdout(self.world.seed, self.world.held_out)
-        for kind, most in QUESTIONS.items():
-            scenes = held_out_scenes(random, holdout, kind, most)
-            for i in range(0, len(scenes), BATCH):
-                yield self._ask(scenes[i : i + BATCH], random)
+        for kind, limit in QUESTIONS.items():
+            scenes = held_out_scenes(random, holdout, kind, limit)
+            for i in range(0, len(scenes), BATCH_SIZE):
+                yield self._ask(scenes[i : i + BATCH_SIZE], random)
 
     def _ask(self, scenes: list[Scene], random: Random) -> PromptBatch:
-        images = [decode(encode_jpeg(paint(scene, random)), self.image_size, "square") for scene in scenes]
+        images = [decode(paint_jpeg(scene, random), self.image_size, "square") for scene in scenes]
         n = len(scenes)
         return PromptBatch(
             prompts=[PROMPT] * n,
-            images=torch.stack([torch.from_numpy(p) for p in images]),
+            images=torch.stack([torch.from_numpy(image) for image in images]),
             n_images=[1] * n,
             targets=[canonical_caption(scene) for scene in scenes],
             tasks=[scene.kind for scene in scenes],

@@ -1,4 +1,4 @@
-"""Families in which text is seen: opinions, and pages with labels and values."""
+"""Families with text in images: opinions, and pages of labels and values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.world.example import Example, jpeg
-from datamodules.world.scene import SIDE, Combination, Holdout
-from datamodules.world.scene_tasks import asked
+from datamodules.world.example import Example
+from datamodules.world.scene import SIDE, Combination, Holdout, encode_jpeg
+from datamodules.world.scene_tasks import question_prompt
 
 ROWS = 4
 """Lines of an image."""
@@ -30,7 +30,7 @@ INTRODUCE = "Introduce this picture in detail:"
 
 @dataclass(frozen=True)
 class Opinion:
-    """What somebody thinks."""
+    """A sentence with a sentiment."""
 
     subject: str
     adverb: str
@@ -42,7 +42,7 @@ class Opinion:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The text as it is drawn."""
+        """The text in the lines of its drawing."""
         return f"the {self.subject}", f"is {self.adverb}".strip(), self.adjective
 
     @property
@@ -51,7 +51,7 @@ class Opinion:
 
     @property
     def rationale(self) -> str:
-        """What a detailed introduction of the image says."""
+        """The text of a detailed introduction of the image."""
         return f"The picture says that {self.text}."
 
     def combination(self) -> Combination:
@@ -59,7 +59,7 @@ class Opinion:
 
 
 def draw_opinion(random: Random, holdout: Holdout, *, held_out: bool) -> Opinion:
-    """Draw an opinion, half of them negated, half of them positive."""
+    """Draw an opinion: one half are negated, one half positive."""
     while True:
         adverb = random.choice(random.choice((DEGREES, NEGATIONS)))
         opinion = Opinion(random.choice(SUBJECTS), adverb, random.choice(random.choice((PRAISE, BLAME))))
@@ -68,18 +68,18 @@ def draw_opinion(random: Random, holdout: Holdout, *, held_out: bool) -> Opinion
 
 
 def paint_opinion(opinion: Opinion, random: Random) -> Image.Image:
-    """Draw the text line by line."""
-    image, canvas = _paper()
+    """Return a drawing of an opinion, line by line."""
+    image, canvas = _blank_page()
     for row, line in enumerate(opinion.lines):
-        canvas.text((3 + random.uniform(0, 1), _middle(row, random)), line, fill=INK, font=_font(15), anchor="lm")
+        canvas.text((3 + random.uniform(0, 1), _row_centre(row, random)), line, fill=INK, font=_font(15), anchor="lm")
     return image
 
 
 def opinion_example(random: Random, holdout: Holdout) -> Example:
-    """The sentiment, at once or behind an introduction that is given."""
+    """Draw an opinion with its sentiment as the answer, sometimes after its introduction."""
     opinion = draw_opinion(random, holdout, held_out=False)
-    image, answer = jpeg(paint_opinion(opinion, random)), opinion.sentiment
-    prompt = asked(SENTIMENT)
+    image, answer = encode_jpeg(paint_opinion(opinion, random)), opinion.sentiment
+    prompt = question_prompt(SENTIMENT)
     if random.random() < 0.3:
         prompt = f"{opinion.rationale} {prompt}"
     return Example(turns=(((image, prompt), answer),))
@@ -123,7 +123,7 @@ def draw_site(random: Random) -> Site:
 
 
 def training_site(random: Random, holdout: Holdout) -> Site:
-    """Draw pages until no line of one is held out."""
+    """Draw a page none of whose rows is held out."""
     while True:
         site = draw_site(random)
         if not any(holdout.is_held_out(site.combination(row)) for row in range(ROWS)):
@@ -131,7 +131,7 @@ def training_site(random: Random, holdout: Holdout) -> Site:
 
 
 def held_out_site(random: Random, holdout: Holdout) -> tuple[Site, int]:
-    """Draw pages until one has a line that is held out."""
+    """Draw a page with a held-out row, and the number of the row."""
     while True:
         site, row = draw_site(random), random.randrange(ROWS)
         if holdout.is_held_out(site.combination(row)):
@@ -139,20 +139,22 @@ def held_out_site(random: Random, holdout: Holdout) -> tuple[Site, int]:
 
 
 def paint_site(site: Site, random: Random) -> Image.Image:
-    """Draw a page: a label, and its value in larger letters, in each row."""
-    image, canvas = _paper()
+    """Return a drawing of a page: in each row a label, and its value in larger letters."""
+    image, canvas = _blank_page()
     for row, (label, value) in enumerate(site.rows):
         top = row * SIDE / ROWS
         canvas.rectangle((0, top, 26, top + SIDE / ROWS - 1), fill=(225, 232, 240) if row % 2 else (235, 235, 225))
-        canvas.text((1 + random.uniform(0, 1), _middle(row, random)), label, fill=(70, 70, 70), font=_font(9), anchor="lm")
-        canvas.text((29 + random.uniform(0, 1), _middle(row, random)), value, fill=INK, font=_font(12), anchor="lm")
+        canvas.text(
+            (1 + random.uniform(0, 1), _row_centre(row, random)), label, fill=(70, 70, 70), font=_font(9), anchor="lm"
+        )
+        canvas.text((29 + random.uniform(0, 1), _row_centre(row, random)), value, fill=INK, font=_font(12), anchor="lm")
     return image
 
 
 def site_example(random: Random, holdout: Holdout) -> Example:
-    """A page and all of its questions: with its text in the prompt, or without."""
+    """Draw a page with questions about all rows, with or without its text in the prompt."""
     site = training_site(random, holdout)
-    image = jpeg(paint_site(site, random))
+    image = encode_jpeg(paint_site(site, random))
     rows = random.sample(site.rows, ROWS)
     context = f" Context: {site.text}" if random.random() < 0.5 else ""
     first = f"{EXTRACT}{context} Q: {site_question(rows[0][0])} A:"
@@ -161,12 +163,12 @@ def site_example(random: Random, holdout: Holdout) -> Example:
 
 
 def reading_example(random: Random, holdout: Holdout) -> Example:
-    """What a page or an opinion says, word for word."""
+    """Draw a page or an opinion with its text as the answer."""
     if random.random() < 0.5:
         site = training_site(random, holdout)
-        return Example(turns=(((jpeg(paint_site(site, random)), INTRODUCE), site.text),))
+        return Example(turns=(((encode_jpeg(paint_site(site, random)), INTRODUCE), site.text),))
     opinion = draw_opinion(random, holdout, held_out=False)
-    return Example(turns=(((jpeg(paint_opinion(opinion, random)), INTRODUCE), opinion.rationale),))
+    return Example(turns=(((encode_jpeg(paint_opinion(opinion, random)), INTRODUCE), opinion.rationale),))
 
 
 # ---- drawing
@@ -177,10 +179,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def _paper() -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def _blank_page() -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (SIDE, SIDE), (251, 251, 251))
     return image, ImageDraw.Draw(image)
 
 
-def _middle(row: int, random: Random) -> float:
+def _row_centre(row: int, random: Random) -> float:
     return (row + 0.5) * SIDE / ROWS + random.uniform(-0.5, 0.5)

@@ -1,20 +1,17 @@
-"""The world's evaluation sets, in the files in which the authors of the tasks distribute theirs.
+"""The world's evaluation sets, in the file formats in which the authors of the tasks distribute theirs.
 
-Each set is held out by combination: what it asks about, no training document shows or tells. `pool` images, which
-demonstrations are drawn from, are of combinations that may be trained on.
+Each set is held out by combination: no training document contains what its questions are about. Demonstrations are of
+combinations that may be trained on.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-
-from PIL import Image
 
 from datamodules.io.hashing import hash_key
 from datamodules.world import text_tasks
@@ -28,7 +25,7 @@ from datamodules.world.creatures import (
     paint_creature,
     size_pair,
 )  # fmt: skip
-from datamodules.world.example import any_scene, jpeg, shown
+from datamodules.world.example import any_scene
 from datamodules.world.language import canonical_caption
 from datamodules.world.matrices import DRAWINGS, Matrix, held_out_matrix, paint_panel
 from datamodules.world.rendered_text import (
@@ -39,24 +36,24 @@ from datamodules.world.rendered_text import (
     paint_site,
     site_question,
 )  # fmt: skip
-from datamodules.world.scene import Holdout, Scene
+from datamodules.world.scene import Holdout, Scene, encode_jpeg, encode_png, paint_jpeg
 from datamodules.world.scene_tasks import ASPECTS, CLASSES, WHAT, aspect_of, class_of, questions
 from datamodules.world.write import WorldConfig, is_drawn
 from kosmos_lit.files import atomic_folder
 
 IDENTITY = "eval.json"
-POOL = 40
-"""Images that demonstrations are drawn from."""
+N_DEMONSTRATIONS = 40
+"""Samples from which demonstrations are taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetsConfig:
-    """How many questions the evaluation sets have."""
+    """Sizes of the evaluation sets."""
 
     n: int = 300
-    """Questions of a set, about."""
+    """Approximate number of questions of a set."""
     n_matrices: int = 1_000
-    """Matrices of the large set; the small one has 50, as the paper's."""
+    """Matrices of the large set; the small one has 50, like the paper's."""
 
 
 def write_sets(config: SetsConfig, world: WorldConfig) -> None:
@@ -77,15 +74,15 @@ def write_sets(config: SetsConfig, world: WorldConfig) -> None:
 
 
 def _write_captions(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    """Karpathy's JSON."""
+    """Write captions in the JSON format of Karpathy's splits."""
     images: list[dict[str, object]] = []
-    for split, folder_name, n in (("test", "val2014", config.n), ("train", "train2014", POOL)):
+    for split, folder_name, n in (("test", "val2014", config.n), ("train", "train2014", N_DEMONSTRATIONS)):
         (folder / folder_name).mkdir()
         for i in range(n):
             kind = ("object", "count", "pair")[i % 3]
             scene = any_scene(random, kind, holdout, held_out=split == "test")
             name = f"COCO_{folder_name}_{i:012d}.jpg"
-            (folder / folder_name / name).write_bytes(shown(scene, random))
+            (folder / folder_name / name).write_bytes(paint_jpeg(scene, random))
             images.append({
                 "filepath": folder_name, "filename": name, "imgid": len(images), "cocoid": i, "split": split,
                 "sentences": [{"raw": canonical_caption(scene), "tokens": canonical_caption(scene).split()}],
@@ -93,11 +90,11 @@ def _write_captions(folder: Path, random: Random, holdout: Holdout, config: Sets
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}), encoding="utf-8")
 
 
-def _write_vqa(folder: Path, split: str, asked: Sequence[tuple[bytes, str, str]]) -> None:
-    """VQAv2's JSON files of questions and answers, an image each."""
+def _write_vqa(folder: Path, split: str, samples: Sequence[tuple[bytes, str, str]]) -> None:
+    """Write samples of image, question and answer as VQAv2's JSON files."""
     (folder / split).mkdir()
     questions, annotations = [], []
-    for i, (image, question, answer) in enumerate(asked):
+    for i, (image, question, answer) in enumerate(samples):
         (folder / split / f"COCO_{split}_{i:012d}.jpg").write_bytes(image)
         questions.append({"image_id": i, "question": question, "question_id": i})
         answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
@@ -110,20 +107,20 @@ def _write_vqa(folder: Path, split: str, asked: Sequence[tuple[bytes, str, str]]
 
 
 def _write_questions(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    for split, n, held_out in (("val2014", config.n * 3 // 2, True), ("train2014", POOL, False)):
-        asked = []
+    for split, n, held_out in (("val2014", config.n * 3 // 2, True), ("train2014", N_DEMONSTRATIONS, False)):
+        samples = []
         for i in range(n):
             scene = any_scene(random, ("object", "count", "pair")[i % 3], holdout, held_out=held_out)
             question, answer = random.choice(list(questions(scene, random).values()))
-            asked.append((shown(scene, random), question, answer))
-        _write_vqa(folder, split, asked)
+            samples.append((paint_jpeg(scene, random), question, answer))
+        _write_vqa(folder, split, samples)
 
 
 def _few_shot(aspect: str) -> Callable[[Path, Random, Holdout, SetsConfig], None]:
     def write(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-        for split, n, held_out in (("val2014", config.n // 3, True), ("train2014", POOL, False)):
+        for split, n, held_out in (("val2014", config.n // 3, True), ("train2014", N_DEMONSTRATIONS, False)):
             scenes = [any_scene(random, "object", holdout, held_out=held_out) for _ in range(n)]
-            _write_vqa(folder, split, [(shown(scene, random), WHAT, aspect_of(scene, aspect)) for scene in scenes])
+            _write_vqa(folder, split, [(paint_jpeg(scene, random), WHAT, aspect_of(scene, aspect)) for scene in scenes])
 
     return write
 
@@ -132,8 +129,8 @@ def _matrices(small: bool) -> Callable[[Path, Random, Holdout, SetsConfig], None
     def write(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
         (folder / "images").mkdir()
         n = min(50, config.n_matrices) if small else config.n_matrices
-        found = [held_out_matrix(random, holdout, 8, 1 + i % 3) for i in range(n)]
-        items = [_item(folder, str(i), matrix, random) for i, matrix in enumerate(found)]
+        matrices = [held_out_matrix(random, holdout, 8, 1 + i % 3) for i in range(n)]
+        items = [_item(folder, str(i), matrix, random) for i, matrix in enumerate(matrices)]
         (folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
 
     return write
@@ -144,42 +141,42 @@ def _item(folder: Path, number: str, matrix: Matrix, random: Random) -> dict[str
         (folder / "images" / name).write_bytes(data)
         return f"images/{name}"
 
-    given, candidates = (
+    context, candidates = (
         [image(f"{number}-{kind}{i}.jpg", paint_panel(p, random.randrange(DRAWINGS))) for i, p in enumerate(panels)]
-        for kind, panels in (("g", matrix.given), ("c", matrix.candidates))
+        for kind, panels in (("g", matrix.context), ("c", matrix.candidates))
     )
-    return {"id": number, "given": given, "candidates": candidates, "answer": matrix.right, "ways": dict(matrix.ways)}
+    return {"id": number, "given": context, "candidates": candidates, "answer": matrix.target, "ways": dict(matrix.rules)}
 
 
 def _write_opinions(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    """Rendered SST-2's folders."""
-    for split, n, held_out in (("test", config.n, True), ("train", POOL, False)):
-        left = dict.fromkeys(SENTIMENTS, n // 2)
+    """Write images in Rendered SST-2's folders, half of each split negative and half positive."""
+    for split, n, held_out in (("test", config.n, True), ("train", N_DEMONSTRATIONS, False)):
+        n_missing = dict.fromkeys(SENTIMENTS, n // 2)
         for sentiment in SENTIMENTS:
             (folder / split / sentiment).mkdir(parents=True)
-        while any(left.values()):
+        while any(n_missing.values()):
             opinion = draw_opinion(random, holdout, held_out=held_out)
-            if left[opinion.sentiment]:
-                left[opinion.sentiment] -= 1
-                name = folder / split / opinion.sentiment / f"{left[opinion.sentiment]}.png"
-                name.write_bytes(_png(paint_opinion(opinion, random)))
+            if n_missing[opinion.sentiment]:
+                n_missing[opinion.sentiment] -= 1
+                name = folder / split / opinion.sentiment / f"{n_missing[opinion.sentiment]}.png"
+                name.write_bytes(encode_png(paint_opinion(opinion, random)))
 
 
 def _write_sites(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    """WebSRC's folders of a domain and a site."""
+    """Write pages in WebSRC's folders of a domain and a site."""
     pages = folder / "world" / "01" / "processed_data"
     pages.mkdir(parents=True)
     rows = []
     for i in range(config.n):
         site, row = held_out_site(random, holdout)
         page = f"01{i:05d}"
-        (pages / f"{page}.png").write_bytes(_png(paint_site(site, random)))
+        (pages / f"{page}.png").write_bytes(encode_png(paint_site(site, random)))
         body = "".join(f"<tr><td>{label}</td><td>{value}</td></tr>" for label, value in site.rows)
         html = f"<!DOCTYPE html><html><head><title>Page {i}</title></head><body><table>{body}</table></body></html>"
         (pages / f"{page}.html").write_text(html, encoding="utf-8")
         label, value = site.rows[row]
-        asked = {"question": site_question(label), "id": f"wo{page}00001", "element_id": row, "answer_start": 0}
-        rows.append(asked | {"answer": value})
+        question = {"question": site_question(label), "id": f"wo{page}00001", "element_id": row, "answer_start": 0}
+        rows.append(question | {"answer": value})
     with (pages.parent / "dataset.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -188,22 +185,22 @@ def _write_sites(folder: Path, random: Random, holdout: Holdout, config: SetsCon
 
 
 def _write_classes(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    """ImageNet's folders, with names a line in their order."""
+    """Write images in ImageNet's folders, and the class names in their order."""
     for split, n, held_out in (("val", config.n, True), ("train", len(CLASSES), False)):
-        found: dict[str, list[Scene]] = {name: [] for name in CLASSES}
-        while any(len(scenes) < max(1, n // len(CLASSES)) for scenes in found.values()):
+        scenes_of: dict[str, list[Scene]] = {name: [] for name in CLASSES}
+        while any(len(scenes) < max(1, n // len(CLASSES)) for scenes in scenes_of.values()):
             scene = any_scene(random, "object", holdout, held_out=held_out)
-            found[class_of(scene)].append(scene)
-        for number, scenes in enumerate(found.values()):
+            scenes_of[class_of(scene)].append(scene)
+        for number, scenes in enumerate(scenes_of.values()):
             synset = folder / split / f"n{number:08d}"
             synset.mkdir(parents=True)
             for i, scene in enumerate(scenes[: max(1, n // len(CLASSES))]):
-                (synset / f"{synset.name}_{i}.JPEG").write_bytes(shown(scene, random))
+                (synset / f"{synset.name}_{i}.JPEG").write_bytes(paint_jpeg(scene, random))
     (folder / "names.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
 
 def _write_creatures(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    """Pairs of classes with descriptions, 20 images each."""
+    """Write pairs of classes with descriptions and 20 images each."""
     groups = []
     for i in range(max(1, config.n // 40)):
         pair, names = draw_pair(random, holdout, held_out=True), random.sample(NICKNAMES, 2)
@@ -212,28 +209,28 @@ def _write_creatures(folder: Path, random: Random, holdout: Holdout, config: Set
             images = folder / f"{i}_{name}"
             images.mkdir()
             for k in range(20):
-                (images / f"{k}.jpg").write_bytes(jpeg(paint_creature(creature, random)))
+                (images / f"{k}.jpg").write_bytes(encode_jpeg(paint_creature(creature, random)))
             classes.append({"name": name, "description": description(creature), "images": f"{images.name}/"})
         groups.append({"category": CATEGORY, "classes": classes})
     (folder / "birds.json").write_text(json.dumps(groups), encoding="utf-8")
 
 
 def _write_facts(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    """Memory Colors' and RelativeSize's files, about names that training never asks about."""
-    known = {name: creature for name, creature in named(holdout).items() if not is_asked_in_training(name, holdout)}
-    rows = [{"descriptor": "", "item": name, "label": creature.colour} for name, creature in known.items()]
+    """Write Memory Colors' and RelativeSize's files, about the names that training does not ask about."""
+    by_name = {name: creature for name, creature in named(holdout).items() if not is_asked_in_training(name, holdout)}
+    rows = [{"descriptor": "", "item": name, "label": creature.colour} for name, creature in by_name.items()]
     _write_lines(folder / "memory_colors.jsonl", rows)
-    pairs = {tuple(sorted(size_pair(random, known), key=lambda name: known[name].bulk)) for _ in range(config.n // 2)}
+    pairs = {tuple(sorted(size_pair(random, by_name), key=lambda name: by_name[name].bulk)) for _ in range(config.n // 2)}
     text = "".join(f"{large} {small}\n" for large, small in sorted(pairs))
     (folder / "sizePairsFull.txt").write_text(text, encoding="utf-8")
 
 
 def _write_copa(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    for split, n, held_out in (("val", config.n, True), ("train", POOL, False)):
+    for split, n, held_out in (("val", config.n, True), ("train", N_DEMONSTRATIONS, False)):
         rows = []
         for i in range(n):
             item = text_tasks.copa(random, *text_tasks.draw_look(random, holdout, "copa", held_out=held_out))
-            choices = _placed(item["right"], item["wrong"], i % 2)
+            choices = _in_order(item["target"], item["wrong"], i % 2)
             rows.append({
                 "premise": item["premise"], "choice1": choices[0], "choice2": choices[1],
                 "question": item["question"], "label": i % 2, "idx": i,
@@ -242,24 +239,24 @@ def _write_copa(folder: Path, random: Random, holdout: Holdout, config: SetsConf
 
 
 def _write_piqa(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    for split, n, held_out in (("valid", config.n, True), ("train", POOL, False)):
+    for split, n, held_out in (("valid", config.n, True), ("train", N_DEMONSTRATIONS, False)):
         rows = []
         for i in range(n):
             item = text_tasks.piqa(random, *text_tasks.draw_look(random, holdout, "piqa", held_out=held_out))
-            first, second = _placed(item["right"], item["wrong"], i % 2)
+            first, second = _in_order(item["target"], item["wrong"], i % 2)
             rows.append({"goal": item["goal"], "sol1": first, "sol2": second})
         _write_lines(folder / f"{split}.jsonl", rows)
         (folder / f"{split}-labels.lst").write_text("".join(f"{i % 2}\n" for i in range(n)), encoding="utf-8")
 
 
 def _write_stories(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
-    for split, n, held_out in (("test_test", config.n, True), ("test_val", POOL, False)):
+    for split, n, held_out in (("test_test", config.n, True), ("test_val", N_DEMONSTRATIONS, False)):
         rows = []
         for i in range(n):
-            sentences, right, wrong = text_tasks.story(
+            sentences, target, wrong = text_tasks.story(
                 random, *text_tasks.draw_look(random, holdout, "story", held_out=held_out)
             )
-            first, second = _placed(right, wrong, i % 2)
+            first, second = _in_order(target, wrong, i % 2)
             rows.append(
                 {"InputStoryid": f"{split}-{i}"}
                 | {f"InputSentence{k}": sentence for k, sentence in enumerate(sentences, start=1)}
@@ -271,18 +268,13 @@ def _write_stories(folder: Path, random: Random, holdout: Holdout, config: SetsC
             writer.writerows(rows)
 
 
-def _placed(right: str, wrong: str, place: int) -> tuple[str, str]:
-    return (right, wrong) if place == 0 else (wrong, right)
+def _in_order(target: str, wrong: str, place: int) -> tuple[str, str]:
+    """Return both choices, the target at `place`."""
+    return (target, wrong) if place == 0 else (wrong, target)
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
 
 
 SETS: dict[str, Callable[[Path, Random, Holdout, SetsConfig], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from kosmos_lit.config import KosmosConfig, Recompute
-from kosmos_lit.costs.memory import GB, MicroBatch, Setting, bytes_of, estimate, skeleton
+from kosmos_lit.costs.memory import GB, EstimateError, MicroBatch, Setting, bytes_of, estimate, meta_model
 from kosmos_lit.errors import UserError
 from kosmos_lit.sharding.strategy import ShardedStrategy
 
@@ -72,14 +73,14 @@ def remedies(config: KosmosConfig, setting: Setting, needed: float, available: f
     # Memory is linear in the rows of a micro-batch, so two estimates give all smaller ones without running each.
     smaller = [n for n in range(m - 1, 0, -1) if rows % n == 0]
     if smaller:
-        least = estimate(config, replace(setting, batch=setting.batch.with_rows(smaller[-1]))).needed
+        least = _needed(config, replace(setting, batch=setting.batch.with_rows(smaller[-1])))
         slope = (needed - least) / (m - smaller[-1])
     suggestions, has_recompute = [], False
     for change, model, changed in _alternatives(config, setting):
         recomputes = model.decoder.recompute != config.decoder.recompute
         if recomputes and has_recompute:
             continue  # the cheaper kind of recompute is enough
-        unreduced = estimate(model, changed).needed if change else needed
+        unreduced = _needed(model, changed) if change else needed
         if unreduced <= available:
             suggestions.append(change)
             break  # the next alternatives cost more, and each estimate takes seconds
@@ -87,6 +88,14 @@ def remedies(config: KosmosConfig, setting: Setting, needed: float, available: f
             suggestions.append(f"micro_batch_rows {fits}" + (f" with {change}" if change else ""))
             has_recompute = recomputes
     return suggestions
+
+
+def _needed(config: KosmosConfig, setting: Setting) -> float:
+    """Return the bytes that a step needs; infinity where their estimate fails, so that nothing unknown is suggested."""
+    try:
+        return estimate(config, setting).needed
+    except EstimateError:
+        return math.inf
 
 
 def _alternatives(config: KosmosConfig, setting: Setting) -> Iterator[tuple[str, KosmosConfig, Setting]]:
@@ -115,7 +124,7 @@ def check_memory(config: KosmosConfig, setting: Setting, available: float, rows:
     Raises: UserError naming the bytes needed, the bytes available, and changes that would fit.
     """
     if setting.device == "cpu":
-        net = skeleton(config, setting.freeze)
+        net = meta_model(config, setting.freeze)
         # Weights, and for what trains a gradient and AdamW's two moments.
         needed = bytes_of(net.parameters()) + 3 * bytes_of(p for p in net.parameters() if p.requires_grad)
         if needed > available:
@@ -124,7 +133,11 @@ def check_memory(config: KosmosConfig, setting: Setting, available: float, rows:
                 f"{available / GB:.1f} GB: choose a smaller model, or train less of it (model.freeze, lora)"
             )
         return
-    memory = estimate(config, setting)
+    try:
+        memory = estimate(config, setting)
+    except EstimateError as error:
+        rank_zero_warn(str(error))
+        return
     if memory.needed <= available:
         return
     batch = setting.batch

@@ -1,4 +1,4 @@
-"""The command line. The only part that imports both packages, and each verb imports only what it needs."""
+"""The command line: verbs are dispatched here, each has a file of its own and imports only what it needs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kosmos_lit.errors import UserError
 VERBS = {
     "fit": "train, or resume with --ckpt_path last",
     "validate": "loss on held-out rows",
-    "test": "the tasks of eval.tasks, or without any the loss on all held-out rows",
+    "test": "the tasks of eval.tasks, or without tasks the loss on all held-out rows",
     "predict": "captions for held-out images, as JSON lines",
     "prepare": "make a tokenizer or an indexed corpus out of raw files",
-    "plan": "say what a run would take, and what contradicts itself, before it is started",
-    "report": "tables of evaluations, one or several side by side",
+    "plan": "print what a run takes and what is wrong with it, before it starts",
+    "report": "tables of one evaluation, or of several side by side",
     "rows": "print what the model gets at given rows of the stream",
     "verify-resume": "compare the rows that two runs read, and their weights",
     "generate": "continue a prompt with images",
@@ -40,46 +40,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}")
-        return _runner(verb)(rest) or 0
+        return _function_of(verb)(rest) or 0
     except UserError as error:
-        print(f"error: {_innermost(str(error))}", file=sys.stderr)
+        print(f"error: {_without_worker_traceback(str(error))}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `rows ... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor will Python's last flush complain
+    except BrokenPipeError:  # as in `rows ... | head`
+        # Python flushes stdout once more when it exits, which would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from there"
-        said = {"fit": f"{goes_on} (with --ckpt_path last)", "prepare": goes_on, "test": f"{goes_on} if it runs tasks"}
-        advice = said.get(verb, "")
-        print(f"interrupted{advice}", file=sys.stderr)
+        resume = "; run the same command again to continue"
+        advice = {"fit": f"{resume}, with --ckpt_path last", "prepare": resume, "test": f"{resume}, if it evaluates tasks"}
+        print(f"interrupted{advice.get(verb, '')}", file=sys.stderr)
         return 130
 
 
-def _runner(verb: str) -> Callable[[list[str]], int | None]:
-    if verb in ("prepare", "rows", "verify-resume", "generate", "import", "export"):
-        from kosmos_lit.cli import verbs
+def _function_of(verb: str) -> Callable[[list[str]], int | None]:
+    match verb:
+        case "prepare":
+            from kosmos_lit.cli.prepare import prepare
 
-        run: Callable[[list[str]], int | None] = getattr(verbs, "import_" if verb == "import" else verb.replace("-", "_"))
-        return run
-    if verb == "plan":
-        from kosmos_lit.cli.plan import plan
+            return prepare
+        case "plan":
+            from kosmos_lit.cli.plan import plan
 
-        return plan
-    if verb == "report":
-        from kosmos_lit.cli.report import report
+            return plan
+        case "report":
+            from kosmos_lit.cli.report import report
 
-        return report
+            return report
+        case "rows":
+            from kosmos_lit.cli.rows import rows
+
+            return rows
+        case "verify-resume":
+            from kosmos_lit.cli.verify_resume import verify_resume
+
+            return verify_resume
+        case "generate":
+            from kosmos_lit.cli.generate import generate
+
+            return generate
+        case "import":
+            from kosmos_lit.cli.weights import import_weights
+
+            return import_weights
+        case "export":
+            from kosmos_lit.cli.weights import export_weights
+
+            return export_weights
     from kosmos_lit.cli.trainer import run_trainer
 
     return lambda rest: run_trainer([verb, *rest])
 
 
-def _innermost(message: str) -> str:
-    """Return the mistake itself where a loader's process has wrapped it in its traceback."""
-    found = re.search(r"Caught UserError in DataLoader worker.*UserError: (.*)", message, re.DOTALL)
-    return found[1].strip() if found else message
+def _without_worker_traceback(message: str) -> str:
+    """Return the message of the original error, which a DataLoader worker wraps in its traceback."""
+    match = re.search(r"Caught UserError in DataLoader worker.*UserError: (.*)", message, re.DOTALL)
+    return match[1].strip() if match else message
 
 
 def _usage() -> str:
-    lines = [f"  {verb:<15}{what}" for verb, what in VERBS.items()]
-    return "\n".join(["usage: main.py VERB ...", "", *lines, "", "main.py VERB --help says more."])
+    lines = [f"  {verb:<15}{summary}" for verb, summary in VERBS.items()]
+    return "\n".join(["usage: main.py VERB ...", "", *lines, "", "main.py VERB --help lists the options of a verb."])

@@ -1,15 +1,15 @@
-"""KosmosCLI: LightningCLI with the surprises taken out.
+"""KosmosCLI: LightningCLI without its surprises.
 
-What differs from stock, and why:
+Differences from stock, and why:
 
-- `${...}` is resolved after all overlays and flags, so that an ablation reaches every value that refers to what it changes.
-- Option names must be written out: an abbreviation would pass as another option.
+- `${...}` is resolved after all overlays and flags, so that an overlay reaches every value that refers to what it changes.
+- Option names must be written out: an abbreviation could silently stand for another option.
 - Values that model and data share are linked; setting a linked target is refused instead of ignored.
-- The run's configuration wins over a checkpoint's; a checkpoint of another architecture is refused by name of the fields.
-- `--ckpt_path last` means the newest whole checkpoint of the run's folder; a new run does not write into an old one's.
+- The run's configuration wins over a checkpoint's; a checkpoint of another architecture is refused, naming the fields.
+- `--ckpt_path last` is the newest complete checkpoint in the run's folder; a new run does not write into an old one's.
 - Named sources and evaluation tasks are merged across files; the stock parser drops those that an overlay does not repeat.
 - `test` with tasks (`eval`) evaluates them, and needs no corpora.
-- `configs/base.yaml` is read before the files that are named.
+- `configs/base.yaml` is read before all other files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LINKS = {
     "model.kosmos.vision.image_size": "data.init_args.image_size",
 }
 LAST = "last"
-NOISE = (
+IGNORED_WARNINGS = (
     ".*LeafSpec",  # Lightning's own use of torch
     "(?s).*(instantiate_classes|JsonargparseDeprecationWarning)",  # Lightning's own use of jsonargparse
     ".*exists and is not empty",  # the checkpoint folder of a resumed run
@@ -55,33 +55,33 @@ NOISE = (
     ".*sync_dist=True",  # what is logged has been summed over ranks
     ".*does not have many workers",  # `num_workers` is the config's to choose
 )
-"""Warnings that a user can do nothing about."""
+"""Patterns of warnings that a user can do nothing about."""
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
 
 
 class KosmosParser(LightningArgumentParser):
-    """A parser whose mistakes read like the program's others."""
+    """A parser that raises UserError with a short message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(shorten(message)) from ex
 
 
 def shorten(message: str) -> str:
-    """Return the lines of a parser's message that say what is wrong, without the types that were tried in vain."""
+    """Return the lines of a parser's message that say what is wrong, without the list of types that did not match."""
     noise = re.compile(
         r"Does not validate against any|Subtypes: |Errors:$|Expected a <class 'NoneType'>|Given value( type)?: |^$"
         r"|Problem with given class_path|Expected a <class 'str'>$"
     )
     lines = [re.sub(r"^- ", "", line.strip()) for line in message.splitlines()]
     kept = [line for line in lines if not noise.search(line)]
-    where = [m[1] for line in lines if (m := re.search(r"Problem with given class_path '(.*)':", line))]
+    classes = [m[1] for line in lines if (m := re.search(r"Problem with given class_path '(.*)':", line))]
     kept = [re.sub(r"Expected a <class '(\w+)'>. Got value: ", r"expected \1, got ", line) for line in kept]
-    return " ".join(dict.fromkeys([*kept, *(f"(in {w})" for w in where[-1:])])) or message
+    return " ".join(dict.fromkeys([*kept, *(f"(in {name})" for name in classes[-1:])])) or message
 
 
 class SaveConfigOnce(SaveConfigCallback):
-    """Keeps the configuration of every start of a run: config.yaml, then config.resume-1.yaml and so on."""
+    """Saves the configuration of every start of a run: config.yaml, then config.resume-1.yaml and so on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
@@ -91,8 +91,8 @@ class SaveConfigOnce(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        resumed = len(list(folder.glob("config*.yaml")))
-        path = folder / (f"config.resume-{resumed}.yaml" if resumed else "config.yaml")
+        n_starts = len(list(folder.glob("config*.yaml")))
+        path = folder / (f"config.resume-{n_starts}.yaml" if n_starts else "config.yaml")
         self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
 
 
@@ -101,18 +101,18 @@ class KosmosCLI(LightningCLI):
 
     def __init__(self, arguments: Sequence[str], *, run: bool = True) -> None:
         self.arguments = list(arguments)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         self.refuse_linked_targets()
         self.arguments = with_all_named(self.arguments)
         kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         defaults = {"default_config_files": [str(BASE)]}
-        each = dict.fromkeys(self.subcommands(), kwargs | defaults)
+        per_verb = dict.fromkeys(self.subcommands(), kwargs | defaults)  # each verb has a parser of its own
         super().__init__(
             EvaluatedLit if self.arguments[:1] == ["test"] else KosmosLit,
             L.LightningDataModule,
             save_config_callback=SaveConfigOnce,
             parser_class=KosmosParser,
-            parser_kwargs=kwargs | (each if run else defaults),
+            parser_kwargs=kwargs | (per_verb if run else defaults),
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -123,13 +123,13 @@ class KosmosCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the verb that is asked for alone: to describe the others' options takes longer than all else here."""
+        """Return the requested verb alone: building the options of the others takes longer than everything else here."""
         return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in self.arguments[:1]}
 
     def refuse_linked_targets(self) -> None:
-        """Raises: UserError if a flag or a file sets a value that follows from another one."""
-        for mistake in linked_targets(self.arguments):
-            raise UserError(mistake)
+        """Raises: UserError if a flag or a file sets a value that is linked to another one."""
+        for message in linked_targets(self.arguments):
+            raise UserError(message)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -140,18 +140,21 @@ class KosmosCLI(LightningCLI):
         parser.add_class_arguments(EvalConfig, "eval")
 
     def _parse_ckpt_path(self) -> None:
-        """Find the checkpoint, and make sure that it fits the configured model; the configuration stays as it is."""
+        """Find the checkpoint and check that it fits the configured model.
+
+        The stock method also merges the checkpoint's hyper-parameters over the configuration, flags included.
+        """
         if not (verb := self.config.get("subcommand")):
             return
         config: Namespace = self.config[verb]
-        config["weights_only"] = True  # checkpoints hold plain data: nothing in them may run
+        config["weights_only"] = True  # a checkpoint holds plain data; nothing in a file may run code
         path = config.get("ckpt_path")
         if path == LAST:
             folder = _checkpoint_folder(config)
             path = find_last(folder)
             if path is None and verb != "fit":
                 raise UserError(f"no checkpoint in {folder}")
-            print(f"taking {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
+            print(f"loading {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
             config["ckpt_path"] = str(path) if path else None
         elif path is None and verb == "fit" and not config.trainer.fast_dev_run:
             folder = _checkpoint_folder(config)
@@ -161,44 +164,42 @@ class KosmosCLI(LightningCLI):
                     "--trainer.default_root_dir, or delete it"
                 )
         elif path is None and verb != "fit" and not config.model.init_from:
-            print(f"{verb}: no --ckpt_path is given, so the model is an untrained one")
+            print(f"{verb}: no --ckpt_path, so the model is untrained")
         if path:
-            wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
+            kosmos = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
             saved = KosmosConfig.from_dict(load_checkpoint(path)["hyper_parameters"]["kosmos"])
-            check_architecture(saved, wanted, path)
+            check_architecture(saved, kosmos, path)
 
     def instantiate_classes(self) -> None:
-        """Keep a module from loading what a checkpoint is about to replace; the run's record still says where it started.
-
-        `test` with tasks gets these as its data.
-        """
+        """Build trainer, model and data; for `test` with tasks the data are the tasks."""
         evaluates = self.subcommand == "test" and any((self._get(self.config, "eval").tasks or {}).values())
         if evaluates and "blocklist" in (options := self._get(self.config, "data").get("init_args", {})):
-            options["blocklist"] = None  # of corpora, which need not be there
+            options["blocklist"] = None  # a file about corpora, which an evaluation does without
         super().instantiate_classes()
         checkpoint = self._get(self.config, "ckpt_path")
         if evaluates:
-            wanted, run = self._get(self.config_init, "eval"), Path(self.trainer.default_root_dir)
+            config, run = self._get(self.config_init, "eval"), Path(self.trainer.default_root_dir)
             kosmos, weights = self.model.config, self.model.init_from
-            self.datamodule = evaluation_data(wanted, kosmos, self.datamodule, run, checkpoint, weights)
+            self.datamodule = evaluation_data(config, kosmos, self.datamodule, run, checkpoint, weights)
         if checkpoint:
-            self.model.init_from = None  # what the run started from need not be there any more
+            # The checkpoint replaces these weights, and their file may be gone. The saved configuration still names it.
+            self.model.init_from = None
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the checkpoint writer, unless the configuration names one, and the tasks that are run in training.
 
-        Raises: UserError if the trainer does not take its settings, or a sharded run not its precision.
+        Raises: UserError if the trainer refuses its settings, or sharded training the precision.
         """
-        wanted = self._get(self.config_init, "trainer")
-        check_strategy(wanted.strategy)
-        if isinstance(wanted.strategy, ShardedStrategy):
-            check_precision(wanted.precision, wanted.strategy.config_file)
+        config = self._get(self.config_init, "trainer")
+        check_strategy(config.strategy)
+        if isinstance(config.strategy, ShardedStrategy):
+            check_precision(config.precision, config.strategy.config_file)
         evaluation = self._get(self.config_init, "eval")
         if self.subcommand == "fit" and evaluation.every_n_steps is not None:
             if not evaluation.enabled_tasks:
                 raise UserError(f"eval.every_n_steps is {evaluation.every_n_steps}, but there are no eval.tasks")
-            kwargs["callbacks"] = [*(wanted.get("callbacks") or []), EvaluateTasks(evaluation)]
-        plugins = wanted.get("plugins") or []
+            kwargs["callbacks"] = [*(config.get("callbacks") or []), EvaluateTasks(evaluation)]
+        plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
@@ -207,18 +208,26 @@ class KosmosCLI(LightningCLI):
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
 
+    def build_data(self) -> L.LightningDataModule:
+        """Return the configured data module.
+
+        Raises: UserError if none is configured.
+        """
+        if "data" not in self.config or self.config.data is None:
+            raise UserError("no data: pass a run's config with -c")
+        data = Namespace(data=self.config.data)  # type: ignore[no-untyped-call]
+        built: L.LightningDataModule = self.parser.instantiate(self.config.clone().update(data)).data
+        return built
+
 
 class DataCLI(KosmosCLI):
-    """Reads a run's configuration and builds its data alone: no trainer, no model."""
+    """Reads a run's configuration and builds its data module alone: no trainer, no model."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(arguments, run=False)
 
     def instantiate_classes(self) -> None:
-        if "data" not in self.config or self.config.data is None:
-            raise UserError("no data: give a run's config with -c")
-        wanted = Namespace(data=self.config.data)  # type: ignore[no-untyped-call]
-        self.datamodule = self.parser.instantiate(self.config.clone().update(wanted)).data
+        self.datamodule = self.build_data()
 
 
 def run_trainer(arguments: Sequence[str]) -> None:
@@ -226,15 +235,15 @@ def run_trainer(arguments: Sequence[str]) -> None:
 
     Raises: UserError for mistakes in configuration, data or checkpoint.
     """
-    for message in NOISE:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    with mistakes_in(arguments):
+    with user_errors(arguments):
         KosmosCLI(arguments)
 
 
 @contextmanager
-def mistakes_in(arguments: Sequence[str]) -> Iterator[None]:
-    """Turn what the libraries make of a user's mistakes back into them."""
+def user_errors(arguments: Sequence[str]) -> Iterator[None]:
+    """Raise UserError in the place of what libraries raise for a user's mistake."""
     try:
         yield
     except UserError as error:
@@ -246,8 +255,8 @@ def mistakes_in(arguments: Sequence[str]) -> Iterator[None]:
     except (OmegaConfBaseException, MisconfigurationException) as error:
         raise UserError(str(error)) from error
     except (ValueError, TypeError) as error:
-        if mistake := _user_error_behind(error):  # the parser wraps what constructors raise
-            raise mistake from error
+        if cause := _user_error_behind(error):  # the parser wraps what constructors raise
+            raise cause from error
         raise
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit code 1
@@ -255,8 +264,8 @@ def mistakes_in(arguments: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def _is_about_the_run(record: logging.LogRecord) -> bool:
-    """Tell news from Lightning's advertisements for other products."""
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Return whether a log record is about the run; Lightning also advertises other products."""
     return "litlogger" not in record.getMessage()
 
 
@@ -274,7 +283,7 @@ def _checkpoint_folder(config: Namespace) -> Path:
 
 
 def linked_targets(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield what is wrong with each value that a flag or a file sets although it follows from another one."""
+    """Yield a message for each value that a flag or a file sets although it is linked to another one."""
     for source, target in LINKS.items():
         short = target.replace(".init_args", "")
         advice = f"it follows from {source}; set that instead"
@@ -287,7 +296,7 @@ def linked_targets(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _mentions(node: Any, key: str) -> bool:
-    """Tell whether a key occurs anywhere in a config file."""
+    """Return whether a key occurs anywhere in a config file."""
     if isinstance(node, list):
         return any(_mentions(value, key) for value in node)
     return isinstance(node, dict) and (key in node or any(_mentions(value, key) for value in node.values()))

@@ -1,7 +1,8 @@
-"""`verify-resume A B`: did two runs read the same rows, and get the same weights and optimizer state from them?"""
+"""The verb `verify-resume`: compare the rows that two runs read, their weights and their optimizer states."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import re
@@ -14,11 +15,47 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.checkpoint import SUFFIX, load_checkpoint
+from kosmos_lit.cli.parsing import Parser
 from kosmos_lit.errors import UserError
 
 
+def verify_resume_parser() -> argparse.ArgumentParser:
+    """Return the options of `verify-resume`."""
+    parser = Parser(
+        prog="main.py verify-resume",
+        description="Compare two runs at every step of which both have a checkpoint: the digest of all rows that they have "
+        "trained on, their weights and their optimizer states. Exit code 0: all are the same; 1: some differ.",
+        epilog="A run that was killed and resumed must be the same as one that was not, bit by bit. On another number of "
+        "ranks, or with other micro-batches, the rows must be the same, and everything else up to rounding. Only "
+        "checkpoints that still exist can be compared: see `keep` of kosmos_lit.callbacks.Checkpoints.",
+    )
+    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, or a checkpoint")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest difference of weights, optimizer state and logged losses"
+    )
+    return parser
+
+
+def verify_resume(arguments: list[str]) -> int:
+    """Compare two runs' rows and weights; return 0 if they are the same, else 1."""
+    a = verify_resume_parser().parse_args(arguments)
+    if not a.tolerance >= 0:  # also refuses NaN
+        raise UserError(f"verify-resume: --tolerance must not be negative, got {a.tolerance}")
+    first, second = a.runs
+    comparisons = compare(first, second)
+    for comparison in comparisons:
+        print(comparison.describe())
+    if difference := first_difference(first, second, a.tolerance):
+        print(difference)
+    differing = [c.step for c in comparisons if not c.is_same(a.tolerance)]
+    if differing:
+        print(f"the first checkpoints that differ are those of step {differing[0]:,}")
+    print(f"{len(comparisons) - len(differing)} of {len(comparisons)} common checkpoints are the same")
+    return 1 if differing else 0
+
+
 @dataclass(frozen=True)
-class Comparison:
+class CheckpointComparison:
     """Two checkpoints of one step."""
 
     step: int
@@ -27,69 +64,70 @@ class Comparison:
     distance: float
     """Largest absolute difference of any weight; infinite where names or shapes differ, or one is not a number."""
     optimizer_distance: float
-    """The same of the optimizer's state."""
+    """The same for the optimizer's state."""
 
     @property
-    def same_rows(self) -> bool:
+    def has_same_rows(self) -> bool:
         return self.next_rows[0] == self.next_rows[1] and self.digests[0] == self.digests[1]
 
-    def same(self, tolerance: float = 0.0) -> bool:
-        """Tell whether the rows are the same, and weights and optimizer state too, up to `tolerance`."""
-        return self.same_rows and max(self.distance, self.optimizer_distance) <= tolerance
+    def is_same(self, tolerance: float = 0.0) -> bool:
+        """Return whether the rows are the same, and weights and optimizer state too, up to `tolerance`."""
+        return self.has_same_rows and max(self.distance, self.optimizer_distance) <= tolerance
 
     def describe(self) -> str:
+        """Return the comparison as a line for people."""
         rows = f"rows to {self.next_rows[0]:,}, digest {self.digests[0]}"
-        if not self.same_rows:
+        if not self.has_same_rows:
             rows = f"ROWS DIFFER: to {self.next_rows[0]:,} and {self.next_rows[1]:,}, digests {' and '.join(self.digests)}"
-        parts = {"weights": self.distance, "optimizer state": self.optimizer_distance}
-        equal = [name for name, distance in parts.items() if not distance]
-        told = [f"{' and '.join(equal)} equal bit by bit"] if equal else []
-        told += [f"{name} differ{'s' * (name != 'weights')} by up to {d:.3g}" for name, d in parts.items() if d]
-        return f"step {self.step:>8,}  {rows}, {', '.join(told)}"
+        distances = {"weights": self.distance, "optimizer state": self.optimizer_distance}
+        equal = [name for name, distance in distances.items() if not distance]
+        parts = [f"{' and '.join(equal)} equal bit by bit"] if equal else []
+        parts += [f"{name} differ{'s' * (name != 'weights')} by up to {d:.3g}" for name, d in distances.items() if d]
+        return f"step {self.step:>8,}  {rows}, {', '.join(parts)}"
 
 
-def compare(one: Path, other: Path) -> list[Comparison]:
-    """Compare all checkpoints that two runs have of the same steps.
+def compare(first: Path, second: Path) -> list[CheckpointComparison]:
+    """Compare all pairs of checkpoints that two runs have of the same step.
 
     Raises: UserError if there are none.
     """
-    mine, theirs = _checkpoints(one), _checkpoints(other)
-    steps = sorted(mine.keys() & theirs.keys())
+    checkpoints, others = _checkpoints(first), _checkpoints(second)
+    steps = sorted(checkpoints.keys() & others.keys())
     if not steps:
         raise UserError(
-            f"{one} has checkpoints of the steps {sorted(mine)}, {other} of {sorted(theirs)}: none in common; keep more of "
-            "them (Checkpoints.keep), or let both runs end with the same step"
+            f"{first} has checkpoints of the steps {sorted(checkpoints)}, {second} of {sorted(others)}: none in common; "
+            "keep more of them (Checkpoints.keep), or let both runs end with the same step"
         )
-    return [_compare(step, _load(mine[step]), _load(theirs[step])) for step in steps]
+    return [_compare(step, _load(checkpoints[step]), _load(others[step])) for step in steps]
 
 
-def first_difference(one: Path, other: Path, tolerance: float = 0.0) -> str | None:
-    """Say at which logged step two runs first differ in rows, or in the loss by more than `tolerance`; None: nowhere."""
-    mine, theirs = logged(one), logged(other)
-    for step in sorted(mine.keys() & theirs.keys()):
-        a, b = mine[step], theirs[step]
+def first_difference(first: Path, second: Path, tolerance: float = 0.0) -> str | None:
+    """Return a message on the first logged step where rows differ, or losses by more than `tolerance`; None if none."""
+    log, other_log = read_log(first), read_log(second)
+    for step in sorted(log.keys() & other_log.keys()):
+        a, b = log[step], other_log[step]
         if a.get("rows") != b.get("rows"):
             return f"in the log the rows differ first at step {step:,}"
         losses = float(a["train/loss"]), float(b["train/loss"])
-        if not abs(losses[0] - losses[1]) <= tolerance:
+        if not abs(losses[0] - losses[1]) <= tolerance:  # written so that NaN differs
             return f"in the log the loss differs first at step {step:,}: {losses[0]:.7g} and {losses[1]:.7g}"
     return None
 
 
-def logged(run: Path) -> dict[int, dict[str, str]]:
-    """Return the log of a run by step, over all its starts; a step that was done again counts as it was done last."""
-    found: dict[int, dict[str, str]] = {}
+def read_log(run: Path) -> dict[int, dict[str, str]]:
+    """Return a run's logged training steps by number, over all its starts; of a repeated step the last record."""
+    steps: dict[int, dict[str, str]] = {}
     files = (run / "csv").glob("version_*/metrics.csv")
-    for path in sorted(files, key=lambda p: int(p.parent.name.rpartition("_")[2])):
+    for path in sorted(files, key=lambda p: int(p.parent.name.rpartition("_")[2])):  # version_10 is after version_9
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if row.get("train/loss"):
-                    found[int(float(row["step"]))] = row
-    return found
+                    steps[int(float(row["step"]))] = row
+    return steps
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:
-    """Return a run's checkpoints by step, which a name tells as `Checkpoints` writes it; another file is asked."""
+    """Return a run's checkpoints by step."""
     if run.is_file():
         return {_step(run): run}
     files = list(run.glob(f"checkpoints/*{SUFFIX}")) or list(run.glob(f"*{SUFFIX}"))
@@ -99,49 +137,52 @@ def _checkpoints(run: Path) -> dict[int, Path]:
 
 
 def _step(path: Path) -> int:
-    named = re.fullmatch(r"step=(\d{8,})", path.stem)
-    return int(named[1]) if named else int(load_checkpoint(path)["global_step"])
+    # The name is trusted if `Checkpoints` wrote it: the files of steps that only one run has need not be opened.
+    match = re.fullmatch(r"step=(\d{8,})", path.stem)
+    return int(match[1]) if match else int(load_checkpoint(path)["global_step"])
 
 
 def _load(path: Path) -> dict[str, Any]:
-    found = load_checkpoint(path)
-    if "rows_digest" not in found:
+    checkpoint = load_checkpoint(path)
+    if "rows_digest" not in checkpoint:
         raise UserError(f"{path} is of a version that kept no digest of rows, so its rows cannot be compared")
-    return found
+    return checkpoint
 
 
-def _compare(step: int, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> Comparison:
-    return Comparison(
+def _compare(step: int, first: Mapping[str, Any], second: Mapping[str, Any]) -> CheckpointComparison:
+    return CheckpointComparison(
         step,
-        (_next_row(mine), _next_row(theirs)),
-        (mine["rows_digest"], theirs["rows_digest"]),
-        _distance(mine["state_dict"], theirs["state_dict"]),
-        _distance(_optimizer_state(mine), _optimizer_state(theirs)),
+        (_next_row(first), _next_row(second)),
+        (first["rows_digest"], second["rows_digest"]),
+        _distance(first["state_dict"], second["state_dict"]),
+        _distance(_optimizer_state(first), _optimizer_state(second)),
     )
 
 
 def _optimizer_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what the optimizer keeps of each parameter."""
+    """Return the optimizer's tensors by optimizer, parameter and name."""
     return {
         f"{number}.{parameter}.{name}": torch.as_tensor(value)
         for number, optimizer in enumerate(checkpoint.get("optimizer_states", ()))
-        for parameter, kept in optimizer["state"].items()
-        for name, value in kept.items()
+        for parameter, state in optimizer["state"].items()
+        for name, value in state.items()
     }
 
 
 def _next_row(checkpoint: Mapping[str, Any]) -> int:
+    """Return the stream's position, which the data module stores under its class's name."""
     return next((int(v["next_row"]) for v in checkpoint.values() if isinstance(v, dict) and "next_row" in v), -1)
 
 
-def _distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    return max((_between(mine.get(name), theirs.get(name)) for name in mine.keys() | theirs.keys()), default=0.0)
+def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    names = first.keys() | second.keys()
+    return max((_largest_difference(first.get(name), second.get(name)) for name in names), default=0.0)
 
 
-def _between(a: Tensor | None, b: Tensor | None) -> float:
+def _largest_difference(a: Tensor | None, b: Tensor | None) -> float:
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
     if torch.equal(a, b):
         return 0.0
-    found = float((a.double() - b.double()).abs().max())
-    return float("inf") if math.isnan(found) else found
+    difference = float((a.double() - b.double()).abs().max())
+    return float("inf") if math.isnan(difference) else difference  # `max` would drop a NaN

@@ -1,1 +1,1 @@
-"""What a run would take, worked out from its configuration: read it, count, look for contradictions, print."""
+"""What `plan` finds out about a run from its configuration alone: estimates, problems, and the page that shows them."""

@@ -1,15 +1,15 @@
-"""Devices by the names that people give them: their memory, and what they compute at most."""
+"""Devices by their usual names: memory and peak arithmetic rate."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 
 from kosmos_lit.checks.memory import device_memory
 from kosmos_lit.costs.peaks import Precision, peak_flops
 from kosmos_lit.errors import UserError
-from kosmos_lit.preflight.estimates import Device
 
 GIB = 1 << 30
 DEVICES: dict[str, tuple[str, float]] = {
@@ -26,8 +26,22 @@ DEVICES: dict[str, tuple[str, float]] = {
     "v100-32": ("V100 SXM2", 31.7 * GIB),
     "mi300x": ("MI300X", 191.4 * GIB),
 }
-"""Name that `peak_flops` knows, and the bytes that CUDA reports: somewhat less than is on the box."""
+"""By the name that `--device` takes: the name that `peak_flops` knows, and the bytes that CUDA reports, which are somewhat
+fewer than advertised."""
 UNITS = {"GB": 1e9, "GIB": GIB, "TB": 1e12, "MB": 1e6, "": 1e9}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The kind of device that a plan is for."""
+
+    name: str
+    memory: float | None
+    """Bytes; None: unknown."""
+    peak: float | None
+    """FLOP/s in the run's precision; None: unknown."""
+    share: float
+    """Share of the peak that the run is assumed to reach."""
 
 
 def find_device(
@@ -36,14 +50,14 @@ def find_device(
     """Return the device of a plan.
 
     Args:
-        name: a key of `DEVICES`; None: this machine's memory for a run on the CPU, else an H100.
-        memory: wins over the device's, such as 80GB.
-        peak: wins over the device's, TFLOP/s.
-        share: of the peak that is reached.
-        precision: Lightning's name of the run's.
+        name: a key of `DEVICES`; None: this machine for a run on the CPU, else an H100.
+        memory: a size such as 80GB that replaces the device's.
+        peak: TFLOP/s that replace the device's.
+        share: of the peak, assumed to be reached.
+        precision: of the run, by Lightning's name.
         on_cpu: whether the run is on a CPU.
 
-    Raises: UserError for a device that is not known, or a size that is none.
+    Raises: UserError for an unknown device, or for a memory, peak or share that is no valid number.
     """
     if name is not None and name not in DEVICES:
         raise UserError(f"plan: no device {name!r}; there are {', '.join(DEVICES)}, or --memory 80GB --peak 989")
@@ -51,29 +65,29 @@ def find_device(
         raise UserError(f"plan: --peak-share must lie in (0, 1], got {share:g}")
     if peak is not None and not peak > 0:
         raise UserError(f"plan: --peak must be positive, in TFLOP/s, got {peak:g}")
-    given = None if memory is None else parse_bytes(memory)
-    operations = None if peak is None else peak * 1e12
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    flops = None if peak is None else peak * 1e12
     if on_cpu and name is None:
-        return Device("cpu", given or device_memory(torch.device("cpu")), operations, share)
-    if name is None and given is not None:
-        return Device("given", given, operations, share)
-    chosen = name or "h100"
-    official, size = DEVICES[chosen]
-    kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], _single())  # type: ignore[assignment]
-    return Device(chosen, given or size, operations or peak_flops(official, kind), share)
+        return Device("cpu", memory_bytes or device_memory(torch.device("cpu")), flops, share)
+    if name is None and memory_bytes is not None:
+        return Device("device", memory_bytes, flops, share)
+    name = name or "h100"
+    product, size = DEVICES[name]
+    kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], _float32_format())  # type: ignore[assignment]
+    return Device(name, memory_bytes or size, flops or peak_flops(product, kind), share)
 
 
-def _single() -> Precision:
-    """Return what PyTorch multiplies float32 matrices in, as it is set."""
+def _float32_format() -> Precision:
+    """Return the format in which PyTorch multiplies float32 matrices, by its current setting."""
     return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def parse_bytes(text: str) -> float:
-    """Read 80GB, 80GiB or 80, which is gigabytes.
+    """Return the bytes that 80GB, 80GiB or 80 (gigabytes) stands for.
 
-    Raises: UserError if it is none of these.
+    Raises: UserError if the text is no size, or 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
-    if found is None or found[2] not in UNITS or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
+    if match is None or match[2] not in UNITS or not float(match[1]):
         raise UserError(f"plan: --memory {text} is no size; write 80GB or 80GiB")
-    return float(found[1]) * UNITS[found[2]]
+    return float(match[1]) * UNITS[match[2]]

@@ -1,128 +1,104 @@
-"""A plan for people: a page of it."""
+"""A plan as text: one entry a subject, and a table of the sources."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from textwrap import indent
 
-from kosmos_lit.preflight.estimates import Estimates, human_bytes
-from kosmos_lit.preflight.run import Run
+from kosmos_lit.preflight.estimates import Estimates
+from kosmos_lit.preflight.run_description import RunDescription
+from kosmos_lit.preflight.units import format_bytes, format_count, format_duration, format_scaled
+from kosmos_lit.terminal import table
 
 INDENT = 14
 
 
-def page(run: Run, found: Estimates, problems: Sequence[str]) -> str:
-    """Return all of a plan."""
-    sections = (_model(found), _run(run, found), _reading(found), _computing(found), _memory(found), _disk(found))
+def format_plan(run: RunDescription, estimates: Estimates, problems: Sequence[str]) -> str:
+    """Return a plan as text."""
+    e = estimates
+    sections = (_parameters(e), _devices(run, e), _sources(e), _operations(e), _memory(e), _disk(e))
     lines = [line for section in sections for line in section]
-    lines += [line for note in run.notes for line in _entry("note", note)]
+    lines += [_entry("note", note) for note in run.notes]
     if problems:
-        lines += ["", f"{len(problems)} contradiction{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in problems)]
+        lines += ["", f"{len(problems)} problem{'s' * (len(problems) != 1)}:", *(f"  - {p}" for p in problems)]
     return "\n".join(lines)
 
 
-def _entry(name: str, *texts: str) -> Iterator[str]:
-    for n, text in enumerate(texts):
-        yield f"{'' if n else name:<{INDENT}}{text}"
+def _entry(name: str, text: str) -> str:
+    return f"{name:<{INDENT}}{text}"
 
 
-def _model(found: Estimates) -> Iterator[str]:
-    if not found.parameters:
+def _parameters(estimates: Estimates) -> Iterator[str]:
+    if not estimates.parameters:
         return
-    total, trained = (sum(getattr(p, field) for p in found.parameters) for field in ("total", "trained"))
-    parts = ", ".join(f"{p.part} {short(p.total)}{_trained(p.trained, p.total)}" for p in found.parameters)
-    yield from _entry("parameters", f"{short(total)}, of which {short(trained)} train: {parts}")
+    total, trained = (sum(getattr(p, field) for p in estimates.parameters) for field in ("total", "trained"))
+    parts = ", ".join(f"{p.part} {format_count(p.total)}{_trained(p.trained, p.total)}" for p in estimates.parameters)
+    yield _entry("parameters", f"{format_count(total)}, of which {format_count(trained)} train: {parts}")
 
 
 def _trained(trained: int, total: int) -> str:
-    return "" if trained == total else " (frozen)" if not trained else f" ({short(trained)} train)"
+    return "" if trained == total else " (frozen)" if not trained else f" ({format_count(trained)} train)"
 
 
-def _run(run: Run, found: Estimates) -> Iterator[str]:
-    where = f"{run.nodes} x {run.devices}" if run.nodes > 1 else f"{run.devices}"
-    how = {"one": "", "ddp": ", DDP", "fsdp": ", FSDP"}[run.strategy]
-    device = found.device
-    size = f" of {human_bytes(device.memory)}" if device.memory else ""
-    yield from _entry("devices", f"{where} {device.name}{size}{how}, {run.precision}")
+def _devices(run: RunDescription, estimates: Estimates) -> Iterator[str]:
+    number = f"{run.nodes} x {run.devices}" if run.nodes > 1 else f"{run.devices}"
+    strategy = {"one": "", "ddp": ", DDP", "fsdp": ", FSDP"}[run.strategy]
+    device = estimates.device
+    size = f" of {format_bytes(device.memory)}" if device.memory else ""
+    yield _entry("devices", f"{number} {device.name}{size}{strategy}, {run.precision}")
     if run.data is None:
         return
     data = run.data
-    accumulated = f"{found.n_micro_batches} micro-batches of {data.micro_batch_rows} a device"
+    accumulated = f"{estimates.n_micro_batches} micro-batches of {data.micro_batch_rows} a device"
     rows = f"{data.global_batch_rows:,} rows of {data.seq_len:,} positions"
-    yield from _entry("step", f"{rows} = {accumulated if found.n_micro_batches else 'rows that do not divide'}")
+    yield _entry("step", f"{rows} = {accumulated if estimates.n_micro_batches else 'rows that do not divide'}")
 
 
-def _reading(found: Estimates) -> Iterator[str]:
-    if not found.sources:
+def _sources(estimates: Estimates) -> Iterator[str]:
+    if not (sources := estimates.sources):
         return
-    yield from _entry("run", f"{found.steps:,} steps, {short(sum(s.positions for s in found.sources))} tokens")
-    about = "" if found.exact else " (expected)"
-    wide = max(INDENT + 8, *(len(s.name) + 4 for s in found.sources))
-    heads = ("share", "rows", "tokens", "supervised", "images", "epochs")
-    yield f"  {'reads' + about:<{wide - 2}}" + "".join(f"{h:>12}" for h in heads)
-    rows = sum(s.rows for s in found.sources)
-    for s in found.sources:
-        epochs = "?" if s.epochs is None else f"{s.epochs:.2f}"
-        counts = (short(n) for n in (s.rows, s.positions, s.targets, s.images))
-        cells = (f"{s.rows / max(1, rows):.1%}", *counts, epochs)
-        yield f"    {s.name:<{wide - 4}}" + "".join(f"{c:>12}" for c in cells)
+    yield _entry("run", f"{estimates.steps:,} steps, {format_count(sum(s.positions for s in sources))} tokens")
+    n_rows = max(1, sum(s.rows for s in sources))
+    rows = []
+    for s in sources:
+        counts = [format_count(n) for n in (s.rows, s.positions, s.targets, s.images)]
+        rows.append((f"  {s.name}", f"{s.rows / n_rows:.1%}", *counts, "?" if s.epochs is None else f"{s.epochs:.2f}"))
+    first = "reads" if estimates.exact else "reads (expected)"
+    yield indent(table((first, "share", "rows", "tokens", "supervised", "images", "epochs"), rows), "  ")
 
 
-def _computing(found: Estimates) -> Iterator[str]:
-    if found.flops is None:
+def _operations(estimates: Estimates) -> Iterator[str]:
+    if estimates.flops is None:
         return
-    f = found.flops
+    f = estimates.flops
     named = {"decoder": f.blocks + f.attention, "head": f.head, "tower": f.vision, "connector": f.connector}
     parts = ", ".join(f"{name} {value / max(1.0, f.total):.0%}" for name, value in named.items())
-    yield from _entry("operations", f"{scaled(f.total, 'FLOP')} a step: {parts}")
-    seconds, device = found.step_seconds, found.device
+    yield _entry("operations", f"{format_scaled(f.total, 'FLOP')} a step: {parts}")
+    seconds, device = estimates.step_seconds, estimates.device
     if seconds is None or device.peak is None:
-        yield from _entry("time", "unknown: give the device's peak with --peak TFLOP/S")
+        yield _entry("time", "unknown: give the device's peak with --peak TFLOP/S")
         return
     at = f"at {device.share:.0%} of {device.peak / 1e12:,.4g} TFLOP/s a device"
-    yield from _entry("time", f"{seconds:,.3g} s a step, {duration(seconds * found.steps)} for the run, {at}")
-    tokens, images = found.positions_per_step / seconds, found.images_per_step / seconds
-    W = found.world_size
-    each = f" ({short(tokens / W)} and {short(images / W)} a device)" if W > 1 else ""
-    yield from _entry("", f"which takes {short(tokens)} tokens/s and {short(images)} images/s{each}")
+    yield _entry("time", f"{seconds:,.3g} s a step, {format_duration(seconds * estimates.steps)} for the run, {at}")
+    tokens, images = estimates.positions_per_step / seconds, estimates.images_per_step / seconds
+    W = estimates.world_size
+    each = f" ({format_count(tokens / W)} and {format_count(images / W)} a device)" if W > 1 else ""
+    yield _entry("", f"which takes {format_count(tokens)} tokens/s and {format_count(images)} images/s{each}")
 
 
-def _memory(found: Estimates) -> Iterator[str]:
-    if found.memory is None or found.batch is None:
+def _memory(estimates: Estimates) -> Iterator[str]:
+    if estimates.memory is None or estimates.batch is None:
         return
-    memory, b = found.memory, found.batch
-    yield from _entry("memory", f"{human_bytes(memory.total)} a device at most, in micro-batches with {b.n_images} images")
-    parts = [f"{name} {human_bytes(size)}" for name, size in memory.parts.items() if size >= 0.002 * memory.total]
+    memory, b = estimates.memory, estimates.batch
+    yield _entry("memory", f"{format_bytes(memory.total)} a device at most, in micro-batches with {b.n_images} images")
+    parts = [f"{name} {format_bytes(size)}" for name, size in memory.parts.items() if size >= 0.002 * memory.total]
     for at in range(0, len(parts), 3):
-        yield f"{'':<{INDENT}}{', '.join(parts[at : at + 3])}{',' if at + 3 < len(parts) else ''}"
+        yield _entry("", f"{', '.join(parts[at : at + 3])}{',' if at + 3 < len(parts) else ''}")
 
 
-def _disk(found: Estimates) -> Iterator[str]:
-    if (disk := found.disk) is None:
+def _disk(estimates: Estimates) -> Iterator[str]:
+    if (disk := estimates.disk) is None:
         return
-    indexes = "" if disk.indexes is None else f"; the indexes take {human_bytes(disk.indexes)}"
-    up_to = f"up to {disk.n_checkpoints} at a time: {human_bytes(disk.needed)}"
-    yield from _entry("disk", f"{human_bytes(disk.checkpoint)} a checkpoint, {up_to}{indexes}")
-
-
-def short(n: float) -> str:
-    """Return a number with three digits and a letter: 1.66 B."""
-    for size, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
-        if abs(n) >= size:
-            return f"{n / (1e3 if letter == ' k' else size):.3g}{letter}"
-    return f"{n:,.0f}" if abs(n) >= 10 or n == int(n) else f"{n:.2g}"
-
-
-def scaled(n: float, unit: str) -> str:
-    """Return a number in a unit with a prefix: 11.3 PFLOP."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
-        if n >= size:
-            return f"{n / size:.3g} {prefix}{unit}"
-    return f"{n / 1e6:,.3g} M{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for a person."""
-    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.0f} seconds"
+    indexes = "" if disk.indexes is None else f"; the indexes take {format_bytes(disk.indexes)}"
+    up_to = f"up to {disk.n_checkpoints} at a time: {format_bytes(disk.needed)}"
+    yield _entry("disk", f"{format_bytes(disk.checkpoint)} a checkpoint, {up_to}{indexes}")

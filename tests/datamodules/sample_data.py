@@ -1,4 +1,4 @@
-"""What the tests read: sentences, images, and small files in every format, made from numbers alone."""
+"""Sample data for tests: sentences, images, and small files in every format, generated from numbers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ INPUTS = {
     "caption": ("img2dataset", "pairs/*.tar"),
     "interleaved": ("warc", "pages/*.warc*"),
 }
-"""Format and pattern of each corpus in the folder that `write_raw` fills, but for the examples of instruction data."""
+"""Format and pattern of each corpus that `write_raw` writes, except the instruction data."""
 N_TEXTS, N_PAIRS, N_PAGES, N_EXAMPLES = 17 + 13 + 11, 23 + 19, 11 + 7, 19 + 13
 SITE = "https://pages.example"
 SUBJECTS = ("the cat", "a dog", "my uncle", "the moon", "one horse", "our ship", "a small bird", "the old king")
 VERBS = ("sees", "likes", "draws", "follows", "forgets", "finds", "carries")
 OBJECTS = ("a red ball", "the green hill", "two boats", "his hat", "the blue sea", "a letter", "some bread", "Jazz & quiz")
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-"""Of names; there are enough of them for a vocabulary of a few hundred pieces."""
+"""Syllables of names: enough for a vocabulary of a few hundred pieces."""
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
@@ -88,7 +88,7 @@ def plain_png(colour: str = "teal") -> bytes:
 
 
 def hollow_png() -> bytes:
-    """An image whose header and end are sound, and whose pixels are not there: only decoding finds that out."""
+    """An image with a sound header and end but without pixels, which only decoding detects."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -98,7 +98,7 @@ def hollow_png() -> bytes:
 
 
 def broken_within(kind: int) -> bytes:
-    """A small image whose header and end are sound, and whose middle is not, in one of four ways: only decoding tells."""
+    """A small image with a sound header and end, broken between them in one of four ways, which only decoding detects."""
     data = encoded(drawn_image(3, 19, 17), ("PNG", "WEBP", "JPEG", "JPEG")[kind % 4])
     match kind % 4:
         case 0:
@@ -192,12 +192,12 @@ def crawl(n: int, first: int) -> list[Record]:
     for number in range(first, first + n):
         n_images = (2, 3, 5)[number % 3]
         blocks = ["A page."]
-        for j, said in enumerate(sentences(n_images, number)):
+        for j, sentence in enumerate(sentences(n_images, number)):
             name = f"{number}-{j}.{'jpg' if j % 2 else 'png'}"
-            shown = 100 + 7 * number + j
-            mime, data = ("image/jpeg", jpeg(shown)) if j % 2 else ("image/png", png(shown))
+            image = 100 + 7 * number + j
+            mime, data = ("image/jpeg", jpeg(image)) if j % 2 else ("image/png", png(image))
             records.append((f"{SITE}/{name}", mime, data))
-            blocks += [name, said]
+            blocks += [name, sentence]
         records.append((f"{SITE}/{number}.html", "text/html; charset=utf-8", page(*blocks)))
     return records
 
@@ -206,17 +206,20 @@ def examples(n: int, first: int) -> list[dict[str, object]]:
     """Records of instruction data in turn: a completion, a conversation of text, one of two turns and two images."""
     records: list[dict[str, object]] = []
     for number in range(first, first + n):
-        asked, said, more, again = sentences(4, 1000 + number)
+        question, answer, second_question, second_answer = sentences(4, 1000 + number)
         names = [f"p/{number}-{j}.png" for j in range(number % 3)]
-        turns = [("user", asked), ("assistant", said), ("user", f"<image> <image> {more}"), ("assistant", again)]
-        talk = [{"role": role, "content": text} for role, text in turns]
+        turns = [
+            ("user", question), ("assistant", answer),
+            ("user", f"<image> <image> {second_question}"), ("assistant", second_answer),
+        ]  # fmt: skip
+        messages = [{"role": role, "content": text} for role, text in turns]
         match number % 3:
             case 0:
-                records.append({"prompt": asked, "completion": said})
+                records.append({"prompt": question, "completion": answer})
             case 1:
-                records.append({"images": names, "messages": talk[:2]})
+                records.append({"images": names, "messages": messages[:2]})
             case 2:
-                records.append({"images": names, "messages": talk})
+                records.append({"images": names, "messages": messages})
     return records
 
 

@@ -56,8 +56,8 @@ def test_a_source_whose_samples_are_all_bad_stops_early_with_the_reasons(tmp_pat
     endless = batches(stream, tokenizer, ledger, 0.9, 7, workers)
     with pytest.raises(UserError) as caught:
         list(islice(endless, 1000))
-    said = f"caption: {MIN_IMAGES} of {MIN_IMAGES} images cannot be used (100.0%)"
-    assert said in str(caught.value)
+    message = f"caption: {MIN_IMAGES} of {MIN_IMAGES} images cannot be used (100.0%)"
+    assert message in str(caught.value)
     assert f"image cannot be decoded: {MIN_IMAGES}. All are listed in {ledger.path}" in str(caught.value)
     n_met = len(ledger.path.read_bytes().splitlines())
     assert MIN_IMAGES <= n_met <= max(1, workers) * MIN_IMAGES
@@ -70,10 +70,10 @@ def test_workers_and_the_process_itself_write_the_same_ledger(tmp_path, tokenize
     n_batches = -(-stream.by_name["caption"].plan.n_rows // 5)
     for workers in (0, 2):
         ledger = Ledger(tmp_path / f"{workers}.jsonl")
-        found = list(islice(batches(stream, tokenizer, ledger, 0.5, 5, workers), n_batches))
+        read = list(islice(batches(stream, tokenizer, ledger, 0.5, 5, workers), n_batches))
         assert {s.key for s in read_ledger(ledger.path)} == keys(bad)
-        told = Counter(pair for batch in found for pair in batch.bad)
-        assert told.total() == sum(batch.n_bad_images for batch in found) >= len(bad)
+        reasons = Counter(pair for batch in read for pair in batch.bad)
+        assert reasons.total() == sum(batch.n_bad_images for batch in read) >= len(bad)
     alone, together = (
         {(s.shard, s.key, s.offset, s.reason) for s in read_ledger(tmp_path / f"{workers}.jsonl")} for workers in (0, 2)
     )

@@ -218,7 +218,7 @@ def test_shares_must_lie_in_the_unit_interval(name):
 
 def test_an_index_of_other_options_is_refused_and_both_are_named(build, corpus_configs):
     other = replace(corpus_configs["interleaved"], read=ReadOptions(max_images=3))
-    with pytest.raises(UserError, match=r"interleaved is of something else.*'max_images': 5.*'max_images': 3"):
+    with pytest.raises(UserError, match=r"interleaved was prepared differently.*'max_images': 5.*'max_images': 3"):
         ready(build, interleaved=other)
 
 

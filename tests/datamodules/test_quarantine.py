@@ -43,7 +43,7 @@ def test_processes_that_append_at_once_do_not_mix_up_lines(tmp_path, method):
     )
 
 
-def test_a_line_keeps_the_beginning_of_what_was_said(tmp_path):
+def test_a_line_keeps_the_beginning_of_a_long_message(tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
     ledger.write(replace(SAMPLE, detail="ä" * 499 + "bcd"))
     assert [sample.detail for sample in read_ledger(ledger.path)] == ["ä" * 499 + "b"]
@@ -65,11 +65,11 @@ def test_a_sample_of_several_rows_is_read_once_and_another_place_is_another_samp
     assert list(read_ledger(ledger.path)) == [SAMPLE, *others]
 
 
-@pytest.mark.parametrize("kept", [1, 7, 12, 13, 60, -2])
-def test_a_last_line_that_broke_off_is_passed_over_and_what_is_appended_to_it_is_not(tmp_path, kept):
+@pytest.mark.parametrize("n_bytes", [1, 7, 12, 13, 60, -2])
+def test_a_last_line_that_broke_off_is_passed_over_and_what_is_appended_to_it_is_not(tmp_path, n_bytes):
     ledger, other = Ledger(tmp_path / "bad.jsonl"), replace(SAMPLE, key="ä", detail='{"source": "')
     ledger.write(SAMPLE)
-    ledger.path.write_bytes(ledger.path.read_bytes() + other.to_line()[:kept])
+    ledger.path.write_bytes(ledger.path.read_bytes() + other.to_line()[:n_bytes])
     assert list(read_ledger(ledger.path)) == [SAMPLE]
     ledger.write(replace(SAMPLE, key="next"))
     assert [s.key for s in read_ledger(ledger.path)] == [SAMPLE.key, "next"]
@@ -105,20 +105,20 @@ def test_a_budget_judges_the_share_after_enough_images(monkeypatch):
     monkeypatch.setattr(quarantine, "MIN_IMAGES", 11)
     budget = Budget("coco", 0.3)
     for _ in range(7):
-        budget.good()
+        budget.count_good()
     for _ in range(3):
-        budget.bad("not an image", "a.tar, byte 7")
+        budget.count_bad("not an image", "a.tar, byte 7")
     with pytest.raises(UserError, match=r"coco: 4 of 11 images .* \(36\.4%\), more than max_bad_share 30\.0%"):
-        budget.bad("empty image", "a.tar, byte 9")
+        budget.count_bad("empty image", "a.tar, byte 9")
 
 
 def test_a_budget_counts_reasons_and_names_the_commonest_first(monkeypatch, tmp_path):
     monkeypatch.setattr(quarantine, "MIN_IMAGES", 5)
     budget = Budget("coco", 0.9, Ledger(tmp_path / "bad.jsonl"))
     for reason in ("empty image", "not an image", "not an image", "image too large"):
-        budget.bad(reason, "a.tar, byte 7")
+        budget.count_bad(reason, "a.tar, byte 7")
     with pytest.raises(UserError) as caught:
-        budget.bad("not an image", "a.tar, byte 9")
+        budget.count_bad("not an image", "a.tar, byte 9")
     assert "not an image: 3, empty image: 1, image too large: 1. All are listed in" in str(caught.value)
     assert str(tmp_path / "bad.jsonl") in str(caught.value)
     assert "The last one: a.tar, byte 9" in str(caught.value)
@@ -128,11 +128,11 @@ def test_bad_images_in_a_row_stop_a_run_whose_share_is_small(monkeypatch):
     monkeypatch.setattr(quarantine, "MAX_IN_A_ROW", 7)
     budget = Budget("coco", 0.5)
     for _ in range(1009):
-        budget.good()
+        budget.count_good()
     for _ in range(6):
-        budget.bad("not an image", "a.tar, byte 7")
-    budget.good()
+        budget.count_bad("not an image", "a.tar, byte 7")
+    budget.count_good()
     for _ in range(6):
-        budget.bad("not an image", "a.tar, byte 7")
+        budget.count_bad("not an image", "a.tar, byte 7")
     with pytest.raises(UserError, match=r"coco: 13 of 1,023 images .*, the last 7 of them one after another"):
-        budget.bad("not an image", "a.tar, byte 7")
+        budget.count_bad("not an image", "a.tar, byte 7")

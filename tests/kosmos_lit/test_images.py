@@ -81,8 +81,8 @@ def test_a_cmyk_photograph_becomes_rgb():
 
 def test_sixteen_bits_are_scaled_not_clipped():
     values = np.linspace(0, 65535, W * H).astype(np.uint16).reshape(H, W)
-    found = np.asarray(open_rgb(saved(Image.fromarray(values))))
-    assert np.array_equal(found, np.repeat(np.rint(values / 257).astype(np.uint8)[:, :, None], 3, axis=2))
+    pixels = np.asarray(open_rgb(saved(Image.fromarray(values))))
+    assert np.array_equal(pixels, np.repeat(np.rint(values / 257).astype(np.uint8)[:, :, None], 3, axis=2))
 
 
 @pytest.mark.parametrize("transparency", [0, b"\x00\xff"])
@@ -233,33 +233,33 @@ def quarters(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [10, 20, 40])
 def test_crop_keeps_the_middle_and_its_proportions(side):
-    found = decode(quarters(40, 20), side, "crop")  # the middle 20 x 20: nothing white
-    assert found.shape == (3, side, side)
-    assert tuple(found[:, side // 2, side // 4]) == RED
-    assert tuple(found[:, side // 2, side - 1 - side // 4]) == GREEN
+    pixels = decode(quarters(40, 20), side, "crop")  # the middle 20 x 20: nothing white
+    assert pixels.shape == (3, side, side)
+    assert tuple(pixels[:, side // 2, side // 4]) == RED
+    assert tuple(pixels[:, side // 2, side - 1 - side // 4]) == GREEN
 
 
 @pytest.mark.parametrize("side", [20, 40])
 def test_square_keeps_everything(side):
-    found = decode(quarters(40, 20), side, "square")
-    assert found.shape == (3, side, side)
-    assert tuple(found[:, side // 2, 0]) == tuple(found[:, side // 2, -1]) == WHITE
-    assert tuple(found[:, side // 2, side // 2 - 3]) == RED
-    assert tuple(found[:, side // 2, side // 2 + 2]) == GREEN
+    pixels = decode(quarters(40, 20), side, "square")
+    assert pixels.shape == (3, side, side)
+    assert tuple(pixels[:, side // 2, 0]) == tuple(pixels[:, side // 2, -1]) == WHITE
+    assert tuple(pixels[:, side // 2, side // 2 - 3]) == RED
+    assert tuple(pixels[:, side // 2, side // 2 + 2]) == GREEN
 
 
 def test_crop_takes_the_middle_of_a_tall_image():
-    found = decode(saved(open_rgb(quarters(40, 20)).rotate(90, expand=True)), 20, "crop")
-    assert tuple(found[:, 0, 10]) == GREEN
-    assert tuple(found[:, -1, 10]) == RED
+    pixels = decode(saved(open_rgb(quarters(40, 20)).rotate(90, expand=True)), 20, "crop")
+    assert tuple(pixels[:, 0, 10]) == GREEN
+    assert tuple(pixels[:, -1, 10]) == RED
 
 
 @pytest.mark.parametrize("fit", ["crop", "square"])
 def test_an_image_of_the_right_size_is_not_resampled(fit):
     square = np.random.default_rng(1).integers(0, 256, (13, 13, 3), dtype=np.uint8)
-    found = decode(saved(Image.fromarray(square)), 13, fit)
-    assert np.array_equal(found, square.transpose(2, 0, 1))
-    assert (found.dtype, found.flags.c_contiguous) == (np.uint8, True)
+    pixels = decode(saved(Image.fromarray(square)), 13, fit)
+    assert np.array_equal(pixels, square.transpose(2, 0, 1))
+    assert (pixels.dtype, pixels.flags.c_contiguous) == (np.uint8, True)
 
 
 def test_crop_cuts_without_resampling_where_the_shorter_side_fits():

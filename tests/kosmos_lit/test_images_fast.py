@@ -27,12 +27,12 @@ def jpeg(pixels: np.ndarray, **options) -> bytes:
 
 def clouds(width: int, height: int) -> np.ndarray:
     """Smooth noise of several scales, the coarser the stronger, as photographs have it."""
-    draw, found = np.random.default_rng(0), np.full((height, width, 3), 128.0)
+    draw, pixels = np.random.default_rng(0), np.full((height, width, 3), 128.0)
     for scale in (1, 2, 4, 8, 16, 32, 64):
         grid = draw.integers(-128, 128, (max(1, height // scale), max(1, width // scale), 3)) + 128
         smooth = Image.fromarray(grid.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-        found += (np.asarray(smooth) - 128.0) * scale / 64
-    return np.clip(found, 0, 255).astype(np.uint8)
+        pixels += (np.asarray(smooth) - 128.0) * scale / 64
+    return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
 def stripes(width: int, height: int) -> np.ndarray:
@@ -57,16 +57,16 @@ def white_noise(width: int, height: int) -> np.ndarray:
 
 
 def plain_is_not_asked(monkeypatch) -> None:
-    monkeypatch.setattr(images, "decode_plain", lambda *_: pytest.fail("the plain way was taken"))
+    monkeypatch.setattr(images, "decode_plain", lambda *_: pytest.fail("the plain decoder was used"))
 
 
 # ---- the bound on pixels
 
 
-@pytest.mark.parametrize("made", [clouds, stripes, strokes, white_noise])
+@pytest.mark.parametrize("make_pixels", [clouds, stripes, strokes, white_noise])
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_cropped_pixels_are_at_most_two_off_the_plain_way(monkeypatch, made, width, height):
-    data = jpeg(made(width, height))
+def test_cropped_pixels_are_at_most_two_off_the_plain_way(monkeypatch, make_pixels, width, height):
+    data = jpeg(make_pixels(width, height))
     plain = decode_plain(data, SIDE, "crop").astype(int)
     plain_is_not_asked(monkeypatch)
 
@@ -123,25 +123,25 @@ def test_the_plain_crop_is_torchvision_s_resize_and_center_crop(width, height):
 
 @pytest.mark.parametrize("fit", ["crop", "square"])
 def test_the_result_lies_in_memory_plane_by_plane(fit):
-    found = decode(jpeg(clouds(97, 61)), 23, fit)
+    decoded = decode(jpeg(clouds(97, 61)), 23, fit)
 
-    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((3, 23, 23), np.uint8, True)
+    assert (decoded.shape, decoded.dtype, decoded.flags.c_contiguous) == ((3, 23, 23), np.uint8, True)
 
 
 def test_threads_do_not_change_pixels():
     data, before = jpeg(clouds(641, 467)), torch.get_num_threads()
-    found = []
+    decoded = []
     for n_threads in (1, 3):
         torch.set_num_threads(n_threads)
-        found.append(decode(data, SIDE, "crop"))
+        decoded.append(decode(data, SIDE, "crop"))
     torch.set_num_threads(before)
 
-    assert np.array_equal(*found)
+    assert np.array_equal(*decoded)
 
 
 @pytest.mark.parametrize(("width", "height"), [(61, 37), (37, 61)])
 def test_the_benchmark_measures_against_the_plain_way(width, height):
-    data = benchmark.made(width, height, 90, seed=0)
+    data = benchmark.make_jpeg(width, height, 90, seed=0)
 
     assert np.array_equal(benchmark.pillow(data), decode_plain(data, benchmark.SIDE, "crop"))
 
@@ -165,9 +165,9 @@ def test_an_orientation_in_xmp_counts_too():
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     pixels = clouds(61, 37)
 
-    found = decode(jpeg(pixels, xmp=xmp), 37, "crop")
+    decoded = decode(jpeg(pixels, xmp=xmp), 37, "crop")
 
-    assert np.array_equal(found, np.rot90(decode(jpeg(pixels), 37, "crop"), -1, axes=(1, 2)))
+    assert np.array_equal(decoded, np.rot90(decode(jpeg(pixels), 37, "crop"), -1, axes=(1, 2)))
 
 
 def test_a_thumbnail_before_the_orientation_does_not_hide_it():
@@ -213,9 +213,9 @@ def test_bytes_behind_a_jpeg_do_not_matter(extra):
 def test_bytes_between_two_segments_do_not_matter():
     data = jpeg(clouds(61, 37))
 
-    found = decode(data[:-2] + b"junk" + data[-2:], 23, "crop")  # the fast decoder remarks on it
+    decoded = decode(data[:-2] + b"junk" + data[-2:], 23, "crop")  # the fast decoder remarks on it
 
-    assert np.abs(found - decode(data, 23, "crop").astype(int)).max() <= 2
+    assert np.abs(decoded - decode(data, 23, "crop").astype(int)).max() <= 2
 
 
 def test_a_file_of_several_jpegs_gives_the_first():

@@ -186,9 +186,9 @@ def test_a_jpeg_cut_anywhere_is_refused(at, progressive):
 @pytest.mark.parametrize(("color", "values"), [(0, (40_000,)), (2, (40_000, 300, 65_535))])
 def test_sixteen_bits_a_channel_are_scaled(color, values):
     rows = (b"\0" + struct.pack(f">{len(values)}H", *values) * 5) * 5
-    found = decode(png(5, 5, 16, color, rows), 5, "crop")[:, 2, 2]
+    decoded = decode(png(5, 5, 16, color, rows), 5, "crop")[:, 2, 2]
 
-    assert np.abs(found - np.array(values) / 257).max() <= 1  # clipping would give 255 for each
+    assert np.abs(decoded - np.array(values) / 257).max() <= 1  # clipping would give 255 for each
 
 
 def test_sixteen_bits_with_alpha_are_laid_over_white():
@@ -209,9 +209,9 @@ def test_inverted_inks_become_rgb(inks, adobe, expected):
     data = saved(Image.new("CMYK", (W, H), inks), "JPEG", quality=100)
     at = data.index(b"\xff\xee\0\x0eAdobe")
     segment = b"" if adobe is None else data[at : at + 15] + bytes([adobe])
-    found = decode(data[:at] + segment + data[at + 16 :], 23, "crop")[:, 11, 11]
+    decoded = decode(data[:at] + segment + data[at + 16 :], 23, "crop")[:, 11, 11]
 
-    assert np.abs(found - np.array(expected)).max() <= 3  # a JPEG is lossy
+    assert np.abs(decoded - np.array(expected)).max() <= 3  # a JPEG is lossy
 
 
 # ---- anything at all
@@ -239,11 +239,11 @@ STARTS = [b"", *{data[:12] for data in SOUND.values()}]
 def is_an_image_or_refused(data: bytes) -> None:
     for fit in ("crop", "square"):
         try:
-            found = decode(data, 23, fit)
+            decoded = decode(data, 23, fit)
         except ImageError:
             continue
-        assert (found.shape, found.dtype, found.flags.c_contiguous) == ((3, 23, 23), np.uint8, True)
-        off = np.abs(found - decode_plain(data, 23, fit).astype(int))  # what the fast way reads, the plain one reads too
+        assert (decoded.shape, decoded.dtype, decoded.flags.c_contiguous) == ((3, 23, 23), np.uint8, True)
+        off = np.abs(decoded - decode_plain(data, 23, fit).astype(int))  # what the fast way reads, the plain one reads too
         assert off.max() <= 2
     with contextlib.suppress(ImageError):
         assert probe(data).width > 0
@@ -251,8 +251,8 @@ def is_an_image_or_refused(data: bytes) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(STARTS), st.binary(max_size=300))
-def test_random_bytes_are_refused_or_an_image(start, rest):
-    is_an_image_or_refused(start + rest)
+def test_random_bytes_are_refused_or_an_image(start, tail):
+    is_an_image_or_refused(start + tail)
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,8 +11,8 @@ from kosmos_lit.batch import CORPORA, KosmosBatch
 from kosmos_lit.cli import main
 from kosmos_lit.config import LossWeights
 from kosmos_lit.lit import KosmosLit
+from tests.cli_runs import losses, tiny_run
 from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config, tiny_model
-from tests.running import losses, tiny_run
 
 TRAINER = SimpleNamespace(accumulate_grad_batches=3, world_size=2)
 SHARE = 6

@@ -16,8 +16,8 @@ from kosmos_lit.config import DecoderConfig, Norm
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.ops.masks import DocumentMask, causal
 from kosmos_lit.tokenizer import PAD
+from tests.cli_runs import ROOT
 from tests.golden import torchscale_draws as draws
-from tests.running import ROOT
 
 CPU = torch.device("cpu")
 OUTPUTS = json.loads((ROOT / "tests" / "golden" / "torchscale_outputs.json").read_text(encoding="utf-8"))

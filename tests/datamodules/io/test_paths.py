@@ -8,8 +8,8 @@ def test_files_are_sorted_and_each_comes_once(tmp_path):
     for name in ("b.x", "a.x", "deep/c.x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
-    found = expand([str(tmp_path / "**/*.x"), str(tmp_path / "a.x")], "test")
-    assert [f.relative_to(tmp_path).as_posix() for f in found] == ["a.x", "b.x", "deep/c.x"]
+    paths = expand([str(tmp_path / "**/*.x"), str(tmp_path / "a.x")], "test")
+    assert [f.relative_to(tmp_path).as_posix() for f in paths] == ["a.x", "b.x", "deep/c.x"]
 
 
 def test_a_pattern_that_matches_nothing_is_named(tmp_path):
@@ -30,5 +30,5 @@ def test_a_pattern_that_matches_only_a_folder_is_refused(tmp_path):
 
 
 def test_no_pattern_at_all_is_refused():
-    with pytest.raises(UserError, match="no input is given"):
+    with pytest.raises(UserError, match="no input files"):
         expand([], "test")

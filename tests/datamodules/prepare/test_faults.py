@@ -23,8 +23,8 @@ def prepare(tokenizer_folder, tmp_path):
     """Index all files in `raw`."""
 
     def run(format_, **changes):
-        given = {"inputs": [str(tmp_path / "raw/*")], "tokenizer": tokenizer_folder, "output": tmp_path / "index"}
-        return prepare_corpus(**({"format": format_} | given | changes))
+        defaults = {"inputs": [str(tmp_path / "raw/*")], "tokenizer": tokenizer_folder, "output": tmp_path / "index"}
+        return prepare_corpus(**({"format": format_} | defaults | changes))
 
     return run
 
@@ -143,7 +143,7 @@ def test_names_of_control_tokens_in_a_text_never_become_control_ids(prepare, tmp
     assert [i for i in pairs.tokens.tolist() if i in controls] == [tokenizer.special.image]
 
 
-def test_halves_of_characters_and_zero_bytes_are_indexed_as_said_and_counted(prepare, tmp_path, tokenizer):
+def test_halves_of_characters_and_zero_bytes_are_indexed_as_documented_and_counted(prepare, tmp_path, tokenizer):
     lines = [rb'{"text": "a \ud800 cat"}', rb'{"text": "a \u0000 cat"}', rb'{"text": "a dog"}']
     sample_data.write_lines(tmp_path / "raw/a.jsonl", lines)
     corpus = prepare("jsonl")
@@ -173,9 +173,9 @@ def test_empty_and_blank_documents_are_left_out_and_counted(prepare, tmp_path):
 
 
 def test_a_page_of_images_alone_is_left_out_and_counted(prepare, tmp_path):
-    shown = [(f"{sample_data.SITE}/{n}.png", "image/png", sample_data.png(n)) for n in range(2)]
+    images = [(f"{sample_data.SITE}/{n}.png", "image/png", sample_data.png(n)) for n in range(2)]
     bare = (f"{sample_data.SITE}/bare.html", "text/html", sample_data.page("0.png", "1.png"))
-    sample_data.write_warc(tmp_path / "raw/a.warc.gz", [*shown, bare, *sample_data.crawl(1, 0)])
+    sample_data.write_warc(tmp_path / "raw/a.warc.gz", [*images, bare, *sample_data.crawl(1, 0)])
     corpus = prepare("warc")
     assert corpus.n_documents == 1
     assert corpus.manifest["tally"]["skipped"] == {"page without text": 1}

@@ -30,23 +30,23 @@ def prepare(shards, tokenizer_folder, tmp_path):
     """Prepare the three shards, or something else where it is said."""
 
     def run(**changes):
-        given = {"inputs": [str(shards / "*.jsonl")], "tokenizer": tokenizer_folder, "output": tmp_path / "index"}
-        return prepare_corpus(**({"format": "jsonl"} | given | changes))
+        defaults = {"inputs": [str(shards / "*.jsonl")], "tokenizer": tokenizer_folder, "output": tmp_path / "index"}
+        return prepare_corpus(**({"format": "jsonl"} | defaults | changes))
 
     return run
 
 
 def watch(monkeypatch):
     """Return a list that gets the number of every shard that is indexed from now on."""
-    done = []
+    indexed_shards = []
     original = index.index_shard
 
     def noticed(task, progress):
         original(task, progress)
-        done.append(task.shard)
+        indexed_shards.append(task.shard)
 
     monkeypatch.setattr(index, "index_shard", noticed)
-    return done
+    return indexed_shards
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_ids_take_two_bytes_while_they_fit(corpora):
 def test_the_report_says_what_was_skipped_and_where(prepare, shards):
     spoil(shards / "1.jsonl", 1)
     sample_data.write_jsonl(shards / "3.jsonl", ["one", " "])
-    shown = describe(prepare())
-    assert "jsonl, 4 shards" in shown
-    assert "line is not JSON (first: 1.jsonl, line 24)" in shown
-    assert "empty text (first: 3.jsonl, line 2)" in shown
+    report = describe(prepare())
+    assert "jsonl, 4 shards" in report
+    assert "line is not JSON (first: 1.jsonl, line 24)" in report
+    assert "empty text (first: 3.jsonl, line 2)" in report
 
 
 # ---- many processes, interruptions, repetitions
@@ -314,7 +314,7 @@ def test_another_tokenizer_is_refused_and_both_are_named(prepare, tokenizer, tmp
 
 def test_another_format_is_refused_and_both_are_named(prepare):
     prepare()
-    assert "format is 'jsonl' there, 'parquet' here" in refusal(prepare, format="parquet")
+    assert "format is 'jsonl' in the index, 'parquet' in the run" in refusal(prepare, format="parquet")
 
 
 def test_other_options_are_refused_and_both_are_named(prepare):
@@ -328,7 +328,7 @@ def test_other_shards_are_refused_and_named(prepare, shards):
     prepare()
     sample_data.write_jsonl(shards / "new.jsonl", sample_data.texts(5, 0))
     (shards / "0.jsonl").unlink()
-    assert "its shards differ: 3 there, 3 here; new ['new.jsonl'], gone ['0.jsonl']" in refusal(prepare)
+    assert "the index has 3 shards, the run 3; new ['new.jsonl'], gone ['0.jsonl']" in refusal(prepare)
 
 
 def test_a_shard_that_is_too_broken_is_named_with_both_shares(prepare, shards):

@@ -20,8 +20,8 @@ from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources.tar import TarReader
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
+from tests.cli_runs import run, start
 from tests.datamodules import sample_data
-from tests.running import run, start
 
 N_SHARDS = 5
 
@@ -40,13 +40,13 @@ def pages(tmp_path_factory):
     """Three crawls; the images of a page lie in another one."""
     folder = tmp_path_factory.mktemp("pages")
     records = sample_data.crawl(7, 0)
-    shown = [r for r in records if r[1].startswith("image")]
+    images = [r for r in records if r[1].startswith("image")]
     for n in range(3):
-        sample_data.write_warc(folder / f"{n}.warc.gz", [*shown[n::3], *[r for r in records if r not in shown][n::3]])
+        sample_data.write_warc(folder / f"{n}.warc.gz", [*images[n::3], *[r for r in records if r not in images][n::3]])
     return folder
 
 
-def given(folder, tokenizer_folder, output, **changes):
+def options(folder, tokenizer_folder, output, **changes):
     format_ = "img2dataset" if list(folder.glob("*.tar")) else "warc"
     return {"format": format_, "inputs": [str(folder / "*")], "tokenizer": tokenizer_folder, "output": output} | changes
 
@@ -60,30 +60,30 @@ def content(folder):
 @pytest.fixture(scope="module")
 def whole_pairs(pairs, tokenizer_folder, tmp_path_factory):
     """The index that an undisturbed run makes of `pairs`."""
-    return prepare_corpus(**given(pairs, tokenizer_folder, tmp_path_factory.mktemp("whole") / "index"))
+    return prepare_corpus(**options(pairs, tokenizer_folder, tmp_path_factory.mktemp("whole") / "index"))
 
 
 # ---- parts
 
 
 def test_parts_make_the_index_that_one_run_makes(pairs, whole_pairs, tokenizer_folder, tmp_path):
-    folder = given(pairs, tokenizer_folder, tmp_path / "index")
+    folder = options(pairs, tokenizer_folder, tmp_path / "index")
     for number in (2, 3):
         assert isinstance(prepare_part(part=(number, 3), **folder), PendingShards)
         assert read_manifest(tmp_path / "index") is None
-    made_here = prepare_part(part=(1, 3), **folder)
-    assert isinstance(made_here, IndexedCorpus)
+    corpus = prepare_part(part=(1, 3), **folder)
+    assert isinstance(corpus, IndexedCorpus)
     columns = [name for name in content(whole_pairs.folder) if name != MANIFEST]
     assert [content(tmp_path / "index")[name] for name in columns] == [content(whole_pairs.folder)[name] for name in columns]
     assert set(content(tmp_path / "index")) == {*columns, MANIFEST}
 
 
 def test_a_part_says_what_is_missing_and_from_whom(pairs, tokenizer_folder, tmp_path):
-    waits = prepare_part(part=(2, 3), **given(pairs, tokenizer_folder, tmp_path / "index"))
-    assert [path.name for path in waits.shards] == ["0.tar", "2.tar", "3.tar"]
-    assert waits.parts == (1, 3)
-    assert "part 2 of 3 has done its documents; 3 shards are still to be read" in str(waits)
-    assert "0.tar for one (parts 1, 3): the last part to finish joins the index" in str(waits)
+    pending = prepare_part(part=(2, 3), **options(pairs, tokenizer_folder, tmp_path / "index"))
+    assert [path.name for path in pending.shards] == ["0.tar", "2.tar", "3.tar"]
+    assert pending.parts == (1, 3)
+    assert "part 2 of 3 has done its documents; 3 shards are still to be read" in str(pending)
+    assert "0.tar for one (parts 1, 3): the last part to finish joins the index" in str(pending)
 
 
 def test_a_part_that_waits_ends_well_on_the_command_line(pairs, tokenizer_folder, tmp_path, capsys):
@@ -103,21 +103,21 @@ def test_a_part_that_there_is_not_is_refused(part, capsys):
 
 
 def test_there_may_be_more_parts_than_shards(pairs, tokenizer_folder, tmp_path):
-    folder = given(pairs, tokenizer_folder, tmp_path / "index")
-    done = [prepare_part(part=(number, 7), **folder) for number in (7, 6, 5, 4, 3, 2, 1)]
-    assert [isinstance(d, IndexedCorpus) for d in done] == [False] * 6 + [True]
+    folder = options(pairs, tokenizer_folder, tmp_path / "index")
+    results = [prepare_part(part=(number, 7), **folder) for number in (7, 6, 5, 4, 3, 2, 1)]
+    assert [isinstance(d, IndexedCorpus) for d in results] == [False] * 6 + [True]
 
 
 def test_a_crawls_part_waits_for_the_images_of_the_others(pages, tokenizer_folder, tmp_path):
-    folder = given(pages, tokenizer_folder, tmp_path / "index")
+    folder = options(pages, tokenizer_folder, tmp_path / "index")
     first = prepare_part(part=(1, 2), **folder)
-    assert (first.pass_, first.parts) == ("images", (2,))
-    assert "run this same command again when parts 2 have listed theirs" in str(first)
+    assert (first.stage, first.parts) == ("images", (2,))
+    assert "run the same command again when parts 2 have listed theirs" in str(first)
     second = prepare_part(part=(2, 2), **folder)
-    assert (second.pass_, second.parts) == ("documents", (1,))
+    assert (second.stage, second.parts) == ("documents", (1,))
     joined = prepare_part(part=(1, 2), **folder)
-    whole = prepare_corpus(**folder | {"output": tmp_path / "whole"})
-    assert joined.n_documents == whole.n_documents == 7
+    expected = prepare_corpus(**folder | {"output": tmp_path / "whole"})
+    assert joined.n_documents == expected.n_documents == 7
     assert content(tmp_path / "index") == content(tmp_path / "whole")
 
 
@@ -132,16 +132,18 @@ def test_parts_run_side_by_side(pairs, whole_pairs, tokenizer_folder, tmp_path):
 
 
 def test_parts_of_other_input_are_refused_and_kept(pairs, tokenizer_folder, tmp_path):
-    folder = given(pairs, tokenizer_folder, tmp_path / "index")
+    folder = options(pairs, tokenizer_folder, tmp_path / "index")
     prepare_part(part=(1, 2), **folder)
     before = content(tmp_path / "index")
-    with pytest.raises(UserError, match=r"unfinished parts of something else: its shards differ: 5 there, 4 here; new \[\]"):
+    with pytest.raises(
+        UserError, match=r"unfinished index that was prepared differently: the index has 5 shards, the run 4; new \[\]"
+    ):
         prepare_part(part=(2, 2), **folder | {"inputs": [str(pairs / "[0-3].tar")]})
     assert content(tmp_path / "index") == before
 
 
 def test_what_a_process_left_that_was_killed_behind_the_manifest_is_removed(pairs, tokenizer_folder, tmp_path):
-    folder = given(pairs, tokenizer_folder, tmp_path / "index")
+    folder = options(pairs, tokenizer_folder, tmp_path / "index")
     prepare_corpus(**folder)
     (tmp_path / "index/parts/000001").mkdir(parents=True)
     assert prepare_corpus(**folder).n_documents == 35
@@ -155,8 +157,8 @@ def test_what_a_process_left_that_was_killed_behind_the_manifest_is_removed(pair
 @pytest.mark.parametrize("kind", ["pairs", "pages"])
 def test_an_index_made_through_many_kills_is_that_of_an_undisturbed_run(kind, request, tokenizer_folder, tmp_path):
     raw = request.getfixturevalue(kind)
-    folder = given(raw, tokenizer_folder, tmp_path / "whole")
-    whole = prepare_corpus(**folder)
+    folder = options(raw, tokenizer_folder, tmp_path / "whole")
+    expected = prepare_corpus(**folder)
     originals = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in raw.iterdir()}
     arguments = ["--format", folder["format"], "--input", *folder["inputs"], "--tokenizer", str(tokenizer_folder)]
     command = ["prepare", "corpus", *arguments, "--output", str(tmp_path / "index")]
@@ -172,7 +174,7 @@ def test_an_index_made_through_many_kills_is_that_of_an_undisturbed_run(kind, re
     assert n_killed >= 3  # on a fast machine a life does more
     ended = run(command)
     assert ended.returncode == 0, ended.stderr
-    assert content(tmp_path / "index") == content(whole.folder)
+    assert content(tmp_path / "index") == content(expected.folder)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in raw.iterdir()} == originals
 
 
@@ -195,7 +197,7 @@ def test_a_run_that_dies_at_any_step_can_be_gone_on_with(kind, request, tokenize
     class Died(BaseException):
         pass
 
-    folder = given(request.getfixturevalue(kind), tokenizer_folder, tmp_path / "index")
+    folder = options(request.getfixturevalue(kind), tokenizer_folder, tmp_path / "index")
     left = {"steps": 0}
 
     def dying(original):
@@ -220,8 +222,8 @@ def test_a_run_that_dies_at_any_step_can_be_gone_on_with(kind, request, tokenize
             except Died:
                 n_died += 1
     assert n_died > 5
-    whole = prepare_corpus(**folder | {"output": tmp_path / "whole"})
-    assert content(tmp_path / "index") == content(whole.folder)
+    expected = prepare_corpus(**folder | {"output": tmp_path / "whole"})
+    assert content(tmp_path / "index") == content(expected.folder)
 
 
 # ---- the ledger
@@ -256,28 +258,28 @@ def ledger(folder):
 
 
 def test_every_broken_record_is_in_the_ledger_once_in_the_order_of_shards(tokenizer_folder, tmp_path):
-    wanted = damaged(tmp_path / "raw")
-    prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
-    found = ledger(tmp_path / "index")
-    assert [(b.shard.rpartition("/")[2], b.key if "cut" not in b.reason else "", b.reason) for b in found] == wanted
-    assert {b.source for b in found} == {"img2dataset"}
+    expected = damaged(tmp_path / "raw")
+    prepare_corpus(**options(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
+    listed = ledger(tmp_path / "index")
+    assert [(b.shard.rpartition("/")[2], b.key if "cut" not in b.reason else "", b.reason) for b in listed] == expected
+    assert {b.source for b in listed} == {"img2dataset"}
 
 
 def test_the_ledger_has_the_shards_paths_of_the_manifest(tokenizer_folder, tmp_path):
     damaged(tmp_path / "raw")
-    corpus = prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
+    corpus = prepare_corpus(**options(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
     assert {b.shard for b in ledger(corpus.folder)} <= {shard["path"] for shard in corpus.manifest["shards"]}
 
 
 def test_the_ledger_and_the_tally_count_alike(tokenizer_folder, tmp_path):
     damaged(tmp_path / "raw")
-    corpus = prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
+    corpus = prepare_corpus(**options(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
     assert sum(corpus.manifest["tally"]["broken"].values()) == len(ledger(corpus.folder))
 
 
 def test_parts_and_processes_make_the_same_ledger(tokenizer_folder, tmp_path):
     damaged(tmp_path / "raw")
-    folder = given(tmp_path / "raw", tokenizer_folder, tmp_path / "one", max_bad_share=0.5)
+    folder = options(tmp_path / "raw", tokenizer_folder, tmp_path / "one", max_bad_share=0.5)
     prepare_corpus(**folder)
     for number in (2, 1):
         prepare_part(part=(number, 2), **folder | {"output": tmp_path / "two", "workers": 2})
@@ -289,9 +291,9 @@ def test_a_crawls_broken_images_and_its_cut_are_in_the_ledger_once(tokenizer_fol
     sample_data.write_warc(tmp_path / "raw/a.warc.gz", [broken, *sample_data.crawl(23, 0)])
     path = tmp_path / "raw/a.warc.gz"
     path.write_bytes(path.read_bytes()[:-57])
-    prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index"))
-    found = ledger(tmp_path / "index")
-    assert [(b.key.partition(" ")[0], b.reason) for b in found] == [
+    prepare_corpus(**options(tmp_path / "raw", tokenizer_folder, tmp_path / "index"))
+    listed = ledger(tmp_path / "index")
+    assert [(b.key.partition(" ")[0], b.reason) for b in listed] == [
         (f"{sample_data.SITE}/x.png", "not an image"), ("after", "shard cut off or corrupt"),
     ]  # fmt: skip
 
@@ -302,7 +304,7 @@ def test_a_sound_corpus_has_no_ledger(whole_pairs):
 
 def test_the_report_names_the_ledger(tokenizer_folder, tmp_path):
     damaged(tmp_path / "raw")
-    corpus = prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
+    corpus = prepare_corpus(**options(tmp_path / "raw", tokenizer_folder, tmp_path / "index", max_bad_share=0.5))
     assert f"each broken record is listed in {tmp_path / 'index' / LEDGER}" in describe(corpus)
 
 
@@ -337,23 +339,23 @@ def test_no_more_files_are_open_than_a_shell_allows(tokenizer_folder, tmp_path):
     n_open = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 25, hard))
     try:
-        folder = given(tmp_path / "raw", tokenizer_folder, tmp_path / "index", format="jsonl")
+        folder = options(tmp_path / "raw", tokenizer_folder, tmp_path / "index", format="jsonl")
         assert prepare_corpus(**folder).n_documents == 41
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_images_of_a_crawl_are_joined_by_ranges_of_their_urls(pages, tokenizer_folder, tmp_path, monkeypatch):
-    whole = prepare_corpus(**given(pages, tokenizer_folder, tmp_path / "whole"))
+    expected = prepare_corpus(**options(pages, tokenizer_folder, tmp_path / "whole"))
     monkeypatch.setattr("datamodules.prepare.join.SLICE", 3)
-    prepare_corpus(**given(pages, tokenizer_folder, tmp_path / "index"))
-    assert content(tmp_path / "index") == content(whole.folder)
+    prepare_corpus(**options(pages, tokenizer_folder, tmp_path / "index"))
+    assert content(tmp_path / "index") == content(expected.folder)
 
 
 def test_index_shard_is_given_a_path_as_the_manifest_has_it(pairs, tokenizer_folder, tmp_path, monkeypatch):
     seen = []
     original = index.index_shard
     monkeypatch.setattr(index, "index_shard", lambda task, progress: (seen.append(task), original(task, progress)))
-    corpus = prepare_corpus(**given(pairs, tokenizer_folder, tmp_path / "index"))
+    corpus = prepare_corpus(**options(pairs, tokenizer_folder, tmp_path / "index"))
     assert [task.name for task in seen] == [shard["path"] for shard in corpus.manifest["shards"]]
     assert asdict(seen[0])["shard"] == 0

@@ -30,8 +30,8 @@ def test_a_control_tokens_name_in_a_text_is_spelled_out(tokenizer, control):
 @quick
 @given(st.text(alphabet="abdefgiklmnoprstuvz .\n", max_size=61))
 def test_decoding_undoes_encoding_but_for_white_space(tokenizer, text):
-    wanted = "\n".join(" ".join(line.split()) for line in text.split("\n"))
-    assert tokenizer.decode(tokenizer.encode(text).tolist()) == wanted
+    expected = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == expected
 
 
 @quick

@@ -38,9 +38,9 @@ def test_a_pair_is_its_image_and_then_its_caption(tmp_path):
 def test_an_images_place_is_that_of_its_original_bytes(tmp_path):
     sample_data.write_tar(tmp_path / "a.tar", sample_data.pairs(5, 0))
     refs = [d.parts[0] for d in read(tmp_path / "a.tar")[0]]
-    found = [hashlib.sha256(SOURCE.image_bytes(tmp_path / "a.tar", r.offset, r.length)).digest() for r in refs]
+    digests = [hashlib.sha256(SOURCE.image_bytes(tmp_path / "a.tar", r.offset, r.length)).digest() for r in refs]
     originals = [d for n, d in sample_data.pairs(5, 0) if n.endswith(("jpg", "png"))]
-    assert found == [hashlib.sha256(d).digest() for d in originals]
+    assert digests == [hashlib.sha256(d).digest() for d in originals]
 
 
 def test_a_record_is_named_by_its_key(tmp_path):
@@ -223,8 +223,8 @@ def test_labels_of_a_shard_that_has_changed_are_refused(tmp_path):
 def test_a_lookup_reads_a_small_part_of_a_tar(tmp_path, monkeypatch):
     sample_data.write_tar(tmp_path / "a.tar", sample_data.pairs(997, 0))
     documents = read(tmp_path / "a.tar")[0]
-    taken = []
+    n_read = []
     pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda *a: taken.append(len(data := pread(*a))) or data)
+    monkeypatch.setattr(os, "pread", lambda *a: n_read.append(len(data := pread(*a))) or data)
     SOURCE.identifiers(tmp_path / "a.tar", documents[500].record)
-    assert 0 < sum(taken) < 1 << 17 < (tmp_path / "a.tar").stat().st_size / 5
+    assert 0 < sum(n_read) < 1 << 17 < (tmp_path / "a.tar").stat().st_size / 5

@@ -24,7 +24,9 @@ def read(folder, *records, **options):
 def written(document):
     """Parts as text, the learnt ones in brackets, an image by its name."""
     parts = zip(document.parts, document.supervised, strict=True)
-    return [part.path if isinstance(part, ImageRef) else f"[{part}]" if said else part for part, said in parts]
+    return [
+        part.path if isinstance(part, ImageRef) else f"[{part}]" if is_supervised else part for part, is_supervised in parts
+    ]
 
 
 def only(folder, record, **options):
@@ -44,7 +46,7 @@ def test_a_completion_follows_its_prompt_as_it_is_and_alone_is_learnt(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "wanted"),
+    ("prompt", "completion", "expected"),
     [
         ("x: ", "well", ["x:", "[ well]"]),
         ("x: ", " well ", ["x:", "[  well]"]),
@@ -55,10 +57,10 @@ def test_a_completion_follows_its_prompt_as_it_is_and_alone_is_learnt(tmp_path):
     ],
 )
 def test_blanks_before_a_completion_are_its_head_unless_it_begins_or_follows_an_image(
-    tmp_path, prompt, completion, wanted
+    tmp_path, prompt, completion, expected
 ):
     images = {"images": ["a.png"]} if "<image>" in prompt else {}
-    assert only(tmp_path, {"prompt": prompt, "completion": completion} | images) == wanted
+    assert only(tmp_path, {"prompt": prompt, "completion": completion} | images) == expected
 
 
 def test_images_without_a_mark_come_first(tmp_path):
@@ -68,22 +70,22 @@ def test_images_without_a_mark_come_first(tmp_path):
 
 def test_every_answer_of_a_conversation_is_learnt_and_nothing_else(tmp_path):
     record = {"messages": [{"role": "system", "content": "Be short."}, *talk("one", "1", "two", "2")]}
-    wanted = ["Be short.\nQuestion: one Answer:", "[ 1]", " Question: two Answer:", "[ 2]"]
-    assert only(tmp_path, record) == wanted
+    expected = ["Be short.\nQuestion: one Answer:", "[ 1]", " Question: two Answer:", "[ 2]"]
+    assert only(tmp_path, record) == expected
 
 
 def test_images_that_begin_a_question_stand_before_its_template(tmp_path):
     record = {"images": ["a.png", "b.png"], "messages": talk("<image>\nwhat", "x", "and <image> there", "y")}
-    wanted = ["a.png", "Question: what Answer:", "[ x]", " Question: and", "b.png", "there Answer:", "[ y]"]
-    assert only(tmp_path, record) == wanted
+    expected = ["a.png", "Question: what Answer:", "[ x]", " Question: and", "b.png", "there Answer:", "[ y]"]
+    assert only(tmp_path, record) == expected
 
 
 def test_content_may_be_parts_that_name_their_images(tmp_path):
-    asked = [
+    question = [
         {"type": "image", "image": "b.png"}, {"type": "text", "text": "what is"},
         {"type": "image_url", "image_url": {"url": "file://c.png"}}, {"type": "image"},
     ]  # fmt: skip
-    record = {"images": ["a.png"], "messages": talk(asked, [{"type": "text", "text": "x"}])}
+    record = {"images": ["a.png"], "messages": talk(question, [{"type": "text", "text": "x"}])}
     assert only(tmp_path, record) == ["b.png", "Question: what is", "c.png", "a.png", "Answer:", "[ x]"]
 
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from datamodules.document import ImageRef, Tally
 from datamodules.sources import ReadOptions, pages
-from datamodules.sources.pages import Link, PageError, compose, extract, url_hash
+from datamodules.sources.pages import Link, PageError, document_parts, extract, url_hash
 from tests.datamodules import sample_data
 
 URL = "https://pages.example/news/today.html"
@@ -14,14 +14,14 @@ def parts(body: str, head: str = "") -> list[str | Link]:
     return extract(f"<html><head>{head}</head><body>{body}</body></html>".encode(), URL, "utf-8")
 
 
-def composed(*page: str | Link, url: str = URL, find=lambda url: ImageRef(0, len(url), 3), **options):
+def document_of(*page: str | Link, url: str = URL, find=lambda url: ImageRef(0, len(url), 3), **options):
     tally = Tally()
-    return compose(list(page), url, find, ReadOptions(**options), tally), tally
+    return document_parts(list(page), url, find, ReadOptions(**options), tally), tally
 
 
 def test_texts_and_images_come_in_document_order():
-    found = parts('<h1>One</h1><p>two <img src="a.jpg"> three</p><img src="b.jpg"><div>four<div>five</div>six</div>')
-    assert found == [
+    items = parts('<h1>One</h1><p>two <img src="a.jpg"> three</p><img src="b.jpg"><div>four<div>five</div>six</div>')
+    assert items == [
         "One\ntwo", Link("https://pages.example/news/a.jpg"), "three", Link("https://pages.example/news/b.jpg"),
         "four\nfive\nsix",
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def test_links_are_relative_to_the_pages_base(base, url):
     assert parts('<img src="a.jpg">', f'<base href="{base}">') == [Link(url)]
 
 
-def test_images_that_load_late_are_found():
+def test_images_that_load_late_are_links():
     assert parts('<img src="data:image/gif;base64,R0" data-src="a.jpg"><img data-original="b.jpg"><img alt="none">') == [
         Link("https://pages.example/news/a.jpg"), Link("https://pages.example/news/b.jpg"),
     ]  # fmt: skip
@@ -127,9 +127,9 @@ def test_an_image_inside_an_attribute_does_not_cost_the_page():
 
 @pytest.mark.parametrize("tag", [b"<div>a ", b"<b>a ", b"<table><tr><td>a ", b"<nav>"])
 def test_100_000_nested_elements_are_read_as_far_as_the_parser_goes(tag):
-    found = extract(b"<p>before</p>" + tag * 100_000 + b"deep", URL, None)
-    assert found[0].startswith("before")
-    assert len("".join(found)) < 10_000
+    items = extract(b"<p>before</p>" + tag * 100_000 + b"deep", URL, None)
+    assert items[0].startswith("before")
+    assert len("".join(items)) < 10_000
 
 
 def test_the_headers_charset_is_used():
@@ -140,22 +140,22 @@ def test_the_headers_charset_is_used():
 @given(st.text(alphabet="<>/=\"'!?-&;ab pimgsrc[]:", max_size=97))
 def test_no_page_however_broken_is_more_than_an_error(body):
     try:
-        found = extract(body.encode(), URL, "utf-8")
+        items = extract(body.encode(), URL, "utf-8")
     except PageError:
         return
-    assert all(isinstance(piece, Link) or piece.strip() for piece in found)
+    assert all(isinstance(item, Link) or item.strip() for item in items)
 
 
 def test_texts_around_a_dead_link_are_joined():
     find = {"u:a": ImageRef(0, 3, 5), "u:b": "dead link", "u:c": ImageRef(0, 7, 11)}.__getitem__
-    document, tally = composed(Link("u:a"), "one", Link("u:b"), "two", Link("u:c"), find=find)
+    document, tally = document_of(Link("u:a"), "one", Link("u:b"), "two", Link("u:c"), find=find)
     assert document == (ImageRef(0, 3, 5), "one\ntwo", ImageRef(0, 7, 11))
     assert tally.notes == {"dead link": 1}
 
 
 def test_a_page_ends_before_its_sixth_image():
     page = [x for n in range(7) for x in (Link("u" * (n + 1)), f"text {n}")]
-    document, tally = composed(*page)
+    document, tally = document_of(*page)
     assert [p.offset if isinstance(p, ImageRef) else p for p in document] == [
         1, "text 0", 2, "text 1", 3, "text 2", 4, "text 3", 5, "text 4",
     ]  # fmt: skip
@@ -163,7 +163,7 @@ def test_a_page_ends_before_its_sixth_image():
 
 
 def test_a_page_of_five_images_is_not_cut():
-    document, tally = composed(*[x for n in range(5) for x in (Link("u" * (n + 1)), f"text {n}")], "the end")
+    document, tally = document_of(*[x for n in range(5) for x in (Link("u" * (n + 1)), f"text {n}")], "the end")
     assert len(document) == 10
     assert document[-1] == "text 4\nthe end"
     assert tally == Tally()
@@ -178,19 +178,19 @@ def test_a_page_of_five_images_is_not_cut():
     ],
 )
 def test_a_page_without_images_or_without_text_is_left_out(page, reason):
-    document, tally = composed(*page)
+    document, tally = document_of(*page)
     assert document is None
     assert tally.skipped == {reason: 1}
 
 
 def test_about_half_of_the_pages_with_a_single_image_are_kept():
-    kept = sum(composed(Link("a"), "text", url=f"https://pages.example/{n}")[0] is not None for n in range(997))
-    assert abs(kept - 997 / 2) < 5 * (997 / 4) ** 0.5  # five standard deviations of a fair draw
+    n_kept = sum(document_of(Link("a"), "text", url=f"https://pages.example/{n}")[0] is not None for n in range(997))
+    assert abs(n_kept - 997 / 2) < 5 * (997 / 4) ** 0.5  # five standard deviations of a fair draw
 
 
 def test_the_draw_of_single_image_pages_depends_on_the_seed_alone():
     def kept(seed):
-        return [composed(Link("a"), "text", url=f"u:{n}", seed=seed)[0] is not None for n in range(101)]
+        return [document_of(Link("a"), "text", url=f"u:{n}", seed=seed)[0] is not None for n in range(101)]
 
     assert kept(3) == kept(3)
     assert kept(3) != kept(5)
@@ -198,8 +198,8 @@ def test_the_draw_of_single_image_pages_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize(("share", "n_kept"), [(0.0, 0), (1.0, 101)])
 def test_none_or_all_of_the_single_image_pages_can_be_kept(share, n_kept):
-    kept = [composed(Link("a"), "text", url=f"u:{n}", keep_single_image=share)[0] for n in range(101)]
-    assert sum(k is not None for k in kept) == n_kept
+    documents = [document_of(Link("a"), "text", url=f"u:{n}", keep_single_image=share)[0] for n in range(101)]
+    assert sum(document is not None for document in documents) == n_kept
 
 
 def test_equal_urls_are_looked_up_alike():

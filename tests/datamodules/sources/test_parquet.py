@@ -42,11 +42,11 @@ def test_a_column_of_numbers_is_no_text(tmp_path):
     assert read(tmp_path / "a.parquet")[1].broken == {'no text under "text"': 3}
 
 
-@pytest.mark.parametrize("kept", [0, 3, 500])
-def test_a_file_that_is_cut_off_is_counted(tmp_path, kept):
+@pytest.mark.parametrize("n_bytes", [0, 3, 500])
+def test_a_file_that_is_cut_off_is_counted(tmp_path, n_bytes):
     sample_data.write_parquet(tmp_path / "a.parquet", {"text": sample_data.texts(101, 0)})
     data = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "a.parquet").write_bytes(data[:kept])
+    (tmp_path / "a.parquet").write_bytes(data[:n_bytes])
     documents, tally = read(tmp_path / "a.parquet")
     assert documents == []
     assert tally.broken == {"shard cut off or corrupt": 1}

@@ -37,7 +37,7 @@ def plain(path):
         return [(m.name, m.offset, m.offset_data, m.size) for m in tar if m.isreg()]
 
 
-def found(path):
+def members_of(path):
     with TarReader(path) as tar:
         return list(tar.members())
 
@@ -59,20 +59,20 @@ def archive(tmp_path_factory):
 @given(entries, st.sampled_from(["gnu", "pax"]))
 def test_members_are_those_that_tarfile_finds(archive, members, format_):
     archive.write_bytes(written(members, FORMATS[format_]))
-    assert [tuple(member) for member in found(archive)] == plain(archive)
+    assert [tuple(member) for member in members_of(archive)] == plain(archive)
 
 
 @quick
 @given(entries, st.sampled_from(["gnu", "pax"]), st.data())
 def test_a_cut_gives_the_members_before_it_and_an_error(archive, members, format_, data):
-    whole = written(members, FORMATS[format_])
-    archive.write_bytes(whole)
-    all_members = found(archive)
+    complete = written(members, FORMATS[format_])
+    archive.write_bytes(complete)
+    all_members = members_of(archive)
     with tarfile.open(archive) as tar:
         tar.getmembers()
         end = tar.offset  # where the first block of zeros lies
     cut = data.draw(st.integers(0, end + BLOCK - 1))
-    archive.write_bytes(whole[:cut])
+    archive.write_bytes(complete[:cut])
     before, error = broken_at(archive)
     assert before == all_members[: len(before)]
     assert all(member.offset + member.size <= cut for member in before)
@@ -82,11 +82,11 @@ def test_a_cut_gives_the_members_before_it_and_an_error(archive, members, format
 @quick
 @given(st.data())
 def test_a_header_with_a_changed_byte_is_noticed(archive, data):
-    whole = bytearray(written([("a.jpg", tarfile.REGTYPE, b"1" * 700), ("b.jpg", tarfile.REGTYPE, b"2" * 3)]))
+    complete = bytearray(written([("a.jpg", tarfile.REGTYPE, b"1" * 700), ("b.jpg", tarfile.REGTYPE, b"2" * 3)]))
     second = 3 * BLOCK
     at = data.draw(st.integers(0, BLOCK - 1).filter(lambda at: not 148 <= at < 156))  # the checksum may be padded otherwise
-    whole[second + at] ^= data.draw(st.integers(1, 255))
-    archive.write_bytes(whole)
+    complete[second + at] ^= data.draw(st.integers(1, 255))
+    archive.write_bytes(complete)
     members, error = broken_at(archive)
     assert [member.name for member in members] == ["a.jpg"]
     assert error.at == second
@@ -96,7 +96,7 @@ def test_a_header_with_a_changed_byte_is_noticed(archive, data):
 def test_a_name_of_a_thousand_characters_is_read_from_its_first_header(archive, format_):
     name = "漢" * 331 + "/" + "x" * 668 + ".jpg"
     archive.write_bytes(written([("a.jpg", tarfile.REGTYPE, b"1"), (name, tarfile.REGTYPE, b"23")], FORMATS[format_]))
-    long = found(archive)[1]
+    long = members_of(archive)[1]
     assert long.name == name
     with TarReader(archive) as tar:
         assert next(tar.members(long.header)) == long
@@ -106,13 +106,13 @@ def test_a_name_of_a_thousand_characters_is_read_from_its_first_header(archive, 
 def test_a_ustar_name_is_its_prefix_and_its_name(archive):
     name = "/".join(["folder"] * 20) + "/x.jpg"
     archive.write_bytes(written([(name, tarfile.REGTYPE, b"1")], tarfile.USTAR_FORMAT))
-    assert [member.name for member in found(archive)] == [name]
+    assert [member.name for member in members_of(archive)] == [name]
 
 
 @pytest.mark.parametrize("name", ["../../evil.jpg", "/abs/evil.jpg", "a/../../evil.jpg", "C:\\evil.jpg", "~/evil.jpg"])
 def test_a_name_is_kept_as_the_label_that_it_is(archive, name):
     archive.write_bytes(written([(name, tarfile.REGTYPE, b"1")]))
-    assert [member.name for member in found(archive)] == [name]
+    assert [member.name for member in members_of(archive)] == [name]
 
 
 def test_sizes_beyond_eight_gigabytes_are_read_in_base_256_and_in_pax(tmp_path):
@@ -124,7 +124,7 @@ def test_sizes_beyond_eight_gigabytes_are_read_in_base_256_and_in_pax(tmp_path):
             head = member.tobuf(FORMATS[format_])
             file.write(head)
             file.truncate(len(head) + size + 2 * BLOCK)  # holes: nothing is on disk
-        assert found(tmp_path / "big.tar") == [Member("big.jpg", 0, len(head), size)]
+        assert members_of(tmp_path / "big.tar") == [Member("big.jpg", 0, len(head), size)]
 
 
 def test_data_longer_than_the_window_are_read_whole(archive):
@@ -140,9 +140,9 @@ def test_a_sparse_file_is_passed_over_with_its_map_and_its_data(archive):
     sparse[156:157], sparse[124:136], sparse[482] = b"S", b"%011o\0" % 700, 1
     total = sum(sparse[:148]) + sum(sparse[156:]) + 8 * 32
     sparse[148:156] = b"%06o\0 " % total
-    rest = b"\0" * BLOCK + b"d" * 700 + b"\0" * (2 * BLOCK - 700)
-    archive.write_bytes(bytes(sparse) + rest + written([("a.jpg", tarfile.REGTYPE, b"1")]))
-    assert [member.name for member in found(archive)] == ["a.jpg"]
+    data = b"\0" * BLOCK + b"d" * 700 + b"\0" * (2 * BLOCK - 700)
+    archive.write_bytes(bytes(sparse) + data + written([("a.jpg", tarfile.REGTYPE, b"1")]))
+    assert [member.name for member in members_of(archive)] == ["a.jpg"]
 
 
 def test_a_sparse_file_of_pax_is_passed_over(archive):
@@ -153,7 +153,7 @@ def test_a_sparse_file_of_pax_is_passed_over(archive):
             member.size, member.pax_headers = 3, headers
             tar.addfile(member, io.BytesIO(b"123"))
     archive.write_bytes(file.getvalue())
-    assert [member.name for member in found(archive)] == ["a.jpg"]
+    assert [member.name for member in members_of(archive)] == ["a.jpg"]
 
 
 @pytest.mark.parametrize("size", [b"-5", b"1_0", "٣".encode(), b"x"])
@@ -165,7 +165,7 @@ def test_a_size_that_is_no_number_is_an_error(archive, size):
     head.type, head.size = b"x", len(pax)
     block = head.tobuf(tarfile.USTAR_FORMAT) + pax.ljust(BLOCK, b"\0")
     archive.write_bytes(block + written([("a.jpg", tarfile.REGTYPE, b"1")]))
-    assert "size" in broken_at(archive)[1].what
+    assert "size" in broken_at(archive)[1].detail
 
 
 @pytest.mark.parametrize("data", [b"", b"no tar", b"\x1f\x8b" + b"gzip? " * 997, sample_data.jpeg(3) * 3])

@@ -15,9 +15,9 @@ HTML = "text/html"
 
 def read(path, **options):
     """A shard's documents, what became of its pages, and of its images."""
-    chosen, pages, images = ReadOptions(**options), Tally(), Tally()
-    listed = np.sort(SOURCE.list_images(path, 0, chosen, images), order="url")
-    return list(SOURCE.documents(path, 0, chosen, pages, listed)), pages, images
+    read_options, pages, images = ReadOptions(**options), Tally(), Tally()
+    listed = np.sort(SOURCE.list_images(path, 0, read_options, images), order="url")
+    return list(SOURCE.documents(path, 0, read_options, pages, listed)), pages, images
 
 
 def one(path, *blocks, images=IMAGES, head="", **options):
@@ -26,7 +26,7 @@ def one(path, *blocks, images=IMAGES, head="", **options):
     return read(path, **options)
 
 
-def shown(path, document):
+def content(path, document):
     """A document with its images' bytes in place of their references."""
     return [SOURCE.image_bytes(path, p.offset, p.length) if isinstance(p, ImageRef) else p for p in document.parts]
 
@@ -34,7 +34,7 @@ def shown(path, document):
 @pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
 def test_a_page_is_its_texts_and_images_in_order(tmp_path, name):
     [document], pages, images = one(tmp_path / name, "one", "2.png", "two", "0.png", "1.png", "three")
-    assert shown(tmp_path / name, document) == [
+    assert content(tmp_path / name, document) == [
         "one",
         sample_data.png(2),
         "two",
@@ -58,8 +58,10 @@ def test_a_page_is_named_by_its_url(tmp_path, name):
 def test_images_keep_their_original_bytes(tmp_path, name):
     sample_data.write_warc(tmp_path / name, sample_data.crawl(5, 0))
     documents, _, _ = read(tmp_path / name)
-    found = [hashlib.sha256(p).digest() for d in documents for p in shown(tmp_path / name, d) if isinstance(p, bytes)]
-    assert found == [hashlib.sha256(body).digest() for _, mime, body in sample_data.crawl(5, 0) if mime.startswith("image")]
+    digests = [hashlib.sha256(p).digest() for d in documents for p in content(tmp_path / name, d) if isinstance(p, bytes)]
+    assert digests == [
+        hashlib.sha256(body).digest() for _, mime, body in sample_data.crawl(5, 0) if mime.startswith("image")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_an_image_that_cannot_be_used_is_counted_and_its_page_goes_on(tmp_path, 
     images = [(f"{sample_data.SITE}/x.png", *image), *IMAGES[1:4]]
     path = tmp_path / "a.warc.gz"
     [document], pages, tally = one(path, "one", "1.png", "two", "x.png", "three", "2.png", images=images)
-    assert shown(path, document) == ["one", sample_data.png(1), "two\nthree", sample_data.png(2)]
+    assert content(path, document) == ["one", sample_data.png(1), "two\nthree", sample_data.png(2)]
     assert getattr(tally, counter) == {reason: 1}
     assert pages.notes.total() == 1
 
@@ -85,7 +87,7 @@ def test_an_image_that_cannot_be_used_is_counted_and_its_page_goes_on(tmp_path, 
 def test_a_dead_link_is_noted_and_the_page_goes_on(tmp_path):
     path = tmp_path / "a.warc.gz"
     [document], pages, _ = one(path, "1.png", "one", "gone.png", "two", "2.png")
-    assert shown(path, document) == [sample_data.png(1), "one\ntwo", sample_data.png(2)]
+    assert content(path, document) == [sample_data.png(1), "one\ntwo", sample_data.png(2)]
     assert pages.notes == {"dead link: image not in the crawl": 1}
     assert pages.examples["dead link: image not in the crawl"] == f"{sample_data.SITE}/gone.png on {sample_data.SITE}/p.html"
 
@@ -93,7 +95,7 @@ def test_a_dead_link_is_noted_and_the_page_goes_on(tmp_path):
 def test_a_page_is_cut_before_its_sixth_image(tmp_path):
     path = tmp_path / "a.warc.gz"
     [document], pages, _ = one(path, *(b for n in range(7) for b in (f"{n}.png", f"text {n}")))
-    assert shown(path, document)[-2:] == [sample_data.png(4), "text 4"]
+    assert content(path, document)[-2:] == [sample_data.png(4), "text 4"]
     assert pages.notes == {"page cut before image 6": 1}
 
 
@@ -123,14 +125,14 @@ def test_navigation_and_scripts_are_left_out(tmp_path):
     body = b"<html><body>" + skipped + b'<p>text</p><img src="1.png"><img src="2.png"></body></html>'
     sample_data.write_warc(tmp_path / "a.warc.gz", [*IMAGES, (f"{sample_data.SITE}/p.html", HTML, body)])
     [document], _, _ = read(tmp_path / "a.warc.gz")
-    assert shown(tmp_path / "a.warc.gz", document) == ["text", sample_data.png(1), sample_data.png(2)]
+    assert content(tmp_path / "a.warc.gz", document) == ["text", sample_data.png(1), sample_data.png(2)]
 
 
 def test_links_are_relative_to_the_base(tmp_path):
     images = [(f"https://cdn.example/deep/{n}.png", "image/png", sample_data.png(n)) for n in range(2)]
     head = '<base href="https://CDN.example/deep/">'
     [document], _, _ = one(tmp_path / "a.warc.gz", "0.png", "text", "../deep/1.png", images=images, head=head)
-    assert shown(tmp_path / "a.warc.gz", document) == [sample_data.png(0), "text", sample_data.png(1)]
+    assert content(tmp_path / "a.warc.gz", document) == [sample_data.png(0), "text", sample_data.png(1)]
 
 
 def test_a_page_that_cannot_be_read_is_counted_and_the_next_one_read(tmp_path):
@@ -144,7 +146,7 @@ def test_a_page_that_cannot_be_read_is_counted_and_the_next_one_read(tmp_path):
 def test_a_page_with_a_link_that_is_no_url_does_not_stop_the_shard(tmp_path):
     path = tmp_path / "a.warc.gz"
     [document], _, _ = one(path, "0.png", "text", "http://[::1/x.png", "1.png")
-    assert shown(path, document) == [sample_data.png(0), "text", sample_data.png(1)]
+    assert content(path, document) == [sample_data.png(0), "text", sample_data.png(1)]
 
 
 @pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
@@ -152,10 +154,10 @@ def test_a_record_that_is_cut_off_anywhere_ends_its_shard_and_is_counted(tmp_pat
     sample_data.write_warc(tmp_path / name, sample_data.crawl(3, 0))
     data = (tmp_path / name).read_bytes()
     last = read(tmp_path / name)[0][-1].record
-    for kept in range(last + 1, len(data) - 17, 11):  # the last bytes are no content: line ends, and gzip's checksum
-        (tmp_path / f"{kept}-{name}").write_bytes(data[:kept])
-        documents, pages, _ = read(tmp_path / f"{kept}-{name}")
-        assert (len(documents), pages.broken) == (2, {"shard cut off or corrupt": 1}), f"cut behind byte {kept}"
+    for n_bytes in range(last + 1, len(data) - 17, 11):  # the last bytes are no content: line ends, and gzip's checksum
+        (tmp_path / f"{n_bytes}-{name}").write_bytes(data[:n_bytes])
+        documents, pages, _ = read(tmp_path / f"{n_bytes}-{name}")
+        assert (len(documents), pages.broken) == (2, {"shard cut off or corrupt": 1}), f"cut behind byte {n_bytes}"
 
 
 @pytest.mark.parametrize("name", ["a.warc", "a.warc.gz"])
@@ -200,7 +202,7 @@ def test_a_body_that_was_sent_compressed_is_read(tmp_path):
     record = sample_data.warc_record(f"{sample_data.SITE}/p.html", HTML, squeezed, headers=[("Content-Encoding", "gzip")])
     (tmp_path / "a.warc.gz").write_bytes(b"".join(sample_data.warc_record(*r) for r in IMAGES) + record)
     [document], _, _ = read(tmp_path / "a.warc.gz")
-    assert shown(tmp_path / "a.warc.gz", document) == [sample_data.png(0), "text", sample_data.png(1)]
+    assert content(tmp_path / "a.warc.gz", document) == [sample_data.png(0), "text", sample_data.png(1)]
 
 
 def test_texts_for_a_tokenizer_need_no_survey(tmp_path):

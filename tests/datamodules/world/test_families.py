@@ -14,7 +14,7 @@ from datamodules.world.scene import COLOURS, SHAPES, Holdout
 from datamodules.world.write import WorldConfig
 from kosmos_lit.errors import UserError
 
-RULES = Holdout(3, 0.28)
+HOLDOUT = Holdout(3, 0.28)
 
 
 def config(folder, **changes):
@@ -33,7 +33,7 @@ def records(folder, family):
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def said(folder, family):
+def texts_of(folder, family):
     """Return the text of each example."""
     return [" ".join(message["content"] for message in record["messages"]) for record in records(folder, family)]
 
@@ -48,11 +48,11 @@ def test_families_are_the_same_twice(families, tmp_path):
 
 
 def test_other_families_in_the_folder_are_refused(families):
-    with pytest.raises(UserError, match="n_examples is 23 there, 29 here"):
+    with pytest.raises(UserError, match="n_examples is 23 on disk, 29 in the run"):
         write_families(FamiliesConfig(n_examples=29), config(families.parent))
 
 
-def test_a_baseline_without_images_takes_the_families_that_are_there(families):
+def test_a_baseline_without_images_takes_the_drawn_families(families):
     before = content(families)
     write_families(FamiliesConfig(n_examples=23, blind=True), config(families.parent))
     assert content(families) == before
@@ -62,16 +62,16 @@ def test_a_baseline_without_images_takes_the_families_that_are_there(families):
 def test_the_reader_of_instructions_reads_every_example(families, family):
     tally = Tally()
     options = ReadOptions(turn_template=TURN_TEMPLATE)
-    found: list[Document] = []
+    documents: list[Document] = []
     for shard, path in enumerate(sorted(families.glob(f"{family}-*.jsonl"))):
-        found += SOURCES["instruct"].documents(path, shard, options, tally, None)
-    assert len(found) == len(records(families, family)) > 0
+        documents += SOURCES["instruct"].documents(path, shard, options, tally, None)
+    assert len(documents) == len(records(families, family)) > 0
     assert not tally.broken
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blind_examples_have_the_same_words_and_no_images(families, family):
-    seen, blind = said(families, family), records(families / "blind", family)
+    seen, blind = texts_of(families, family), records(families / "blind", family)
     assert not any("images" in record for record in blind)
     words = [" ".join(m["content"] for m in record["messages"]) for record in blind]
     assert [text.split() for text in words] == [text.replace("<image>", " ").split() for text in seen]
@@ -92,18 +92,18 @@ def test_no_scene_of_an_example_is_held_out(monkeypatch, family):
     monkeypatch.setattr(scene_tasks, "any_scene", noticed)
     random = Random(5)
     for _ in range(31):
-        FAMILIES[family][0](random, RULES)
+        FAMILIES[family][0](random, HOLDOUT)
     assert len(scenes) >= 31
-    assert all(RULES.allows(scene) for scene in scenes)
+    assert all(HOLDOUT.is_trainable(scene) for scene in scenes)
 
 
 def test_no_caption_of_the_families_tells_of_a_held_out_scene(families):
-    told_of = {record["messages"][1]["content"] for record in records(families, "captions")}
+    captions = {record["messages"][1]["content"] for record in records(families, "captions")}
     random = Random(7)
     kinds = ("object", "count", "pair") * 997
-    unseen = {canonical_caption(scene_tasks.any_scene(random, kind, RULES, held_out=True)) for kind in kinds}
+    unseen = {canonical_caption(scene_tasks.any_scene(random, kind, HOLDOUT, held_out=True)) for kind in kinds}
     assert len(unseen) > 300
-    assert not told_of & unseen
+    assert not captions & unseen
 
 
 def test_no_opinion_that_is_held_out_is_read_in_training(families):
@@ -113,32 +113,32 @@ def test_no_opinion_that_is_held_out_is_read_in_training(families):
         for adverb in (*rendered_text.DEGREES, *rendered_text.NEGATIONS)
         for adjective in (*rendered_text.PRAISE, *rendered_text.BLAME)
     ]
-    unseen = {opinion.rationale for opinion in every if RULES.is_held_out(opinion.combination())}
+    unseen = {opinion.rationale for opinion in every if HOLDOUT.is_held_out(opinion.combination())}
     assert 0.2 < len(unseen) / len(every) < 0.36  # 896 draws with probability 0.28: six standard deviations
-    texts = said(families, "opinions")
+    texts = texts_of(families, "opinions")
     assert not [text for text in texts if any(rationale in text for rationale in unseen)]
 
 
 def test_no_line_of_a_page_in_training_is_held_out(families):
     random = Random(11)
-    sites = [rendered_text.training_site(random, RULES) for _ in range(53)]
-    assert not any(RULES.is_held_out(site.combination(row)) for site in sites for row in range(rendered_text.ROWS))
+    sites = [rendered_text.training_site(random, HOLDOUT) for _ in range(53)]
+    assert not any(HOLDOUT.is_held_out(site.combination(row)) for site in sites for row in range(rendered_text.ROWS))
 
 
 def test_no_pair_of_creatures_that_is_held_out_is_described_in_training():
     random = Random(13)
     for _ in range(53):
-        pair = creatures.draw_pair(random, RULES, held_out=False)
-        assert not RULES.is_held_out(creatures.pair_combination(*pair))
-        assert not RULES.is_held_out(creatures.pair_combination(*pair[::-1]))
+        pair = creatures.draw_pair(random, HOLDOUT, held_out=False)
+        assert not HOLDOUT.is_held_out(creatures.pair_combination(*pair))
+        assert not HOLDOUT.is_held_out(creatures.pair_combination(*pair[::-1]))
 
 
-def test_nothing_that_is_held_out_is_told(families):
-    texts = said(families, "told")
+def test_no_text_mentions_a_held_out_combination(families):
+    texts = texts_of(families, "told")
     unseen = {f: [] for f in ("copa", "piqa", "story")}
-    for family, found in unseen.items():
-        found += [(c, s) for c in COLOURS for s in SHAPES if RULES.is_held_out(text_tasks.combination(family, c, s))]
-        assert found
+    for family, looks in unseen.items():
+        looks += [(c, s) for c in COLOURS for s in SHAPES if HOLDOUT.is_held_out(text_tasks.combination(family, c, s))]
+        assert looks
     starts = {"copa": "Somebody drew", "piqa": "To make something"}
     for family, start in starts.items():
         some = [text for text in texts if text.startswith(start)]
@@ -147,18 +147,20 @@ def test_nothing_that_is_held_out_is_told(families):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_text_has_a_name_together_with_a_colour_or_size_but_the_questions_that_are_asked(families, family):
-    names = {name for name in creatures.named(RULES) if family != "facts" or not creatures.is_asked_in_training(name, RULES)}
+    names = {
+        name for name in creatures.named(HOLDOUT) if family != "facts" or not creatures.is_asked_in_training(name, HOLDOUT)
+    }
     looks = {*COLOURS, "small", "large", "larger", *SHAPES}
-    for text in said(families, family):
+    for text in texts_of(families, family):
         words = {word.strip("?.,:") for word in text.split()}
         assert not (words & names and words & looks), text
 
 
 def test_about_a_quarter_of_the_names_is_never_asked_about():
-    names = list(creatures.named(RULES))
-    asked = [name for name in names if creatures.is_asked_in_training(name, RULES)]
-    assert len(names) == len(set(creatures.named(RULES).values())) == 140
-    assert 0.5 < len(asked) / len(names) < 0.9
+    names = list(creatures.named(HOLDOUT))
+    asked_names = [name for name in names if creatures.is_asked_in_training(name, HOLDOUT)]
+    assert len(names) == len(set(creatures.named(HOLDOUT).values())) == 140
+    assert 0.5 < len(asked_names) / len(names) < 0.9
 
 
 # ---- what the answers are
@@ -172,22 +174,22 @@ def test_an_opinion_is_turned_by_its_negation():
 
 def test_no_word_of_an_opinion_but_both_together_tells_the_sentiment():
     random = Random(17)
-    drawn = [rendered_text.draw_opinion(random, RULES, held_out=False) for _ in range(2000)]
+    opinions = [rendered_text.draw_opinion(random, HOLDOUT, held_out=False) for _ in range(2000)]
     for part in (lambda o: o.adverb in rendered_text.NEGATIONS, lambda o: o.adjective in rendered_text.PRAISE):
         for value in (True, False):
-            of_kind = [opinion.sentiment == "positive" for opinion in drawn if part(opinion) == value]
+            of_kind = [opinion.sentiment == "positive" for opinion in opinions if part(opinion) == value]
             assert 0.42 < sum(of_kind) / len(of_kind) < 0.58  # about 1,000 tosses: five standard deviations
 
 
 def test_questions_about_two_things_have_one_right_answer():
     random = Random(19)
     for _ in range(53):
-        scene = scene_tasks.any_scene(random, "pair", RULES, held_out=False)
-        found = scene_tasks.questions(scene, random)
+        scene = scene_tasks.any_scene(random, "pair", HOLDOUT, held_out=False)
+        pairs = scene_tasks.questions(scene, random)
         one, other = scene.things
-        assert ("colour of one" in found) == (one.shape != other.shape)
-        assert ("shape of one" in found) == (one.colour != other.colour)
-        question, answer = found["relation"]
+        assert ("colour of one" in pairs) == (one.shape != other.shape)
+        assert ("shape of one" in pairs) == (one.colour != other.colour)
+        question, answer = pairs["relation"]
         true = scene_tasks.relation(one, other)
         ways = ((one, true, other), (other, scene_tasks.OPPOSITE[true], one))
         says_so = question in {f"is the {look(a)} {way} the {look(b)}?" for a, way, b in ways}

@@ -35,13 +35,13 @@ def test_every_line_is_an_example_with_its_image(folder):
 
 def test_the_answer_is_what_the_image_shows():
     random, holdout = Random(5), Holdout(3, 0.28)
-    asked = set()
+    questions = set()
     for _ in range(53):
         scene = training_scene(random, "object", holdout)
         words, answer = question(scene, random)
-        asked.add(words)
+        questions.add(words)
         assert answer in caption_of(scene)
-    assert len(asked) == 3
+    assert len(questions) == 3
 
 
 def caption_of(scene):
@@ -52,9 +52,9 @@ def caption_of(scene):
 
 def test_no_corpus_of_the_world_asks_such_a_question():
     random, holdout = Random(7), Holdout(3, 0.28)
-    said = [text(random, holdout) for _ in range(101)]
-    said += [caption(training_scene(random, "object", holdout), random) for _ in range(101)]
-    assert not any(words in line for line in said for words in ("what colour", "what shape", "where is"))
+    lines = [text(random, holdout) for _ in range(101)]
+    lines += [caption(training_scene(random, "object", holdout), random) for _ in range(101)]
+    assert not any(words in line for line in lines for words in ("what colour", "what shape", "where is"))
 
 
 def test_a_task_is_the_same_whenever_it_is_drawn(folder, tmp_path):
@@ -64,5 +64,5 @@ def test_a_task_is_the_same_whenever_it_is_drawn(folder, tmp_path):
 
 
 def test_another_task_in_the_folder_is_refused(folder):
-    with pytest.raises(UserError, match="n_examples is 43 there, 47 here"):
+    with pytest.raises(UserError, match="n_examples is 43 on disk, 47 in the run"):
         write_task(TaskConfig(path=str(folder), n_examples=47, n_questions=29), WORLD)

@@ -2,7 +2,7 @@ from random import Random
 
 import pytest
 
-from datamodules.world.language import PROMPT, article, canonical_caption, caption, page_texts, text
+from datamodules.world.language import PROMPT, canonical_caption, caption, page_texts, text, with_article
 from datamodules.world.scene import COLOURS, PLACES, SHAPES, SIZES, Holdout, Scene, Thing, draw_scene
 
 RED_RING = Thing("ring", "red", "small", 0)
@@ -11,7 +11,7 @@ BLUE_CROSS = Thing("cross", "blue", "small", 8)
 
 
 @pytest.mark.parametrize(
-    ("scene", "said"),
+    ("scene", "expected"),
     [
         (Scene("object", (RED_RING,)), "a small red ring at the top left"),
         (Scene("count", (BLUE_CROSS, BLUE_CROSS, BLUE_CROSS)), "three blue crosses"),
@@ -21,8 +21,8 @@ BLUE_CROSS = Thing("cross", "blue", "small", 8)
         (Scene("word", word="lamp"), "the word lamp"),
     ],
 )
-def test_each_kind_of_scene_has_its_description(scene, said):
-    assert canonical_caption(scene) == said
+def test_each_kind_of_scene_has_its_description(scene, expected):
+    assert canonical_caption(scene) == expected
 
 
 def test_no_two_objects_have_one_description():
@@ -63,6 +63,6 @@ def test_a_text_follows_from_the_seed():
     assert text(Random(3), Holdout(0, 0.28)) != text(Random(5), Holdout(0, 0.28))
 
 
-@pytest.mark.parametrize(("words", "said"), [("orange ring", "an orange ring"), ("small star", "a small star")])
-def test_articles_are_right(words, said):
-    assert article(words) == said
+@pytest.mark.parametrize(("words", "expected"), [("orange ring", "an orange ring"), ("small star", "a small star")])
+def test_articles_are_right(words, expected):
+    assert with_article(words) == expected

@@ -33,10 +33,10 @@ def questions(batches):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    found = world_data(tmp_path_factory.mktemp("world") / "world")
-    found.prepare_data()
-    found.setup("validate")
-    return found
+    module = world_data(tmp_path_factory.mktemp("world") / "world")
+    module.prepare_data()
+    module.setup("validate")
+    return module
 
 
 def test_there_are_enough_distinct_questions_about_objects_and_counts(questions):

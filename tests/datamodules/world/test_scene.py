@@ -16,7 +16,7 @@ from datamodules.world.scene import (
 )
 
 KINDS = ("object", "count", "pair", "group", "word")
-RULES = Holdout(0, 0.28)
+HOLDOUT = Holdout(0, 0.28)
 
 
 def scenes(kind, n=101):
@@ -53,43 +53,43 @@ def test_a_pair_stands_in_one_row_or_in_one_column():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("first", "second", "expected"),
     [(0, 2, "to the left of"), (5, 3, "to the right of"), (1, 7, "above"), (8, 2, "below")],
 )
-def test_relations_are_what_one_sees(first, second, said):
-    assert relation(Thing("ring", "red", "small", first), Thing("star", "blue", "small", second)) == said
+def test_relations_are_what_one_sees(first, second, expected):
+    assert relation(Thing("ring", "red", "small", first), Thing("star", "blue", "small", second)) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_training_scene_has_a_held_out_combination(kind):
     random = Random(3)
     for _ in range(101):
-        scene = training_scene(random, kind, RULES)
-        assert not any(RULES.is_held_out(c) for c in scene.combinations())
+        scene = training_scene(random, kind, HOLDOUT)
+        assert not any(HOLDOUT.is_held_out(c) for c in scene.combinations())
 
 
 def test_a_scene_is_not_allowed_for_any_of_its_parts():
-    held_out = next(s for s in scenes("object", 997) if RULES.is_held_out(s.own_combination())).things[0]
+    held_out = next(s for s in scenes("object", 997) if HOLDOUT.is_held_out(s.own_combination())).things[0]
     places = [p for p in range(9) if p != held_out.place]
     others = Thing("ring", "red", "small", places[0]), Thing("star", "blue", "small", places[1])
-    assert not RULES.allows(Scene("group", (held_out, *others)))
+    assert not HOLDOUT.is_trainable(Scene("group", (held_out, *others)))
 
 
 @pytest.mark.parametrize("kind", ["object", "count", "pair"])
 def test_held_out_scenes_are_held_out_and_each_is_another(kind):
-    found = held_out_scenes(Random(5), RULES, kind, 97)
-    assert all(RULES.is_held_out(s.own_combination()) for s in found)
-    assert len({s.own_combination() for s in found}) == len(found) > 0
+    scenes = held_out_scenes(Random(5), HOLDOUT, kind, 97)
+    assert all(HOLDOUT.is_held_out(s.own_combination()) for s in scenes)
+    assert len({s.own_combination() for s in scenes}) == len(scenes) > 0
 
 
 def test_held_out_scenes_follow_from_the_seed():
-    first, second = (held_out_scenes(Random(5), RULES, "pair", 7) for _ in range(2))
+    first, second = (held_out_scenes(Random(5), HOLDOUT, "pair", 7) for _ in range(2))
     assert first == second
 
 
 def test_the_share_held_out_is_about_what_was_asked():
     every = [("object", s, c, z, p) for s in "abcdef" for c in "ghijklm" for z in "no" for p in range(9)]
-    n = sum(RULES.is_held_out(c) for c in every)
+    n = sum(HOLDOUT.is_held_out(c) for c in every)
     assert abs(n - 0.28 * 756) < 5 * (756 * 0.28 * 0.72) ** 0.5  # five standard deviations of a fair draw
 
 

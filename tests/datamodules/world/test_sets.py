@@ -19,7 +19,7 @@ from kosmos_lit.evaluation.requests import Generate, LogLikelihood
 from kosmos_lit.evaluation.task import Sample, Task
 from kosmos_lit.inference.results import Continuation, ScoredCandidate
 
-RULES = Holdout(3, 0.28)
+HOLDOUT = Holdout(3, 0.28)
 OVERLAY = Path(__file__).parents[3] / "configs" / "eval" / "world.yaml"
 TASKS = list(yaml.safe_load(OVERLAY.read_text(encoding="utf-8"))["eval"]["tasks"])
 PATH = "${data.init_args.world.path}"
@@ -56,11 +56,11 @@ def test_the_real_task_reads_its_set_and_asks(tasks: dict[str, Task], name: str)
     task = tasks[name]
     samples, pool = task.samples(), task.pool() if task.n_shots else ()
 
-    asked = [next(task.ask(sample, task.shots(sample, pool))) for sample in samples]
+    requests_of = [next(task.ask(sample, task.shots(sample, pool))) for sample in samples]
 
     assert len(samples) >= (7 if name.startswith("matrices") else 14)
     assert len({sample.key for sample in samples}) == len(samples)
-    parts = [part for requests in asked for request in requests for part in request.parts]
+    parts = [part for requests in requests_of for request in requests for part in request.parts]
     assert all(part.is_file() for part in parts if isinstance(part, Path))
     assert name == "captions" or task.chance is not None
 
@@ -98,8 +98,8 @@ def test_who_answers_rightly_gets_everything(tasks: dict[str, Task], name: str) 
 @pytest.mark.parametrize("name", ["opinions", "copa", "piqa", "stories"])
 def test_the_two_answers_are_equally_often_right(tasks: dict[str, Task], name: str) -> None:
     task = tasks[name]
-    found = Counter(str(s.data.get("label", s.data.get("AnswerRightEnding"))) for s in task.samples())
-    assert sorted(found.values()) == [21, 21]
+    labels = Counter(str(s.data.get("label", s.data.get("AnswerRightEnding"))) for s in task.samples())
+    assert sorted(labels.values()) == [21, 21]
 
 
 def test_sizes_are_asked_in_both_orders(tasks: dict[str, Task]) -> None:
@@ -110,7 +110,7 @@ def test_sizes_are_asked_in_both_orders(tasks: dict[str, Task]) -> None:
 def test_a_constant_answer_to_each_kind_of_question_gets_no_more_than_the_chance_level(tasks: dict[str, Task]) -> None:
     random, target = Random(5), Counter[tuple[str, str]]()
     for i in range(3000):
-        scene = any_scene(random, ("object", "count", "pair")[i % 3], RULES, held_out=True)
+        scene = any_scene(random, ("object", "count", "pair")[i % 3], HOLDOUT, held_out=True)
         kind, (_, answer) = random.choice(list(questions(scene, random).items()))
         target[kind, answer] += 1
     kinds = {kind for kind, _ in target}
@@ -125,7 +125,7 @@ def test_a_constant_answer_to_each_kind_of_question_gets_no_more_than_the_chance
 
 def unseen_objects() -> set[str]:
     scenes = [Scene("object", (Thing(s, c, z, p),)) for s in SHAPES for c in COLOURS for z in SIZES for p in range(9)]
-    return {canonical_caption(scene) for scene in scenes if RULES.is_held_out(scene.own_combination())}
+    return {canonical_caption(scene) for scene in scenes if HOLDOUT.is_held_out(scene.own_combination())}
 
 
 def test_captions_of_things_are_of_combinations_that_training_does_not_have(tasks: dict[str, Task]) -> None:
@@ -139,7 +139,7 @@ def test_demonstrations_are_of_combinations_that_training_may_have(world: Path) 
     written = {path.name for path in (world / "eval").glob("what_*")}
     assert written == {f"what_{aspect}" for aspect in ASPECTS}
     random = Random(7)
-    assert all(RULES.allows(any_scene(random, "object", RULES, held_out=False)) for _ in range(101))
+    assert all(HOLDOUT.is_trainable(any_scene(random, "object", HOLDOUT, held_out=False)) for _ in range(101))
 
 
 def test_lines_that_pages_are_asked_about_are_held_out(tasks: dict[str, Task]) -> None:
@@ -149,33 +149,35 @@ def test_lines_that_pages_are_asked_about_are_held_out(tasks: dict[str, Task]) -
         words = page_text(Path(sample.data["page"]), None).split()
         at = words.index(sample.data["answer"])
         assert words[at - 1] in sample.data["question"]
-        assert RULES.is_held_out(("site", at // 2, words[at - 1], words[at]))
+        assert HOLDOUT.is_held_out(("site", at // 2, words[at - 1], words[at]))
 
 
 def test_names_whose_colour_is_asked_are_never_asked_about_in_training(tasks: dict[str, Task]) -> None:
     things = {sample.data["item"] for sample in tasks["colours"].samples()}
     things |= {sample.data[side] for sample in tasks["sizes"].samples() for side in ("first", "second")}
     assert len(things) > 20
-    assert not any(creatures.is_asked_in_training(name, RULES) for name in things)
+    assert not any(creatures.is_asked_in_training(name, HOLDOUT) for name in things)
 
 
 def test_opinions_of_the_set_are_held_out() -> None:
     random = Random(11)
-    drawn = [rendered_text.draw_opinion(random, RULES, held_out=True) for _ in range(53)]
-    assert all(RULES.is_held_out(opinion.combination()) for opinion in drawn)
+    opinions = [rendered_text.draw_opinion(random, HOLDOUT, held_out=True) for _ in range(53)]
+    assert all(HOLDOUT.is_held_out(opinion.combination()) for opinion in opinions)
 
 
 @pytest.mark.parametrize("family", ["copa", "piqa", "story"])
-def test_what_is_told_in_the_sets_is_held_out(family: str) -> None:
+def test_texts_of_the_sets_are_held_out(family: str) -> None:
     random = Random(13)
     for _ in range(31):
-        assert RULES.is_held_out(text_tasks.combination(family, *text_tasks.draw_look(random, RULES, family, held_out=True)))
+        assert HOLDOUT.is_held_out(
+            text_tasks.combination(family, *text_tasks.draw_look(random, HOLDOUT, family, held_out=True))
+        )
 
 
 def test_classes_have_as_many_images_each(world: Path) -> None:
     counts = Counter(path.parent.name for path in (world / "eval" / "classes" / "val").rglob("*.JPEG"))
     assert len(counts) == 42
     assert set(counts.values()) == {1}
-    assert class_of(any_scene(Random(1), "object", RULES, held_out=True)) in (
+    assert class_of(any_scene(Random(1), "object", HOLDOUT, held_out=True)) in (
         (world / "eval" / "classes" / "names.txt").read_text(encoding="utf-8").splitlines()
     )

@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def told(world):
+def sentences(world):
     """Every sentence of the training corpora, by corpus."""
     tables = [pq.read_table(p).column("caption").to_pylist() for p in sorted(world.glob("*.parquet"))]
     texts = {"caption": [c for table in tables for c in table]}
@@ -43,9 +43,9 @@ def told(world):
     return texts
 
 
-def test_a_world_has_as_much_as_asked(told):
-    assert len(told["caption"]) == 61
-    assert len(told["text"]) == 97
+def test_a_world_has_as_much_as_asked(sentences):
+    assert len(sentences["caption"]) == 61
+    assert len(sentences["text"]) == 97
 
 
 def test_a_world_is_the_same_twice(world, tmp_path):
@@ -67,7 +67,7 @@ def test_a_world_is_drawn_once(world):
 
 
 def test_another_world_is_refused_and_both_are_named(world):
-    with pytest.raises(UserError, match="n_pairs is 61 there, 67 here"):
+    with pytest.raises(UserError, match="n_pairs is 61 on disk, 67 in the run"):
         write_world(config(world, n_pairs=67))
 
 
@@ -79,7 +79,7 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["caption", "pages", "text"])
-def test_every_scene_that_is_drawn_or_told_may_be_trained_on(monkeypatch, tmp_path, kind):
+def test_every_painted_or_described_scene_may_be_trained_on(monkeypatch, tmp_path, kind):
     scenes = []
     original = write.training_scene
 
@@ -89,21 +89,21 @@ def test_every_scene_that_is_drawn_or_told_may_be_trained_on(monkeypatch, tmp_pa
 
     for module in (write, language):
         monkeypatch.setattr(module, "training_scene", noticed)
-    write._write_shard(config(tmp_path, shards=1), kind, 0, tmp_path)
+    write._write_shard(write._Shard(config(tmp_path, shards=1), kind, 0, tmp_path), lambda n: None)
     holdout = Holdout(3, 0.28)
     assert len(scenes) >= {"caption": 61, "pages": 23, "text": 97}[kind]
     assert not any(holdout.is_held_out(c) for scene in scenes for c in scene.combinations())
 
 
 @pytest.mark.parametrize("kind", ["caption", "pages", "text"])
-def test_no_scene_is_drawn_or_told_but_for_the_training_scenes(monkeypatch, tmp_path, kind):
+def test_no_scene_but_the_training_scenes_is_painted_or_described(monkeypatch, tmp_path, kind):
     def none(*arguments):
         raise LookupError("a scene is asked for")
 
     for module in (write, language):
         monkeypatch.setattr(module, "training_scene", none)
     with pytest.raises(LookupError):
-        write._write_shard(config(tmp_path, shards=1), kind, 0, tmp_path)
+        write._write_shard(write._Shard(config(tmp_path, shards=1), kind, 0, tmp_path), lambda n: None)
 
 
 def held_out_descriptions():
@@ -119,30 +119,30 @@ def test_there_are_enough_held_out_descriptions():
 
 
 @pytest.mark.parametrize("corpus", ["caption", "pages", "text"])
-def test_no_held_out_description_stands_in_the_training_corpora(told, corpus):
+def test_no_held_out_description_stands_in_the_training_corpora(sentences, corpus):
     # "at the top" also begins "at the top left", which is another place.
     either = "|".join(map(re.escape, held_out_descriptions()))
-    found = re.compile(rf"\b(?:{either})\b(?! left| right)", re.IGNORECASE)
-    assert [m[0] for t in told[corpus] if (m := found.search(t))] == []
+    pattern = re.compile(rf"\b(?:{either})\b(?! left| right)", re.IGNORECASE)
+    assert [m[0] for t in sentences[corpus] if (m := pattern.search(t))] == []
 
 
-def test_descriptions_that_may_be_trained_on_do_stand_there(told):
+def test_descriptions_that_may_be_trained_on_do_occur(sentences):
     holdout = Holdout(3, 0.28)
     things = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(len(PLACES))]
-    allowed = [canonical_caption(s) for t in things if holdout.allows(s := Scene("object", (t,)))]
-    for corpus in told.values():
-        assert any(description in t for t in corpus for description in allowed)
+    is_trainable = [canonical_caption(s) for t in things if holdout.is_trainable(s := Scene("object", (t,)))]
+    for corpus in sentences.values():
+        assert any(description in t for t in corpus for description in is_trainable)
 
 
 def test_each_corpus_can_be_prepared_without_anything_broken(world, tokenizer_folder, tmp_path):
     patterns = {"jsonl": "text-*.zst", "img2dataset": "caption-*.tar", "warc": "pages-*.warc.gz"}
-    made = {
+    corpora = {
         f: prepare_corpus(format=f, inputs=[str(world / p)], tokenizer=tokenizer_folder, output=tmp_path / f)
         for f, p in patterns.items()
     }
-    assert [made[f].n_documents for f in ("jsonl", "img2dataset")] == [97, 61]
-    assert 0 < made["warc"].n_documents <= 23
-    tallies = [corpus.manifest[name] for corpus in made.values() for name in ("tally", "image_tally")]
+    assert [corpora[f].n_documents for f in ("jsonl", "img2dataset")] == [97, 61]
+    assert 0 < corpora["warc"].n_documents <= 23
+    tallies = [corpus.manifest[name] for corpus in corpora.values() for name in ("tally", "image_tally")]
     assert all(tally["broken"] == {} for tally in tallies)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kosmos_lit.cli import main
-from tests.running import ROOT, tiny_run
+from tests.cli_runs import ROOT, tiny_run
 
 Mistake = Callable[..., str]
 
@@ -71,10 +71,8 @@ def test_a_misspelt_or_abbreviated_flag(mistake: Mistake, fit: list[str], flag: 
     ("flag", "said"),
     [
         ("--model.kosmos.decoder.n_layers=three", "three"),
-        ("--model.kosmos.decoder.n_layers=0", "n_layers must be positive, got 0"),
         ("--model.kosmos.decoder.n_heads=5", "dim 24 is not a multiple of n_heads 5"),
         ("--model.kosmos.decoder.norm=subb", "'sub', 'pre'"),
-        ("--model.kosmos.decoder.dropout_rate=1.5", "dropout_rate must lie in [0, 1), got 1.5"),
         ("--model.kosmos.vision.image_size=32", "vision.image_size is 32"),
         ("--model.kosmos.vision.architecture=ViT-nothing", "ViT-nothing"),
         ("--model.kosmos.vision.pretrained=nothing.pt", "nothing.pt"),
@@ -118,8 +116,6 @@ def test_a_verb_that_does_not_exist(mistake: Mistake) -> None:
     ("values", "said"),
     [
         ({"text": "-1"}, "[-1.0, 5.0, 2.0, 0.0]"),
-        ({"text": ".nan"}, "[nan, 5.0, 2.0, 0.0]"),
-        ({"text": ".inf"}, "[inf, 5.0, 2.0, 0.0]"),
         ({"text": "0", "caption": "0", "interleaved": "0"}, "[0.0, 0.0, 0.0, 0.0]"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 import kosmos_lit
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import VERBS, main
-from tests.running import losses, tiny_run
+from tests.cli_runs import losses, tiny_run
 
 LAST = Path("checkpoints") / "step=00000006.ckpt"
 

@@ -104,7 +104,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
     results = {
         r.key: r
-        for some in RequestScheduler(harness_model.engine.model, harness_model.tokenizer).run(task, samples, pool)
+        for some in RequestScheduler(harness_model.engine).run(task, samples, pool)
         for r in some
     }
     outcomes = [results[sample.key].outcome for sample in samples]
@@ -241,7 +241,7 @@ def test_generation_ends_at_the_tasks_stop_strings(harness_model: HarnessModel, 
     settings = GenerationConfig(max_new_tokens=9)
     texts = [
         a.text
-        for a in RequestScheduler(harness_model.engine.model, harness_model.tokenizer).respond(
+        for a in RequestScheduler(harness_model.engine).respond(
             [Generate((c,), settings) for c in contexts]
         )
     ]  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Running the command line as a user does, on a world of a few hundred images."""
+"""Run the command line as a user does, on a world of a few hundred images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kosmos_lit.cli.verify_resume import logged
+from kosmos_lit.cli.verify_resume import read_log
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
@@ -28,7 +28,7 @@ def start(arguments: list[str], **kwargs: object) -> subprocess.Popen[str]:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `python main.py ...` to its end."""
+    """Run `python main.py ...` and wait for it."""
     process = start(arguments)
     out, err = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
@@ -36,4 +36,4 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def losses(folder: Path) -> dict[int, str]:
     """Return the training loss of each step over all starts of a run, as it was written."""
-    return {step: row["train/loss"] for step, row in logged(folder).items()}
+    return {step: row["train/loss"] for step, row in read_log(folder).items()}
