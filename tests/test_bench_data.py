@@ -50,6 +50,6 @@ def test_pipelines_take_turns_and_a_missing_one_is_named() -> None:
 
 
 def test_the_table_shows_reasons_instead_of_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.show([{"pipeline": "a", "rows/s": 3}, {"side": "b", "skipped": "not here"}])
+    benchmark.show([{"pipeline": "a", "rows/s": 3}, {"pipeline": "b", "skipped": "not here"}])
 
     assert capsys.readouterr().out.splitlines()[-2].split() == ["b", "not", "here"]
