@@ -31,7 +31,7 @@ def plan_parser() -> argparse.ArgumentParser:
         "prepares nothing. Exit code 0: the run can start; 1: there are problems.",
         epilog="All other arguments are those of fit: -c CONFIG, overrides. Tokens are counted in indexed corpora; before "
         "that they are estimated from typical documents. Memory is that of the fullest moment of the model's own code, run "
-        "on tensors without storage; operations are counted as docs/figures.md says.",
+        "on tensors without storage; operations are counted as docs/metrics.md says.",
     )
     parser.add_argument("--devices", type=_positive, default=None, help="devices of a node, instead of trainer.devices")
     parser.add_argument("--nodes", type=_positive, default=None, help="number of nodes, instead of trainer.num_nodes")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.config import DecoderConfig
-from kosmos_lit.layers.attention import KeyValues, SelfAttention
+from kosmos_lit.layers.attention import KVCache, SelfAttention
 from kosmos_lit.layers.block import Block
 from kosmos_lit.ops.masks import DocumentMask, causal
 from tests.kosmos_lit.tiny_kosmos import normal, shaken
@@ -129,13 +129,13 @@ def test_dropout_acts_on_each_branch(other):
 def test_a_block_goes_on_where_its_cache_ends(norm):
     made, x = block(norm=norm), normal(B, T, D, seed=3)
     whole = made(x, causal(T, T, x.device), None)
-    seen = KeyValues(torch.empty(B, T, H, D // H), torch.empty(B, T, H, D // H))
+    seen = KVCache(torch.empty(B, T, H, D // H), torch.empty(B, T, H, D // H))
     pieces = [made(x[:, a:b], causal(b - a, b, x.device), None, seen) for a, b in ((0, 4), (4, 5), (5, 7))]
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=2e-6)  # fp32, one layer
 
 
 def test_a_cache_returns_all_it_has_seen():
-    seen = KeyValues(torch.empty(B, 5, H, 4), torch.empty(B, 5, H, 4))
+    seen = KVCache(torch.empty(B, 5, H, 4), torch.empty(B, 5, H, 4))
     k, v = normal(B, 5, H, 4, seed=1), normal(B, 5, H, 4, seed=2)
     seen.append(k[:, :2], v[:, :2])
     keys, values = seen.append(k[:, 2:], v[:, 2:])
