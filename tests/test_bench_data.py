@@ -20,7 +20,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def test_the_pipelines_read_synthetic_pairs(inputs: Inputs) -> None:
     own, *others = benchmark.compare(inputs, "256 px", workers=0, n_batches=2, n_rounds=1)
 
-    assert own["side"] == "ours"
+    assert own["pipeline"] == "ours"
     assert float(str(own["images/s"])) > float(str(own["rows/s"])) > 0
     assert all(line.get("ours over it") or "not installed" in str(line["skipped"]) for line in others)
 
@@ -50,6 +50,6 @@ def test_pipelines_take_turns_and_a_missing_one_is_named() -> None:
 
 
 def test_the_table_shows_reasons_instead_of_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.show([{"side": "a", "rows/s": 3}, {"side": "b", "skipped": "not here"}])
+    benchmark.show([{"pipeline": "a", "rows/s": 3}, {"pipeline": "b", "skipped": "not here"}])
 
     assert capsys.readouterr().out.splitlines()[-2].split() == ["b", "not", "here"]
