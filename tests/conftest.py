@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,21 @@ from tests.datamodules import sample_data
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="record tests/golden anew; see `make golden`")
+
+
+def pytest_configure() -> None:
+    """Collect no garbage while modules are imported and tests collected: none of that becomes garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of all later garbage collections, which would spend most of their time on them."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind, at the end, takes what nobody collected for leaks
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,6 +27,8 @@ from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
 from tests.cli_runs import losses, tiny_run
 
+pytestmark = pytest.mark.xdist_group("memory")  # one worker: partitions are cached in it
+
 BATCH = MicroBatch(rows=3, seq_len=211, n_images=5, n_targets=431)
 TOWER = {"embed_dim": 96, "vision_cfg": {"image_size": 56, "patch_size": 14, "width": 96, "layers": 3, "head_width": 32}}
 
