@@ -1,9 +1,12 @@
-"""Fixtures that the tests of both packages share: a small tokenizer, small raw files, and what is prepared from them."""
+"""Fixtures of both packages' tests: a small tokenizer, small raw files, and the corpora prepared from them."""
 
 from __future__ import annotations
 
+import gc
+from functools import cache
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import torch
 
@@ -12,18 +15,39 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.cli import main
 from kosmos_lit.tokenizer import Tokenizer
+from tests.cli_runs import tiny_run
 from tests.datamodules import sample_data
-from tests.running import tiny_run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="record tests/golden anew; see `make golden`")
 
 
+def pytest_configure() -> None:
+    """Collect no garbage while modules are imported and tests collected: none of that becomes garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of all later garbage collections, which would spend most of their time on them."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind, at the end, takes what nobody collected for leaks
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tensors here are too small for threads to help, and test processes run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parse_docstrings_once() -> None:
+    """Every command builds its parser anew, and parsing the same docstrings again would be half of that time."""
+    docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +66,7 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Raw files of every format, all of them sound; see `sample_data.write_raw`."""
+    """Valid raw files of every format; see `sample_data.write_raw`."""
     folder = tmp_path_factory.mktemp("raw")
     sample_data.write_raw(folder)
     return folder
@@ -76,7 +100,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Path:
-    """The folder of a run of six steps; a test must not change it."""
+    """The folder of a run of six steps, shared by tests, which must not change it."""
     folder = tmp_path_factory.mktemp("trained")
     assert main(tiny_run("fit", folder, tiny_world)) == 0
     return folder

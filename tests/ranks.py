@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.running import ROOT
+from tests.cli_runs import ROOT
 
 
 def on_ranks(n: int, commands: Sequence[Sequence[str]], folder: Path, limit: float = 1200) -> str:

@@ -1,4 +1,4 @@
-"""Every file in configs/ can be used, and an overlay changes what it names and nothing else."""
+"""Every file in configs/ can be used, and an overlay changes the keys that it sets and no others."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import PUBLISHED
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-BLIND = CONFIGS / "world_text_only.yaml"
-RUNS = sorted(p for p in CONFIGS.glob("*.yaml") if p not in (CONFIGS / "base.yaml", BLIND))
+TEXT_ONLY = CONFIGS / "world_text_only.yaml"
+RUNS = sorted(p for p in CONFIGS.glob("*.yaml") if p not in (CONFIGS / "base.yaml", TEXT_ONLY))
 ABLATIONS = sorted((CONFIGS / "ablation").glob("*.yaml"))
 SIZES = sorted((CONFIGS / "model").glob("*.yaml"))
 DATA = sorted((CONFIGS / "data").glob("*.yaml"))
@@ -35,8 +35,9 @@ OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in (*ABLATIONS, *DA
 ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false", "--trainer.precision=32-true")
 
 
+@cache
 def parsed(*files: Path) -> KosmosCLI:
-    """Parse the files and build trainer, model and data module, as `fit` does before it starts."""
+    """Parse the files and build trainer, model and data module, as `fit` does; a test must not change them."""
     return KosmosCLI([*(argument for f in files for argument in ("-c", str(f))), *ON_CPU], run=False)
 
 
@@ -67,7 +68,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
-def named_by(path: Path) -> dict[str, Any]:
+def settings_of(path: Path) -> dict[str, Any]:
     return flat(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
@@ -88,80 +89,82 @@ def test_a_run_can_be_built(path: Path) -> None:
 
 
 def test_the_worlds_baseline_is_its_model_without_images() -> None:
-    world, blind = parsed(CONFIGS / "world.yaml"), parsed(CONFIGS / "world.yaml", BLIND)
+    world, text_only = parsed(CONFIGS / "world.yaml"), parsed(CONFIGS / "world.yaml", TEXT_ONLY)
 
-    assert blind.model.config == world.model.config
-    assert {CORPORA[source.kind] for source in blind.datamodule.sources.values()} == {"text", "instruct"}
-    assert all("/blind/" in str(s.config.input) for s in blind.datamodule.sources.values() if CORPORA[s.kind] == "instruct")
+    assert text_only.model.config == world.model.config
+    assert {CORPORA[source.kind] for source in text_only.datamodule.sources.values()} == {"text", "instruct"}
+    assert all(
+        "/blind/" in str(s.config.input) for s in text_only.datamodule.sources.values() if CORPORA[s.kind] == "instruct"
+    )
 
 
 def changes(run: str, path: Path) -> dict[str, Any]:
-    """What an overlay changes of a run: every value that is another one, by its dotted name, as it is afterwards."""
+    """Return every value of a run that an overlay changes, as it is afterwards, by its dotted name."""
     before, after = values(CONFIGS / run), values(CONFIGS / run, path)
     keys = (before | after).keys() - {"config"}
-    gone = {key for key in before if any(other.startswith(f"{key}.") for other in after)}  # a null, where a class stands now
-    return {key: after.get(key) for key in keys - gone if before.get(key) != after.get(key)}
+    replaced = {key for key in before if any(other.startswith(f"{key}.") for other in after)}  # a null that became a class
+    return {key: after.get(key) for key in keys - replaced if before.get(key) != after.get(key)}
 
 
 @pytest.mark.parametrize("run", ["quickstart.yaml", "kosmos1.yaml"])
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
-def test_an_ablation_changes_what_it_names_and_nothing_else(run: str, path: Path) -> None:
-    named = named_by(path)
-    following = {LINKS[key]: value for key, value in named.items() if key in LINKS}
+def test_an_ablation_changes_only_the_keys_that_it_sets(run: str, path: Path) -> None:
+    settings = settings_of(path)
+    linked = {LINKS[key]: value for key, value in settings.items() if key in LINKS}
 
-    assert changes(run, path).items() <= (named | following).items()
+    assert changes(run, path).items() <= (settings | linked).items()
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
-def test_an_ablation_changes_all_that_it_names(path: Path) -> None:
-    # What trains of the tower is `all` in the quickstart and `last_block` in the paper's run: one overlay changes neither.
+def test_an_ablation_changes_every_key_that_it_sets(path: Path) -> None:
+    # `vision.trainable` is `last_block` in the paper's run already, and `all` in the quickstart.
     run = "quickstart.yaml" if path.stem == "last_block_vision" else "kosmos1.yaml"
 
-    assert changes(run, path).keys() >= named_by(path).keys()
+    assert changes(run, path).keys() >= settings_of(path).keys()
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda p: p.stem)
-def test_an_ablation_says_in_its_first_line_what_it_is(path: Path) -> None:
+def test_an_ablation_begins_with_a_comment(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_an_overlay_can_be_laid_over_the_papers_run(path: Path) -> None:
+def test_an_overlay_applies_to_the_papers_run(path: Path) -> None:
     changed = changes("kosmos1.yaml", path)
 
-    assert changed.items() <= named_by(path).items()
+    assert changed.items() <= settings_of(path).items()
 
 
 def tasks_of(*files: Path) -> dict[str, Any]:
-    """What evaluation overlays name, by the tasks' names; they name nothing else."""
+    """Return the tasks of evaluation overlays by name, and check that the overlays set nothing else."""
     contents = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in files]
     assert all(content.keys() == {"eval"} and content["eval"].keys() == {"tasks"} for content in contents)
     return {name: task for content in contents for name, task in content["eval"]["tasks"].items()}
 
 
-def test_each_task_has_a_file_of_its_name_and_is_in_the_papers_suite_likewise() -> None:
+def test_each_task_has_a_file_of_its_name_and_is_the_same_in_the_papers_suite() -> None:
     suite = tasks_of(CONFIGS / "eval" / "paper.yaml")
 
     assert all(tasks_of(path) == {path.stem: suite[path.stem]} for path in TASKS)
     assert tasks_of(CONFIGS / "eval" / "language.yaml").items() <= suite.items()
 
 
-def test_the_suite_can_be_laid_over_the_papers_run() -> None:
+def test_the_suite_applies_to_the_papers_run() -> None:
     changed = changes("kosmos1.yaml", CONFIGS / "eval" / "paper.yaml")
 
     assert {key.split(".")[2] for key in changed if key != "eval.tasks"} == tasks_of(CONFIGS / "eval" / "paper.yaml").keys()
 
 
 def test_the_suite_has_every_published_benchmark_and_names_end_in_the_shots() -> None:
-    named = tasks_of(CONFIGS / "eval" / "paper.yaml")
+    suite = tasks_of(CONFIGS / "eval" / "paper.yaml")
 
-    built = {name: getattr(tasks, task["class_path"].split(".")[-1])(**task["init_args"]) for name, task in named.items()}
+    built = {name: getattr(tasks, task["class_path"].split(".")[-1])(**task["init_args"]) for name, task in suite.items()}
 
     assert {task.published for task in built.values()} == set(PUBLISHED) == {path.stem for path in TASKS}
     for name, task in built.items():
         assert name == f"{task.published}_{task.n_shots}".removesuffix("_0")
         shots = {"n_shots": task.n_shots} if task.n_shots else {}
-        assert named[name]["init_args"] == named[task.published]["init_args"] | shots
+        assert suite[name]["init_args"] == suite[task.published]["init_args"] | shots
 
 
 @pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
@@ -171,7 +174,7 @@ def test_a_model_size_is_the_same_model_over_any_run(path: Path) -> None:
     assert over_quickstart.architecture() == over_paper.architecture()
 
 
-# Worked out on paper for V = 64,007, F = 4D, K = D / heads:
+# By hand, for V = 64,007, F = 4D, K = D / heads:
 #   decoder    V D + L (12 D^2 + 23 D) + 2 D    attention 4 D^2 + 4 D, feed-forward 8 D^2 + 5 D, LayerNorms 14 D; last 2 D
 #   connector  C D + D + 64 D + 4 D^2 + 4 D     dense, latents, attention
 #   CLIP ViT-L/14 without projection 303,179,776; ViT-B/16 likewise 85,799,424:
@@ -189,7 +192,7 @@ N_PARAMETERS = {
 
 
 @pytest.mark.parametrize("path", SIZES, ids=lambda p: p.stem)
-def test_a_model_size_has_the_parameters_that_its_formula_gives(path: Path) -> None:
+def test_a_model_size_has_the_parameters_of_its_formula(path: Path) -> None:
     config = parsed(CONFIGS / "kosmos1.yaml", path).model.config
 
     with torch.device("meta"):
@@ -198,7 +201,7 @@ def test_a_model_size_has_the_parameters_that_its_formula_gives(path: Path) -> N
     assert (count(model.decoder), count(model.connector), count(model.vision)) == N_PARAMETERS[path.stem]
 
 
-def test_every_model_size_is_there() -> None:
+def test_every_model_size_is_tested() -> None:
     assert {path.stem for path in SIZES} == set(N_PARAMETERS)
 
 
@@ -214,33 +217,33 @@ def test_the_papers_model_has_the_papers_parameters() -> None:
     assert count(model, trained=True) == 1_371_794_432
 
 
-def test_the_public_weights_can_be_fine_tuned_whole_or_by_adapters() -> None:
+def test_the_public_weights_can_be_fine_tuned_fully_or_by_adapters() -> None:
     run = CONFIGS / "finetune_kosmos2.yaml"
-    whole, adapters = parsed(run), parsed(run, CONFIGS / "trainer" / "lora.yaml")
+    full, adapters = parsed(run), parsed(run, CONFIGS / "trainer" / "lora.yaml")
 
     with torch.device("meta"):
-        model, adapted = Kosmos(whole.model.config), Kosmos(adapters.model.config)
+        model, adapted = Kosmos(full.model.config), Kosmos(adapters.model.config)
 
     assert count(model) == 1_664_485_376
     # per decoder layer 16 ranks of q, k, v, out (4 x 4,096) and fc1, fc2 (2 x 10,240), and of the resampler's four
     assert count(adapted, trained=True) == 16 * (24 * (4 * 4096 + 2 * 10_240) + 4 * 4096)
     assert adapters.model.init_from == "models/kosmos2"
-    assert whole.model.config == parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "model" / "kosmos2.yaml").model.config
-    assert whole.datamodule.ratios == [(0, (0, 0, 0, 1))]
+    assert full.model.config == parsed(CONFIGS / "kosmos1.yaml", CONFIGS / "model" / "kosmos2.yaml").model.config
+    assert full.datamodule.ratios == [(0, (0, 0, 0, 1))]
 
 
 INSTRUCT = ("--data.instruct.format=instruct", "--data.instruct.input=[x.jsonl]", "--data.instruct.index=index")
 INSTRUCT_DATA = ("--data=datamodules.InstructData", "--data.tokenizer.path=folder", *INSTRUCT)
 
 
-def test_instruction_data_may_be_chosen_on_the_command_line() -> None:
+def test_instruction_data_can_be_selected_by_flags() -> None:
     data = KosmosCLI([*INSTRUCT_DATA, *ON_CPU], run=False).datamodule
 
     assert type(data) is InstructData
     assert data.ratios == [(0, (0, 0, 0, 1))]
 
 
-def test_a_share_beside_that_of_the_examples_leaves_theirs() -> None:
+def test_a_ratio_for_captions_keeps_the_ratio_of_the_examples() -> None:
     caption = ("--data.caption.format=img2dataset", "--data.caption.input=[x.tar]", "--data.caption.index=other")
 
     data = KosmosCLI([*INSTRUCT_DATA, *caption, "--data.ratio.caption=3", *ON_CPU], run=False).datamodule
@@ -248,7 +251,7 @@ def test_a_share_beside_that_of_the_examples_leaves_theirs() -> None:
     assert data.ratios == [(0, (0, 3, 0, 1))]
 
 
-def test_the_papers_run_mixes_by_the_papers_ratio() -> None:
+def test_the_papers_run_has_the_papers_ratio() -> None:
     assert parsed(CONFIGS / "kosmos1.yaml").datamodule.ratios == [(0, (5, 5, 2, 0))]
     assert parsed(CONFIGS / "quickstart.yaml").datamodule.ratios == [(0, (5, 5, 2, 0))]
 
@@ -274,7 +277,7 @@ def test_interpolation_follows_overlays_and_flags(tmp_path: Path) -> None:
     assert cli.datamodule.world.path == "elsewhere/world"
 
 
-def test_an_overlay_keeps_the_fields_beside_the_one_it_changes(tmp_path: Path) -> None:
+def test_an_overlay_keeps_the_fields_that_it_does_not_set(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("data: {init_args: {caption: {val_share: 0.25}}}\n", encoding="utf-8")
 
@@ -288,7 +291,7 @@ def test_an_overlay_keeps_the_fields_beside_the_one_it_changes(tmp_path: Path) -
 SOURCE = "{format: jsonl, input: [FILE], index: NAME, read: {text_field: body}, weight: 3}"
 
 
-def test_an_overlay_keeps_the_sources_beside_the_one_it_changes(tmp_path: Path) -> None:
+def test_an_overlay_keeps_the_sources_that_it_does_not_set(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     named = "\n".join(f"      {name}: {SOURCE.replace('NAME', name)}" for name in ("books", "news"))
     first.write_text(f"data:\n  init_args:\n    sources:\n{named}\n", encoding="utf-8")
@@ -303,7 +306,7 @@ def test_an_overlay_keeps_the_sources_beside_the_one_it_changes(tmp_path: Path) 
 
 @pytest.fixture
 def sources_of(tmp_path: Path) -> Callable[..., dict[str, float]]:
-    """Return the weights of the sources that files with these sources leave; flags may stand among the files."""
+    """Return a function from files with sources, and flags among them, to the weights of the resulting sources."""
 
     def parse(*files: str) -> dict[str, float]:
         arguments = ["-c", str(CONFIGS / "quickstart.yaml")]
@@ -317,7 +320,7 @@ def sources_of(tmp_path: Path) -> Callable[..., dict[str, float]]:
     return parse
 
 
-def test_sources_that_a_file_sets_to_null_are_gone(sources_of: Callable[..., dict[str, float]]) -> None:
+def test_null_removes_the_sources_of_earlier_files(sources_of: Callable[..., dict[str, float]]) -> None:
     books, news = (f"{{{name}: {SOURCE.replace('NAME', name)}}}" for name in ("books", "news"))
 
     assert sources_of(books, news) == {"books": 3, "news": 3}
@@ -326,7 +329,7 @@ def test_sources_that_a_file_sets_to_null_are_gone(sources_of: Callable[..., dic
     assert sources_of(books, "null", news, "{news: {weight: 5}}") == {"news": 5}
 
 
-def test_a_flag_for_sources_counts_behind_the_files_that_name_some(sources_of: Callable[..., dict[str, float]]) -> None:
+def test_a_flag_for_a_source_must_follow_the_files_with_sources(sources_of: Callable[..., dict[str, float]]) -> None:
     books, news = (f"{{{name}: {SOURCE.replace('NAME', name)}}}" for name in ("books", "news"))
 
     assert sources_of(books, news, "--data.sources.books.weight=11") == {"books": 11, "news": 3}
@@ -335,7 +338,7 @@ def test_a_flag_for_sources_counts_behind_the_files_that_name_some(sources_of: C
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
-def test_one_seed_decides_model_and_data(path: Path, tmp_path: Path) -> None:
+def test_one_seed_sets_model_and_data(path: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "seed.yaml"
     overlay.write_text("seed_everything: 7\n", encoding="utf-8")
 
@@ -354,7 +357,7 @@ def test_the_page_on_ablations_names_every_overlay_and_no_other() -> None:
     assert set(re.findall(r"`model/(\w+\.yaml)`", text)) == {path.name for path in SIZES}
 
 
-def test_the_page_on_ablations_has_every_value_of_every_switch() -> None:
+def test_the_page_on_ablations_lists_every_value_of_every_switch() -> None:
     cells = re.findall(r"(?<=\| )`(\w+)`(?= \|)", ABLATION_PAGE.read_text(encoding="utf-8"))
     choices = (get_args(t) for t in (Norm, Positions, Init, DocumentAttention, ConnectorKind, Trainable))
 
@@ -362,7 +365,7 @@ def test_the_page_on_ablations_has_every_value_of_every_switch() -> None:
 
 
 @pytest.mark.parametrize("size", N_PARAMETERS)
-def test_the_page_on_ablations_has_the_sizes_that_are_tested(size: str) -> None:
+def test_the_page_on_ablations_lists_the_tested_sizes(size: str) -> None:
     (row,) = re.findall(rf"^\| `model/{size}\.yaml` .*$", ABLATION_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     decoder, connector, tower = N_PARAMETERS[size]
 
@@ -370,19 +373,19 @@ def test_the_page_on_ablations_has_the_sizes_that_are_tested(size: str) -> None:
     assert f"{tower:,}" in row or size not in ("tiny", "small")
 
 
-def test_every_switch_has_an_overlay_for_each_of_its_values_but_the_default() -> None:
-    named = [item for path in ABLATIONS for item in named_by(path).items()]
+def test_every_switch_has_an_overlay_for_each_value_but_the_default() -> None:
+    settings = [item for path in ABLATIONS for item in settings_of(path).items()]
     decoder, connector = "model.kosmos.decoder", "model.kosmos.connector"
     switches = {f"{decoder}.norm": Norm, f"{decoder}.positions": Positions, f"{decoder}.init": Init}
     switches |= {f"{decoder}.document_attention": DocumentAttention, f"{connector}.kind": ConnectorKind}
 
     for field, values in switches.items():
-        assert {value for key, value in named if key == field} == set(get_args(values)) - {get_args(values)[0]}
-    assert {value for key, value in named if key == "model.kosmos.vision.trainable"} == set(get_args(Trainable))
+        assert {value for key, value in settings if key == field} == set(get_args(values)) - {get_args(values)[0]}
+    assert {value for key, value in settings if key == "model.kosmos.vision.trainable"} == set(get_args(Trainable))
 
 
 @pytest.mark.parametrize("path", DATA, ids=lambda p: p.stem)
-def test_an_overlay_of_corpora_changes_the_corpora_and_nothing_else(path: Path) -> None:
+def test_an_overlay_of_corpora_changes_only_the_corpora(path: Path) -> None:
     corpora = ("text", "caption", "interleaved", "sources")
 
     assert {key.split(".")[2] for key in changes("kosmos1.yaml", path)} == set(corpora)

@@ -15,9 +15,9 @@ from kosmos_lit.cli import main
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights.folder import save_folder
 from kosmos_lit.weights.load import load_model
+from tests.cli_runs import TINY, losses, tiny_run
 from tests.kosmos_lit.evaluation.toy_tasks import draw_images
 from tests.ranks import on_ranks
-from tests.running import TINY, losses, tiny_run
 
 TASKS = "tests.kosmos_lit.evaluation.toy_tasks."
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]

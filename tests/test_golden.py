@@ -1,4 +1,4 @@
-"""Twenty steps of a small model give the losses that they gave when the curve was recorded."""
+"""Twenty steps of a small model have the recorded losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kosmos_lit.cli import main
-from tests.running import ROOT, losses, tiny_run
+from tests.cli_runs import ROOT, losses, tiny_run
 
 CURVE = ROOT / "tests" / "golden" / "loss_curve.json"
 STEPS = 20
@@ -26,9 +26,9 @@ def curve(folder: Path, world: Path) -> list[float]:
 
 
 def test_the_loss_curve_is_the_recorded_one(tmp_path: Path, tiny_world: Path, request: pytest.FixtureRequest) -> None:
-    found = curve(tmp_path, tiny_world)
+    loss_curve = curve(tmp_path, tiny_world)
     if request.config.getoption("--regenerate-golden"):
-        about = {
+        provenance = {
             "what": "training loss in nats a token of tests/configs/tiny.yaml without dropout, steps 1 to 20",
             "command": COMMAND,
             "reference": "kosmos-lit itself: guards against changes that nobody meant",
@@ -37,10 +37,12 @@ def test_the_loss_curve_is_the_recorded_one(tmp_path: Path, tiny_world: Path, re
             "dtype": "float32",
             "seed": 0,
         }
-        CURVE.write_text(json.dumps({"about": about, "loss": found}, indent=1) + "\n", encoding="utf-8")
+        CURVE.write_text(json.dumps({"about": provenance, "loss": loss_curve}, indent=1) + "\n", encoding="utf-8")
 
     recorded = json.loads(CURVE.read_text(encoding="utf-8"))["loss"]
 
-    assert len(found) == STEPS
-    assert found[-1] < found[0] - 1
-    assert found == pytest.approx(recorded, rel=1e-3)  # sums in another order on other CPUs: 20 steps amplify 1e-7 to 1e-5
+    assert len(loss_curve) == STEPS
+    assert loss_curve[-1] < loss_curve[0] - 1
+    assert loss_curve == pytest.approx(
+        recorded, rel=1e-3
+    )  # sums in another order on other CPUs: 20 steps amplify 1e-7 to 1e-5

@@ -14,8 +14,8 @@ from kosmos_lit.cli import main
 from kosmos_lit.layers import attention
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.ops.masks import causal
+from tests.cli_runs import losses, tiny_run
 from tests.kosmos_lit.checks.test_leaks import masked
-from tests.running import losses, tiny_run
 
 DROPOUT = ("decoder.dropout_rate", "decoder.attention_dropout_rate", "connector.attention_dropout_rate")
 

@@ -1,4 +1,4 @@
-"""The arrows between packages, by what each module imports: inside functions and for types alone too."""
+"""Imports follow the layout, including those inside functions and for types alone."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ PEERS = {
     ("checks", "sharding"),
     ("costs", "init_from"),
 }
-"""Arrows between places of one line: how a model is trained is one layer with an order of its own."""
+"""Allowed imports within a line: (importer, imported). The modules on how a model is trained are one layer."""
 CONTRACT = {"tokenizer", "batch", "images", "config", "errors", "files", "terminal"}
-"""What the data package may know of kosmos_lit."""
+"""The modules of kosmos_lit that the data package may import."""
 BOTH = {"cli", "preflight", "ablation"}
-"""The places that know the data package."""
+"""The packages of kosmos_lit that may import the data package."""
 LONGEST_CHAIN = 15
 LONGEST_MODULE = 400
 
@@ -62,7 +62,7 @@ LEVEL = {place: level for level, line in enumerate(reversed(LAYOUT.split("\n")))
 
 
 def place_of(module: str) -> str:
-    """Return the package or file that a module of kosmos_lit lies in, empty for the package's own face."""
+    """Return the package or file of a module of kosmos_lit; empty for `kosmos_lit/__init__.py`."""
     return [*module.split("."), ""][1]
 
 
@@ -72,19 +72,19 @@ def _runs_later(node: ast.AST) -> bool:
 
 @cache
 def imports(module: str, *, lazy: bool) -> frozenset[str]:
-    """Return the modules that a module imports, inside functions and for types alone too if `lazy`."""
+    """Return the modules that a module imports; with `lazy`, also inside functions and for types alone."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    inside = {id(n) for outer in ast.walk(tree) if _runs_later(outer) for n in ast.walk(outer)}
+    lazy_nodes = {id(n) for outer in ast.walk(tree) if _runs_later(outer) for n in ast.walk(outer)}
     names = set()
     for node in ast.walk(tree):
-        if not lazy and id(node) in inside:
+        if not lazy and id(node) in lazy_nodes:
             continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: a relative import"
-            whole = str(node.module)
-            names |= {f"{whole}.{alias.name}" if f"{whole}.{alias.name}" in MODULES else whole for alias in node.names}
+            parent = str(node.module)
+            names |= {name if (name := f"{parent}.{alias.name}") in MODULES else parent for alias in node.names}
     return frozenset(names - {module})
 
 
@@ -94,8 +94,8 @@ def importers(library: str, *, lazy: bool) -> set[str]:
     }
 
 
-def arrows() -> dict[str, set[str]]:
-    """Return for each module those of ours that it imports; a package's face, which hands names on, stands for itself."""
+def import_graph() -> dict[str, set[str]]:
+    """Return the project's modules that each module imports; an `__init__.py` is a module of its own."""
     return {name: {i for i in imports(name, lazy=True) if i in MODULES} for name in MODULES}
 
 
@@ -110,13 +110,13 @@ def test_imports_follow_the_layout(module: str) -> None:
 
 
 def test_only_the_top_imports_both_packages() -> None:
-    ours = {name for name in importers("datamodules", lazy=True) if name.startswith("kosmos_lit")}
+    modules = {name for name in importers("datamodules", lazy=True) if name.startswith("kosmos_lit")}
 
-    assert {place_of(name) for name in ours} <= BOTH
+    assert {place_of(name) for name in modules} <= BOTH
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("datamodules")])
-def test_data_knows_of_the_model_only_the_contract(module: str) -> None:
+def test_the_data_package_imports_only_the_contract(module: str) -> None:
     used = {place_of(i) for i in imports(module, lazy=True) if i.startswith("kosmos_lit.")}
 
     assert used <= CONTRACT
@@ -138,28 +138,28 @@ def test_configs_need_no_torch() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    graph, done = arrows(), set[str]()
+    graph, visited = import_graph(), set[str]()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         assert name not in path, f"a circle: {' -> '.join([*path[path.index(name) :], name])}"
-        if name not in done:
+        if name not in visited:
             for other in graph[name]:
                 visit(other, (*path, name))
-            done.add(name)
+            visited.add(name)
 
     for name in MODULES:
         visit(name, ())
-    assert done == set(MODULES)
+    assert visited == set(MODULES)
 
 
 def test_the_longest_chain_of_packages_is_short() -> None:
-    """A place stands one floor above the highest that it imports; the data package is one place."""
+    """A package stands one floor above the highest that it imports; the data package is one."""
 
     def room(module: str) -> str:
         return place_of(module) if module.startswith("kosmos_lit") else "datamodules"
 
     graph: dict[str, set[str]] = {}
-    for name, others in arrows().items():
+    for name, others in import_graph().items():
         if room(name):
             graph.setdefault(room(name), set()).update(room(other) for other in others)
 

@@ -1,4 +1,4 @@
-"""The quickstart learns to see: what README promises of it."""
+"""The quickstart reaches the accuracy that README states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.running import ROOT, run
+from tests.cli_runs import ROOT, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quickstart")]  # one worker: its run is made once
 
@@ -28,12 +28,12 @@ def report(quickstart: Path) -> dict[str, object]:
     return json.loads((quickstart / "report.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def test_it_captions_combinations_that_it_never_saw(report: dict[str, float]) -> None:
+def test_it_captions_combinations_that_training_held_out(report: dict[str, float]) -> None:
     assert report["n_distinct"] >= 200
     assert report["exact_match"] >= 0.8
 
 
-def test_it_does_so_by_sight(report: dict[str, float]) -> None:
+def test_it_needs_the_image(report: dict[str, float]) -> None:
     assert report["exact_match_shuffled"] <= 0.1
 
 
@@ -53,12 +53,12 @@ def test_its_model_learns_a_new_task_from_200_examples_and_keeps_its_captions(
     quickstart: Path, report: dict[str, float], tmp_path: Path
 ) -> None:
     config = ["fit", "-c", str(ROOT / "configs" / "finetune_world.yaml"), "--trainer.default_root_dir", str(tmp_path)]
-    given = [f"--model.init_from={quickstart}/checkpoints/step=00002200.ckpt", f"--data.world.path={quickstart}/world"]
+    base = [f"--model.init_from={quickstart}/checkpoints/step=00002200.ckpt", f"--data.world.path={quickstart}/world"]
 
-    end = run([*config, *given])
+    end = run([*config, *base])
 
     assert end.returncode == 0, end.stderr
     after = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert after["tasks"]["instruct"]["exact_match"] >= 0.9
-    assert after["tasks"]["instruct"]["exact_match_shuffled"] <= 0.25  # knowing the question alone gives some 0.15
+    assert after["tasks"]["instruct"]["exact_match_shuffled"] <= 0.25  # the question alone gives some 0.15
     assert after["exact_match"] > report["exact_match"] - 0.05

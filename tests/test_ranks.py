@@ -13,7 +13,7 @@ from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.cli.verify_resume import compare
-from tests.running import TINY, losses, run, tiny_run
+from tests.cli_runs import TINY, losses, run, tiny_run
 
 NO_DROPOUT = [
     "--model.kosmos.decoder.dropout_rate=0",
@@ -63,7 +63,7 @@ def test_ranks_and_their_workers_do_not_change_a_step(
     plain: Path, tmp_path: Path, tiny_world: Path, ranks: int, workers: int
 ) -> None:
     callbacks = yaml.safe_load(Path(TINY).read_text(encoding="utf-8"))["trainer"]["callbacks"]
-    callbacks.append({"class_path": "tests.counting.CountValidation"})
+    callbacks.append({"class_path": "tests.recording_callbacks.CountValidation"})
     (tmp_path / "count.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}), encoding="utf-8")
     shared = [f"--trainer.devices={ranks}", "--trainer.strategy=ddp", f"--data.num_workers={workers}"]
     more = ["-c", str(tmp_path / "count.yaml"), *NO_DROPOUT, *shared, "--data.micro_batch_rows=1"]

@@ -1,4 +1,4 @@
-"""Every command that README and docs print can be run, and every file they name exists."""
+"""Commands in README and docs can be run, and the files they name exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from kosmos_lit.cli import VERBS, generate, prepare, report, rows, weights
 from kosmos_lit.cli.trainer import KosmosCLI
-from tests.running import ROOT
+from tests.cli_runs import ROOT
 
 PARSERS = {
     "prepare": prepare.prepare_parser,
@@ -31,12 +31,12 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = {target for rule in re.findall(r"^([a-z -]+):", MAKEFILE, re.MULTILINE) for target in rule.split()}
 
 
-OURS = r"(?:(?:benchmarks|datamodules|kosmos_lit|tests)/[\w/]+|\btest_\w+)\.py\b"
-"""Python files of this project; other projects' are named too."""
+PYTHON_FILE = r"(?:(?:benchmarks|datamodules|kosmos_lit|tests)/[\w/]+|\btest_\w+)\.py\b"
+"""A Python file of this project; the pages name other projects' files too."""
 
 
 def inline(page: Path) -> list[str]:
-    """What a page writes in code within a line."""
+    """Return the inline code of a page."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
 
@@ -53,32 +53,32 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
     match words:
         case ["make", *targets]:
             assert {t for t in targets if "=" not in t} <= TARGETS
-        case [".venv/bin/python" | "python", "main.py", verb, *rest]:
-            assert_parses(verb, rest)
+        case [".venv/bin/python" | "python", "main.py", verb, *arguments]:
+            assert_parses(verb, arguments)
         case [".venv/bin/python" | "python", script, *_] if script.startswith("benchmarks/"):
             assert (ROOT / script).is_file()
         case ["source", ".venv/bin/activate"] | ["tensorboard" | "tar", *_]:
             assert len(words) > 1
         case _:
-            pytest.fail(f"{page}: {command!r} is of no kind that this test knows")
+            pytest.fail(f"{page}: {command!r} is no known kind of command")
 
 
-def assert_parses(verb: str, rest: list[str]) -> None:
+def assert_parses(verb: str, arguments: list[str]) -> None:
     assert verb in VERBS
     if verb == "report":
-        assert report.report_parser().parse_args(rest).folders
+        assert report.report_parser().parse_args(arguments).folders
     elif verb in PARSERS:
-        assert PARSERS[verb]().parse_args(rest)
+        assert PARSERS[verb]().parse_args(arguments)
     else:
         if verb == "rows":
-            _, rest = rows.rows_parser().parse_known_args(rest)
-        if "--ckpt_path" in rest:
-            at = rest.index("--ckpt_path")
-            rest = rest[:at] + rest[at + 2 :]
-        rest = [word for word in rest if word != "--print_config"]
+            _, arguments = rows.rows_parser().parse_known_args(arguments)
+        if "--ckpt_path" in arguments:
+            at = arguments.index("--ckpt_path")
+            arguments = arguments[:at] + arguments[at + 2 :]
+        arguments = [word for word in arguments if word != "--print_config"]
         on_cpu = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "logger": "false"}
         flags = [f"--trainer.{key}={value}" for key, value in on_cpu.items()]
-        assert KosmosCLI([*rest, *flags], run=False).model.config
+        assert KosmosCLI([*arguments, *flags], run=False).model.config
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -98,21 +98,21 @@ def test_every_make_target_within_a_line_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_file_within_a_line_exists(page: Path) -> None:
-    names = [name for code in inline(page) for name in re.findall(OURS, code)]
+    names = [name for code in inline(page) for name in re.findall(PYTHON_FILE, code)]
 
     assert [name for name in names if not exists(name)] == []
 
 
 def exists(name: str) -> bool:
-    """Whether a file is there: by its path, or a test by its name alone."""
+    """Whether a file exists: by its path, or a test by its name alone."""
     return (ROOT / name).is_file() or (name.startswith("test_") and any((ROOT / "tests").rglob(name)))
 
 
 def test_pages_name_targets_and_files_within_lines() -> None:
-    found = [code for page in PAGES for code in inline(page)]
+    inline_code = [code for page in PAGES for code in inline(page)]
 
-    assert any(code.startswith("make ") for code in found)
-    assert any(re.search(OURS, code) for code in found)
+    assert any(code.startswith("make ") for code in inline_code)
+    assert any(re.search(PYTHON_FILE, code) for code in inline_code)
 
 
 def test_readme_starts_with_its_two_commands() -> None:

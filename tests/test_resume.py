@@ -21,7 +21,7 @@ from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.cli.verify_resume import compare
-from tests.running import ROOT, TINY, losses, run, start, tiny_run
+from tests.cli_runs import ROOT, TINY, losses, run, start, tiny_run
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def keeping_all(folder: Path, tiny_world: Path, *more: str, every: int = 3, die_
     callbacks = yaml.safe_load(Path(TINY).read_text(encoding="utf-8"))["trainer"]["callbacks"]
     callbacks[-1]["init_args"] |= {"dirpath": str(folder / "checkpoints"), "keep": -1, "every_n_train_steps": every}
     if die_in:
-        callbacks.append({"class_path": "tests.killing.DieInSteps", "init_args": {"steps": die_in}})
+        callbacks.append({"class_path": "tests.kill_runs.DieInSteps", "init_args": {"steps": die_in}})
     (folder / "keep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}), encoding="utf-8")
     steps = ["--trainer.val_check_interval=17", "--data.num_workers=1", "--ckpt_path=last"]
     return [*tiny_run("fit", folder, tiny_world, "-c", str(folder / "keep.yaml")), *steps, *more]
@@ -150,7 +150,7 @@ def keeping_all(folder: Path, tiny_world: Path, *more: str, every: int = 3, die_
 
 def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple[str, int]]:
     """Run to the end through deaths at `moments`; return how each came about, and the last checkpoint's step (0: none)."""
-    command = [sys.executable, "-m", "tests.killing", str(folder), "5", ",".join(moments), "--", *arguments]
+    command = [sys.executable, "-m", "tests.kill_runs", str(folder), "5", ",".join(moments), "--", *arguments]
     end = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert end.returncode == 0, end.stderr
     deaths = [line.split() for line in end.stdout.splitlines()]
@@ -158,11 +158,12 @@ def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple
     return [(moment, 0 if left == "-" else int(left[5:13])) for moment, left, _ in deaths]
 
 
-def assert_same_log(whole: Path, parts: Path, left: list[int], rel: float = 0.0) -> None:
+def assert_same_log(uninterrupted: Path, resumed: Path, left: list[int], rel: float = 0.0) -> None:
     """A step is logged right behind its checkpoint: only the last step before a death may be missing."""
-    there, here = losses(whole), losses(parts)
-    assert there.keys() - here.keys() <= set(left)
-    assert {s: float(loss) for s, loss in here.items()} == pytest.approx({s: float(there[s]) for s in here}, rel=rel, abs=0)
+    expected, logged = losses(uninterrupted), losses(resumed)
+    assert expected.keys() - logged.keys() <= set(left)
+    values = {step: float(loss) for step, loss in logged.items()}
+    assert values == pytest.approx({step: float(expected[step]) for step in logged}, rel=rel, abs=0)
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.sharding.fsdp import check_strategy
+from tests.cli_runs import run, tiny_run
 from tests.ranks import on_ranks
-from tests.running import run, tiny_run
 from tests.test_ranks import NO_DROPOUT
 
 pytestmark = pytest.mark.xdist_group("sharding")  # one worker: its runs are made once
@@ -52,7 +52,7 @@ class Runs:
         callbacks: list[dict[str, Any]] = [
             {"class_path": "kosmos_lit.callbacks.StepLog"},
             {"class_path": "kosmos_lit.callbacks.Predictions"},
-            {"class_path": "tests.counting.Witness"},
+            {"class_path": "tests.recording_callbacks.RecordWeights"},
             {
                 "class_path": "kosmos_lit.callbacks.Checkpoints",
                 "init_args": {"dirpath": "${trainer.default_root_dir}/checkpoints", "every_n_train_steps": HALF, "keep": 9},

@@ -1,4 +1,4 @@
-"""The world's suite from drawing to table, on a model of a few steps."""
+"""The world's evaluation suite from drawing to table, on a model of two training steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from datamodules.world.families import FAMILIES
 from kosmos_lit.cli import main
-from tests.running import ROOT, tiny_run
+from tests.cli_runs import ROOT, tiny_run
 
 OVERLAY = ROOT / "configs" / "eval" / "world.yaml"
 BASELINE = ROOT / "configs" / "world_text_only.yaml"
@@ -22,18 +22,18 @@ SIZE = [
 
 
 @pytest.mark.slow
-def test_the_suite_is_trained_for_and_evaluated_with_both_controls_by_the_command(
+def test_the_commands_train_evaluate_with_both_controls_and_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    world, seeing, blind = (tmp_path / name for name in ("world", "seeing", "blind"))
-    with_text = ["-c", str(BASELINE), "--data.world.path", str(world), "--trainer.default_root_dir", str(blind)]
+    world, multimodal, text_only = (tmp_path / name for name in ("world", "multimodal", "text_only"))
+    with_text = ["-c", str(BASELINE), "--data.world.path", str(world), "--trainer.default_root_dir", str(text_only)]
     suite = ["-c", str(OVERLAY), "--ckpt_path", "last", "--eval.max_samples=2"]
-    assert main(tiny_run("fit", seeing, world, *SIZE)) == 0
-    assert main(tiny_run("fit", blind, world, *with_text, *SIZE)) == 0
-    assert main(tiny_run("test", seeing, world, *SIZE, *suite)) == 0
-    assert main(tiny_run("test", seeing, world, *SIZE, *suite, "--eval.image_control=shuffled")) == 0
-    assert main(tiny_run("test", blind, world, *with_text, *SIZE, *suite, "--eval.image_control=none")) == 0
-    folders = [seeing / "eval", seeing / "eval-shuffled", blind / "eval-none"]
+    assert main(tiny_run("fit", multimodal, world, *SIZE)) == 0
+    assert main(tiny_run("fit", text_only, world, *with_text, *SIZE)) == 0
+    assert main(tiny_run("test", multimodal, world, *SIZE, *suite)) == 0
+    assert main(tiny_run("test", multimodal, world, *SIZE, *suite, "--eval.image_control=shuffled")) == 0
+    assert main(tiny_run("test", text_only, world, *with_text, *SIZE, *suite, "--eval.image_control=none")) == 0
+    folders = [multimodal / "eval", multimodal / "eval-shuffled", text_only / "eval-none"]
 
     output = ["--names", "model,shuffled,text only", "--output", str(tmp_path / "report")]
     assert main(["report", *map(str, folders), *output]) == 0
@@ -43,7 +43,7 @@ def test_the_suite_is_trained_for_and_evaluated_with_both_controls_by_the_comman
     for folder in folders:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["tasks"]
         assert set(metrics) == set(tasks)
-        assert all(found["n_samples"] == 2 and not found["n_failed"] for found in metrics.values())
+        assert all(task["n_samples"] == 2 and not task["n_failed"] for task in metrics.values())
     assert all(name in printed for name in ("model", "shuffled", "text only"))
 
 

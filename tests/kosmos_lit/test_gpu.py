@@ -11,7 +11,7 @@ from kosmos_lit.checks.leaks import find_leak
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.fp8 import LOVELACE
+from kosmos_lit.ops.fp8 import MIN_CAPABILITY
 from kosmos_lit.tokenizer import BOS, Tokenizer
 from tests.kosmos_lit.tiny_kosmos import SPECIAL, batch_of, image_doc, text_doc, tiny_config
 
@@ -103,7 +103,7 @@ def test_a_fused_model_learns_on_the_gpu_as_a_plain_one(config: KosmosConfig, fi
 
 @pytest.mark.parametrize("fuses", [False, True])
 def test_a_model_in_8_bits_learns_on_the_gpu_as_one_in_16(config: KosmosConfig, fuses: bool) -> None:
-    if torch.cuda.get_device_capability() < LOVELACE:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         pytest.skip("products in 8 bits need capability 8.9")
     plain, rounded = on_gpu(config, ffn_dim=128), on_gpu(config, ffn_dim=128, fp8=True)
     if fuses:

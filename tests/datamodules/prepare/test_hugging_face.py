@@ -12,9 +12,9 @@ from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import BOS, EOS, Tokenizer
 from kosmos_lit.weights.load import load_tokenizer
+from tests.cli_runs import TINY
 from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, write_folder
-from tests.running import TINY
 
 
 @pytest.fixture(scope="module")

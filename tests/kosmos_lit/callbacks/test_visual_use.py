@@ -18,9 +18,9 @@ from kosmos_lit.callbacks import Throughput, VisualUse
 from kosmos_lit.callbacks.visual_use import shuffled_images
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
+from tests.cli_runs import TINY, losses, run, tiny_run
 from tests.kosmos_lit.callbacks.fake_run import FakeRun, Recorder
 from tests.kosmos_lit.tiny_kosmos import SIDE, Doc, batch_of, image_doc, text_doc, tiny_config
-from tests.running import TINY, losses, run, tiny_run
 
 TEXT, CAPTION, INTERLEAVED = range(3)
 COLOUR = (0.2, 0.4, 0.6)

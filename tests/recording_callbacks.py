@@ -1,4 +1,4 @@
-"""Callbacks that record what a run does."""
+"""Callbacks that record a run for tests, in files of its folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kosmos_lit.tokenizer import IGNORE, PAD
 
 
 class CountValidation(Callback):
-    """Writes how many batches each validation has into `validation-RANK.txt` of the run's folder, one number a line."""
+    """Writes the number of batches of each validation to `validation-RANK.txt`, one number per line."""
 
     def __init__(self) -> None:
         self.n = 0
@@ -31,46 +31,46 @@ class CountValidation(Callback):
         self.n = 0
 
 
-class CountReading(Callback):
-    """Writes what the steps of a run have read into `reading.json` of its folder: by source, and in all."""
+class CountTrainingData(Callback):
+    """Writes rows, positions, targets and images of all training steps to `training_data.json`, by source."""
 
     def __init__(self) -> None:
-        self.read: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: KosmosBatch, batch_idx: int
     ) -> None:
         rows = batch.tokens.shape[0]
-        real, learnt = batch.tokens != PAD, batch.targets != IGNORE
-        of_row = torch.bincount(batch.slots[:, 0], minlength=rows)
+        real, supervised = batch.tokens != PAD, batch.targets != IGNORE
+        n_images = torch.bincount(batch.slots[:, 0], minlength=rows)
         for row, source in enumerate(batch.sources):
-            counts = {"rows": 1, "positions": real[row].sum(), "targets": learnt[row].sum(), "images": of_row[row]}
-            self.read.update({f"{source}.{name}": int(n) for name, n in counts.items()})
+            counts = {"rows": 1, "positions": real[row].sum(), "targets": supervised[row].sum(), "images": n_images[row]}
+            self.counts.update({f"{source}.{name}": int(n) for name, n in counts.items()})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        (Path(trainer.default_root_dir) / "reading.json").write_text(json.dumps(self.read), encoding="utf-8")
+        path = Path(trainer.default_root_dir) / "training_data.json"
+        path.write_text(json.dumps(self.counts), encoding="utf-8")
 
 
-class Witness(Callback):
-    """Writes the weights that training starts from, and the size of each rank's shards, into the run's folder.
+class RecordWeights(Callback):
+    """Writes the weights before training to `start.pt`, and what each rank holds to `held-RANK.json`.
 
-    `start.pt`: the full weights. `held-RANK.json`: a rank's elements of trained and of frozen parameters and of the
-    optimizer's state, and their dtypes.
+    `held-RANK.json` has the number of trained, frozen and optimizer-state elements of the rank, and their dtypes.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        state = trainer.strategy.lightning_module_state_dict()  # a collective
+        state = trainer.strategy.lightning_module_state_dict()  # a collective: every rank must call it
         if trainer.is_global_zero:
             torch.save(state, Path(trainer.default_root_dir) / "start.pt")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         parameters = list(pl_module.parameters())
-        state = [v for values in trainer.optimizers[0].state.values() for v in values.values()]
-        counts = {
+        state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
+        held = {
             "trained": sum(local_shard(p).numel() for p in parameters if p.requires_grad),
             "frozen": sum(local_shard(p).numel() for p in parameters if not p.requires_grad),
-            "state": sum(local_shard(v).numel() for v in state if v.ndim),
+            "state": sum(local_shard(value).numel() for value in state if value.ndim),  # Adam's step count has no dimension
             "dtypes": sorted({str(t.dtype) for t in [*parameters, *state]}),
         }
         path = Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json"
-        path.write_text(json.dumps(counts), encoding="utf-8")
+        path.write_text(json.dumps(held), encoding="utf-8")

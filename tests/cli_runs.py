@@ -1,4 +1,4 @@
-"""Running the command line as a user does, on a world of a few hundred images."""
+"""Run the command line as a user does, on a world of a few hundred images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def start(arguments: list[str], **kwargs: object) -> subprocess.Popen[str]:
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run `python main.py ...` to its end."""
+    """Run `python main.py ...` and wait for it."""
     process = start(arguments)
     out, err = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)

@@ -1,12 +1,13 @@
-"""Kill a run again and again: `python -m tests.killing FOLDER SEED MOMENT,MOMENT... -- fit ...` prints what each death left.
+"""Kill a run repeatedly, then let it end: `python -m tests.kill_runs FOLDER SEED MOMENT,MOMENT... -- fit ...`.
 
-Every start is a fork of one process that has imported everything and run nothing, so that starting takes a second or two.
-Moments are counted from what the run does, not by the clock alone, so that a slow machine sees the same kinds of them:
+Prints the last checkpoint after each kill. Every start is a fork of one process that has imported everything and run
+nothing, so that it takes a second or two. Moments depend on the run's progress, not on the clock alone, so that
+a slow machine sees the same kinds of them:
 
 - starting: up to two seconds after the start;
 - writing: while a checkpoint is being written;
-- a number: up to one checkpoint's time after so many new ones;
-- own: wherever the run kills itself, as `DieInSteps` does.
+- a number N: after N new checkpoints, and up to the time of one more;
+- own: when the run kills itself, as `DieInSteps` does.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-PATIENCE = 120
-"""Seconds until a run that does not get on is given up."""
+TIMEOUT = 120
+"""Seconds after which a run without progress is killed."""
 
 
 class DieInSteps(Callback):
-    """Kills its own process in the middle of a step, between two micro-batches, at a different one in each life."""
+    """Kills its own process between two micro-batches of a step, at a later step after each restart."""
 
     def __init__(self, steps: list[int]) -> None:
-        """Take the steps, the first being 1; every step must leave a checkpoint."""
+        """Take the steps, counted from 1; every step must leave a checkpoint."""
         self.steps = steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # The step that the last life died in is the next one now.
+        # The step in which the last process died is the next one now.
         self._step = next((step for step in self.steps if step > trainer.global_step + 1), None)
 
     def on_train_batch_end(
@@ -56,7 +57,7 @@ def begin(arguments: list[str]) -> int:
     """Fork a run, in a process group of its own, and return its process id."""
     child = os.fork()
     if child:
-        os.setpgid(child, child)  # here too: the child may not have come to it when it is to be killed
+        os.setpgid(child, child)  # in the parent too: a kill may come before the child's own call
         return child
     from kosmos_lit.cli import main
 
@@ -65,27 +66,27 @@ def begin(arguments: list[str]) -> int:
         os.setpgid(0, 0)
         sys.stdout = sys.stderr
         code = main(arguments)
-    except BaseException:  # noqa: BLE001  # whatever it is, it must be seen: nothing runs behind `_exit`
+    except BaseException:  # noqa: BLE001  # `_exit` skips the interpreter's own traceback
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def over(process: int) -> bool:
-    """Tell whether a process has ended; it can still be waited for."""
+def has_ended(process: int) -> bool:
+    """Check whether a process has ended, and leave it to be waited for."""
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def watch(process: int, until: Callable[[], bool]) -> None:
-    """Wait until something holds, or the process has ended."""
-    deadline = time.monotonic() + PATIENCE
-    while not until() and not over(process) and time.monotonic() < deadline:
+    """Wait until a condition holds or the process has ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while not until() and not has_ended(process) and time.monotonic() < deadline:
         time.sleep(0.002)
 
 
 def wait_for(moment: str, folder: Path, process: int, draw: random.Random, pace: float) -> None:
-    """Return at a drawn moment of a run's life."""
+    """Wait for a moment of the run; `pace` is the time between two checkpoints in seconds."""
     before = len(checkpoints(folder))
     match moment:
         case "starting":
@@ -106,13 +107,13 @@ def main(folder: Path, seed: int, moments: list[str], arguments: list[str]) -> i
     for moment in moments:
         before, process = checkpoints(folder), begin(arguments)
         wait_for(moment, folder, process, draw, pace)
-        if not over(process):
-            os.killpg(process, signal.SIGKILL)  # its loader's processes too, as the loss of a machine does
+        if not has_ended(process):
+            os.killpg(process, signal.SIGKILL)  # the whole group with its loader workers, as a machine failure would
         _, status = os.waitpid(process, 0)
-        left = checkpoints(folder)
-        times = [(folder / "checkpoints" / name).stat().st_mtime for name in left[len(before) :]]
+        after = checkpoints(folder)
+        times = [(folder / "checkpoints" / name).stat().st_mtime for name in after[len(before) :]]
         pace = times[-1] - times[-2] if len(times) > 1 else pace
-        print(moment, left[-1] if left else "-", "killed" if os.WIFSIGNALED(status) else "ended", flush=True)
+        print(moment, after[-1] if after else "-", "killed" if os.WIFSIGNALED(status) else "ended", flush=True)
     _, status = os.waitpid(begin(arguments), 0)
     return os.waitstatus_to_exitcode(status)
 
