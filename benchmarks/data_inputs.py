@@ -1,4 +1,4 @@
-"""What benchmarks/data.py reads: made images with captions in img2dataset's tars, and made texts, with their indexes."""
+"""The inputs of benchmarks/data.py: generated images with captions in img2dataset's tars, and texts, with their indexes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from datamodules import MixtureData
 from datamodules.config import CorpusConfig, Format, TokenizerConfig
 
 SHAPES = {"256 px": (256, 256, 95), "640 x 427": (640, 427, 90)}
-"""Width, height, JPEG quality: as img2dataset resizes by default, and as photographs lie in tars of originals."""
+"""Width, height, JPEG quality: of img2dataset's default resizing, and of photographs that are not resized."""
 DISTINCT = 32
-"""Different images; a pair's image is one of them, with bytes of its own in the tar."""
+"""Different images; each pair has a copy of one of them."""
 CAPTION_WORDS = 14.0
-"""Median; with the tokenizer below some 17 tokens, as in LAION."""
+"""Median; about 17 tokens, as in LAION."""
 TEXT_WORDS = 300.0
 """Median of the texts."""
 SPREAD = 0.6
@@ -33,7 +33,7 @@ SYLLABLES = [a + b + c for a in "bdfgklmnprstvz" for b in "aeiou" for c in ("", 
 
 
 class Words:
-    """Sentences of made words, the k-th of which is met with a frequency of 1 / (k + 2)."""
+    """Draws sentences of random words, the k-th of which has a frequency of 1 / (k + 2)."""
 
     def __init__(self, seed: int, n_words: int = 5000) -> None:
         self.draw = np.random.default_rng(seed)
@@ -43,15 +43,15 @@ class Words:
         self.ends = np.cumsum(frequency / frequency.sum())
 
     def text(self, median: float) -> str:
-        """Return words whose number is drawn log-normally."""
+        """Draw a text whose number of words is log-normal."""
         n = max(1, round(float(self.draw.lognormal(np.log(median), SPREAD))))
-        drawn = np.searchsorted(self.ends, self.draw.random(n)).clip(max=len(self.words) - 1)
-        return " ".join(self.words[k] for k in drawn.tolist())
+        ids = np.searchsorted(self.ends, self.draw.random(n)).clip(max=len(self.words) - 1)
+        return " ".join(self.words[k] for k in ids.tolist())
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A folder of made files, with the data modules that read their indexes."""
+    """A folder of generated files, and the data modules that read their indexes."""
 
     folder: Path
     vocab_size: int = VOCAB_SIZE
@@ -61,7 +61,7 @@ class Inputs:
         return sorted(str(path) for path in (self.folder / name).glob("*.tar"))
 
     def data(self, name: str, **settings: object) -> MixtureData:
-        """Return the data module of an indexed corpus by itself, opened."""
+        """Return an opened data module of one indexed corpus."""
         format_: Format = "jsonl" if name == "text" else "img2dataset"
         ending = "jsonl" if name == "text" else "tar"
         files, index = self.folder / name / f"*.{ending}", self.folder / "index" / name
@@ -78,10 +78,10 @@ def make(folder: Path, n_pairs: int, n_texts: int, n_documents: int, vocab_size:
     """Write what is missing in `folder`, and index it.
 
     Args:
-        folder: where; files of a former run with the same numbers are used again.
+        folder: of the files; those of an earlier run with the same numbers are used again.
         n_pairs: caption pairs of each shape.
         n_texts: texts.
-        n_documents: caption pairs of the corpus for start-up, which are links to the tars of 256 px.
+        n_documents: caption pairs of the corpus for start-up, in links to the tars of 256 px.
         vocab_size: SentencePiece pieces of the tokenizer, which is trained on the texts.
     """
     folder = folder / f"{n_pairs}-{n_texts}-{n_documents}"
@@ -107,7 +107,7 @@ def _write_texts(path: Path, n_texts: int) -> None:
 
 
 def _write_pairs(folder: Path, name: str, n_pairs: int) -> None:
-    """Write the three members of each pair that img2dataset writes."""
+    """Write tars with img2dataset's three members of each pair."""
     width, height, quality = SHAPES[name]
     images = [make_jpeg(width, height, quality, seed) for seed in range(min(DISTINCT, n_pairs))]
     digests = [hashlib.sha256(image).hexdigest() for image in images]
@@ -117,25 +117,25 @@ def _write_pairs(folder: Path, name: str, n_pairs: int) -> None:
         with tarfile.open(folder / f"{first // PAIRS_PER_TAR:05d}.tar", "w") as tar:
             for number in range(first, min(first + PAIRS_PER_TAR, n_pairs)):
                 key, caption, at = f"{number:09d}", words.text(CAPTION_WORDS), number % len(images)
-                about = {
+                fields = {
                     "caption": caption, "url": f"https://images.example/{key}.jpg", "key": key, "status": "success",
                     "error_message": None, "width": width, "height": height, "original_width": width,
                     "original_height": height, "exif": "{}", "sha256": digests[at],
                 }  # fmt: skip
-                for extension, data in _members(images[at], caption, about):
+                for extension, data in _members(images[at], caption, fields):
                     member = tarfile.TarInfo(f"{key}.{extension}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
 
 
-def _members(image: bytes, caption: str, about: dict[str, object]) -> Iterator[tuple[str, bytes]]:
+def _members(image: bytes, caption: str, fields: dict[str, object]) -> Iterator[tuple[str, bytes]]:
     yield "jpg", image
-    yield "json", json.dumps(about).encode()
+    yield "json", json.dumps(fields).encode()
     yield "txt", caption.encode()
 
 
 def _link(tars: Sequence[str], folder: Path, n_tars: int) -> None:
-    """Make a corpus of many documents out of few files."""
+    """Make a corpus of many documents from few files."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(n_tars):
         os.link(tars[number % len(tars)], folder / f"{number:05d}.tar")

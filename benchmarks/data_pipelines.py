@@ -1,8 +1,8 @@
-"""The sides that benchmarks/data.py compares: each makes an endless sequence of collated batches of caption pairs.
+"""The pipelines that benchmarks/data.py compares: each yields collated batches of caption pairs without end.
 
-All read the same tars, shuffled, and hand out tensors on the host. Ours are uint8 images, normalised on the device, with
-packed rows of tokens; the others' are what their users make: normalised float images, or uint8 where our decoder is put
-into them, with one padded row of tokens for each pair.
+All read the same tars, shuffled, and yield tensors on the host. Ours are uint8 images, to be normalised on the device, and
+packed rows of tokens; the others' are those that their users build: normalised float images (uint8 with our decoder) and one
+padded row of tokens for each pair.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ Count = tuple[int, int]
 
 
 class MissingError(RuntimeError):
-    """A side that cannot be measured here; the message says why."""
+    """A pipeline that cannot be measured on this machine; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every side is given."""
+    """The input of every pipeline but ours."""
 
     tars: list[str]
     tokenizer: Tokenizer
     batch_pairs: int
     """Caption pairs of a batch: as many as one of our rows holds on average."""
     workers: int
-    """Processes; 0: the measuring process itself."""
+    """Worker processes; 0: none."""
 
 
 # ---- ours
 
 
 def rendering(data: MixtureData) -> RenderOptions:
-    """Return how rows become tensors, with no bad image put up with."""
+    """Return render options that allow no bad images."""
     return RenderOptions(
         tokenizer=data.tokenizer, image_size=SIDE, fit="crop", n_latents=data.n_latents,
         max_bad_share=dict.fromkeys(data.opened, 0.0),
@@ -64,8 +64,8 @@ def rendering(data: MixtureData) -> RenderOptions:
 
 def ours(data: MixtureData, workers: int, first_row: int = 0) -> Iterator[Count]:
     """Read the packed and shuffled rows of a data module, one row a batch."""
-    share = BatchLayout(first_row=first_row, global_batch_rows=8, micro_batch_rows=1)
-    for batch in Loader(MicroBatches(data.stream(), share, rendering(data)), workers):
+    layout = BatchLayout(first_row=first_row, global_batch_rows=8, micro_batch_rows=1)
+    for batch in Loader(MicroBatches(data.stream(), layout, rendering(data)), workers):
         yield len(batch.images), len(batch.rows)
 
 
@@ -101,7 +101,7 @@ def _webdataset(task: Task, own_decoder: bool) -> Iterator[Count]:
         raise MissingError("webdataset is not installed: pip install -e '.[bench]'")
     import webdataset as wds
 
-    # Shards without end: else the buffer would hold all of a small corpus, and nothing be read while it is emptied.
+    # Repeated shards: otherwise the buffer would hold the whole corpus, and nothing would be read while it is emptied.
     shards = wds.WebDataset(task.tars, resampled=True, shardshuffle=False, seed=0)
     pipeline = shards.shuffle(SHUFFLED, initial=SHUFFLED)
     tokens = partial(_ids, task.tokenizer)
@@ -117,7 +117,7 @@ def _webdataset(task: Task, own_decoder: bool) -> Iterator[Count]:
 
 
 def webdataset(task: Task) -> Iterator[Count]:
-    """Read as most loaders of caption pairs do: Pillow, Resize, CenterCrop, ToTensor, Normalize."""
+    """Read with webdataset as most of its users do: Pillow, Resize, CenterCrop, ToTensor, Normalize."""
     return _webdataset(task, own_decoder=False)
 
 
@@ -135,7 +135,7 @@ def energon(task: Task) -> Iterator[Count]:
         raise MissingError("megatron-energon is not installed: pip install megatron-energon")
     from megatron.energon import DefaultTaskEncoder, WorkerConfig, get_loader, get_train_dataset, stateless
 
-    transform = Compose([*_scaled(), Normalize(MEAN, STD)])  # its decoder has made floats in [0, 1]
+    transform = Compose([*_scaled(), Normalize(MEAN, STD)])  # its decoder yields floats in [0, 1]
     tokens = partial(_ids, task.tokenizer)
 
     class Encoder(DefaultTaskEncoder):  # type: ignore[misc, type-arg]
@@ -164,6 +164,6 @@ def _prepare_energon(folder: Path) -> None:
         "--split-ratio", "1,0,0", "--num-workers", "1",
         "--sample-type", "CaptioningSample", "--field-map", '{"image": "jpg", "caption": "txt"}',
     ]  # fmt: skip
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise MissingError(f"energon prepare failed: {done.stdout.strip().splitlines()[-1]}")
+    process = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if process.returncode:
+        raise MissingError(f"energon prepare failed: {process.stdout.strip().splitlines()[-1]}")

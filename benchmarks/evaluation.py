@@ -145,7 +145,7 @@ def by_scheduler(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequenc
     """Return the log-probabilities of all candidates, by the scheduler."""
     task = RandomRequests(requests)
     totals: dict[str, list[float]] = {}
-    for results in RequestScheduler(model, tokenizer, batch_tokens=4096).run(task, task.samples()):
+    for results in RequestScheduler(Engine(model, tokenizer), batch_tokens=4096).run(task, task.samples()):
         totals |= {result.key: result.outcome.data["totals"] for result in results if result.outcome}
     return [total for i in range(len(requests)) for total in totals[str(i)]]
 

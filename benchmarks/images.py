@@ -2,14 +2,15 @@
 
     python benchmarks/images.py [--tar 'folder/*.tar'] [--images 24] [--rounds 9] [--json figures.json]
 
-The plain path is what released training loaders do: Pillow opens, converts to RGB, scales the shorter side to 224
-bicubically and cuts the middle; then planes for torch. Ours is `kosmos_lit.images.decode` with fit `crop`. Both run in one
-process with one thread and take turns on the same images; a figure is the median over the rounds, by CPU time, as a
-machine may have other work to do. The last columns are how far apart the two results are, in levels of 255.
+The plain path is that of the released training loaders: Pillow opens, converts to RGB, scales the shorter side to 224
+bicubically and crops the centre; then the channels come first, for torch. Ours is `kosmos_lit.images.decode` with fit
+`crop`. Both run in one process with one thread and take turns on the same images. A figure is the median over the rounds,
+by CPU time, as a machine may have other work to do. The last columns are the differences of the two results, in levels of
+255.
 
-Images are made: discs of all sizes that hide one another, with 1/f noise on them. They have edges and a spectrum like
-photographs', and take as many bytes (2.2 bits a pixel at 640 px and quality 90) or some more, for it is those that cost
-both ways the same. `--tar` adds the JPEGs of WebDataset tars, by their shorter side.
+The images are generated: discs of all sizes that hide one another, with 1/f noise. They have edges and a spectrum like
+photographs', and at least as many bytes (2.2 bits a pixel at 640 px and quality 90), as decoding these bytes costs both
+paths the same. `--tar` adds the JPEGs of WebDataset tars, by their shorter side.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from PIL import Image
 
 from kosmos_lit.checks.device import describe_device
 from kosmos_lit.images import ImageError, decode
+from kosmos_lit.terminal import table
 
 SIDE = 224
 SIZES = [(256, 256), (640, 427)]
 QUALITIES = [90, 95]
 BANDS = [(0, 128), (128, 224), (224, 257), (257, 512), (512, 1 << 30)]
-"""Shorter sides, from and below, that images of tars are reported by."""
+"""Ranges of the shorter side, [from, to), by which the images of tars are reported."""
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -62,9 +64,9 @@ def make_jpeg(width: int, height: int, quality: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-def of_tars(patterns: Sequence[str], limit: int) -> dict[str, list[bytes]]:
+def jpegs_of_tars(patterns: Sequence[str], limit: int) -> dict[str, list[bytes]]:
     """Return up to `limit` of the JPEGs of tars in each band of shorter sides, by the band's name."""
-    found: dict[str, list[bytes]] = defaultdict(list)
+    images: dict[str, list[bytes]] = defaultdict(list)
     for path in sorted(path for pattern in patterns for path in glob.glob(pattern)):
         with tarfile.open(path) as tar:
             for member in tar:
@@ -79,13 +81,13 @@ def of_tars(patterns: Sequence[str], limit: int) -> dict[str, list[bytes]]:
                 short = min(Image.open(io.BytesIO(data)).size)
                 first, end = next(band for band in BANDS if band[0] <= short < band[1])
                 name = f"tars, {first} to {end - 1} px" if end < 1 << 30 else f"tars, {first} px and more"
-                if len(found[name]) < limit:
-                    found[name].append(data)
-    return dict(sorted(found.items(), key=lambda item: int(item[0].split()[1])))
+                if len(images[name]) < limit:
+                    images[name].append(data)
+    return dict(sorted(images.items(), key=lambda item: int(item[0].split()[1])))
 
 
 def pillow(data: bytes) -> Pixels:
-    """Decode as released training loaders do, with nothing but Pillow."""
+    """Decode as the released training loaders do, by Pillow alone."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     width, height = image.size
     short = min(width, height)
@@ -101,17 +103,17 @@ def ours(data: bytes) -> Pixels:
     return decode(data, SIDE, "crop")
 
 
-def rates(images: list[bytes], ways: Sequence[Callable[[bytes], Pixels]], n_rounds: int) -> list[list[float]]:
-    """Return images a CPU second of each way and round, ways taking turns."""
-    found: list[list[float]] = [[] for _ in ways]
+def rates(images: list[bytes], decoders: Sequence[Callable[[bytes], Pixels]], n_rounds: int) -> list[list[float]]:
+    """Return images a CPU second of each decoder and round; the decoders take turns."""
+    rates_of: list[list[float]] = [[] for _ in decoders]
     for number in range(n_rounds + 1):
-        for way, kept in zip(ways, found, strict=True):
+        for decoder, values in zip(decoders, rates_of, strict=True):
             start = time.process_time()
             for data in images:
-                way(data)
+                decoder(data)
             if number:  # the first round warms up
-                kept.append(len(images) / (time.process_time() - start))
-    return found
+                values.append(len(images) / (time.process_time() - start))
+    return rates_of
 
 
 def compare(name: str, images: list[bytes], n_rounds: int) -> dict[str, object]:
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--tar", nargs="*", default=[], help="patterns of WebDataset tars with JPEGs to measure as well")
     parser.add_argument("--images", type=int, default=24, help="of each kind; of tars ten times as many")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="where the figures go, if not to the terminal")
+    parser.add_argument("--json", type=Path, help="file for the figures; default: the terminal")
     a = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -146,15 +148,12 @@ def main() -> None:
         for width, height in SIZES
         for quality in QUALITIES
     }
-    lines = [compare(name, data, a.rounds) for name, data in (cases | of_tars(a.tar, 10 * a.images)).items()]
+    lines = [compare(name, data, a.rounds) for name, data in (cases | jpegs_of_tars(a.tar, 10 * a.images)).items()]
 
-    where = f"one thread of {describe_device(torch.device('cpu'))}"
-    columns = list(lines[0])
-    widths = [max(len(str(line[c])) for line in [dict(zip(columns, columns, strict=True)), *lines]) for c in columns]
-    print(where)
-    for row in [columns, *([line[c] for c in columns] for line in lines)]:
-        print("  ".join(str(v).rjust(w) for v, w in zip(row, widths, strict=True)))
-    figures = json.dumps({"machine": where, "rounds": a.rounds, "lines": lines}, indent=1)
+    machine = f"one thread of {describe_device(torch.device('cpu'))}"
+    print(machine)
+    print(table(list(lines[0]), [list(line.values()) for line in lines], "r"))
+    figures = json.dumps({"machine": machine, "rounds": a.rounds, "lines": lines}, indent=1)
     if a.json is None:
         print(figures)
     else:

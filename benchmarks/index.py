@@ -1,18 +1,21 @@
-"""How fast corpora are indexed on one core, and what opening a large index costs.
+"""The speed of indexing corpora on one core, and the costs of opening a large index.
 
     pip install -e '.[bench]'    # datatrove, for the row that compares with it
     python benchmarks/index.py [--pairs 'data/caption/*.tar'] [--text 'data/text/*.jsonl.zst'] [--tokenizer DIR] [--json F]
 
-Three tables. Caption pairs a second of `prepare corpus --format img2dataset`. Text a second of `--format jsonl`, end to
-end from compressed files to an index on disk, beside what SentencePiece alone does with the same texts in memory (all lines
-of them, as they are encoded; and each text in one piece, which loses the lines), and beside datatrove's DocumentTokenizer
-on the same files with a byte-level BPE tokenizer of the same size trained on the same text (training a Unigram one there
-takes many minutes). Runs of all sides alternate, pinned to one core; figures are medians of CPU time, as a machine may have
-other work to do. Last, a sparse index of many documents is opened in a fresh process, and what 2 x 10^9 take is worked out;
-and a run's whole source is opened on it, as every rank does at its start: shards' names, split, and row counts that a former
-start kept, while the shards themselves are not there. That is to take less than 2 s and 200 MB.
+Three tables:
 
-Without --pairs and --text, images and sentences are made up: a minute and a half in all.
+- Caption pairs a second of `prepare corpus --format img2dataset`.
+- Text a second of `--format jsonl`, from compressed files to an index on disk. For comparison: SentencePiece alone on the
+  same texts in memory (line by line, as we encode them; and whole texts, which loses the lines), and datatrove's
+  DocumentTokenizer on the same files with a byte-level BPE tokenizer of the same size, trained on the same text (training a
+  Unigram one there takes many minutes). The runs alternate, pinned to one core; figures are medians of CPU time, as a
+  machine may have other work to do.
+- Opening a sparse index of many documents in a fresh process, extrapolated to 2 x 10^9; and opening a run's whole source on
+  it, as every rank does at its start: shards' names, split, and stored row counts, without the shards. The goal is less than
+  2 s and 200 MB.
+
+Without --pairs and --text, images and sentences are generated: a minute and a half in all.
 """
 
 from __future__ import annotations
@@ -50,8 +53,8 @@ from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokenizer import Tokenizer, clean
 
 N_PAIRS, N_TEXTS, SIDE = 20_000, 4_000, 256
-VOCAB = 8_000
-BATCH = 256
+VOCAB_SIZE = 8_000
+BATCH_TEXTS = 256
 VAL_SHARE = 0.01
 RESIDENT = """
 import json, re, sys, time
@@ -95,7 +98,7 @@ def make_pairs(folder: Path) -> None:
         data = io.BytesIO()
         Image.fromarray(np.clip(127 + 60 * (waves + noise), 0, 255).astype(np.uint8)).save(data, "JPEG", quality=85)
         images.append(data.getvalue())
-    words = made_words(random.Random(5))
+    words = draw_words(random.Random(5))
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for i in range(shard, N_PAIRS, 2):
@@ -108,9 +111,9 @@ def make_pairs(folder: Path) -> None:
 
 
 def make_text(folder: Path) -> None:
-    """Write documents of lines of made-up words, some of them more frequent than others."""
+    """Write documents with lines of random words, some more frequent than others."""
     draw = random.Random(3)
-    words = made_words(draw)
+    words = draw_words(draw)
     weights = [1 / (rank + 3) for rank in range(len(words))]
     with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(N_TEXTS):
@@ -118,14 +121,14 @@ def make_text(folder: Path) -> None:
             file.write(json.dumps({"text": "\n".join(lines)}) + "\n")
 
 
-def made_words(draw: random.Random) -> list[str]:
-    """Return made-up words."""
+def draw_words(draw: random.Random) -> list[str]:
+    """Draw 20,000 random words."""
     syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
     return ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3, 4)))) for _ in range(20_000)]
 
 
 def sparse_index(folder: Path, n_documents: int, n_shards: int, tokenizer: str = "none") -> None:
-    """Write an index of caption pairs whose columns are holes in files: it takes no disk, and opens as a real one does."""
+    """Write an index of caption pairs with sparse files as columns: it takes no disk space, and opens like a real one."""
     folder.mkdir(parents=True, exist_ok=True)
     lengths = {"token_offsets": n_documents + 1, "image_offsets": n_documents + 1, "tokens": 17 * n_documents}
     for name, dtype in ({"tokens": "<u2"} | COLUMNS).items():
@@ -145,19 +148,19 @@ def sparse_index(folder: Path, n_documents: int, n_shards: int, tokenizer: str =
 # ---- measuring
 
 
-def medians(sides: dict[str, Callable[[int], object]], n_runs: int) -> dict[str, float]:
-    """Return each side's median CPU seconds over alternating runs; a side gets the number of its run."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
+def medians(functions: dict[str, Callable[[int], object]], n_runs: int) -> dict[str, float]:
+    """Return each function's median CPU seconds over alternating runs; it gets the number of the run."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for run in range(n_runs):
-        for name, side in sides.items():
+        for name, function in functions.items():
             start = time.process_time()
-            side(run)
-            taken[name].append(time.process_time() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+            function(run)
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple[Callable[[int], object] | None, str]:
-    """Return a run of datatrove's tokenizing pipeline on the files in `folder`/text, or why there is none."""
+def datatrove_run(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple[Callable[[int], object] | None, str]:
+    """Return a function that runs datatrove's tokenizing pipeline on `folder`/text, or None and the reason."""
     try:
         from datatrove.executor import LocalPipelineExecutor
         from datatrove.pipeline.readers import JsonlReader
@@ -194,7 +197,7 @@ def datatrove_side(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple
 
 
 def measure_pairs(patterns: list[str], tokenizer: Path, folder: Path, n_runs: int) -> dict[str, Any]:
-    """Return caption pairs a second."""
+    """Return the rate of caption pairs."""
     counts = []
 
     def run(number: int) -> None:
@@ -211,50 +214,50 @@ def measure_pairs(patterns: list[str], tokenizer: Path, folder: Path, n_runs: in
 
 
 def measure_text(files: list[str], tokenizer: Path, folder: Path, n_runs: int) -> dict[str, Any]:
-    """Return the rates of text of all sides, in MB of UTF-8 a second; and ours in tokens."""
-    known = Tokenizer.load(tokenizer)
+    """Return the rates of all programs in MB of UTF-8 a second, and ours in tokens a second."""
+    vocabulary = Tokenizer.load(tokenizer)
     texts = [t for f in files for t in SOURCES["jsonl"].texts(Path(f), ReadOptions(), Tally())]
     (folder / "text").mkdir()
     for file in files:
         (folder / "text" / Path(file).name).symlink_to(os.path.abspath(file))
-    pieces = known._pieces._pieces  # type: ignore[attr-defined]  # SentencePiece itself
-    whole = [texts[at : at + BATCH] for at in range(0, len(texts), BATCH)]
-    lines = [[line for text in batch for line in clean(text).split("\n")] for batch in whole]
-    made = []
+    pieces = vocabulary._pieces._pieces  # type: ignore[attr-defined]  # SentencePiece itself
+    batches = [texts[at : at + BATCH_TEXTS] for at in range(0, len(texts), BATCH_TEXTS)]
+    lines = [[line for text in batch for line in clean(text).split("\n")] for batch in batches]
+    corpora = []
 
     def ours(number: int) -> None:
         output = folder / f"text-{number}"
-        made.append(prepare_corpus(format="jsonl", inputs=files, tokenizer=tokenizer, output=output))
+        corpora.append(prepare_corpus(format="jsonl", inputs=files, tokenizer=tokenizer, output=output))
 
-    sides: dict[str, Callable[[int], object]] = {
+    runs: dict[str, Callable[[int], object]] = {
         "ours, files to index": ours,
         "SentencePiece alone, the lines in memory": lambda _: [pieces.encode(batch, num_threads=1) for batch in lines],
-        "SentencePiece alone, whole texts in memory": lambda _: [pieces.encode(batch, num_threads=1) for batch in whole],
+        "SentencePiece alone, whole texts in memory": lambda _: [pieces.encode(batch, num_threads=1) for batch in batches],
     }
-    other, what = datatrove_side(texts, known.n_pieces, folder)
-    if other is not None:
-        sides["datatrove, files to tokens"] = other
-    seconds = medians(sides, n_runs)
+    datatrove, note = datatrove_run(texts, vocabulary.n_pieces, folder)
+    if datatrove is not None:
+        runs["datatrove, files to tokens"] = datatrove
+    seconds = medians(runs, n_runs)
     megabytes = sum(len(text.encode("utf-8", "replace")) for text in texts) / 1e6
-    rates = {name: megabytes / taken for name, taken in seconds.items()}
+    rates = {name: megabytes / time for name, time in seconds.items()}
     first = rates["ours, files to index"]
-    assert made[0].manifest is not None
-    n_tokens = made[0].manifest["tokens"]
+    assert corpora[0].manifest is not None
+    n_tokens = corpora[0].manifest["tokens"]
     return {
         "MB": megabytes, "tokens": n_tokens, "tokens/s": n_tokens / seconds["ours, files to index"], "MB/s": rates,
-        "ours over": {name: first / rate for name, rate in rates.items()}, "datatrove": what,
+        "ours over": {name: first / rate for name, rate in rates.items()}, "datatrove": note,
     }  # fmt: skip
 
 
 def sparse_source(folder: str, val_share: float) -> NamedSource:
-    """Return a run's source of a sparse index, whose shards are not there."""
+    """Return the configured source of a sparse index, whose shards do not exist."""
     raw = [f"{folder}/../../laion/*/*.tar"]
     config = CorpusConfig(format="img2dataset", input=raw, index=folder, val_share=val_share)
     return NamedSource("caption", CORPORA.index("caption"), config)
 
 
-def keep_counts(folder: Path, val_share: float) -> None:
-    """Lay down made-up counts of a sparse index's blocks, as a run's first start leaves them."""
+def write_counts(folder: Path, val_share: float) -> None:
+    """Write invented row counts of a sparse index's blocks, where a run's first start stores them."""
     corpus = IndexedCorpus(folder)
     parts: tuple[Part, ...] = ("train", "val")
     for part in parts:
@@ -267,33 +270,33 @@ def keep_counts(folder: Path, val_share: float) -> None:
 
 
 def measure_opening(folder: Path, n_documents: int, n_shards: int, tokenizer: Path) -> dict[str, Any]:
-    """Return seconds and megabytes of opening a sparse index in a fresh process, and the size of its parts."""
+    """Return seconds and megabytes of opening a sparse index in a fresh process, and the sizes of its columns."""
     sparse_index(folder, n_documents, n_shards, Tokenizer.load(tokenizer).fingerprint)
     per_document = {name: np.dtype(dtype).itemsize for name, dtype in COLUMNS.items()}
     megabytes = (folder / MANIFEST).stat().st_size / 1e6
-    about = {"documents": n_documents, "shards": n_shards, "manifest MB": megabytes, "bytes a pair": per_document}
-    found = json.loads(_fresh(PROBE, folder)) | about
+    results = json.loads(_run_fresh(PROBE, folder))
+    results |= {"documents": n_documents, "shards": n_shards, "manifest MB": megabytes, "bytes a pair": per_document}
     for val_share in (0.0, VAL_SHARE):
-        keep_counts(folder, val_share)
-        found[f"start, val_share {val_share}"] = json.loads(_fresh(START, folder, tokenizer, val_share))
-    return found
+        write_counts(folder, val_share)
+        results[f"start, val_share {val_share}"] = json.loads(_run_fresh(START, folder, tokenizer, val_share))
+    return results
 
 
-def _fresh(program: str, *arguments: object) -> str:
-    """Return what a program prints in a process of its own."""
+def _run_fresh(program: str, *arguments: object) -> str:
+    """Return the last line that a program prints in a fresh process."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return done.stdout.splitlines()[-1]
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return process.stdout.splitlines()[-1]
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", nargs="+", help="img2dataset tars; default: 20,000 made pairs of 256 pixels")
-    parser.add_argument("--text", nargs="+", help="JSON lines; default: 4,000 made documents")
+    parser.add_argument("--pairs", nargs="+", help="img2dataset tars; default: 20,000 generated pairs of 256 pixels")
+    parser.add_argument("--text", nargs="+", help="JSON lines; default: 4,000 generated documents")
     parser.add_argument("--tokenizer", type=Path, help="a SentencePiece tokenizer's folder; default: trained on the text")
-    parser.add_argument("--runs", type=int, default=3, help="of each side")
+    parser.add_argument("--runs", type=int, default=3, help="of each program")
     parser.add_argument("--documents", type=int, default=10**8, help="of the sparse index")
     parser.add_argument("--shards", type=int, default=200_000, help="in its manifest")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -311,20 +314,20 @@ def main() -> None:
         files = sorted(path for pattern in text for path in glob.glob(pattern))
         tokenizer = a.tokenizer or folder / "tokenizer"
         if not a.tokenizer:
-            train_tokenizer(files, VOCAB, tokenizer)
-        found = {
+            train_tokenizer(files, VOCAB_SIZE, tokenizer)
+        results = {
             "pairs": measure_pairs(pairs, tokenizer, folder, a.runs),
             "text": measure_text(files, tokenizer, folder, a.runs),
             "opening": measure_opening(folder / "index" / "sparse", a.documents, a.shards, tokenizer),
         }
-    show(found, a.runs)
+    show(results, a.runs)
     if a.json:
-        a.json.write_text(json.dumps(found, indent=1) + "\n")
+        a.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def show(found: dict[str, Any], n_runs: int) -> None:
-    """Print what was measured."""
-    pairs, text, opening = found["pairs"], found["text"], found["opening"]
+def show(results: dict[str, Any], n_runs: int) -> None:
+    """Print the tables."""
+    pairs, text, opening = results["pairs"], results["text"], results["opening"]
     print(f"one core, CPU seconds, median of {n_runs} alternating runs")
     print(f"\ncaptions: {pairs['pairs']:,} pairs of {pairs['kB a pair']:.1f} kB in tars")
     print(f"  {pairs['pairs/s']:,.0f} pairs/s; {pairs['bytes a pair beside tokens']:.1f} bytes a pair beside its tokens")
@@ -336,7 +339,7 @@ def show(found: dict[str, Any], n_runs: int) -> None:
     print(f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
           f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
           "(mapped pages of the files, which the kernel takes back, among them)")  # fmt: skip
-    for name, o in ((name, found) for name, found in opening.items() if name.startswith("start")):
+    for name, o in ((name, start) for name, start in opening.items() if name.startswith("start")):
         print(f"  a run's {name}: {o['s']:.2f} s, {o['MB']:.0f} MB resident, {o['peak MB']:.0f} MB at most")
     total = sum(opening["bytes a pair"].values())
     sizes = ", ".join(f"{name} {size}" for name, size in opening["bytes a pair"].items())

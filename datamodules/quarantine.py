@@ -96,6 +96,7 @@ def read_ledger(path: str | Path) -> Iterator[BadSample]:
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             head, *tails = line.split(BEGIN)  # cannot occur inside a sample, where quotes are escaped
+            # A truncated line may end inside its beginning, before the next sample.
             if not BEGIN.startswith(head.strip()):
                 raise UserError(f"{path}, line {number}: no bad sample")
             for sample in filter(None, map(_parsed, tails)):

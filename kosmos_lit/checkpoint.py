@@ -6,7 +6,6 @@ run code. Beside weights and optimizer state it holds the model's configuration 
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 from collections.abc import Collection
@@ -18,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import atomic_file, remove_leftovers
 
 SUFFIX = ".ckpt"
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
@@ -31,25 +31,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        for stale in target.parent.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        remove_leftovers(target.parent)
         try:
-            with temporary.open("wb") as file:
+            with atomic_file(target) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The model as a table: every size and switch, with its default from the paper. No torch here."""
+"""Configuration tables of model and optimizer: every size and switch, with the paper's default. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
-def collected() -> Iterator[list[str]]:
-    """Write down what is wrong with the tables that are made meanwhile, all of it, instead of raising the first."""
-    mistakes: list[str] = []
-    token = _collected.set(mistakes)
+def collect_errors() -> Iterator[list[str]]:
+    """Collect the errors of all tables that are built in the context, instead of raising the first one."""
+    errors: list[str] = []
+    token = _collected.set(errors)
     try:
-        yield mistakes
+        yield errors
     finally:
         _collected.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """Shared by the tables below: reading from plain data, and checks that name the field.
+    """Base of the tables below: construction from plain data, and checks that name the field.
 
     A dataclass itself, as jsonargparse merges nested dataclasses only where every base class is one.
     """
@@ -63,8 +63,8 @@ class BaseConfig:
         values = {}
         for key, value in data.items():
             if not _fits(value, hints[key]):
-                wanted = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else hints[key]
-                raise UserError(f"{cls.__name__}: {key} must be {wanted}, got {value!r}")
+                expected = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else hints[key]
+                raise UserError(f"{cls.__name__}: {key} must be {expected}, got {value!r}")
             table = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
             values[key] = table.from_dict(value) if table and isinstance(value, Mapping) else value  # type: ignore[union-attr]
             if isinstance(value, list):
@@ -75,9 +75,9 @@ class BaseConfig:
         if ok:
             return
         message = f"{type(self).__name__}: {message}"
-        if (mistakes := _collected.get()) is None:
+        if (errors := _collected.get()) is None:
             raise UserError(message)
-        mistakes.append(message)
+        errors.append(message)
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -96,11 +96,11 @@ class BaseConfig:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether plain data can stand for a field of that type."""
+    """Return whether plain data is valid for a field of a type."""
     if is_dataclass(hint):
         return isinstance(value, Mapping) or (isinstance(hint, type) and isinstance(value, hint))
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any or origin is Literal:  # what a choice may be is checked with the other fields
+    if hint is Any or origin is Literal:  # `_check_choices` checks choices, with the other fields
         return True
     if origin in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)
@@ -139,7 +139,7 @@ class VisionConfig(BaseConfig):
         self._check(length is None or length > 0, f"feature_length must be positive or null, got {length}")
 
     def resolved(self) -> Self:
-        """Return the same with a JSON file's table in place of its path, as a checkpoint keeps it.
+        """Return the table with a JSON file's content in place of its path, as checkpoints store it.
 
         Raises: UserError if the file is missing or no model config.
         """
@@ -157,7 +157,7 @@ class VisionConfig(BaseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig(BaseConfig):
-    """From tower features to decoder embeddings."""
+    """The connector from tower features to decoder embeddings."""
 
     kind: ConnectorKind = "resampler"
     """`resampler`: learned queries with one cross-attention (KOSMOS-1); `perceiver`: Flamingo's, `n_layers` of
@@ -273,7 +273,7 @@ class KosmosConfig(BaseConfig):
         self._check(divides, f"decoder.dim {dim} is not a multiple of connector.n_heads {heads}")
 
     def architecture(self) -> dict[str, Any]:
-        """Return the fields that decide which tensors there are and what they compute, flat, by dotted name.
+        """Return the fields that determine the tensors and what they compute, flat, by dotted name.
 
         Left out: where initial weights come from, what trains, dropout, initialisation, and how fast things run.
         """
@@ -287,14 +287,14 @@ class KosmosConfig(BaseConfig):
         if self.connector.kind not in ("resampler", "perceiver"):
             skip.add("connector.n_heads")
         values = {f"{name}.{f.name}": getattr(table, f.name) for name, table in tables.items() for f in fields(table)}
-        found = {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
+        included = {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
         lora = self.lora and (self.lora.rank, self.lora.alpha, tuple(sorted(set(self.lora.targets))))
-        return found | {"lora": lora}
+        return included | {"lora": lora}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights(BaseConfig):
-    """What a supervised token of each corpus counts in the loss that is minimised; logged losses are not weighted.
+    """Weight of a supervised token of each corpus in the training loss; logged losses are not weighted.
 
     The step's loss is sum of weight times loss of a token / number of supervised tokens: the denominator counts every
     token as one, so that a weight scales its own corpus and no other. AdamW makes nothing of a factor on all of them.
@@ -309,7 +309,7 @@ class LossWeights(BaseConfig):
         weights = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, weight in weights.items():
             self._check(0 <= weight < float("inf"), f"{name} must be finite and not negative, got {weight}")
-        self._check(any(weights.values()), "one weight at least must be positive, or there is nothing to learn")
+        self._check(any(weights.values()), "at least one weight must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

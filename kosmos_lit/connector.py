@@ -1,4 +1,4 @@
-"""From features of an image to its latents in the decoder's embedding space: f (N, P, C) to (N, L, D).
+"""Connectors: from image features f (N, P, C) to latents in the decoder's embedding space (N, L, D).
 
     resampler   x = W f;  q = latents;  k = v = [x; latents]            one cross-attention and nothing else: no residual,
                 out = W_o softmax(q k' / sqrt(K)) v                     LayerNorm or feed-forward network (released models)
@@ -11,9 +11,9 @@
 `linear` with L = P is the released code's `simple` connector. Its `complex` one is `mlp` with a hidden width of C
 instead of D.
 
-Flamingo's figure does not say where LayerNorms stand, nor of biases; as in the open re-implementations, latents and features
-have LayerNorms of their own, one closes the stack, and no matrix of it has a bias. Its embedding of a video frame's time is
-left out: an image has none. W has a bias, as in the other connectors.
+Flamingo's figure leaves LayerNorms and biases open; as in the open re-implementations, latents and features have LayerNorms
+of their own, one closes the stack, and its matrices have no bias. Its time embedding of video frames is left out. W has a
+bias, as in the other connectors.
 
 Initial weights: W, W_1 and W_2 PyTorch's default; latents N(0, 1), as released. The resampler's projections follow fairseq's
 MultiheadAttention: q, k, v Xavier uniform with gain 1/sqrt 2 and the default bias, out with gain 1 and bias 0. The
@@ -33,7 +33,7 @@ from kosmos_lit.ops.attention import attend
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to keys that are also the values."""
+    """Multi-head attention of queries to one sequence of keys and values."""
 
     def __init__(self, dim: int, n_heads: int, dropout_rate: float, *, bias: bool = True) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Perceiver(nn.Module):
 
 
 class LinearConnector(nn.Module):
-    """The plainest alternative: features averaged down to L neighbours in reading order, then one matrix."""
+    """Means of L runs of neighbouring features in reading order, then one matrix."""
 
     def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class LinearConnector(nn.Module):
 
 
 class MlpConnector(nn.Module):
-    """The same average, then two matrices with a GELU between them, the hidden layer as wide as the decoder."""
+    """The same means, then two matrices with a GELU between them; the hidden layer is as wide as the decoder."""
 
     def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class MlpConnector(nn.Module):
 
 
 class PoolConnector(nn.Module):
-    """Attentive pooling at its barest: one learned query a latent, features as keys and values, then one matrix."""
+    """Attentive pooling: one learned query per latent, features as keys and values, then one matrix."""
 
     def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
         super().__init__()
@@ -177,8 +177,8 @@ class PoolConnector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map (N, P, C) to (N, L, D)."""
         queries = self.latent_query.to(features.dtype).expand(len(features), -1, -1)  # (N, L, C)
-        seen = features.unsqueeze(2)  # (N, P, 1, C): a single head
-        pooled = attend(queries.unsqueeze(2), seen, seen, None).squeeze(2)  # (N, L, C)
+        keys = features.unsqueeze(2)  # (N, P, 1, C): a single head
+        pooled = attend(queries.unsqueeze(2), keys, keys, None).squeeze(2)  # (N, L, C)
         return self.dense(pooled)  # type: ignore[no-any-return]
 
     def init(self) -> None:
@@ -187,7 +187,7 @@ class PoolConnector(nn.Module):
 
 
 def average_neighbours(features: Tensor, n_latents: int) -> Tensor:
-    """Map (N, P, C) to (N, L, C): means of L runs of features, which share one where L does not divide P."""
+    """Map (N, P, C) to (N, L, C): means of L runs of features, neighbouring ones share one where L does not divide P."""
     return F.adaptive_avg_pool1d(features.transpose(1, 2), n_latents).transpose(1, 2)
 
 
@@ -202,5 +202,5 @@ KINDS: dict[str, type[Connector]] = {
 
 
 def build_connector(config: KosmosConfig, width: int) -> Connector:
-    """Return the connector that the config asks for, between features of `width` C and the decoder."""
+    """Return the connector of a config, for features of `width` C."""
     return KINDS[config.connector.kind](config.connector, width, config.decoder.dim)

@@ -1,4 +1,4 @@
-"""The language model: embeddings (some of them replaced by image latents), blocks, tied output matrix.
+"""The language model: embeddings (image slots replaced by latents), blocks, tied output matrix.
 
     x = sqrt(D) (embed(tokens) with latents in their slots)     scaled together, as the released models do
     x = blocks(dropout(x + positions))
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kosmos_lit.config import DecoderConfig
-from kosmos_lit.layers.attention import KeyValues
+from kosmos_lit.layers.attention import KVCache
 from kosmos_lit.layers.block import Block
 from kosmos_lit.layers.init import init_decoder
 from kosmos_lit.ops.masks import DocumentMask
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         mask: DocumentMask | Tensor | None,
         latents: Tensor | None = None,
         slots: Tensor | None = None,
-        cache: list[KeyValues] | None = None,
+        cache: list[KVCache] | None = None,
     ) -> Tensor:
         """Return hidden states (B, T, D), ready for `logits`.
 
@@ -61,30 +61,30 @@ class Decoder(nn.Module):
             mask: what each position may attend to; None: everything.
             latents: (N, L, D) image latents, or None without images.
             slots: (N, 2) row and first slot of each image.
-            cache: one entry per layer with what earlier calls have seen; T new positions continue it.
+            cache: the KV cache, one entry per layer; the T new positions are appended to it.
         """
         x = self.embed_tokens(tokens)  # (B, T, D)
         if latents is not None and slots is not None:
             x = splice(x, latents, slots)
-        x = self._place(x * math.sqrt(self.config.dim), positions)
+        x = self._add_positions(x * math.sqrt(self.config.dim), positions)
         x = self.dropout(x)
-        turns = self.config.positions in ("xpos", "rotary")
-        turn = rotation(self._table(x.device), positions) if turns else None
+        rotates = self.config.positions in ("xpos", "rotary")
+        rotated = rotation(self._table(x.device), positions) if rotates else None
         for i, layer in enumerate(self.layers):
-            x = layer(x, mask, turn, cache[i] if cache is not None else None)
+            x = layer(x, mask, rotated, cache[i] if cache is not None else None)
         return self.layer_norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., D) to logits (..., V) over the tied embedding."""
         return F.linear(hidden, self.embed_tokens.weight)
 
-    def new_cache(self, n_rows: int, n_positions: int) -> list[KeyValues]:
-        """Return an empty cache for `n_rows` sequences of at most `n_positions`."""
+    def new_cache(self, n_rows: int, n_positions: int) -> list[KVCache]:
+        """Return an empty KV cache for `n_rows` sequences of at most `n_positions`."""
         weight = self.embed_tokens.weight
         shape = (n_rows, n_positions, self.config.n_heads, self.config.head_dim)
-        return [KeyValues(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
+        return [KVCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
 
-    def _place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def _add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         match self.config.positions:
             case "sinusoidal":
                 return x + self._table(x.device)[positions].to(x.dtype)
@@ -93,7 +93,8 @@ class Decoder(nn.Module):
         return x
 
     def _table(self, device: torch.device) -> Tensor:
-        """Position tables in float32 whatever the weights' dtype; no buffer, as nothing of them is learned."""
+        """Return the position table on a device, in float32 for every dtype of the weights."""
+        # No buffer: it would follow the weights' dtype, and appear in state dicts.
         if device not in self._tables:
             c = self.config
             match c.positions:

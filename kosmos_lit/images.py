@@ -227,6 +227,7 @@ def _jpeg_pixels(data: bytes) -> Pixels | None:
     except (ValueError, KeyError, RuntimeError):  # KeyError: a subsampling that simplejpeg has no name for
         return None
     _check_size(width, height)
+    # CMYK needs Pillow's conversion.
     if colors not in ("YCbCr", "RGB", "Gray"):
         return None
     try:
@@ -268,6 +269,7 @@ def _has_end_marker(data: bytes, format_: str) -> bool:
         case "GIF":
             return data.endswith(b";")
         case "WEBP":
+            # RIFF's size does not count its own eight bytes of header.
             return int.from_bytes(data[4:8], "little") + 8 == len(data)
     return False
 
@@ -277,6 +279,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow's own conversion would clip
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        # Floats are taken to lie in [0, 1] or in [0, 255].
         high = 65535.0 if image.mode != "F" else (1.0 if values.max(initial=0) <= 1 else 255.0)
         return Image.fromarray(np.clip(np.rint(values * (255.0 / high)), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+from functools import cache
 from pathlib import Path
 
+import docstring_parser
 import pytest
 import torch
 
@@ -20,10 +23,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="record tests/golden anew; see `make golden`")
 
 
+def pytest_configure() -> None:
+    """Collect no garbage while modules are imported and tests collected: none of that becomes garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of all later garbage collections, which would spend most of their time on them."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind, at the end, takes what nobody collected for leaks
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tensors here are too small for threads to help, and test processes run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parse_docstrings_once() -> None:
+    """Every command builds its parser anew, and parsing the same docstrings again would be half of that time."""
+    docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What benchmarks/data.py is made of runs on a handful of pairs; webdataset and energon may be missing."""
+"""The parts of benchmarks/data.py run on a handful of pairs; webdataset and energon may be missing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
-def test_made_pairs_come_back_as_rows_of_ours(inputs: Inputs) -> None:
-    ours, *others = benchmark.compare(inputs, "256 px", workers=0, n_batches=2, n_rounds=1)
+def test_the_pipelines_read_synthetic_pairs(inputs: Inputs) -> None:
+    own, *others = benchmark.compare(inputs, "256 px", workers=0, n_batches=2, n_rounds=1)
 
-    assert ours["side"] == "ours"
-    assert float(str(ours["images/s"])) > float(str(ours["rows/s"])) > 0
+    assert own["pipeline"] == "ours"
+    assert float(str(own["images/s"])) > float(str(own["rows/s"])) > 0
     assert all(line.get("ours over it") or "not installed" in str(line["skipped"]) for line in others)
 
 
@@ -29,10 +29,10 @@ def test_texts_are_measured_without_images(inputs: Inputs) -> None:
     assert float(str(benchmark.texts(inputs, n_rounds=1)["rows/s"])) > 0
 
 
-def test_sides_take_turns_and_a_missing_one_is_named() -> None:
+def test_pipelines_take_turns_and_a_missing_one_is_named() -> None:
     turns: list[str] = []
 
-    def side(name: str, images: int):
+    def pipeline(name: str, images: int):
         for _ in itertools.count():
             turns.append(name)
             yield images, 1
@@ -41,15 +41,15 @@ def test_sides_take_turns_and_a_missing_one_is_named() -> None:
         raise MissingError("no such library")
         yield
 
-    sides = {"a": lambda: side("a", 7), "b": missing, "c": lambda: side("c", 5)}
-    found, reasons = benchmark.rates(sides, n_batches=3, n_rounds=2, workers=0)
+    pipelines = {"a": lambda: pipeline("a", 7), "b": missing, "c": lambda: pipeline("c", 5)}
+    rates, reasons = benchmark.rates(pipelines, n_batches=3, n_rounds=2, workers=0)
 
-    assert "".join(turns) == "aaaa" "cccc" "aaa" "ccc" "aaa" "ccc"  # one batch more to begin with
+    assert "".join(turns) == "aaaa" "cccc" "aaa" "ccc" "aaa" "ccc"  # the first round reads one batch more
     assert reasons == {"b": "no such library"}
-    assert [round(images / rows, 9) for images, rows in found["a"] + found["c"]] == [7, 7, 5, 5]
+    assert [round(images / rows, 9) for images, rows in rates["a"] + rates["c"]] == [7, 7, 5, 5]
 
 
-def test_the_table_shows_reasons_in_place_of_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.show([{"side": "a", "rows/s": 3}, {"side": "b", "skipped": "not here"}])
+def test_the_table_shows_reasons_instead_of_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.show([{"pipeline": "a", "rows/s": 3}, {"pipeline": "b", "skipped": "not here"}])
 
     assert capsys.readouterr().out.splitlines()[-2].split() == ["b", "not", "here"]

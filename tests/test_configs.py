@@ -35,8 +35,9 @@ OTHERS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in (*ABLATIONS, *DA
 ON_CPU = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false", "--trainer.precision=32-true")
 
 
+@cache
 def parsed(*files: Path) -> KosmosCLI:
-    """Parse the files and build trainer, model and data module, as `fit` does before it starts."""
+    """Parse the files and build trainer, model and data module, as `fit` does; a test must not change them."""
     return KosmosCLI([*(argument for f in files for argument in ("-c", str(f))), *ON_CPU], run=False)
 
 

@@ -24,7 +24,11 @@ def split(path: Path) -> tuple[list[str], str, list[str], list[str]]:
     return lines[: at + 1], lines[at].removeprefix(CALL), [line[4:] for line in lines[at + 1 : end]], lines[end:]
 
 
-@pytest.mark.parametrize("path", PLANNED, ids=lambda p: p.stem)
+# gpus_32 and gpus_64 differ from gpus_8 in the numbers of ranks and rows alone.
+DAILY = [p if p.stem not in ("gpus_32", "gpus_64") else pytest.param(p, marks=pytest.mark.slow) for p in PLANNED]
+
+
+@pytest.mark.parametrize("path", DAILY, ids=lambda p: p.stem)
 def test_the_plan_in_the_head_of_a_config_is_todays(
     path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

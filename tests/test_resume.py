@@ -158,11 +158,12 @@ def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple
     return [(moment, 0 if left == "-" else int(left[5:13])) for moment, left, _ in deaths]
 
 
-def assert_same_log(whole: Path, parts: Path, left: list[int], rel: float = 0.0) -> None:
+def assert_same_log(uninterrupted: Path, resumed: Path, left: list[int], rel: float = 0.0) -> None:
     """A step is logged right behind its checkpoint: only the last step before a death may be missing."""
-    there, here = losses(whole), losses(parts)
-    assert there.keys() - here.keys() <= set(left)
-    assert {s: float(loss) for s, loss in here.items()} == pytest.approx({s: float(there[s]) for s in here}, rel=rel, abs=0)
+    expected, logged = losses(uninterrupted), losses(resumed)
+    assert expected.keys() - logged.keys() <= set(left)
+    values = {step: float(loss) for step, loss in logged.items()}
+    assert values == pytest.approx({step: float(expected[step]) for step in logged}, rel=rel, abs=0)
 
 
 @pytest.fixture(scope="module")

@@ -89,10 +89,10 @@ def steps(net: Kosmos, batches: Loader, ranks: int, accumulation: int, group: An
         micro = list(islice(endless, accumulation))
         for number, batch in enumerate(micro):
             (lit.training_step(batch, number) / accumulation).backward()
-        mine = (_rows(micro), lit.rows_digest, [len(batch.images) for batch in micro])
-        found, gradient = [mine] * ranks, []
+        own = (_rows(micro), lit.rows_digest, [len(batch.images) for batch in micro])
+        gathered, gradient = [own] * ranks, []
         if ranks > 1:
-            dist.all_gather_object(found, mine, group=group)
+            dist.all_gather_object(gathered, own, group=group)
         for name, parameter in net.named_parameters():
             # A rank without images must have one too, or the others would wait for it here.
             assert parameter.grad is not None, f"{name} has no gradient"
@@ -100,10 +100,10 @@ def steps(net: Kosmos, batches: Loader, ranks: int, accumulation: int, group: An
                 dist.all_reduce(parameter.grad, group=group)
             gradient.append(parameter.grad / ranks)
         rows: dict[int, tuple[str, list[int], list[int]]] = {}
-        for theirs, _, _ in found:
-            assert not rows.keys() & theirs.keys(), "two ranks have the same row"
-            rows |= theirs
-        yield Step(rows, sum(d for _, d, _ in found) & DIGEST_MASK, gradient, [images for _, _, images in found])
+        for rank_rows, _, _ in gathered:
+            assert not rows.keys() & rank_rows.keys(), "two ranks have the same row"
+            rows |= rank_rows
+        yield Step(rows, sum(d for _, d, _ in gathered) & DIGEST_MASK, gradient, [images for _, _, images in gathered])
 
 
 def _rows(batches: list[KosmosBatch]) -> dict[int, tuple[str, list[int], list[int]]]:
@@ -126,9 +126,9 @@ def _rank(rank: int, files: Files, port: int) -> None:
         if rank >= ranks:
             continue
         batches = loader(data, ranks, rank, workers, accumulation)
-        found = [vars(step) for step in steps(net, batches, ranks, accumulation, groups[ranks])]
+        results = [vars(step) for step in steps(net, batches, ranks, accumulation, groups[ranks])]
         if rank == 0:
-            torch.save(found, files.out / f"{ranks}-{workers}-{accumulation}.pt")
+            torch.save(results, files.out / f"{ranks}-{workers}-{accumulation}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -196,9 +196,9 @@ def test_every_part_of_the_model_learns_in_every_step(alone: list[Step]) -> None
 def test_some_ranks_had_no_image_while_others_had(shared_out: dict[tuple[int, int, int], list[Step]], ranks: int) -> None:
     at_once = [
         micro
-        for (n, _, _), found in shared_out.items()
+        for (n, _, _), results in shared_out.items()
         if n == ranks
-        for step in found
+        for step in results
         for micro in zip(*step.images, strict=True)
     ]
     assert any(0 in micro and any(micro) for micro in at_once)

@@ -24,6 +24,7 @@ def hash_key(*parts: int | str) -> int:
 def hash_numbers(numbers: npt.ArrayLike, key: int) -> U64:
     """Return one 64-bit hash per number under `key` (the finaliser of splitmix64)."""
     x = np.asarray(numbers).astype(np.uint64)
+    # Products wrap around modulo 2 ** 64, as intended.
     with np.errstate(over="ignore"):
         x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(key & _MASK)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -38,4 +39,5 @@ def permutation(n: int, key: int) -> npt.NDArray[np.int64]:
 
 def share_of(key: int) -> float:
     """Map a 64-bit hash to [0, 1), for a draw with a probability."""
+    # A double holds 53 bits exactly; all 64 could round up to 1.
     return (key >> 11) / 2.0**53

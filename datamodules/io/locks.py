@@ -35,6 +35,7 @@ def locked(output: Path, part: tuple[int, int] = (1, 1)) -> Iterator[Exclusive]:
     """
     output.mkdir(parents=True, exist_ok=True)
     number, n_parts = part
+    # Opened for writing, as exclusive POSIX locks require; appending leaves the file as it is.
     with (output / ".lock").open("a+b") as file:
         _lock(file, _FOLDER, fcntl.LOCK_EX if n_parts == 1 else fcntl.LOCK_SH, output)
         _lock(file, _PARTS + number, fcntl.LOCK_EX, output)

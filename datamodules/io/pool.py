@@ -95,6 +95,7 @@ def run_all(
                 running = {pool.submit(_work, job, task) for task in islice(remaining, n_ahead)}
             try:
                 while running:
+                    # The timeout lets the bar show progress inside of tasks.
                     finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                     while not queue.empty():
                         progress(queue.get())

@@ -34,6 +34,7 @@ def join_image_lists(output: Path, tasks: Sequence[Task]) -> None:
     with atomic_file(images_file(output)) as path, closing(ColumnWriter(path, LISTED_IMAGE)) as writer:
         for low, high in pairwise(bounds):
             rows = np.concatenate([np.empty(0, LISTED_IMAGE), *(_between(path, low, high) for path in lists)])
+            # The last key counts first: by URL, then usable images before others, then by place.
             rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["status"], rows["url"]))]
             first = np.ones(len(rows), dtype=bool)
             first[1:] = rows["url"][1:] != rows["url"][:-1]
@@ -58,6 +59,7 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
     images = _sum_tallies(task.image_list for task in tasks) if source.needs_image_list else Tally()
     if not tally.documents:
         raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, images)}")
+    # A join that was killed may have left as much as the whole corpus.
     remove_leftovers(output)
     lengths = {}
     for column, dtype in ({"tokens": token_dtype} | COLUMNS | dict(source.columns)).items():
@@ -72,6 +74,7 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
         "tally": tally.to_dict(),
         "image_tally": images.to_dict(),
     }
+    # Last: a folder without a manifest is an unfinished index.
     write_atomically(output / MANIFEST, json.dumps(manifest).encode())
     shutil.rmtree(output / "parts", ignore_errors=True)
 

@@ -151,6 +151,7 @@ def _index(
     markers = np.flatnonzero(np.repeat(is_image, n_ids))
     tally.documents += len(batch)
     columns["tokens"].append(tokens)
+    # Counts here; joining the shards turns them into offsets.
     columns["token_offsets"].append(length)
     columns["image_offsets"].append(n_images)
     columns["records"].append(np.array([pack_place(shard, document.record) for document in batch], dtype=np.uint64))

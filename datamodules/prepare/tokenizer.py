@@ -62,6 +62,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tok
         why = f"the text is enough for at most {most[1]}" if most else str(error)
         raise UserError(f"prepare tokenizer: {vocab_size} pieces out of {len(files)} files: {why}") from error
     tokenizer = Tokenizer(model.getvalue())
+    # The model last: a folder that has one is complete.
     write_atomically(output / ORIGIN_FILE, json.dumps(origin, indent=1).encode())
     write_atomically(output / MODEL_FILE, model.getvalue())
     return tokenizer

@@ -166,6 +166,7 @@ def _charset(parameters: str) -> str | None:
 
 def _image_status(response: Response, options: ReadOptions, tally: Tally) -> str:
     """Return one of `IMAGE_STATUSES` for an image, and count it."""
+    # Pillow does not read vector images: they are skipped, not broken.
     if "svg" in response.mime:
         status = "not a raster image"
     else:

@@ -154,6 +154,7 @@ def held_out_scenes(random: Random, holdout: Holdout, kind: str, limit: int) -> 
                 scenes_of.setdefault(scene.own_combination(), scene)
             if len(scenes_of) == limit:
                 break
+    # Keys mix text and numbers, which do not compare with each other.
     scenes = [scenes_of[key] for key in sorted(scenes_of, key=repr)]
     random.shuffle(scenes)
     return scenes[:limit]

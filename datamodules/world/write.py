@@ -126,6 +126,7 @@ def _write_captions(folder: Path, shard: int, n: int, random: Random, holdout: H
             rows.append(row)
             members = {"jpg": image, "json": json.dumps(row).encode(), "txt": str(row["caption"]).encode()}
             for extension, data in members.items():
+                # The time stays 0, so that another drawing has the same bytes.
                 member = tarfile.TarInfo(f"{row['key']}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -161,6 +162,7 @@ def _write_pages(folder: Path, shard: int, n: int, random: Random, holdout: Hold
 
 def _write_response(warc: WARCWriter, url: str, mime: str, body: bytes, random: Random) -> None:
     headers = StatusAndHeaders("200 OK", [("Content-Type", mime), ("Content-Length", str(len(body)))], protocol="HTTP/1.1")
+    # warcio's own ids and dates would differ from drawing to drawing.
     number = f"{random.getrandbits(128):032x}"
     record = warc.create_warc_record(
         url, "response", payload=io.BytesIO(body), length=len(body), http_headers=headers,

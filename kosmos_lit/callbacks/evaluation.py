@@ -16,6 +16,7 @@ from kosmos_lit.evaluation.progress import format_main_metric
 from kosmos_lit.evaluation.runner import Evaluation, read_samples
 from kosmos_lit.evaluation.task import Sample
 from kosmos_lit.evaluation.trainer import TrainerRanks
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.lit import KosmosLit
 
 
@@ -62,7 +63,7 @@ class EvaluateTasks(Callback):
         model_info = {"checkpoint": None, "step": trainer.global_step, "precision": str(trainer.precision)}
         with pl_module.full_net() as net, trainer.precision_plugin.val_step_context():
             evaluation = Evaluation(
-                net, pl_module.tokenizer, self.config, folder / f"step={trainer.global_step:08d}",
+                Engine(net, pl_module.tokenizer), self.config, folder / f"step={trainer.global_step:08d}",
                 model_info=model_info, ranks=TrainerRanks(trainer), samples=self._samples, replace=True, quiet=True,
             )  # fmt: skip
             entries, errors = dict[str, dict[str, Any]](), list[str]()

@@ -38,16 +38,16 @@ def with_all_named(arguments: Sequence[str]) -> list[str]:
 
     Raises: UserError if a flag for the table stands before such a file, which would undo it.
     """
-    found: list[str] = []
+    expanded: list[str] = []
     flags, tables, words = dict[Keys, str](), dict[Keys, Any](), iter(arguments)
     for word in words:
-        found.append(word)
+        expanded.append(word)
         if word in ("-c", "--config"):
-            found.append(next(words, ""))
+            expanded.append(next(words, ""))
         elif not word.startswith("--config="):
             flags |= {keys: word.split("=")[0] for keys in MERGED if _is_of(word, keys)}
             continue
-        path = Path(found[-1].removeprefix("--config="))
+        path = Path(expanded[-1].removeprefix("--config="))
         content = read_yaml(path)
         for keys in MERGED:
             around = value_at(content, keys[:-1])
@@ -61,8 +61,8 @@ def with_all_named(arguments: Sequence[str]) -> list[str]:
             tables[keys] = _merged(before, named)
             if before and named:
                 node = reduce(lambda inner, key: {key: inner}, reversed(keys), tables[keys])
-                found.append(f"--config={yaml.safe_dump(node, sort_keys=False)}")
-    return found
+                expanded.append(f"--config={yaml.safe_dump(node, sort_keys=False)}")
+    return expanded
 
 
 def _is_of(word: str, keys: Keys) -> bool:

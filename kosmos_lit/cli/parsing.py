@@ -23,8 +23,8 @@ class Parser(argparse.ArgumentParser):
         names = set(self._option_string_actions)
         required = [name for action in self._actions if action.required for name in action.option_strings]
         for word in args or ():
-            given = word.split("=")[0]
-            close = difflib.get_close_matches(given, required, 1) if given.startswith("--") and given not in names else []
+            option = word.split("=")[0]
+            close = difflib.get_close_matches(option, required, 1) if option.startswith("--") and option not in names else []
             if close:
-                self.error(f"unknown option {given}; did you mean {close[0]}?")
+                self.error(f"unknown option {option}; did you mean {close[0]}?")
         return super().parse_known_args(args, namespace)

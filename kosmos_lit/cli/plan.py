@@ -11,7 +11,7 @@ from typing import TypeVar
 from datamodules.module import MixtureData
 from kosmos_lit.cli.parsing import Parser
 from kosmos_lit.cli.trainer import IGNORED_WARNINGS, KosmosCLI, linked_targets, user_errors
-from kosmos_lit.config import KosmosConfig, OptimizerConfig, collected
+from kosmos_lit.config import KosmosConfig, OptimizerConfig, collect_errors
 from kosmos_lit.errors import UserError
 from kosmos_lit.preflight.devices import DEVICES, find_device
 from kosmos_lit.preflight.estimates import estimate_run
@@ -31,7 +31,7 @@ def plan_parser() -> argparse.ArgumentParser:
         "prepares nothing. Exit code 0: the run can start; 1: there are problems.",
         epilog="All other arguments are those of fit: -c CONFIG, overrides. Tokens are counted in indexed corpora; before "
         "that they are estimated from typical documents. Memory is that of the fullest moment of the model's own code, run "
-        "on tensors without storage; operations are counted as docs/figures.md says.",
+        "on tensors without storage; operations are counted as docs/metrics.md says.",
     )
     parser.add_argument("--devices", type=_positive, default=None, help="devices of a node, instead of trainer.devices")
     parser.add_argument("--nodes", type=_positive, default=None, help="number of nodes, instead of trainer.num_nodes")
@@ -104,7 +104,7 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
     def attempt(make: Callable[[], T]) -> T | None:
         """Return what `make` returns; if it fails, add the reasons to `problems` and return None."""
         result: T | None = None
-        with collected() as mistakes:
+        with collect_errors() as mistakes:
             try:
                 with user_errors(arguments):
                     result = make()

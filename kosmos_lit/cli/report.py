@@ -1,4 +1,4 @@
-"""The verb `report`: results on disk to tables for people."""
+"""The verb `report`: results of evaluations to tables for people."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ def report_parser() -> argparse.ArgumentParser:
     """Return the options of `report`."""
     parser = Parser(
         prog="main.py report",
-        description="Print the figures of evaluations. Of one folder, report.md and report.html are written anew; several "
-        "are set side by side, with paired differences of the first to each other one, in comparison.md, .html and .json.",
+        description="Print the metrics of evaluations. For one folder, report.md and report.html are written; several are "
+        "compared, by paired differences of the first to each other one, in comparison.md, .html and .json.",
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of `test`, by default in RUN/eval")
-    parser.add_argument("--names", default=None, metavar="A,B,...", help="what to call them; by default their paths' ends")
+    parser.add_argument(
+        "--names", default=None, metavar="A,B,...", help="names of the evaluations; by default the ends of their paths"
+    )
     parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="folder to write; by default the first one")
     return parser
 
 
 def report(arguments: list[str]) -> None:
-    """Print and write what evaluations have found."""
+    """Print the metrics of evaluations and write their report, or the comparison of several."""
     a = report_parser().parse_args(arguments)
     from kosmos_lit.evaluation.results import read_results
     from kosmos_lit.report.comparison import compare, comparison_html, comparison_markdown
-    from kosmos_lit.report.evaluation import write, write_report
+    from kosmos_lit.report.evaluation import write_report, write_texts
 
     names = None if a.names is None else [name.strip() for name in a.names.split(",")]
     if names is not None and not all(names):
         raise UserError(f"report: --names {a.names!r} has an empty name")
-    found = compare(a.folders, names)
+    comparison = compare(a.folders, names)
     output = a.output or a.folders[0]
-    output.mkdir(parents=True, exist_ok=True)
-    print(comparison_markdown(found))
+    print(comparison_markdown(comparison))
     if len(a.folders) == 1:
-        written = write_report(a.folders[0], output)
+        paths = write_report(a.folders[0], output)
     else:
         texts = {
-            "comparison.md": f"# Evaluations side by side\n\n{comparison_markdown(found)}",
-            "comparison.html": comparison_html(found, [read_results(folder) for folder in a.folders]),
-            "comparison.json": json.dumps(found.to_dict(), indent=1, ensure_ascii=False),
+            "comparison.md": f"# Evaluations side by side\n\n{comparison_markdown(comparison)}",
+            "comparison.html": comparison_html(comparison, [read_results(folder) for folder in a.folders]),
+            "comparison.json": json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False),
         }
-        written = [write(output / name, text) for name, text in texts.items()]
-    print(f"wrote {', '.join(str(path) for path in written)}")
+        paths = write_texts(output, texts)
+    print(f"wrote {', '.join(str(path) for path in paths)}")

@@ -73,7 +73,7 @@ def compiled_parts(tracker: AllocationTracker, partitions: dict[Any, Partition])
 
     def of_block(part: Part) -> Part:
         # With `recompute`, what these two keep is chosen by hand, and torch.compile has nothing left to choose.
-        recomputed = part in (block._before_again, block._after_again)
+        recomputed = part in (block._recomputed_before, block._recomputed_after)
         return part if recomputed else lambda module, *args, **kwargs: _run(part, module, args, kwargs, partitions, tracker)
 
     def of_tower() -> Part:

@@ -53,6 +53,7 @@ CONTRACTION_OF = {
 
 def normalise_squad(text: str) -> str:
     """Return a text as SQuAD's metrics compare it."""
+    # Punctuation before articles, as in SQuAD's code: "a-b" becomes "ab" and keeps its "a".
     return " ".join(SQUAD_ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
 
 
@@ -73,7 +74,7 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 def _f1(prediction: Sequence[str], target: Sequence[str]) -> float:
     if not prediction or not target:
         return float(list(prediction) == list(target))
-    n_common = (Counter(prediction) & Counter(target)).total()
+    n_common = (Counter(prediction) & Counter(target)).total()  # a word counts as often as both have it
     return 2 * n_common / (len(prediction) + len(target))
 
 

@@ -52,6 +52,7 @@ class BatchItem:
         """Return the item of one request, whose response has at most `max_new_tokens` tokens."""
         if isinstance(request, LogLikelihood):
             return cls((index,), "score", prompt, images, candidates, [0] * len(candidates), cache_capacity(candidates))
+        # A batch is one call of the engine, which has one setting for all.
         return cls((index,), repr(request.settings), prompt, images, [], [], max_new_tokens * request.settings.n_beams)
 
     @property
@@ -74,6 +75,7 @@ def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> li
     """
     if len(items) < 2:
         return list(items)
+    # Numbered over all prompts: equal images get equal numbers, and differing ones end the common beginning.
     images = {ref: i for i, ref in enumerate(dict.fromkeys(ref for item in items for ref in item.images))}
     rows = [_with_image_numbers(item, images, n_latents) for item in items]
     shortest = min(map(len, rows))

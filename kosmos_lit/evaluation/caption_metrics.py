@@ -138,9 +138,9 @@ def _words(texts: Sequence[Sequence[str]], tokens: Tokens) -> dict[int, list[str
 
 @contextlib.contextmanager
 def _java_module_access() -> Iterator[None]:
-    """Allow reflection into Java's own classes, which SPICE was written for (Java 8) and Java 9 and later forbid.
+    """Allow reflection into Java's own classes: SPICE was written for Java 8, and Java 9 and later forbid it.
 
-    Tried with Java 17: SPICE fails without, and with it gets as far as CoreNLP's parser.
+    Tried with Java 17: SPICE fails without this; with it, it gets as far as CoreNLP's parser.
     """
     before = os.environ.get("JDK_JAVA_OPTIONS")
     opens = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in JAVA_PACKAGES.split()]

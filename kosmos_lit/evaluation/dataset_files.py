@@ -71,6 +71,7 @@ def read_csv(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
 
     Raises: UserError if the file is not CSV, or naming the row that lacks one of the columns.
     """
+    # utf-8-sig: some of these files begin with a byte order mark, which would become part of the first column's name.
     with parsing(path), path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         return _complete(rows, fields, path)

@@ -116,7 +116,7 @@ class HarnessModel(LM):
         log_probs = self._token_log_probs(fitting, disable_tqdm)
         responses = [(sum(t.log_prob for t in tokens), all(t.is_greedy for t in tokens)) for tokens in log_probs]
         for pair, response in zip(texts, responses, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, response)
+            self.cache_hook.add_partial("loglikelihood", pair, response)  # lm_eval's --use_cache
         return responses
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -203,6 +203,7 @@ class HarnessModel(LM):
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
         """Return the context and the scored ids of each window of a text."""
         room = self.max_length - 1
+        # The first window ends where a row does, each further one `stride` later, the last one with the text.
         ends = [0, *range(min(room, len(ids)), len(ids), self.stride), len(ids)]
         return [(ids[max(0, end - room) : start], ids[start:end]) for start, end in pairwise(ends) if start < end]
 
@@ -215,6 +216,7 @@ class HarnessModel(LM):
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], disable_tqdm: bool
     ) -> list[Sequence[TokenLogProb]]:
         """Return the log-probability of each token of each continuation; equal contexts share one prefill."""
+        # Multiple choice repeats the context for every candidate.
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (context, _) in enumerate(pairs):
             by_context.setdefault(tuple(context), []).append(i)
@@ -266,6 +268,7 @@ def generation_config(generation_kwargs: Mapping[str, Any]) -> GenerationConfig:
         raise UserError(f"kosmos_lit: unsupported generation_kwargs: {', '.join(rest)}; supported are {supported}")
     if not do_sample:  # GenerationConfig refuses them, tasks often leave them in
         named = {name: value for name, value in named.items() if name not in ("top_k", "top_p")}
+    # Tasks give one string or a list, with empty ones in it, which would stop at once.
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
     temperature = (1.0 if temperature is None else float(temperature)) if do_sample else 0.0
     return GenerationConfig(max_new_tokens=int(length), temperature=temperature, stop=stop, **named)

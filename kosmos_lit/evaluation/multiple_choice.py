@@ -30,7 +30,7 @@ Scoring = Literal["mean", "sum", "bytes", "unconditional"]
 
 def softmax(values: Sequence[float]) -> list[float]:
     """Return e to the power of each value, divided by their sum."""
-    highest = max(values)
+    highest = max(values)  # subtracted, so that no power overflows
     powers = [math.exp(value - highest) for value in values]
     return [power / sum(powers) for power in powers]
 
@@ -65,6 +65,7 @@ class Question:
     @property
     def solved(self) -> str:
         """The question with its right answer, as a demonstration."""
+        # Modulo: the index is 0 if all candidates share one context.
         return f"{self.contexts[self.target % len(self.contexts)]} {self.candidates[self.target]}"
 
 
@@ -140,7 +141,7 @@ class MultipleChoice(Task):
         responses = yield self.requests(sample, shots)
         candidates = [candidate for response in responses for candidate in scored_candidates(response)]
         values = candidate_scores(candidates, self.scoring)
-        choice = int(np.argmax(values))
+        choice = int(np.argmax(values))  # the first of several; the score counts ties by share
         return Outcome(
             prediction=question.names[choice],
             target=question.names[question.target],
@@ -170,6 +171,7 @@ def gap_question(before: str, after: str, options: Sequence[str], target: int) -
     "Partial evaluation" (Trinh and Le 2018, arXiv 1806.02847): each option fills the gap in its own context, and the text
     after it is scored. Characters attached to the option ("'s", a comma) belong to the context, unless nothing else follows.
     """
+    # DOTALL: a sentence may have line breaks.
     attached, rest = re.match(r"(\S*)(.*)", after, re.DOTALL).groups()  # type: ignore[union-attr]
     if not rest.strip():
         attached, rest = "", after

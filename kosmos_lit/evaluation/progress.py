@@ -38,6 +38,7 @@ class TaskProgress:
         if self._quiet or now - self._last_line < (REDRAW_SECONDS if self._is_terminal else LINE_SECONDS):
             return
         self._last_line = now
+        # Never more than all: the other processes may have fewer samples.
         n_new = min(self._n_own * self._world_size, self._n_samples - self._n_before)
         speed, n_left = n_new / self.seconds, self._n_samples - self._n_before - n_new
         time_left = f"  {clock_time(n_left / speed)} left" if speed else ""

@@ -34,7 +34,7 @@ def fill_template(template: str, **fields: object) -> str:
 def few_shot_prompt(demonstrations: Sequence[Parts], prompt: Parts, separator: str) -> Parts:
     """Return a prompt after its demonstrations, each of these followed by `separator`; adjacent texts become one."""
     parts = [part for demonstration in demonstrations for part in (*demonstration, separator)]
-    return tuple(part for part in _join_texts((*parts, *prompt)) if part != "")
+    return tuple(part for part in _join_texts((*parts, *prompt)) if part != "")  # empty separators between images
 
 
 def encode_prompts(prompts: Iterable[Parts], tokenizer: Tokenizer, n_latents: int) -> list[Prompt]:

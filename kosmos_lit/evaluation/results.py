@@ -62,7 +62,7 @@ class Result:
         outcome = {name: data[name] for name in ("prediction", "target", "scores", "data")}
         if data["error"] is None:
             return cls(data["key"], data["requests"], Outcome(**outcome))
-        reason, _, detail = data["error"].partition(": ")
+        reason, _, detail = data["error"].partition(": ")  # no reason has a colon
         return cls(data["key"], data["requests"], None, Failure(reason, detail))
 
 
@@ -109,6 +109,7 @@ def sample_at(path: Path, position: int) -> dict[str, Any]:
     """Return the sample whose line begins at a position in bytes."""
     with path.open("rb") as file:
         file.seek(position)
+        # Line 0: the number is not known after a seek, and the line has been parsed before.
         return parse_sample(path, 0, file.readline())
 
 

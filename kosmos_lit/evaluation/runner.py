@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from kosmos_lit.checks.device import describe_device
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
@@ -22,8 +20,7 @@ from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.storage import Store, check_fingerprint, read_metrics, weights_digest
 from kosmos_lit.evaluation.task import Sample, Task, limit_samples
 from kosmos_lit.files import write_atomically
-from kosmos_lit.model import Kosmos
-from kosmos_lit.tokenizer import Tokenizer
+from kosmos_lit.inference.engine import Engine
 
 NO_PARTNER = Failure("no images to exchange", "too few samples have as many images but other ones")
 
@@ -76,8 +73,7 @@ class Evaluation:
 
     def __init__(
         self,
-        model: Kosmos,
-        tokenizer: Tokenizer,
+        engine: Engine,
         config: EvalConfig,
         folder: Path,
         *,
@@ -90,8 +86,7 @@ class Evaluation:
         """Read the samples of all tasks, and check the results that the folder has already.
 
         Args:
-            model: the model, unsharded on this process.
-            tokenizer: its tokenizer.
+            engine: the model, unsharded on this process, with its tokenizer.
             config: tasks and settings.
             folder: of the results.
             model_info: facts of the model for `metrics.json`: its checkpoint, step ...
@@ -104,14 +99,14 @@ class Evaluation:
         """
         self.config, self.folder, self.ranks, self.quiet = config, folder, ranks or SingleProcess(), quiet
         self.scheduler = RequestScheduler(
-            model, tokenizer, batch_tokens=config.batch_tokens, image_fit=config.image_fit,
-            image_control=config.image_control,
-        )  # fmt: skip
+            engine, batch_tokens=config.batch_tokens, image_fit=config.image_fit, image_control=config.image_control
+        )
         self.samples = samples if samples is not None else read_samples(config)
-        self.model_info = {"parameters": sum(p.numel() for p in model.parameters()), **(model_info or {})}
+        self.model_info = {"parameters": sum(p.numel() for p in engine.model.parameters()), **(model_info or {})}
         self.fingerprint = {
-            "weights": weights_digest(model), "tokenizer": tokenizer.fingerprint, "image_control": config.image_control,
-            "image_fit": config.image_fit, "precision": self.model_info.get("precision", "32-true"),
+            "weights": weights_digest(engine.model), "tokenizer": self.scheduler.tokenizer.fingerprint,
+            "image_control": config.image_control, "image_fit": config.image_fit,
+            "precision": self.model_info.get("precision", "32-true"),
             "_checkpoint": self.model_info.get("checkpoint"), "_step": self.model_info.get("step"),
         }  # fmt: skip
         self._on_rank_zero(lambda: self._check_fingerprints(replace))
@@ -146,11 +141,13 @@ class Evaluation:
         """
         task, samples, store = self.config.enabled_tasks[name], self.samples[name], Store(self.folder / name)
         keys = [sample.key for sample in samples]
+        # One rank merges the files of an earlier start, which may have had another number of ranks.
         done = self._on_rank_zero(lambda: store.gather(keys))
         pool = read_pool(name, task)
         controlled: Sequence[Sample | None] = samples
         if self.config.image_control == "shuffled":
             controlled = shuffle_images(samples, task.seed)
+        # Every n-th sample, not a block: datasets are often sorted by class or length, and ranks should take equally long.
         remaining = [i for i, key in enumerate(keys) if key not in done][self.ranks.rank :: self.ranks.world_size]
         is_quiet = self.quiet or self.ranks.rank > 0
         progress = TaskProgress(name, len(samples), len(done & set(keys)), self.ranks.world_size, quiet=is_quiet)
@@ -173,6 +170,7 @@ class Evaluation:
         """Merge the results of all ranks, and write the task's entry to `metrics.json` beside those of other tasks."""
         store.gather(keys)
         expected = set(keys)
+        # The folder may have more, from a start with a larger max_samples: they stay, but do not count.
         results = [result for result in store.results() if result.key in expected]
         answered = [(result.key, result.outcome) for result in results if result.outcome is not None]
         outcomes = task.add_corpus_scores([outcome for _, outcome in answered])
@@ -191,42 +189,34 @@ class Evaluation:
         }  # fmt: skip
         evaluation = {
             "model": self.model_info | {"weights": self.fingerprint["weights"]}, "image_control": self.config.image_control,
-            "machine": describe_device(_device(self.scheduler.model)),
+            "machine": describe_device(self.scheduler.engine.device),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "tasks": read_metrics(self.folder).get("tasks", {}) | {name: entry},
         }  # fmt: skip
         failed_keys = [result.key for result in results if result.failure is not None]
         for file, text in task.submission_files(outcomes, failed_keys).items():
             write_atomically(self.folder / name / file, text.encode())
+        # Last: a folder with this entry has all other files of the task.
         content = json.dumps(without_nan(evaluation), indent=1, ensure_ascii=False)
         write_atomically(self.folder / METRICS, content.encode())
         return entry
 
 
 def evaluate(
-    model: Kosmos,
-    tokenizer: Tokenizer,
-    config: EvalConfig,
-    folder: str | Path,
-    model_info: Mapping[str, Any] | None = None,
+    engine: Engine, config: EvalConfig, folder: str | Path, model_info: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model in this process; return the tasks' entries in `metrics.json` by their names.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
+        engine: the model with its tokenizer.
         config: tasks and settings.
         folder: of the results; samples that it has already are not evaluated again.
         model_info: facts of the model for `metrics.json`.
 
     Raises: UserError as `Evaluation` does.
     """
-    evaluation = Evaluation(model, tokenizer, config, Path(folder), model_info=model_info)
+    evaluation = Evaluation(engine, config, Path(folder), model_info=model_info)
     return {name: evaluation.run(name) for name in config.enabled_tasks}
-
-
-def _device(model: Kosmos) -> torch.device:
-    return model.decoder.embed_tokens.weight.device
 
 
 def _class_path(task: Task) -> str:

@@ -84,6 +84,7 @@ def _record(request: Request, response: Response | None = None) -> dict[str, Any
         if isinstance(response, tuple):
             record["log_probs"] = [list(candidate.log_probs) for candidate in response]
         return record
+    # Only what differs from the defaults: a line has to be read by people.
     settings = {name: value for name, value in asdict(request.settings).items() if value != _DEFAULTS[name]}
     if len(request.settings.choices) > MAX_LISTED_CHOICES:
         settings["choices"] = f"{len(request.settings.choices)} of the task"

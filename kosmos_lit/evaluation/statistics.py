@@ -48,7 +48,7 @@ def mean_metric(values: Sequence[float] | Values) -> Metric:
     scores = np.asarray(values, dtype=np.float64)
     if not len(scores):
         return NO_METRIC
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(0)  # fixed: equal scores have equal intervals in every report
     means, n_rows = np.empty(N_RESAMPLES), max(1, MAX_INDICES // len(scores))
     for first in range(0, N_RESAMPLES, n_rows):
         rows = means[first : first + n_rows]
@@ -124,7 +124,7 @@ def auc_metric(scores: Sequence[float] | Values, labels: Sequence[int] | Indices
     def area(at: Indices) -> float:
         positive = np.bincount(rank[at], weights=label[at], minlength=len(levels))
         negative = np.bincount(rank[at], minlength=len(levels)) - positive
-        below = np.cumsum(negative) - negative
+        below = np.cumsum(negative) - negative  # negatives with a lower score than each level
         n_pairs = positive.sum() * negative.sum()
         return float((positive * (below + negative / 2)).sum() / n_pairs) if n_pairs else float("nan")
 
@@ -144,13 +144,14 @@ def macro_f1_metric(predictions: Sequence[int] | Indices, labels: Sequence[int] 
     if not len(target):
         return NO_METRIC
     n_classes = int(max(prediction.max(), target.max())) + 1
+    # max: torchmetrics refuses fewer than two classes.
     value = multiclass_f1_score(torch.from_numpy(prediction), torch.from_numpy(target), max(2, n_classes), average="macro")
 
     def mean_f1(at: Indices) -> float:
         table = np.bincount(n_classes * target[at] + prediction[at], minlength=n_classes**2).reshape(n_classes, n_classes)
         both = table.sum(0) + table.sum(1)  # times predicted, plus times true
         counts = both > 0
-        return float((2 * np.diag(table)[counts] / both[counts]).mean())
+        return float((2 * np.diag(table)[counts] / both[counts]).mean())  # F1 = 2 TP / (predicted + true)
 
     resampled = bootstrap(mean_f1, len(target), seed)
     return Metric(float(value), resampled.low, resampled.high, resampled.n)

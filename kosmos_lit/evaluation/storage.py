@@ -67,7 +67,7 @@ class Store:
         if parts or keys != list(lines):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, b"".join(lines[key] for key in keys))
-        for path in parts:  # only now: until the one file is on disk they are all there is
+        for path in parts:  # after the merged file is on disk, so that a crash in between loses nothing
             path.unlink()
         return done
 

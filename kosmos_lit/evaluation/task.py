@@ -142,6 +142,7 @@ class Task(metaclass=OptionRecorder):
 
         Raises: UserError if the pool has too few samples.
         """
+        # A string seeds by its SHA-512, so it draws the same in every process, unlike a hash() of it.
         # One more than needed, in case it is the sample itself: a pool has up to half a million samples.
         n = min(self.n_shots + 1, len(pool)) if self.n_shots else 0
         drawn = [other for other in Random(f"{self.seed} {sample.key}").sample(pool, n) if other.key != sample.key]
@@ -163,6 +164,7 @@ def limit_samples(task: Task, samples: Sequence[Sample], max_samples: int | None
     n = min(len(samples) if limit is None else limit for limit in (None, task.max_samples, max_samples))
     if n >= len(samples):
         return list(samples)
+    # The first n of one permutation: what a smaller n selects, a larger one does too.
     order = list(range(len(samples)))
     Random(f"samples {task.seed}").shuffle(order)
     return [samples[i] for i in sorted(order[:n])]
@@ -174,6 +176,7 @@ def _constructor_options(cls: type, args: Sequence[Any], kwargs: Mapping[str, An
     for number, owner in enumerate(c for c in cls.__mro__ if "__init__" in vars(c)):
         parameters = list(signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
         named = [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+        # Positional arguments are those of the class's own constructor; bases get theirs by keyword.
         positional = dict(zip((p.name for p in named), args, strict=False)) if number == 0 else {}
         defaults = {p.name: p.default for p in named if p.default is not Parameter.empty and p.name not in options}
         options |= defaults | positional

@@ -16,6 +16,7 @@ from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.progress import metrics_table
 from kosmos_lit.evaluation.results import METRICS
 from kosmos_lit.evaluation.runner import Evaluation
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.strategy import NET, ShardedStrategy
 from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
@@ -39,7 +40,7 @@ class TrainerRanks:
 class EvaluationData(L.LightningDataModule):
     """The tasks of an evaluation as a data module, in the place of corpora."""
 
-    kinds: Mapping[str, int] = {}
+    kinds: Mapping[str, int] = {}  # of corpora: none
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class EvaluationData(L.LightningDataModule):
 
     def test_dataloader(self) -> Sequence[str]:
         """Return the names of the tasks."""
+        # Lightning iterates over any sequence; each name is the batch of one test step.
         return list(self.config.enabled_tasks)
 
 
@@ -89,7 +91,7 @@ class EvaluatedLit(KosmosLit):
         """Raises: UserError naming missing and unexpected tensors of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
         data: object = self._data if attached_trainer(self) is not None else None
-        # The sharded strategy checks the tensors when it loads them; here they may be shards already.
+        # The sharded strategy checks the tensors itself, when each rank loads its shards.
         if isinstance(data, EvaluationData) and not isinstance(self._strategy, ShardedStrategy):
             tensors = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
             check_shapes(shapes_of(tensors), shapes_of(self.net.state_dict()), str(data.model_info["checkpoint"]))
@@ -103,7 +105,9 @@ class EvaluatedLit(KosmosLit):
         net = whole_net.enter_context(self.full_net())
         model_info = data.model_info | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
-        evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, model_info=model_info, ranks=ranks)
+        evaluation = Evaluation(
+            Engine(net, self.tokenizer), data.config, data.folder, model_info=model_info, ranks=ranks
+        )
         self._evaluation = RunningEvaluation(evaluation, whole_net)
 
     def test_step(self, batch: KosmosBatch | str, batch_idx: int) -> None:

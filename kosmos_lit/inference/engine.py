@@ -25,7 +25,7 @@ from kosmos_lit.inference.sampling import RandomStreams, sample_tokens
 from kosmos_lit.inference.scoring import TokenLogProb, cache_capacity, score_candidates
 from kosmos_lit.inference.stop_strings import StopStrings
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.masks import padded
+from kosmos_lit.ops.masks import padded_positions
 from kosmos_lit.tokenizer import EOS, PAD, Tokenizer
 from kosmos_lit.weights.load import load_model
 
@@ -113,7 +113,7 @@ class Engine:
                 check_slots(rows, slots, len(pixels), config.connector.n_latents, special.image, special.image_end)
             except ValueError as error:
                 raise UserError(str(error)) from error
-        positions, mask = padded(rows != PAD)
+        positions, mask = padded_positions(rows != PAD)
         rows, slots, positions, mask = (t.to(self.device) for t in (rows, slots, positions, mask))
         latents = model.encode_images(pixels) if len(pixels) else None
         logits = model.decoder.logits(model.decoder(rows, positions, mask, latents, slots))

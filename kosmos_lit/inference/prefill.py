@@ -17,7 +17,7 @@ from torch import Tensor
 from kosmos_lit.errors import UserError
 from kosmos_lit.inference.prompts import Prompt, pad_left
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.masks import padded
+from kosmos_lit.ops.masks import padded_positions
 from kosmos_lit.tokenizer import PAD, SpecialTokens
 
 
@@ -54,7 +54,7 @@ class Prefill:
         self._is_real = self.tokens != PAD  # (B, T)
         # Without padding, tokens that follow one another need no mask, and kernels without one are faster.
         self._is_padded = bool((tokens == PAD).any())
-        positions, mask = padded(self._is_real)
+        positions, mask = padded_positions(self._is_real)
         self._prompt_lengths = positions[:, -1:] + 1  # (B, 1)
         (B, T), self._n_decoded = self.tokens.shape, 0
         self._cache = self.decoder.new_cache(B, T + capacity)

@@ -11,15 +11,15 @@ from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.ops.positions import Rotation, rotate
 
 
-class KeyValues:
-    """Keys and values of the positions one layer has seen, in buffers of fixed size."""
+class KVCache:
+    """The KV cache of one layer, in buffers of fixed size."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Take two (B, S, H, K) buffers for S positions."""
+        """Start empty in two (B, S, H, K) buffers for S positions."""
         self.keys, self.values, self.length = keys, values, 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, T, H, K) keys and values; return all so far, (B, length, H, K) each."""
+        """Append (B, T, H, K) keys and values; return all so far, (B, length, H, K) each."""
         end = self.length + k.shape[1]
         self.keys[:, self.length : end], self.values[:, self.length : end] = k, v
         self.length = end
@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | Tensor | None) -> Tensor:
-        """Return what each of T queries gets from the keys' values, (B, T, H, K)."""
+        """Return the attention output of the T queries, (B, T, H, K)."""
         return attend(q, k, v, mask, dropout=self.dropout_rate if self.training else 0.0, kernel=self.kernel)
 
     def join(self, out: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class SelfAttention(nn.Module):
         return self.out_proj(self.inner_attn_ln(out.flatten(2)))  # type: ignore[no-any-return]
 
     def forward(
-        self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, seen: KeyValues | None = None
+        self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, cache: KVCache | None = None
     ) -> Tensor:
-        """Map (B, T, D) to (B, T, D); with `seen`, T new positions attend to it and are added to it."""
+        """Map (B, T, D) to (B, T, D); with a cache, the T new positions are appended to it and attend to all of it."""
         q, k, v = self.project(x, rotation)
-        if seen is not None:
-            k, v = seen.append(k, v)
+        if cache is not None:
+            k, v = cache.append(k, v)
         return self.join(self.attend(q, k, v, mask))

@@ -1,6 +1,6 @@
 """Initial weights of the decoder.
 
-`branch` = fc1, fc2, v_proj, out_proj; g is their gain, `branch_gain` of the config or what the norm asks for with L layers:
+`branch` = fc1, fc2, v_proj, out_proj; g is their gain, the config's `branch_gain` or the default of the norm with L layers:
 
 | norm      | g            | source                                                                    |
 |-----------|--------------|---------------------------------------------------------------------------|
@@ -16,8 +16,8 @@
 | embeddings     | N(0, 1/D); <pad> zero                | the same                      | N(0, 0.02); <pad> zero    |
 | LayerNorm      | 1, 0                                 | the same                      | the same                  |
 
-torchscale scales whatever stands in weights *and* biases after PyTorch's default; its own Xavier reset is defined but not
-called. With `deepnorm`, `magneto` is DeepNet's own recipe.
+torchscale multiplies PyTorch's default weights *and* biases by the gain; its own Xavier reset is defined but not called.
+With `deepnorm`, `magneto` is DeepNet's own recipe.
 
 gpt2 is GPT-2's (section 2.3 of its report: residual layers scaled by 1/sqrt(their number), here 2L); it has its own rule for
 depth, so g is left out. The embedding's factor sqrt(D) belongs to what the decoder computes and stays, unlike in GPT-2:
@@ -72,7 +72,7 @@ def embedding_std(config: DecoderConfig) -> float:
 
 
 def branch_gain(config: DecoderConfig) -> float:
-    """Return g, what the initial weights of the residual branches are multiplied by."""
+    """Return g, the gain of the initial weights of the residual branches."""
     if config.branch_gain is not None:
         return config.branch_gain
     match config.norm:

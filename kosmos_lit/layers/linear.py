@@ -1,4 +1,4 @@
-"""The blocks' matrices: linear layers, in 8 bits where the config asks for it."""
+"""Linear layers of the blocks, in 8 bits with `decoder.fp8`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kosmos_lit.ops.fp8 import linear_fp8
 
 
 class LinearFp8(nn.Linear):
-    """A linear layer that trains in 8 bits; without gradient it computes like any other, on any device."""
+    """A linear layer that trains in 8 bits; without gradient it is an ordinary one, on any device."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""

@@ -1,4 +1,4 @@
-"""softmax(q k' / sqrt(K)) v under a mask, by one of several kernels that agree."""
+"""softmax(q k' / sqrt(K)) v under a mask, by one of several kernels with equal results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kosmos_lit.ops.documents import attend_documents, without_cudnn
-from kosmos_lit.ops.kernels import choose, flex, varlen, varlen_takes, xformers
+from kosmos_lit.ops.documents import attend_documents, disable_cudnn_attention
+from kosmos_lit.ops.kernels import flex, resolve_kernel, supports_varlen, varlen, xformers
 from kosmos_lit.ops.masks import DocumentMask
 
 
@@ -24,27 +24,27 @@ def attend(
         v: (B, Tk, H, K) values.
         mask: documents of the micro-batch, or a bool tensor that broadcasts to (B, H, Tq, Tk), True = may attend.
         dropout: rate on the attention weights; the caller passes 0 outside training.
-        kernel: `auto | xformers | flex | sdpa | reference`. The first two are for documents: a tensor as mask, or none, is
-            sdpa's on any device.
+        kernel: `auto | xformers | flex | sdpa | reference`. xformers and flex take documents only: with a tensor as mask,
+            or without one, the kernel is sdpa on any device.
 
-    Raises: UserError if a kernel is asked for where it cannot run; `check_kernel` says so beforehand.
+    Raises: UserError if the kernel cannot run on these tensors; `check_kernel` finds that before a run.
     """
     if kernel == "reference":
         return reference(q, k, v, mask.dense if isinstance(mask, DocumentMask) else mask, dropout)
     if not isinstance(mask, DocumentMask):
         return _sdpa(q, k, v, mask, dropout)
-    match choose(kernel, q.device.type):
+    match resolve_kernel(kernel, q.device.type):
         case "xformers":
             return xformers(q, k, v, mask, dropout)
         case "flex":
             return flex(q, k, v, mask, dropout)
-    if varlen_takes(q, dropout):
+    if supports_varlen(q, dropout):
         return varlen(q, k, v, mask)
     return attend_documents(q, k, v, mask, dropout)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The formula as it stands, softmax in float32: what every other kernel is tested against."""
+    """Return the formula written out, with softmax in float32: the reference in the tests of all other kernels."""
     scores = torch.einsum("bqhk,bshk->bhqs", q, k).float() / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -54,5 +54,5 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
-    with without_cudnn():
+    with disable_cudnn_attention():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)

@@ -1,11 +1,11 @@
-"""A linear map whose three products of matrices are computed in 8 bits (FP8 Formats for Deep Learning, arXiv 2209.05433).
+"""A linear map whose three matrix products are computed in 8 bits (FP8 Formats for Deep Learning, arXiv 2209.05433).
 
     y = x w'            x, w in e4m3: 3 bits of mantissa, up to 448
     dx = dy w           dy in e5m2: 2 bits of mantissa, up to 57,344
     dw = dy' x
 
-Each tensor is scaled as a whole so that its largest element is the format's largest number, from its present values and not
-from those of earlier steps. Sums are float32. Elements below 2^-18 (e4m3) or 2^-32 (e5m2) of the largest one become zero.
+Each tensor is scaled as a whole so that its largest element becomes the format's largest number: scaling by current, not
+delayed, maxima. Sums are float32. Elements below 2^-18 (e4m3) or 2^-32 (e5m2) of the largest one become zero.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from torch.autograd.function import once_differentiable
 
 from kosmos_lit.errors import UserError
 
-STEP = 16
-"""Rows and columns of a matrix in 8 bits come in multiples of this."""
-LOVELACE = (8, 9)
-"""Oldest CUDA capability with products in 8 bits: Ada Lovelace and Hopper."""
+MULTIPLE = 16
+"""Rows and columns of an 8-bit matrix are multiples of this."""
+MIN_CAPABILITY = (8, 9)
+"""Oldest CUDA capability with 8-bit matrix products: Ada Lovelace and Hopper."""
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype, widths: dict[str, int], row_len: int) -> None:
-    """Make sure that a run can compute in 8 bits.
+    """Make sure that a run can train in 8 bits.
 
     Args:
-        device: where it trains.
-        dtype: what its precision computes in.
-        widths: the matrices' sides by the names of their fields.
+        device: of the run.
+        dtype: compute dtype of its precision.
+        widths: the matrices' sides by the names of their config fields.
         row_len: positions in a row.
 
-    Raises: UserError saying what stands against it.
+    Raises: UserError naming the unmet requirement.
     """
-    wrong = ""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < LOVELACE:
-        found = device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
-        wrong = f"needs a CUDA device of capability 8.9 or later (Ada Lovelace, Hopper), but the run's is {found}"
+    problem = ""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name = device.type if device.type != "cuda" else torch.cuda.get_device_name(device)
+        problem = f"needs a CUDA device of capability 8.9 or later (Ada Lovelace, Hopper), but the run's is {name}"
     elif dtype != torch.bfloat16:
-        wrong = f"goes with trainer.precision bf16-mixed, but the run computes in {str(dtype).removeprefix('torch.')}"
-    elif uneven := [f"{name} {n}" for name, n in (*widths.items(), ("data.seq_len", row_len)) if n % STEP]:
-        wrong = f"needs multiples of {STEP}, but has {', '.join(uneven)}"
-    if wrong:
-        raise UserError(f"decoder.fp8 {wrong}; set it to false")
+        problem = f"goes with trainer.precision bf16-mixed, but the run computes in {str(dtype).removeprefix('torch.')}"
+    elif uneven := [f"{name} {n}" for name, n in (*widths.items(), ("data.seq_len", row_len)) if n % MULTIPLE]:
+        problem = f"needs multiples of {MULTIPLE}, but has {', '.join(uneven)}"
+    if problem:
+        raise UserError(f"decoder.fp8 {problem}; set it to false")
 
 
 def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +62,7 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a tensor in 8 bits, and () float32 what to multiply it with again."""
+    """Return a tensor in 8 bits, and the () float32 scale that restores it by multiplication."""
     x = x.float()
     scale = x.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
     return (x / scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype), scale
@@ -90,5 +90,5 @@ class _LinearFp8(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
-    """Return a b', (M, N), of a (M, K) and b (N, K); `fast` adds up in fewer bits, which a forward pass bears."""
+    """Return a b', (M, N), of a (M, K) and b (N, K); `fast` accumulates in fewer bits, enough for a forward pass."""
     return torch._scaled_mm(a, b.t(), of_a, of_b, out_dtype=dtype, use_fast_accum=fast)

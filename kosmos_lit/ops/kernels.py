@@ -1,4 +1,4 @@
-"""Attention kernels for documents on GPUs, and what each of them asks for. The only importer of xformers, lazily.
+"""Attention kernels for documents on GPUs, and their requirements. The only importer of xformers, lazily.
 
 | kernel    | device | dtypes                  | head width                        | dropout on the weights |
 |-----------|--------|-------------------------|-----------------------------------|------------------------|
@@ -8,7 +8,7 @@
 | reference | any    | any                     | any                               | yes                    |
 
 xformers runs torch's own FlashAttention-2 and CUTLASS kernels. On CUDA in 16 bits `sdpa` is torch's FlashAttention over the
-whole stream where that takes the heads and nothing is dropped; else it goes document by document, as on CPU
+whole stream where that supports the head width and there is no dropout; otherwise it runs document by document, as on CPU
 (`ops.documents`).
 """
 
@@ -23,55 +23,55 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.ops.masks import DocumentMask, on_device
+from kosmos_lit.ops.masks import DocumentMask, to_device
 
-HALVES = (torch.float16, torch.bfloat16)
-FLASH_DIMS = 256
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_MAX_HEAD_DIM = 256
 """Widest head of FlashAttention-2."""
 AMPERE = (8, 0)
-"""Oldest compute capability that it runs on."""
-TRITON_DIMS = 16
+"""Oldest CUDA capability of FlashAttention-2."""
+TRITON_MIN_HEAD_DIM = 16
 """Narrowest head of FlexAttention."""
 
 
-def choose(kernel: str, device: str) -> str:
-    """Return the kernel that `auto` stands for on a type of device: xformers on CUDA where it is installed, else sdpa."""
+def resolve_kernel(kernel: str, device: str) -> str:
+    """Return a kernel with `auto` resolved for a device type: xformers on CUDA where it is installed, else sdpa."""
     if kernel != "auto":
         return kernel
     return "xformers" if device == "cuda" and xformers_is_installed() else "sdpa"
 
 
 def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> None:
-    """Make sure that a kernel can train with heads of that width, dtype and dropout on that device.
+    """Make sure that a kernel supports a head width, dtype and dropout on a device.
 
-    Raises: UserError saying what the kernel lacks, and what would work.
+    Raises: UserError naming the unmet requirement, and what would work.
     """
-    chosen = choose(kernel, device.type)
-    name = f"decoder.attention_kernel: {chosen}" + (" (auto)" if kernel == "auto" else "")
-    kind = str(dtype).removeprefix("torch.")
-    wrong, remedy = "", "set it to sdpa"
-    if chosen in ("xformers", "flex") and device.type != "cuda":
-        wrong, remedy = f"needs a CUDA device, but the run's is {device.type}", "set it to auto or sdpa"
-    elif chosen == "xformers":
+    resolved = resolve_kernel(kernel, device.type)
+    name = f"decoder.attention_kernel: {resolved}" + (" (auto)" if kernel == "auto" else "")
+    dtype_name = str(dtype).removeprefix("torch.")
+    problem, remedy = "", "set it to sdpa"
+    if resolved in ("xformers", "flex") and device.type != "cuda":
+        problem, remedy = f"needs a CUDA device, but the run's is {device.type}", "set it to auto or sdpa"
+    elif resolved == "xformers":
         step = 4 if dtype == torch.float32 else 8
         if not xformers_is_installed():
-            wrong, remedy = "is not installed", "install xformers, or set it to auto, flex or sdpa"
-        elif dtype not in (torch.float32, *HALVES):
-            wrong = f"does not take {kind}"
+            problem, remedy = "is not installed", "install xformers, or set it to auto, flex or sdpa"
+        elif dtype not in (torch.float32, *HALF_DTYPES):
+            problem = f"does not take {dtype_name}"
         elif head_dim % step:
-            wrong = f"takes heads of a multiple of {step} in {kind}, but decoder.dim / n_heads is {head_dim}"
+            problem = f"takes heads of a multiple of {step} in {dtype_name}, but decoder.dim / n_heads is {head_dim}"
             remedy = "change n_heads, or set it to sdpa"
-    elif chosen == "flex":
+    elif resolved == "flex":
         if dropout:
-            wrong = f"has no dropout on attention weights, but decoder.attention_dropout_rate is {dropout}"
+            problem = f"has no dropout on attention weights, but decoder.attention_dropout_rate is {dropout}"
             remedy = "set the rate to 0, or the kernel to xformers or sdpa"
-        elif dtype not in (torch.float32, *HALVES):
-            wrong = f"does not take {kind}"
-        elif head_dim < TRITON_DIMS:
-            wrong = f"takes heads of at least {TRITON_DIMS}, but decoder.dim / n_heads is {head_dim}"
+        elif dtype not in (torch.float32, *HALF_DTYPES):
+            problem = f"does not take {dtype_name}"
+        elif head_dim < TRITON_MIN_HEAD_DIM:
+            problem = f"takes heads of at least {TRITON_MIN_HEAD_DIM}, but decoder.dim / n_heads is {head_dim}"
             remedy = "change n_heads, or set it to sdpa"
-    if wrong:
-        raise UserError(f"{name} {wrong}; {remedy}")
+    if problem:
+        raise UserError(f"{name} {problem}; {remedy}")
 
 
 # ---- xformers
@@ -85,7 +85,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, dropout: float
 
     B, T, H, K = q.shape
     q, k, v = (x.reshape(1, B * T, H, K) for x in (q, k, v))
-    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask.form(block_diagonal), p=dropout)
+    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask.cached_form(block_diagonal), p=dropout)
     return out.view(B, T, H, K)
 
 
@@ -93,7 +93,8 @@ def block_diagonal(mask: DocumentMask) -> Any:
     """Return xformers' BlockDiagonalCausalMask of the documents, on their device."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-    return BlockDiagonalCausalMask.from_seqlens(mask.lengths, device=mask.device)  # through pinned memory
+    # Copies through pinned memory, so the host does not wait.
+    return BlockDiagonalCausalMask.from_seqlens(mask.lengths, device=mask.device)
 
 
 @cache
@@ -105,7 +106,7 @@ def xformers_is_installed() -> bool:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, dropout: float) -> Tensor:
-    """Attend within documents, row by row, (B, T, H, K); without autograd on CPU, where torch has no backward for it."""
+    """Attend within documents, row by row, (B, T, H, K); on CPU without autograd, as torch has no backward there."""
     if dropout:
         raise UserError(
             "decoder.attention_kernel: flex has no dropout on attention weights; set decoder.attention_dropout_rate to 0"
@@ -116,12 +117,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, dropout: float) ->
 
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
     run = _compiled_flex() if q.is_cuda else flex_attention
-    out: Tensor = run(q, k, v, block_mask=mask.form(document_blocks))
+    out: Tensor = run(q, k, v, block_mask=mask.cached_form(document_blocks))
     return out.transpose(1, 2)
 
 
 def document_blocks(mask: DocumentMask) -> Any:
-    """Return FlexAttention's BlockMask (B, 1, T, T) of the documents: which blocks of 128 x 128 hold anything at all."""
+    """Return FlexAttention's BlockMask (B, 1, T, T) of the documents: the non-empty blocks of 128 x 128."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     document = mask.document
@@ -142,7 +143,7 @@ def _compiled_flex() -> Any:
 
 @cache
 def _compiled_blocks() -> Any:
-    """create_block_mask holds a (B, T, T) table unless it is compiled."""
+    # Without compilation create_block_mask materialises a (B, T, T) table.
     from torch.nn.attention.flex_attention import create_block_mask
 
     return torch.compile(create_block_mask, dynamic=False)
@@ -151,11 +152,11 @@ def _compiled_blocks() -> Any:
 # ---- torch's FlashAttention over the stream
 
 
-def varlen_takes(q: Tensor, dropout: float) -> bool:
-    """Return whether `varlen` takes queries like these."""
-    if not q.is_cuda or dropout or q.dtype not in HALVES or torch.version.hip is not None:
+def supports_varlen(q: Tensor, dropout: float) -> bool:
+    """Return whether `varlen` supports queries of this device, dtype and width."""
+    if not q.is_cuda or dropout or q.dtype not in HALF_DTYPES or torch.version.hip is not None:
         return False
-    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= FLASH_DIMS
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= FLASH_MAX_HEAD_DIM
     return fits and torch.cuda.get_device_capability(q.device) >= AMPERE
 
 
@@ -165,7 +166,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, K = q.shape
-    starts, longest = mask.form(stream_starts), max(mask.lengths)
+    starts, longest = mask.cached_form(stream_starts), max(mask.lengths)
     q, k, v = (x.reshape(B * T, H, K) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # cuDNN would compile a plan for each new shape
         out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
@@ -174,5 +175,5 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
 
 
 def stream_starts(mask: DocumentMask) -> Tensor:
-    """Return (documents + 1,) int32: where each document starts in the stream, and where the last one ends."""
-    return on_device(list(accumulate(mask.lengths, initial=0)), torch.int32, mask.device)
+    """Return (documents + 1,) int32 cumulative lengths: the start of each document in the stream, and the stream's end."""
+    return to_device(list(accumulate(mask.lengths, initial=0)), torch.int32, mask.device)

@@ -1,10 +1,10 @@
-"""Negative log-likelihood of the supervised positions, and of nothing else.
+"""Negative log-likelihood of the supervised positions.
 
     nll_s = log sum_v exp(z_sv) - z_s,t(s),   z = hidden head'          loss = sum_s w_s nll_s
     d loss / d z_sv = w_s (p_sv - [v = t(s)])
 
-In training the weights w are known beforehand, so that a chunk's gradients can be had while its logits exist: the
-vocabulary projection is computed once, not again in the backward pass, and only one chunk of logits is ever held.
+In training the weights w are known before the forward pass, so that a chunk's gradients are computed while its logits exist:
+the vocabulary projection runs once, not again in the backward pass, and only one chunk of logits is held at a time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ALIGNED = 64
-"""In 16 bits the output matrix gets rows of zeros up to a multiple of this: GPUs multiply matrices with rows that do not
-start at a multiple of 16 bytes by slow kernels, and 64,007 words, say, make such rows of logits."""
+VOCAB_ALIGNMENT = 64
+"""In 16 bits the output matrix is padded with zero rows to a multiple of this: GPUs use slow kernels for matrices whose rows
+do not start at a multiple of 16 bytes, as rows of 64,007 logits do."""
 
 
 def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
-    """Return (S,) float32 negative log-likelihoods in nats.
-
-    Positions without a target never reach the vocabulary projection: pass only the supervised ones.
+    """Return (S,) float32 negative log-likelihoods in nats of the supervised positions.
 
     Args:
         hidden: (S, D) decoder output at the supervised positions.
@@ -53,15 +51,15 @@ def weighted_nll(
     *,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of `weights * token_nll(...)`, float32, and the (S,) nats themselves, without gradient.
+    """Return the () float32 sum of `weights * token_nll(...)`, and (S,) `token_nll(...)` without gradient.
 
     Args:
         hidden: (S, D) decoder output at the supervised positions.
-        head: (V, D) output matrix; its gradient is added up in float32.
+        head: (V, D) output matrix; its gradient is accumulated in float32.
         targets: (S,) ids.
-        weights: (S,) float32, or one for all; they get no gradient.
+        weights: (S,) float32, or one number for all; without gradient.
         chunk: most positions whose (chunk, V) logits are held at once; None for all.
-        compiled: whether what is done to logits, one by one, is fused by torch.compile.
+        compiled: whether torch.compile fuses the elementwise operations on logits.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head.requires_grad):
         nll = token_nll(hidden, head, targets, chunk)
@@ -70,8 +68,8 @@ def weighted_nll(
         weights = torch.full(targets.shape, weights, device=hidden.device)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    found: tuple[Tensor, Tensor] = _WeightedNll.apply(hidden, head, targets, weights, chunk, dtype, compiled)
-    return found
+    loss_and_nll: tuple[Tensor, Tensor] = _WeightedNll.apply(hidden, head, targets, weights, chunk, dtype, compiled)
+    return loss_and_nll
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -91,19 +89,19 @@ class _WeightedNll(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         nll = hidden.new_empty(S, dtype=torch.float32)
         x, matrix = hidden.to(dtype), head.to(dtype)
-        if (missing := -V % ALIGNED) and dtype.itemsize == 2:
-            matrix = F.pad(matrix, (0, 0, 0, missing))
+        if (n_padding := -V % VOCAB_ALIGNMENT) and dtype.itemsize == 2:
+            matrix = F.pad(matrix, (0, 0, 0, n_padding))
         d_head = torch.zeros_like(matrix, dtype=torch.float32) if wants_head else None
-        of_logits = _compiled() if compiled else _of_logits
+        nll_and_gradient = _compiled() if compiled else _nll_and_gradient
         for at in range(0, S, chunk):
-            here = slice(at, at + chunk)
-            logits = F.linear(x[here], matrix)  # (chunk, V and what is missing)
+            rows = slice(at, at + chunk)
+            logits = F.linear(x[rows], matrix)  # (chunk, padded V)
             logits[:, V:] = -torch.inf
-            nll[here], d_logits = of_logits(logits, targets[here, None], weights[here, None])
+            nll[rows], d_logits = nll_and_gradient(logits, targets[rows, None], weights[rows, None])
             if d_hidden is not None:
-                d_hidden[here] = d_logits @ matrix
+                d_hidden[rows] = d_logits @ matrix
             if d_head is not None:
-                _add_product(d_head, d_logits.t(), x[here])
+                _add_product(d_head, d_logits.t(), x[rows])
         ctx.gradients = d_hidden, None if d_head is None else d_head[:V].to(head.dtype)
         ctx.mark_non_differentiable(nll)
         return (weights * nll).sum(), nll
@@ -112,16 +110,16 @@ class _WeightedNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the loss's gradients were given away by a first backward pass; compute the loss again")
+            raise RuntimeError("a first backward pass has consumed the loss's gradients; compute the loss again")
         (d_hidden, d_head), ctx.gradients = ctx.gradients, None
         gradients = [None if g is None else g.mul_(upstream) for g in (d_hidden, d_head)]
         return (*gradients, None, None, None, None, None)
 
 
-def _of_logits(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (S,) float32 nats, and (S, V) the gradient of their weighted sum in the logits' dtype; targets, weights (S, 1).
+def _nll_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (S,) float32 nats, and (S, V) the gradient of their weighted sum in the logits' dtype.
 
-    Overwrites float32 logits.
+    Targets and weights are (S, 1). Overwrites float32 logits.
     """
     x = logits.float()
     top = x.amax(-1, keepdim=True)
@@ -137,15 +135,14 @@ def _of_logits(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor
 
 @cache
 def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """One kernel over the logits instead of five: for whole chunks, and a second one for any other number of rows.
-
-    The vocabulary's size stays a constant in both, so that loads can be wide.
-    """
-    return torch.compile(_of_logits, fullgraph=True)
+    """Return `_nll_and_gradient` as one kernel over the logits instead of five."""
+    # Not `dynamic=True`: torch compiles for full chunks, then once more for any other number of rows, and keeps the
+    # vocabulary's size a constant in both, which allows wide loads.
+    return torch.compile(_nll_and_gradient, fullgraph=True)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a b to a float32 matrix, without rounding the product to 16 bits where the device's library spares that."""
+    """Add a b to a float32 matrix, where the device supports it without rounding the product to 16 bits."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda:

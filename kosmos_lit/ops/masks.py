@@ -1,7 +1,7 @@
-"""Which positions may attend to which: causal, and within one document.
+"""Attention masks: causal, within documents.
 
-A micro-batch is one stream of B * T positions cut into documents; `lengths` says where. Padding is a document of its
-own, so that every position has something to attend to; a kernel may leave it out, as nobody reads what comes of it.
+A micro-batch is a stream of B * T positions, divided into documents by `lengths`. A row's padding is a document of its own,
+so that every softmax has a key; a kernel may skip it, as its output is not read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Form = TypeVar("Form")
 
 
 class DocumentMask:
-    """Causal attention within documents, in the form that each attention kernel wants."""
+    """Causal attention within documents, convertible to each kernel's own form."""
 
     def __init__(
         self,
@@ -30,9 +30,14 @@ class DocumentMask:
         device: torch.device,
         padding: Sequence[int] = (),
     ) -> None:
-        """Take the documents' lengths in the flattened stream; no document reaches over a row's end.
+        """Store the layout of a micro-batch.
 
-        `padding` holds positions at each row's end that are padding, all of the row's last document; empty: not known.
+        Args:
+            lengths: of the documents in the flattened stream; no document crosses a row's end.
+            n_rows: B.
+            row_len: T.
+            device: of the kernels' forms.
+            padding: positions of padding at each row's end, which are the whole last document; empty: unknown.
         """
         assert sum(lengths) == n_rows * row_len, f"documents of {sum(lengths)} positions in {n_rows} x {row_len}"
         self.lengths = tuple(lengths)
@@ -40,8 +45,8 @@ class DocumentMask:
         self.padding = tuple(padding) or (0,) * n_rows
         self._forms: dict[object, Any] = {}
 
-    def form(self, build: Callable[[DocumentMask], Form]) -> Form:
-        """Return `build(self)`, a kernel's own form of this mask, built once for all layers."""
+    def cached_form(self, build: Callable[[DocumentMask], Form]) -> Form:
+        """Return `build(self)`, a kernel's form of this mask, built once for all layers."""
         if build not in self._forms:
             self._forms[build] = build(self)
         return self._forms[build]  # type: ignore[no-any-return]
@@ -50,17 +55,17 @@ class DocumentMask:
     def spans(self) -> list[tuple[int, int]]:
         """First position in the stream and length of each document that is not padding."""
         firsts = accumulate(self.lengths, initial=0)
-        found = []
+        spans = []
         for first, length in zip(firsts, self.lengths, strict=False):
             row, end = divmod(first + length - 1, self.row_len)
             if not (self.padding[row] and end == self.row_len - 1):
-                found.append((first, length))
-        return found
+                spans.append((first, length))
+        return spans
 
     @cached_property
     def document(self) -> Tensor:
         """(B, T) int64: number of each position's document in the stream."""
-        lengths = on_device(self.lengths, torch.int64, self.device)
+        lengths = to_device(self.lengths, torch.int64, self.device)
         numbers = torch.arange(len(self.lengths), device=self.device)
         flat = numbers.repeat_interleave(lengths, output_size=self.n_rows * self.row_len)
         return flat.view(self.n_rows, self.row_len)
@@ -72,21 +77,21 @@ class DocumentMask:
         return (same & causal(self.row_len, self.row_len, self.device)).unsqueeze(1)
 
 
-def on_device(values: Sequence[int] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers as a tensor on a device; a GPU's stream gets them without the host waiting for it."""
-    made = torch.as_tensor(values, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+def to_device(values: Sequence[int] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on a device, without making the host wait for a GPU."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def causal(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Return (n_queries, n_keys) bool: the last query sees every key, the one before it all but the last, and so on."""
+    """Return (n_queries, n_keys) bool, aligned at the end: the last query sees every key, the one before it all but one."""
     return torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
 
 
-def padded(real: Tensor) -> tuple[Tensor, Tensor]:
-    """Place rows of one document each that are padded on the left or on the right.
+def padded_positions(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions and mask of rows that hold one document each, padded on the left or on the right.
 
-    A padded position sees itself, so that its softmax is defined; nothing else sees it.
+    A padded position sees itself, so that its softmax is defined; no other position sees it.
 
     Args:
         real: (B, T) bool, False at padding.

@@ -1,4 +1,4 @@
-"""Where a token stands in its document: xPos (A Length-Extrapolatable Transformer, arXiv 2212.10554), rotary embeddings
+"""Positions of tokens in their documents: xPos (A Length-Extrapolatable Transformer, arXiv 2212.10554), rotary embeddings
 (RoFormer, arXiv 2104.09864) and sinusoids as the released KOSMOS models use them.
 
 xPos, for head width K and pair i of K/2; rotary embeddings are the same with s = 1:
@@ -27,34 +27,34 @@ FIRST_SINUSOID = 2
 
 
 class Rotation(NamedTuple):
-    """What to multiply queries and keys with, each (B, T, 1, K): `q * cos_q + rotate_pairs(q) * sin_q`.
+    """Factors of queries and keys, each (B, T, 1, K): `q * cos_q + rotate_pairs(q) * sin_q`.
 
-    The same in complex numbers (B, T, 1, K/2), one for each pair x0 + i x1: cos + i sin.
+    `cis_q` and `cis_k` are the same as complex numbers (B, T, 1, K/2), cos + i sin for each pair x0 + i x1.
     """
 
     cos_q: Tensor
     sin_q: Tensor
     cos_k: Tensor
     sin_k: Tensor
-    turn_q: Tensor
-    turn_k: Tensor
+    cis_q: Tensor
+    cis_k: Tensor
 
 
 def xpos_tables(n_positions: int, head_dim: int) -> Tensor:
     """Return (4, n_positions, K) float32: cos_q, sin_q, cos_k, sin_k of every position, decay included."""
-    n, pair, cos, sin = _turns(n_positions, head_dim)
+    n, pair, cos, sin = _angles(n_positions, head_dim)
     decay = ((pair + GAMMA) / (1 + GAMMA)) ** ((n - n_positions // 2) / SCALE_BASE)
     tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
     return tables.repeat_interleave(2, dim=-1).float()
 
 
 def rotary_tables(n_positions: int, head_dim: int) -> Tensor:
-    """Return (4, n_positions, K) float32 as `xpos_tables` does, without decay: queries and keys are turned alike."""
-    *_, cos, sin = _turns(n_positions, head_dim)
+    """Return (4, n_positions, K) float32 as `xpos_tables` does, without decay: queries and keys rotate alike."""
+    *_, cos, sin = _angles(n_positions, head_dim)
     return torch.stack([cos, sin, cos, sin]).repeat_interleave(2, dim=-1).float()
 
 
-def _turns(n_positions: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _angles(n_positions: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return n (n_positions, 1), 2i/K (K/2,), and cosine and sine of n theta_i, float64."""
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     n = torch.arange(n_positions, dtype=torch.float64)[:, None]
@@ -63,11 +63,11 @@ def _turns(n_positions: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def rotation(tables: Tensor, positions: Tensor) -> Rotation:
-    """Look the (B, T) positions up; the tables' values are shared by all layers of a step."""
-    found = tables[:, positions].unsqueeze(-2)  # (4, B, T, 1, K)
-    cos_q, sin_q, cos_k, sin_k = found
-    turn_q, turn_k = (torch.complex(cos[..., ::2], sin[..., ::2]) for cos, sin in ((cos_q, sin_q), (cos_k, sin_k)))
-    return Rotation(cos_q, sin_q, cos_k, sin_k, turn_q, turn_k)
+    """Return the rotation of (B, T) positions, which all layers of a step share."""
+    values = tables[:, positions].unsqueeze(-2)  # (4, B, T, 1, K)
+    cos_q, sin_q, cos_k, sin_k = values
+    cis_q, cis_k = (torch.complex(cos[..., ::2], sin[..., ::2]) for cos, sin in ((cos_q, sin_q), (cos_k, sin_k)))
+    return Rotation(cos_q, sin_q, cos_k, sin_k, cis_q, cis_k)
 
 
 def rotate_pairs(x: Tensor) -> Tensor:
@@ -77,22 +77,20 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 
 def rotate(q: Tensor, k: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys (B, T, H, K), in float32, and give back their dtype.
-
-    One product of complex numbers; where torch.compile fuses the formula as it stands, that.
-    """
+    """Return rotated queries and keys (B, T, H, K) in their dtype, computed in float32."""
+    # Eagerly one complex product is fastest; inductor generates no code for complex numbers, but fuses the real formula.
     if torch.compiler.is_compiling():
-        return rotate_plainly(q, k, by)
-    return _times(q, by.turn_q), _times(k, by.turn_k)
+        return rotate_real(q, k, by)
+    return _rotate_complex(q, by.cis_q), _rotate_complex(k, by.cis_k)
 
 
-def _times(x: Tensor, turn: Tensor) -> Tensor:
+def _rotate_complex(x: Tensor, cis: Tensor) -> Tensor:
     pairs = torch.view_as_complex(torch.unflatten(x.float(), -1, (-1, 2)))  # (B, T, H, K / 2)
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * cis).flatten(-2).to(x.dtype)
 
 
-def rotate_plainly(q: Tensor, k: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys as `rotate` does, in real numbers."""
+def rotate_real(q: Tensor, k: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
+    """Return what `rotate` does, by the formula in real numbers."""
     rotated_q = q.float() * by.cos_q + rotate_pairs(q).float() * by.sin_q
     rotated_k = k.float() * by.cos_k + rotate_pairs(k).float() * by.sin_k
     return rotated_q.to(q.dtype), rotated_k.to(k.dtype)

@@ -1,4 +1,4 @@
-"""Write image latents into their slots of the token stream."""
+"""Replace the embeddings of image slots by image latents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def splice(embeddings: Tensor, latents: Tensor, slots: Tensor) -> Tensor:
-    """Return (B, T, D) embeddings with each image's latents in place.
+    """Return (B, T, D) embeddings with each image's latents in its slots.
 
     Args:
         embeddings: (B, T, D) token embeddings.

@@ -1,1 +1,1 @@
-"""Results as pages for people: Markdown and HTML, beside the published figures."""
+"""Reports of evaluations as Markdown and HTML, beside the published results."""

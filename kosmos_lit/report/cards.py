@@ -1,4 +1,4 @@
-"""Samples as cards of a page: images, prompt, the right answer and the model's, and what else it thought likely."""
+"""Samples as HTML cards: images, prompt, target, prediction, and the probabilities of the candidates."""
 
 from __future__ import annotations
 
@@ -20,108 +20,108 @@ MARK = "<image>"
 SIDE, SIDE_OF_MANY = 208, 104
 """Longest side of a thumbnail in pixels, alone and among several."""
 TAIL = 700
-"""Characters of a prompt that are shown at once, its last ones; the rest is folded up."""
+"""Characters of a prompt that are visible, its last ones; the others are folded up."""
 MOST_IMAGES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
 
 
-def cards(choice: SampleSelection, image_control: str) -> str:
-    """Return the chosen samples of a task as HTML.
+def cards(selection: SampleSelection, image_control: str) -> str:
+    """Return the selected samples of a task as HTML.
 
     Args:
-        choice: what `chosen.choose` returns.
-        image_control: `true`, or the control; what a grey image covered is not shown.
+        selection: what `select_samples` returns.
+        image_control: of the evaluation; with `blank` the model saw even grey, so the images are left out.
     """
     parts = []
-    kinds = (("failure", choice.failures, choice.n_failures), ("success", choice.successes, choice.n_successes))
+    kinds = (("failure", selection.failures, selection.n_failures), ("success", selection.successes, selection.n_successes))
     for name, group, n in kinds:
         if group:
             title = f"{len(group)} of {n:,} {'failures' if name == 'failure' else 'successes'}"
-            inside = "\n".join(card(chosen, name, choice.measure, image_control) for chosen in group)
-            parts.append(f'<h3>{title}</h3>\n<div class="cards">\n{inside}\n</div>')
-    if choice.unanswered:
-        rows = "".join(f"<li>{escape(key)}: {escape(error)}</li>" for key, error in choice.unanswered)
-        parts.append(f'<h3>Without an answer, in no figure</h3>\n<ul class="notes">{rows}</ul>')
+            html = "\n".join(card(sample, name, selection.metric, image_control) for sample in group)
+            parts.append(f'<h3>{title}</h3>\n<div class="cards">\n{html}\n</div>')
+    if selection.failed:
+        rows = "".join(f"<li>{escape(key)}: {escape(error)}</li>" for key, error in selection.failed)
+        parts.append(f'<h3>Failed, counted in no metric</h3>\n<ul class="notes">{rows}</ul>')
     return "\n".join(parts)
 
 
-def card(chosen: SelectedSample, kind: str, measure: str, image_control: str) -> str:
+def card(selected: SelectedSample, kind: str, metric: str, image_control: str) -> str:
     """Return one sample as HTML."""
-    sample = chosen.sample
+    sample = selected.sample
     requests = sample.get("requests") or []
-    score = f"{metric_label(measure)} {chosen.score:.2f}".strip()
+    score = f"{metric_label(metric)} {selected.score:.2f}".strip()
     shares = candidate_shares(sample)
-    prediction = f'<span class="said">{_text(sample.get("prediction"))}</span>'
+    prediction = f'<span class="prediction">{_text(sample.get("prediction"))}</span>'
     return (
-        f'<article class="{kind}"><header><span>{escape(chosen.why)}</span>'
+        f'<article class="{kind}"><header><span>{escape(selected.why)}</span>'
         f"<span>{escape(str(sample['key']))} · {escape(score)}</span></header>\n"
-        f'{_asked(requests, image_control)}\n<dl class="answers"><dt>right</dt><dd>{_targets(sample.get("target"))}</dd>'
-        f"<dt>model</dt><dd>{prediction}</dd></dl>{_shares(shares, sample.get('prediction'))}</article>"
+        f'{_requests(requests, image_control)}\n<dl class="answers"><dt>target</dt><dd>{_targets(sample.get("target"))}</dd>'
+        f"<dt>prediction</dt><dd>{prediction}</dd></dl>{_shares(shares, sample.get('prediction'))}</article>"
     )
 
 
-def _asked(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
-    """Return what the model was asked: the first prompt whole, of others what differs from it."""
+def _requests(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
+    """Return the requests of a sample: the first in full, of the others what differs from it."""
     if not requests:
         return ""
     first = requests[0]
     images = [str(path) for path in first.get("images") or ()]
     parts = [_prompt(str(first.get("prompt", "")), images, image_control)]
     same = [r for r in requests[1:] if r.get("prompt") == first.get("prompt")]
-    if same and len(same) == len(requests) - 1:  # the same question of several images, as Raven's candidates are
-        differ = [[str(p) for i, p in enumerate(r.get("images") or ()) if images[i : i + 1] != [str(p)]] for r in same]
+    if same and len(same) == len(requests) - 1:  # one prompt with several images, as for Raven's candidates
+        changed = [[str(p) for i, p in enumerate(r.get("images") or ()) if images[i : i + 1] != [str(p)]] for r in same]
         others = "".join(
-            _image(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(differ, 2) for p in row
+            _image(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(changed, 2) for p in row
         )
-        return f'{parts[0]}<div class="step"><span class="soft">the same with, one after another</span><br>{others}</div>'
+        return f'{parts[0]}<div class="step"><span class="soft">the same prompt with each of</span><br>{others}</div>'
     for before, request in pairwise(requests):
-        again = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
-        parts.append(f'<div class="written">{_text(before.get("prediction", ""))}</div><div class="step">{again}</div>')
+        prompt = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
+        parts.append(f'<div class="written">{_text(before.get("prediction", ""))}</div><div class="step">{prompt}</div>')
     return "".join(parts)
 
 
 def _prompt(prompt: str, images: Sequence[str], image_control: str) -> str:
-    """Return a prompt with its images in their places; if its words contain the mark itself, images come first."""
+    """Return a prompt with its images at their marks; if the text itself contains marks, images come first."""
     side = SIDE if len(images) == 1 else SIDE_OF_MANY
     texts = prompt.split(MARK)
     if len(texts) != len(images) + 1:
         texts = [*("" for _ in images), prompt]
-    pieces = list(zip([None, *images], texts, strict=True))  # an image, if there is one, and the text after it
-    kept, length, n_texts = len(pieces) - 1, len(texts[-1]), 1
-    while kept and len(pieces) - kept <= MOST_IMAGES:
-        length, n_texts = length + len(texts[kept - 1]), n_texts + bool(texts[kept - 1])
+    parts = list(zip([None, *images], texts, strict=True))  # each image with the text after it; no image before the first
+    start, length, n_texts = len(parts) - 1, len(texts[-1]), 1
+    while start and len(parts) - start <= MOST_IMAGES:
+        length, n_texts = length + len(texts[start - 1]), n_texts + bool(texts[start - 1])
         if length > TAIL or n_texts > MOST_TEXTS:
             break
-        kept -= 1
-    head = "".join((MARK if image else "") + text for image, text in pieces[:kept])
-    shown = ""
-    for image, text in pieces[kept:]:
+        start -= 1
+    head = "".join((MARK if image else "") + text for image, text in parts[:start])
+    visible = ""
+    for image, text in parts[start:]:
         tail = text[-TAIL:] if len(text) > 2 * TAIL else text
         head += text[: len(text) - len(tail)]
-        shown += (_image(image, side, image_control) if image else "") + escape(tail)
+        visible += (_image(image, side, image_control) if image else "") + escape(tail)
     folded = f'<details><summary>{len(head):,} characters before</summary><div class="prompt">{escape(head)}</div></details>'
-    return f'{folded if head else ""}<div class="prompt">{shown}</div>'
+    return f'{folded if head else ""}<div class="prompt">{visible}</div>'
 
 
 def _image(path: str, side: int, image_control: str, where: str = "in the prompt") -> str:
     name = escape(Path(path).name)
     if image_control == "blank":
-        return '<span class="gone">an even grey</span>'
+        return '<span class="missing">an even grey</span>'
     try:
         width, height, data = thumbnail(Path(path), side)
     except ImageError as error:
-        return f'<span class="gone">{name}: {escape(error.reason)}</span>'
+        return f'<span class="missing">{name}: {escape(error.reason)}</span>'
     return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="Image {where}: {name}">'
 
 
 def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
     """Return width and height of a small JPEG of an image, and the JPEG in base64.
 
-    Raises: ImageError if there is no such image, or if it cannot be decoded.
+    Raises: ImageError if the file is missing or cannot be decoded.
     """
     try:
         image = open_rgb(path.read_bytes())
     except OSError as error:
-        raise ImageError("the image is gone", str(path)) from error
+        raise ImageError("the image file is missing", str(path)) from error
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, optimize=True)
@@ -129,27 +129,29 @@ def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
 
 
 def _shares(shares: Sequence[tuple[str, float]], prediction: object) -> str:
-    """Return candidates with bars, the likeliest first."""
+    """Return the candidates with their shares as bars, the likeliest first."""
     if not shares:
         return ""
     ranked = sorted(shares, key=lambda item: -item[1])
     rows = "".join(
-        f'<li><span{chosen}>{escape(name)}</span><i style="width:{100 * share:.0f}%"></i>'
+        f'<li><span{mark}>{escape(name)}</span><i style="width:{100 * share:.0f}%"></i>'
         f"<span>{100 * share:.0f} %</span></li>"
         for name, share in ranked[:MOST_CANDIDATES]
-        for chosen in [' class="said"' if name == prediction else ""]
+        for mark in [' class="prediction"' if name == prediction else ""]
     )
-    more = len(ranked) - MOST_CANDIDATES
-    return f'<ul class="shares">{rows}</ul>' + (f'<div class="soft">and {more:,} more candidates</div>' if more > 0 else "")
+    n_more = len(ranked) - MOST_CANDIDATES
+    return f'<ul class="shares">{rows}</ul>' + (
+        f'<div class="soft">and {n_more:,} more candidates</div>' if n_more > 0 else ""
+    )
 
 
 def _targets(target: object) -> str:
-    """Return the right answer, of many the first ones."""
+    """Return the target, or the first of several references."""
     if not isinstance(target, list):
         return _text(target)
-    found = list(dict.fromkeys(_plain(x) for x in target))
-    more = f' <span class="soft">and {len(found) - MOST_REFERENCES} more</span>' if len(found) > MOST_REFERENCES else ""
-    return "<br>".join(escape(x) for x in found[:MOST_REFERENCES]) + more
+    texts = list(dict.fromkeys(_plain(x) for x in target))
+    more = f' <span class="soft">and {len(texts) - MOST_REFERENCES} more</span>' if len(texts) > MOST_REFERENCES else ""
+    return "<br>".join(escape(x) for x in texts[:MOST_REFERENCES]) + more
 
 
 def _text(value: object) -> str:

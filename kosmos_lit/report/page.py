@@ -1,4 +1,4 @@
-"""Reports as one HTML file: no script, nothing fetched, every word of a dataset or a model escaped."""
+"""Reports as one HTML file without scripts or external files, in which all texts of datasets and models are escaped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def page(title: str, facts: Mapping[str, str], banner: str, parts: Iterable[str]
 
 
 def section(table: Table, anchor: str, samples: str) -> str:
-    """Return a benchmark: its table, what to know of it, and its samples."""
+    """Return a benchmark as HTML: its table, notes and samples."""
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     source = f'<p class="source">{escape(table.source)}</p>' if table.source else ""
     return (
@@ -41,16 +41,16 @@ def section(table: Table, anchor: str, samples: str) -> str:
 
 
 def benchmark(table: Table) -> str:
-    """Return a benchmark's table: measures over shots."""
+    """Return a benchmark's table: metrics above numbers of shots."""
     groups = [(name, list(columns)) for name, columns in groupby(table.columns, key=lambda column: column.metric)]
-    measures = "".join(f'<th scope="colgroup" colspan="{len(c)}">{escape(metric_label(n))}</th>' for n, c in groups)
+    metrics = "".join(f'<th scope="colgroup" colspan="{len(c)}">{escape(metric_label(n))}</th>' for n, c in groups)
     shots = "".join(f'<th scope="col">{escape(shots_label(column.shots))}</th>' for column in table.columns)
-    head = f'<tr><th rowspan="2" scope="col">model</th>{measures}</tr>\n<tr>{shots}</tr>'
+    head = f'<tr><th rowspan="2" scope="col">model</th>{metrics}</tr>\n<tr>{shots}</tr>'
     rows = [_row(line, [cell(line.cells.get(c), line.ours) for c in table.columns]) for line in table.lines]
     if table.chance is not None:
         cells = f"<td>{number(table.chance)}</td>" + "<td></td>" * (len(table.columns) - 1)
         rows.append(f'<tr class="chance"><th scope="row">chance</th>{cells}</tr>')
-    return wide(head, rows)
+    return scrolling_table(head, rows)
 
 
 def _row(line: Line, cells: Sequence[str]) -> str:
@@ -60,23 +60,22 @@ def _row(line: Line, cells: Sequence[str]) -> str:
 
 
 def cell(metric: Metric | None, strong: bool = False) -> str:
-    """Return a cell with a figure in points, its interval below it."""
+    """Return a cell with a metric in points, its interval below it."""
     if metric is None:
         return "<td></td>"
     value = f"<b>{number(metric.value)}</b>" if strong else number(metric.value)
-    between = interval(metric)
-    return f"<td>{value}{f'<small>{between}</small>' if between else ''}</td>"
+    interval_text = interval(metric)
+    return f"<td>{value}{f'<small>{interval_text}</small>' if interval_text else ''}</td>"
 
 
-def wide(head: str, rows: Iterable[str], caption: str = "") -> str:
-    """Return a table that scrolls on its own where the screen is narrow."""
-    prediction = f"<caption>{escape(caption)}</caption>" if caption else ""
+def scrolling_table(head: str, rows: Iterable[str]) -> str:
+    """Return a table that scrolls by itself on a narrow screen."""
     body = "\n".join(rows)
-    return f'<div class="wide" tabindex="0"><table>{prediction}<thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def plot(metric: Metric | None, chance: float | None, paper: float | None, top: float = 100.0) -> str:
-    """Return an interval as an image, on a line from 0 to `top` points.
+    """Return an interval as an SVG image, on a line from 0 to `top` points.
 
     Args:
         metric: in points; a dot with whiskers.
@@ -90,21 +89,21 @@ def plot(metric: Metric | None, chance: float | None, paper: float | None, top: 
     def x(points: float) -> float:
         return 6 + (width - 12) * min(max(points, 0.0), top) / top
 
-    drawn = [f'<line class="track" x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}"/>']
-    prediction = []
+    shapes = [f'<line class="track" x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}"/>']
+    label = []
     if chance is not None and not math.isnan(chance):
-        drawn.append(f'<line class="chance" x1="{x(chance):.1f}" x2="{x(chance):.1f}" y1="1" y2="{height - 1}"/>')
-        prediction.append(f"chance {number(chance)}")
+        shapes.append(f'<line class="chance" x1="{x(chance):.1f}" x2="{x(chance):.1f}" y1="1" y2="{height - 1}"/>')
+        label.append(f"chance {number(chance)}")
     if metric is not None and not math.isnan(metric.value):
         if interval(metric):
             ends = f'x1="{x(metric.low):.1f}" x2="{x(metric.high):.1f}"'
-            drawn.append(f'<line class="whisker" {ends} y1="{middle}" y2="{middle}"/>')
-        drawn.append(f'<circle class="value" cx="{x(metric.value):.1f}" cy="{middle}" r="3.5"/>')
-        prediction.append(f"measured {number(metric.value)} {interval(metric)}".strip())
+            shapes.append(f'<line class="whisker" {ends} y1="{middle}" y2="{middle}"/>')
+        shapes.append(f'<circle class="value" cx="{x(metric.value):.1f}" cy="{middle}" r="3.5"/>')
+        label.append(f"measured {number(metric.value)} {interval(metric)}".strip())
     if paper is not None:
         at = x(paper)
         corners = f"{at:.1f},{middle - 5} {at + 5:.1f},{middle} {at:.1f},{middle + 5} {at - 5:.1f},{middle}"
-        drawn.append(f'<polygon class="paper" points="{corners}"/>')
-        prediction.append(f"KOSMOS-1 {number(paper)}")
-    label = escape("; ".join(prediction) or "nothing measured")
-    return f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
+        shapes.append(f'<polygon class="paper" points="{corners}"/>')
+        label.append(f"KOSMOS-1 {number(paper)}")
+    text = escape("; ".join(label) or "nothing measured")
+    return f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{text}">{"".join(shapes)}</svg>'

@@ -1,7 +1,7 @@
-"""What has been published, table by table: the figures of KOSMOS-1 (Huang et al. 2023) and of the models it is set beside.
+"""Published results, table by table: of KOSMOS-1 (Huang et al. 2023) and of the models that it is compared with.
 
-A task names its entry by `Task.published`. Where an option of a task decides which published figures it is comparable with,
-each setting is an entry of its own:
+A task names its entry by `Task.published`. If an option of a task decides which published values it is comparable with,
+each setting has an entry:
 
     imagenet                  free answers                     imagenet_constrained       held to the 1,000 names
     websrc                    page text in the prompt          websrc_without_text        the image alone
@@ -12,7 +12,7 @@ A run on other data in the same file format has nothing published: its `publishe
 
 Values are as printed, in points: 100 times a share, 100 times the CIDEr of pycocoevalcap. Tables are those of the KOSMOS-1
 paper where nothing else is said. Its tables 2 to 5 are of the model after language-only instruction tuning (they repeat the
-upper row of table 14); table 13 is of the model before it (the Kosmos-2 paper reprints its figures under that heading);
+upper row of table 14); table 13 is of the model before it (the Kosmos-2 paper reprints its values under that heading);
 table 6 has both; for the others the paper does not say which.
 """
 
@@ -23,50 +23,50 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OURS = "KOSMOS-1"
-"""The row that a reproduction is compared with."""
+"""The row to compare a reproduction with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model's figures."""
+    """One model's results."""
 
     model: str
     metrics: Mapping[str, Mapping[int, float]]
-    """Points by the figure's name and the number of demonstrations."""
+    """Points by metric and number of shots."""
     note: str = ""
-    """How it was asked differently, or where the figure is from."""
+    """How the evaluation differed, or where the values are from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What is published of one benchmark under one setting."""
+    """Published results of one benchmark under one setting."""
 
     title: str
     table: str
-    """Where in the paper."""
+    """Its number in the paper."""
     split: str
-    """What was evaluated."""
+    """The evaluated samples."""
     rows: tuple[Row, ...]
     n_samples: int | None = None
     """Samples of that split; None: not stated."""
     notes: tuple[str, ...] = field(default=())
-    """What a reader has to know before comparing."""
+    """What to know before comparing."""
 
 
 def published(key: str | None) -> Benchmark | None:
-    """Return the published figures of a task, None if there are none."""
+    """Return the published results of a task; None if there are none."""
     return PUBLISHED.get(key) if key is not None else None
 
 
 def _row(model: str, note: str = "", **metrics: float | dict[int, float]) -> Row:
-    """Return a row; a bare number is a zero-shot figure."""
+    """Return a row; a bare number is zero-shot."""
     by_shots = {name: {0: value} if isinstance(value, float) else value for name, value in metrics.items()}
     return Row(model=model, metrics=by_shots, note=note)
 
 
 _FLAMINGO = "Flamingo's 0 shots are two demonstrations without images, the other models' are none: the paper's asterisk."
 _TUNED = "KOSMOS-1 after language-only instruction tuning."
-_UNTUNED = "KOSMOS-1 before instruction tuning, as the Kosmos-2 paper says that reprints these figures."
+_UNTUNED = "KOSMOS-1 before instruction tuning, as the Kosmos-2 paper says that reprints these values."
 _UNSAID = "The paper does not say whether this is KOSMOS-1 before or after instruction tuning."
 _BEFORE = "KOSMOS-1, no instruction tuning"
 _HIDDEN = "The answers of test-dev are with the benchmark's server; what can be scored here is val."
@@ -87,7 +87,7 @@ def _language(
 
 
 def _transfer(title: str, valm: float, lm: float, kosmos: float, **more: Any) -> Benchmark:
-    """Return a benchmark of table 16: facts that images show, asked in words alone."""
+    """Return a benchmark of table 16: visual knowledge, asked without images."""
     rows = (
         _row("VaLM", "Looks up images while it answers.", accuracy=valm),
         _row("LLM, text only", accuracy=lm),
@@ -150,7 +150,7 @@ PUBLISHED: dict[str, Benchmark] = {
     ),
     "raven_iq50": Benchmark(
         title="Raven IQ50", table="table 6", split="all 50 items", n_samples=50,
-        notes=("50 items leave the paper's figures about ±12 points (95 %): 22 is 11 items, 26 is 13, chance 8 to 9.",),
+        notes=("50 items leave the paper's values about ±12 points (95 %): 22 is 11 items, 26 is 13, chance 8 to 9.",),
         rows=(_row(OURS, accuracy=22.0), _row(_BEFORE, accuracy=26.0)),
     ),
     "rendered_sst2": Benchmark(
@@ -222,7 +222,7 @@ PUBLISHED: dict[str, Benchmark] = {
 """Entries by key, in the order of the paper."""
 
 LANGUAGE = ("story_cloze", "hellaswag", "winograd", "winogrande", "piqa", "boolq", "cb", "copa")
-"""The tasks whose plain mean table 13 ends with."""
+"""The tasks whose mean is the last row of table 13."""
 LANGUAGE_AVERAGE = Benchmark(
     title="Mean of the eight language tasks", table="table 13", split="as above", notes=(_UNTUNED,),
     rows=(

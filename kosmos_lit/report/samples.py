@@ -1,4 +1,4 @@
-"""Which samples a report shows: the most telling ones, and some by lot so that nobody takes those for typical."""
+"""Selection of the samples in a report: the most informative ones, and random ones, which are more typical."""
 
 from __future__ import annotations
 
@@ -15,100 +15,102 @@ from kosmos_lit.evaluation.results import NAN, iterate_samples, sample_at
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedSample:
-    """A sample that is shown."""
+    """A sample for the report."""
 
     sample: Mapping[str, Any]
     score: float
     why: str
-    """What it was chosen for."""
+    """Why it was selected."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSelection:
-    """The samples of a task that are shown."""
+    """The samples of a task for the report."""
 
     failures: tuple[SelectedSample, ...]
     successes: tuple[SelectedSample, ...]
-    unanswered: tuple[tuple[str, str], ...]
-    """Key and error of the first samples that have no answer."""
-    measure: str
-    """The per-sample score that says what is a success."""
+    failed: tuple[tuple[str, str], ...]
+    """Key and error of the first samples that failed."""
+    metric: str
+    """The score that separates successes from failures."""
     n_failures: int
     n_successes: int
 
 
 def select_samples(
-    path: Path, headline: str, *, n_failures: int = 5, n_successes: int = 3, n_unanswered: int = 8, seed: int = 0
+    path: Path, main_metric: str, *, n_failures: int = 5, n_successes: int = 3, n_failed: int = 8, seed: int = 0
 ) -> SampleSelection:
-    """Choose among the samples of a file; the same ones whatever the order of its lines.
+    """Select samples of a file; the selection does not depend on the order of its lines.
 
-    A failure scores below one half, or below the middle sample where a measure is not a share (CIDEr). Where the model chose
-    among candidates, the failures shown first are those it was surest of; else, where the measure has more than two values,
-    those that score lowest. Two failures and all successes but one are drawn by lot.
+    A failure scores below one half, or below the median where the metric is not a share (CIDEr). If the model took one of
+    several candidates, the failures of highest confidence come first; else, if the metric has more than two values, those
+    of the lowest score. Two failures and all successes but one are random.
 
-    The file is read once; of each sample three numbers and its key are kept, so that any number of samples fits in memory.
+    The file is read once; three numbers and the key of each sample are kept, so that any number of samples fits in memory.
     """
     keys: list[str] = []
-    places, scores, sure = [], [], []
-    unanswered: list[tuple[str, str]] = []
-    measure = ""
-    for place, sample in iterate_samples(path):
+    positions, scores, confidences = [], [], []
+    failed: list[tuple[str, str]] = []
+    metric = ""
+    for position, sample in iterate_samples(path):
         if sample.get("error"):
-            if len(unanswered) < n_unanswered:
-                unanswered.append((str(sample["key"]), str(sample["error"])))
+            if len(failed) < n_failed:
+                failed.append((str(sample["key"]), str(sample["error"])))
             continue
-        found = sample.get("scores") or {}
-        measure = measure or (headline if headline in found else next(iter(found), ""))
+        sample_scores = sample.get("scores") or {}
+        metric = metric or (main_metric if main_metric in sample_scores else next(iter(sample_scores), ""))
         keys.append(str(sample["key"]))
-        places.append(place)
-        score = found.get(measure)
+        positions.append(position)
+        score = sample_scores.get(metric)
         scores.append(float(sample.get("prediction") == sample.get("target") if score is None else score))
-        sure.append(confidence(sample))
+        confidences.append(confidence(sample))
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-    worth, confident, place_of = (np.asarray(values)[order] if keys else np.zeros(0) for values in (scores, sure, places))
-    bar = 0.5 if not keys or worth.max() <= 1 else float(np.median(worth))
-    wrong, right = np.flatnonzero(worth < bar), np.flatnonzero(worth >= bar)
-    graded = len(np.unique(worth)) > 2
+    columns = (scores, confidences, positions)
+    score_of, confidence_of, position_of = (np.asarray(values)[order] if keys else np.zeros(0) for values in columns)
+    threshold = 0.5 if not keys or score_of.max() <= 1 else float(np.median(score_of))
+    failures, successes = np.flatnonzero(score_of < threshold), np.flatnonzero(score_of >= threshold)
+    is_graded = len(np.unique(score_of)) > 2
     random = np.random.default_rng(seed)
 
-    def shown(group: np.ndarray[Any, Any], n: int, n_telling: int, good: bool) -> tuple[SelectedSample, ...]:
-        known = group[~np.isnan(confident[group])]
-        if len(known):
-            telling = known[np.argsort(confident[known] if good else -confident[known], kind="stable")][:n_telling]
-            why = "the narrowest" if good else "among the surest errors"
-        elif graded:
-            telling = group[np.argsort(-worth[group] if good else worth[group], kind="stable")][:n_telling]
-            why = "among the best" if good else "among the worst"
+    def select(group: np.ndarray[Any, Any], n: int, n_top: int, is_success: bool) -> tuple[SelectedSample, ...]:
+        sign = 1 if is_success else -1
+        with_confidence = group[~np.isnan(confidence_of[group])]
+        if len(with_confidence):
+            top = with_confidence[np.argsort(sign * confidence_of[with_confidence], kind="stable")][:n_top]
+            why = "lowest confidence" if is_success else "high confidence"
+        elif is_graded:
+            top = group[np.argsort(-sign * score_of[group], kind="stable")][:n_top]
+            why = "among the best" if is_success else "among the worst"
         else:
-            telling, why = group[:0], ""
-        rest = random.permutation(np.setdiff1d(group, telling))[: n - len(telling)]
-        picked = [(i, why) for i in telling] + [(i, "by lot") for i in sorted(rest)]
+            top, why = group[:0], ""
+        others = random.permutation(np.setdiff1d(group, top))[: n - len(top)]
+        selected = [(i, why) for i in top] + [(i, "random") for i in sorted(others)]
         return tuple(
-            SelectedSample(sample=sample_at(path, int(place_of[i])), score=float(worth[i]), why=reason)
-            for i, reason in picked
+            SelectedSample(sample=sample_at(path, int(position_of[i])), score=float(score_of[i]), why=reason)
+            for i, reason in selected
         )
 
     return SampleSelection(
-        failures=shown(wrong, n_failures, n_failures - 2, False), successes=shown(right, n_successes, 1, True),
-        unanswered=tuple(unanswered), measure=measure, n_failures=len(wrong), n_successes=len(right),
+        failures=select(failures, n_failures, n_failures - 2, False), successes=select(successes, n_successes, 1, True),
+        failed=tuple(failed), metric=metric, n_failures=len(failures), n_successes=len(successes),
     )  # fmt: skip
 
 
 def confidence(sample: Mapping[str, Any]) -> float:
-    """Return the share that a model's choice has among the candidates, 0 to 1; NaN if it did not choose."""
+    """Return the share of the model's choice among the candidates, 0 to 1; NaN if there were no candidates."""
     shares = candidate_shares(sample)
     if not shares:
         return NAN
-    prediction = [share for text, share in shares if text == sample.get("prediction")]
-    return prediction[0] if len(prediction) == 1 else max(share for _, share in shares)
+    predicted = [share for text, share in shares if text == sample.get("prediction")]
+    return predicted[0] if len(predicted) == 1 else max(share for _, share in shares)
 
 
 def candidate_shares(sample: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return candidates with their shares; empty if there was no choice.
+    """Return the candidates with their shares; empty if there were none.
 
-    They are the task's own, `probabilities` in an outcome's data. Of a task that hands over none they follow from mean log
-    probability of the candidates' tokens. Candidates are then those of the last request that has several, or the last
-    requests that have one each (images, each with its own prompt), numbered from 0.
+    They are the task's own if the result's data have `probabilities`; else they follow from the mean log probability of
+    the candidates' tokens. The candidates are then those of the last request if it has several, else those of the last
+    requests with one each (images, each with its own prompt), numbered from 0.
     """
     if own := (sample.get("data") or {}).get("probabilities"):
         return list(own.items())

@@ -1,4 +1,4 @@
-"""How report pages look: one sheet, light and dark, for screens of any width and for paper."""
+"""The style sheet of report pages: light and dark, for screens of any width and for print."""
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fcfbf8; --card: #ffffff; --ink: #1c1c1e; --soft: #5d5d63; --line: #e2dfd8;
@@ -25,7 +25,7 @@ p { margin: .3rem 0; max-width: 48rem; }
   overflow-wrap: anywhere; }
 .banner { background: var(--warn); padding: .5rem .8rem; border-radius: .3rem; max-width: none; }
 section { margin-top: 2.6rem; padding-top: 1.3rem; border-top: 1px solid var(--line); }
-.wide { overflow-x: auto; margin: .7rem 0; }
+.scroll { overflow-x: auto; margin: .7rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; line-height: 1.3; }
 caption { text-align: left; color: var(--soft); font-size: .85rem; padding-bottom: .4rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); font-weight: 400;
@@ -59,9 +59,9 @@ article.failure { border-top-color: var(--bad); }
 article header { display: flex; justify-content: space-between; gap: .8rem; color: var(--soft); font-size: .76rem;
   margin-bottom: .4rem; }
 .prompt { white-space: pre-wrap; margin: .25rem 0; line-height: 1.42; }
-.prompt img, .prompt .gone { vertical-align: middle; margin: .15rem .25rem .15rem 0; }
+.prompt img, .prompt .missing { vertical-align: middle; margin: .15rem .25rem .15rem 0; }
 img { max-width: 100%; height: auto; border-radius: .15rem; background: #fff; }
-.gone { display: inline-block; border: 1px dashed var(--soft); border-radius: .2rem; color: var(--soft);
+.missing { display: inline-block; border: 1px dashed var(--soft); border-radius: .2rem; color: var(--soft);
   padding: .4rem .6rem;
   font-size: .76rem; white-space: normal; }
 .step { border-top: 1px solid var(--line); margin-top: .45rem; padding-top: .35rem; }
@@ -70,7 +70,7 @@ img { max-width: 100%; height: auto; border-radius: .15rem; background: #fff; }
   padding-top: .45rem;
   border-top: 1px solid var(--line); }
 .answers dt { color: var(--soft); } .answers dd { margin: 0; min-width: 0; white-space: pre-wrap; }
-.failure .said { color: var(--bad); } .success .said { color: var(--good); } .said { font-weight: 600; }
+.failure .prediction { color: var(--bad); } .success .prediction { color: var(--good); } .prediction { font-weight: 600; }
 .shares { list-style: none; margin: .5rem 0 0; padding: 0; font-size: .8rem; font-variant-numeric: tabular-nums; }
 .shares li { display: grid; grid-template-columns: minmax(0, 1fr) 6rem 2.6rem; gap: .5rem; align-items: center;
   text-align: right; }
@@ -84,7 +84,7 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
 @media print { :root { --paper: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --ours: #0a4a7a;
   --tint: #eef3f8;
   --good: #1d5c34; --bad: #8c2a23; --bar: #b9cbdb; } body { max-width: none; padding: 0; font-size: 9.5pt; }
-  section { margin-top: 1.4rem; padding-top: .8rem; } .wide { overflow: visible; } th:first-child { position: static; }
+  section { margin-top: 1.4rem; padding-top: .8rem; } .scroll { overflow: visible; } th:first-child { position: static; }
   h2, h3, thead { break-after: avoid; } tr { break-inside: avoid; }
   tr, article, i { -webkit-print-color-adjust: exact; print-color-adjust: exact; } @page { margin: 1.6cm; } }
 """

@@ -1,4 +1,4 @@
-"""Our figures beside the published ones: tables as data, and as Markdown."""
+"""Tables of our metrics beside the published ones: as data, and as Markdown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LABELS = {
     "cider": "CIDEr", "spice": "SPICE", "meteor": "METEOR", "vqa_accuracy": "VQA accuracy", "roc_auc": "ROC AUC", "f1": "F1",
     "macro_f1": "macro F1", "cider_plain": "CIDEr of plain words",
 }  # fmt: skip
-"""Names of measures in tables; others are shown as the task calls them."""
-NONE = "–"
-"""What stands where there is no figure."""
+"""Names of metrics in tables; for others the task's own name is printed."""
+MISSING = "–"
+"""Stands where there is no value."""
 
 
 @dataclass(frozen=True)
@@ -34,42 +34,43 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row of a table: a model's figures, in points."""
+    """One row of a table: a model's metrics, in points."""
 
     model: str
     cells: Mapping[Column, Metric]
-    """A published figure has no interval: its ends are NaN."""
+    """A published value has no interval: its ends are NaN."""
     ours: bool = False
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A benchmark's figures, ours first."""
+    """A benchmark's metrics by model, ours first."""
 
     title: str
     source: str
-    """Where the others' figures are from; empty if there are none."""
+    """Where the published values are from; empty if there are none."""
     columns: tuple[Column, ...]
     lines: tuple[Line, ...]
     chance: float | None
     """In points."""
     notes: tuple[str, ...]
     tasks: tuple[TaskResult, ...]
-    """Whose figures are ours."""
+    """Our tasks in the table."""
 
 
 def tables(results: Results, model: str = "this model") -> list[Table]:
-    """Return a table for each benchmark of an evaluation, in the paper's order, benchmarks of one's own last."""
+    """Return a table for each benchmark of an evaluation, in the paper's order, unpublished ones last."""
     groups: dict[str, list[TaskResult]] = {}
     for task in results.tasks.values():
-        known = task.published if published(task.published) else None
-        groups.setdefault(known or f"{task.title} {_but_shots(task)}", []).append(task)
+        key = task.published if published(task.published) else None
+        groups.setdefault(key or f"{task.title} {_options_without_shots(task)}", []).append(task)
     order = [*(key for key in PUBLISHED if key in groups), *(key for key in groups if key not in PUBLISHED)]
-    made = {key: benchmark_table(groups[key], PUBLISHED.get(key), model) for key in order}
-    average = _average([made[key] for key in LANGUAGE if key in made], model)
-    last = [key for key in LANGUAGE if key in made][-1:]
-    return [t for key, table in made.items() for t in ([table, *average] if [key] == last else [table])]
+    by_key = {key: benchmark_table(groups[key], PUBLISHED.get(key), model) for key in order}
+    language = [key for key in LANGUAGE if key in by_key]
+    average = _average([by_key[key] for key in language], model)
+    # The average of the language tasks stands after the last of them.
+    return [t for key, table in by_key.items() for t in ([table, *average] if [key] == language[-1:] else [table])]
 
 
 def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, model: str) -> Table:
@@ -80,7 +81,7 @@ def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, mo
     rows: dict[str, list[TaskResult]] = {}
     tasks = sorted(tasks, key=lambda task: task.n_shots)
     for task in tasks:
-        rows.setdefault(_but_shots(task), []).append(task)
+        rows.setdefault(_options_without_shots(task), []).append(task)
     lines = [_our_line(row, model if len(rows) == 1 else f"{model}: {row[0].name}") for row in rows.values()]
     if benchmark is not None:
         lines += [_published_line(row.model, row.note, row.metrics) for row in benchmark.rows]
@@ -93,8 +94,8 @@ def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, mo
     )  # fmt: skip
 
 
-def _but_shots(task: TaskResult) -> str:
-    """Return what two tasks have in common if only the number of demonstrations differs."""
+def _options_without_shots(task: TaskResult) -> str:
+    """Return a task's options as text, but for the number of demonstrations."""
     return json.dumps({k: v for k, v in task.options.items() if k != "n_shots"}, sort_keys=True, default=str)
 
 
@@ -109,31 +110,31 @@ def _published_line(model: str, note: str, metrics: Mapping[str, Mapping[int, fl
 
 
 def _columns(lines: Iterable[Line]) -> tuple[Column, ...]:
-    """Return the columns by measure, the published ones first, and by demonstrations."""
+    """Return the columns by metric, the published ones first, then by number of shots."""
     lines = sorted(lines, key=lambda line: line.ours)
-    measures = list(dict.fromkeys(column.metric for line in lines for column in line.cells))
-    return tuple(sorted({c for line in lines for c in line.cells}, key=lambda c: (measures.index(c.metric), c.shots)))
+    names = list(dict.fromkeys(column.metric for line in lines for column in line.cells))
+    return tuple(sorted({c for line in lines for c in line.cells}, key=lambda c: (names.index(c.metric), c.shots)))
 
 
 def _notes(tasks: Sequence[TaskResult], benchmark: Benchmark | None) -> list[str]:
-    """Return how our samples and measures differ from what the others' figures are of."""
+    """Return notes on how our samples and metrics differ from those of the published values."""
     counts: dict[str, list[str]] = {}
     for task in tasks:
-        counts.setdefault(counted(task), []).append(task.name)
+        counts.setdefault(sample_counts(task), []).append(task.name)
     paper = f"; {benchmark.n_samples:,} in the paper" if benchmark and benchmark.n_samples else ""
     notes = [f"{', '.join(names)}: {count}{paper}." for count, names in counts.items()]
     if benchmark:
         official = list(dict.fromkeys(name for row in benchmark.rows for name in row.metrics))
         ours = {name for task in tasks for name in task.metrics}
         missing = [metric_label(name) for name in official if name not in ours]
-        notes += [f"Not measured here: {', '.join(missing)}."] if missing else []
+        notes += [f"Not measured: {', '.join(missing)}."] if missing else []
         other = [metric_label(name) for name in sorted(ours - set(official))]
         notes += [f"Not in the paper: {', '.join(other)}."] if other else []
     return notes
 
 
 def _average(parts: Sequence[Table], model: str) -> list[Table]:
-    """Return the table of the mean of the language tasks, if there is a number of demonstrations that all of them have."""
+    """Return the table of the mean of the language tasks if all were run with a common number of shots, else nothing."""
     ours = [{c: f for line in table.lines if line.ours for c, f in line.cells.items()} for table in parts]
     if len(parts) < len(LANGUAGE):
         return []
@@ -149,28 +150,28 @@ def _average(parts: Sequence[Table], model: str) -> list[Table]:
 
 
 def mean_of(metrics: Sequence[Metric]) -> Metric:
-    """Return the plain mean of independent figures; its interval adds the squares of their intervals' halves."""
+    """Return the mean of independent metrics, their half-intervals added in quadrature."""
     n = len(metrics)
-    value = sum(f.value for f in metrics) / n
-    below = math.sqrt(sum((f.value - f.low) ** 2 for f in metrics)) / n
-    above = math.sqrt(sum((f.high - f.value) ** 2 for f in metrics)) / n
-    return Metric(value, value - below, value + above, sum(f.n for f in metrics))
+    value = sum(m.value for m in metrics) / n
+    below = math.sqrt(sum((m.value - m.low) ** 2 for m in metrics)) / n
+    above = math.sqrt(sum((m.high - m.value) ** 2 for m in metrics)) / n
+    return Metric(value, value - below, value + above, sum(m.n for m in metrics))
 
 
 def in_points(metric: Metric) -> Metric:
-    """Return a figure times 100, as tables have it."""
+    """Return a metric times 100."""
     return Metric(100 * metric.value, 100 * metric.low, 100 * metric.high, metric.n)
 
 
 def reference(task: TaskResult) -> float | None:
-    """Return what KOSMOS-1 has for a task's headline with as many demonstrations, in points; None if it is not published."""
+    """Return KOSMOS-1's published value of a task's main metric with as many shots, in points; None if there is none."""
     benchmark = published(task.published)
     rows = [row for row in benchmark.rows if row.model == OURS] if benchmark else []
     return next((row.metrics.get(task.main_metric, {}).get(task.n_shots) for row in rows), None)
 
 
 def metric_label(name: str) -> str:
-    """Return a measure's name for people."""
+    """Return a metric's name for people."""
     return LABELS.get(name, name.replace("_", " "))
 
 
@@ -180,23 +181,23 @@ def shots_label(shots: int) -> str:
 
 def number(points: float | None) -> str:
     """Return points with one decimal."""
-    return NONE if points is None or math.isnan(points) else f"{points:.1f}"
+    return MISSING if points is None or math.isnan(points) else f"{points:.1f}"
 
 
 def signed(points: float) -> str:
     """Return a difference in points with its sign."""
-    return NONE if math.isnan(points) else f"{points:+.1f}".replace("-", "−")
+    return MISSING if math.isnan(points) else f"{points:+.1f}".replace("-", "−")
 
 
 def interval(metric: Metric) -> str:
-    """Return a figure's 95 % interval, nothing if it has none."""
+    """Return a metric's 95 % interval; empty if it has none."""
     return "" if math.isnan(metric.low) or math.isnan(metric.high) else f"[{metric.low:.1f}, {metric.high:.1f}]"
 
 
-def counted(task: TaskResult) -> str:
-    """Return how many samples a task has, and what became of those that failed."""
+def sample_counts(task: TaskResult) -> str:
+    """Return how many samples a task has, and how many failed by reason."""
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(task.failures.items(), key=lambda item: -item[1]))
-    failed = f", {task.n_failed:,} of them failed and in no figure ({reasons})" if task.n_failed else ""
+    failed = f", {task.n_failed:,} of them failed and in no metric ({reasons})" if task.n_failed else ""
     return f"{task.n_samples:,} samples{failed}"
 
 
@@ -208,7 +209,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int 
 
 
 def plain(text: str) -> str:
-    """Return text that Markdown shows as it is where it could begin a tag or a column."""
+    """Return text with the characters escaped that begin a tag or a column in Markdown."""
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " ")):
         text = text.replace(mark, entity)
     return text

@@ -76,7 +76,7 @@ class Birds(Task):
                 for pair, folders in pairs
                 for i, name in enumerate(folders)
                 for image in sorted((self.path / name).iterdir())
-                if image.is_file() and not image.name.startswith(".")
+                if image.is_file() and not image.name.startswith(".")  # .DS_Store and the like
             ]
 
     def prompt(self, sample: Sample) -> Parts:

@@ -101,6 +101,7 @@ class KarpathyCaptions(Task):
                 for image in read_json(file)["images"]
                 if image["split"] in splits
             ]
+        # Images themselves are not checked: a missing one fails its sample, a missing folder all of them.
         folders = {f"{path.parent.relative_to(self.path)}/" for sample in samples for path in sample.images}
         require_files(self.title, self.path, [self.file, *sorted(folders)], self.source)
         return samples

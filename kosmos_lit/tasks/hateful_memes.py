@@ -96,5 +96,6 @@ class HatefulMemes(Task):
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
         """Return the area under the ROC curve, and the accuracy of the likelier answer."""
         data = [outcome.data for outcome in outcomes]
+        # Of the ranking score, which need not be the probability that decides the prediction.
         area = auc_metric([row["score"] for row in data], [row["label"] for row in data])
         return {"roc_auc": area} | super().metrics(outcomes)

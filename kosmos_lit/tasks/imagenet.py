@@ -82,6 +82,7 @@ class ImageNet(Task):
         synset_of = _in_folders(folder) if in_folders else self._listed(split)
         name_of = self._name_of(sorted(set(synset_of.values())))
         self._choices = tuple(dict.fromkeys(name_of.values()))  # two classes may share a name
+        # Not in __init__: the number of classes is that of the files.
         if self.chance is None:
             self.chance = 1 / len(name_of)
         return [
@@ -99,6 +100,7 @@ class ImageNet(Task):
             return {synset: synset for synset in synsets}
         lines = imagenet_names() if self.names == "clip" else _lines(Path(self.names))
         mapped = [line.split(maxsplit=1) for line in lines]
+        # A name may be two words too: the file has synsets only if every line begins with one.
         if all(len(words) == 2 and words[0].startswith("n") and words[0][1:].isdigit() for words in mapped):
             name_of = {synset: names.split(",")[0].strip() for synset, names in mapped}
             if missing := [synset for synset in synsets if synset not in name_of]:

@@ -87,7 +87,7 @@ class ColorTerms(ObjectColor):
         [path] = require_files(self.title, self.path, [self.file], source)
         samples = []
         for number, line in enumerate(read_lines(path), start=1):
-            if number > 1 and line.strip():
+            if number > 1 and line.strip():  # line 1 is the header
                 row = line.split(",")
                 if len(row) != 2:
                     raise UserError(f"{path}:{number}: {line!r} is not an object and its colour, separated by a comma")

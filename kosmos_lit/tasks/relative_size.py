@@ -56,6 +56,7 @@ class RelativeSize(MultipleChoice):
         [path] = require_files(self.title, self.path, [self.file], SOURCE)
         samples = []
         for number, line in enumerate(read_lines(path), start=1):
+            # Objects of several words are only told apart by a tab.
             pair = line.split("\t") if "\t" in line else line.split()
             if line.strip():
                 if len(pair) != 2:

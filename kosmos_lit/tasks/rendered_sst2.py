@@ -63,7 +63,7 @@ class ImageClassification(Task):
             Sample(key=f"{label}/{image.name}", images=(image,), data={"label": label})
             for label, folder in zip(self.classes, folders, strict=True)
             for image in sorted(folder.iterdir())
-            if image.is_file() and not image.name.startswith(".")
+            if image.is_file() and not image.name.startswith(".")  # .DS_Store and the like
         ]
 
     def class_request(self, sample: Sample, shots: Sequence[Sample], question: str) -> LogLikelihood:
@@ -138,6 +138,7 @@ class RenderedSst2ChainOfThought(RenderedSst2):
         """Ask for a rationale, then for the sentiment; demonstrations stand before the second stage, without rationales."""
         responses = yield [Generate((*sample.images, self.introduction), self.settings)]
         rationale = generated_text(responses[0])
+        # strip: an empty rationale leaves a blank before the question.
         question = fill_template(self.second, rationale=rationale, question=self.template).strip()
         responses = yield [self.class_request(sample, shots, question)]
         return self.outcome(sample, scored_candidates(responses[0]), rationale=rationale)

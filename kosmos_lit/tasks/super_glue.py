@@ -145,4 +145,5 @@ class Copa(SuperGlue):
 
 
 def _lowered(text: str) -> str:
+    # Split at apostrophes too: "I'm" keeps its capital.
     return text if text.split("'")[0].split()[0] == "I" else text[:1].lower() + text[1:]

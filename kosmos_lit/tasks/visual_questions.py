@@ -134,7 +134,7 @@ class Vqav2(VisualQuestions):
         self.image_name = image_name
 
     def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
-        image_folder = split.replace("-dev", "")
+        image_folder = split.replace("-dev", "")  # test-dev2015 has a part of the images of test2015
         questions_name, answers_name = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
         has_answers = need_answers or not split.startswith("test")
         names = [questions_name, f"{image_folder}/", *([answers_name] if has_answers else [])]

@@ -107,6 +107,7 @@ class WebSrc(Task):
 def page_text(path: Path, max_words: int | None) -> str:
     """Return the words of a page in the order of its HTML, separated by blanks, without scripts and styles."""
     with parsing(path):
+        # lxml refuses an empty document; crawled pages may have broken bytes.
         page = html.fromstring(path.read_bytes().decode("utf-8", "replace") or "<html></html>")
     for element in page.xpath(UNSEEN):
         element.drop_tree()

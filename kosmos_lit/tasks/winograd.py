@@ -51,8 +51,9 @@ class Winograd(MultipleChoice):
 
         options = [" ".join((answer.text or "").split()) for answer in schema.findall("answers/answer")]
         before, after = text("text/txt1"), text("text/txt2")
+        # No blank before what belongs to the option: "'s", a comma, a full stop.
         before, after = f"{before} " if before else "", after if after[:1] in ("'", ",", ".", ";", "") else f" {after}"
-        label = text("correctAnswer").strip(". ")
+        label = text("correctAnswer").strip(". ")  # "A", "A." and " A " occur
         return Sample(key=key, data={"before": before, "after": after, "options": options, "label": label})
 
     def question(self, sample: Sample) -> Question:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,6 +16,7 @@ from torch import Tensor
 from kosmos_lit._version import __version__
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import atomic_folder
 from kosmos_lit.model import Kosmos
 from kosmos_lit.state_dicts.files import SAFETENSORS, read_json, read_tensors
 from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
@@ -110,17 +109,12 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder)
     check_new(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
+        with atomic_folder(target) as temporary:
+            yield temporary
+            check_new(target)  # another program may have filled it meanwhile
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new(folder: Path) -> None:

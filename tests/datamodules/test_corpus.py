@@ -89,14 +89,14 @@ def test_a_shard_that_has_moved_leaves_its_documents_numbers(corpora, tmp_path):
     assert moved.shard_and_name(0)[1].startswith("record ")
 
 
-def test_shards_that_move_along_with_their_index_are_found(tokenizer_folder, tmp_path):
-    sample_data.write_tar(tmp_path / "here/raw/0.tar", sample_data.pairs(3, 0))
+def test_shards_that_move_along_with_their_index_are_read(tokenizer_folder, tmp_path):
+    sample_data.write_tar(tmp_path / "old/raw/0.tar", sample_data.pairs(3, 0))
     prepare_corpus(
-        format="img2dataset", inputs=[str(tmp_path / "here/raw/*.tar")], tokenizer=tokenizer_folder,
-        output=tmp_path / "here/index",
+        format="img2dataset", inputs=[str(tmp_path / "old/raw/*.tar")], tokenizer=tokenizer_folder,
+        output=tmp_path / "old/index",
     )  # fmt: skip
-    (tmp_path / "here").rename(tmp_path / "there")
-    corpus = IndexedCorpus(tmp_path / "there/index")
+    (tmp_path / "old").rename(tmp_path / "new")
+    corpus = IndexedCorpus(tmp_path / "new/index")
     assert corpus.image_bytes(corpus.document_images(0)[0]) == sample_data.png(0)
 
 
@@ -145,7 +145,7 @@ def test_every_shard_that_is_gone_is_counted_among_many(tokenizer_folder, tmp_pa
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(tmp_path / "raw/*.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
-    monkeypatch.setattr("datamodules.corpus.STATS", 2)
+    monkeypatch.setattr("datamodules.corpus.SHARDS_PER_CHECK", 2)
     corpus.check_shards()
     for n in (2, 5):
         (tmp_path / f"raw/{n}.tar").unlink()
@@ -167,13 +167,13 @@ def test_text_that_has_changed_is_refused_and_text_that_is_gone_is_not(tokenizer
         corpus.check_shards()
 
 
-def test_answer_targets_are_counted_for_the_documents_that_are_asked_for(examples, monkeypatch):
+def test_answer_targets_are_counted_for_the_documents_of_the_argument(examples, monkeypatch):
     def plain(document):
         supervised = examples.document_supervised(document).astype(int)
         return int(supervised.sum() + (np.diff(supervised, append=0) == -1).sum())
 
     documents = np.array([11, 3, 3, 0, 31, 7])
-    monkeypatch.setattr("datamodules.corpus.DOCUMENTS", 2)
+    monkeypatch.setattr("datamodules.corpus.DOCUMENTS_PER_CHUNK", 2)
     assert examples.answer_targets(documents).tolist() == [plain(d) for d in documents]
     every = np.arange(examples.n_documents)
     assert examples.answer_targets(every).tolist() == [plain(d) for d in every.tolist()]

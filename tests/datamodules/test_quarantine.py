@@ -43,7 +43,7 @@ def test_processes_that_append_at_once_do_not_mix_up_lines(tmp_path, method):
     )
 
 
-def test_a_line_keeps_the_beginning_of_what_was_said(tmp_path):
+def test_a_line_keeps_the_beginning_of_a_long_message(tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
     ledger.write(replace(SAMPLE, detail="ä" * 499 + "bcd"))
     assert [sample.detail for sample in read_ledger(ledger.path)] == ["ä" * 499 + "b"]

@@ -41,7 +41,7 @@ from torchscale.architecture.config import DecoderConfig
 from torchscale.architecture.decoder import Decoder
 from torchscale.component.embedding import PositionalEmbedding, TextEmbedding
 
-HERE = Path(__file__).parent
+GOLDEN = Path(__file__).parent
 COMMAND = "make golden-torchscale"
 DECIMALS = 7
 PAD = 1
@@ -235,7 +235,7 @@ def main() -> None:
         "dtype": "float32",
     }
     write(
-        HERE / "torchscale_outputs.json",
+        GOLDEN / "torchscale_outputs.json",
         about
         | {
             "what": "hidden states (B, kept positions, D) and some logits for weights of torchscale_draws.py;"
@@ -247,7 +247,7 @@ def main() -> None:
         dict(outputs()),
     )
     write(
-        HERE / "torchscale_init.json",
+        GOLDEN / "torchscale_init.json",
         about
         | {
             "what": "distribution of each parameter over decoders that torchscale initialised;"

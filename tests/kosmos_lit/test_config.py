@@ -110,7 +110,7 @@ def test_an_unknown_key_or_a_value_of_another_type_is_named(data, message):
         (ConnectorConfig, {"kind": "qformer"}, "kind must be one of resampler, perceiver, linear, mlp, pool, got 'qformer'"),
         (LossWeights, {"caption": -0.5}, "LossWeights: caption must be finite and not negative, got -0.5"),
         (LossWeights, {"text": float("inf")}, "text must be finite and not negative, got inf"),
-        (LossWeights, {"text": 0, "caption": 0, "interleaved": 0, "instruct": 0}, "one weight at least must be positive"),
+        (LossWeights, {"text": 0, "caption": 0, "interleaved": 0, "instruct": 0}, "at least one weight must be positive"),
         (DecoderConfig, {"loss_chunk": 0}, "loss_chunk must be positive, got 0"),
         (KosmosConfig, {"connector": ConnectorConfig(n_heads=7)}, "dim 2048 is not a multiple of connector.n_heads 7"),
         (OptimizerConfig, {"lr": 0.0}, "OptimizerConfig: lr must be positive"),
@@ -147,17 +147,24 @@ def test_where_weights_come_from_is_no_architecture():
     "field", [{"dim": 40}, {"norm": "deepnorm"}, {"positions": "rotary"}, {"document_attention": "row"}]
 )
 def test_what_the_model_computes_is_its_architecture(field):
-    here, there = tiny_config("ViT-B-32").architecture(), tiny_config("ViT-B-32", **field).architecture()
-    assert {name for name in here if here[name] != there[name]} == {f"decoder.{name}" for name in field}
+    base, changed = (
+        tiny_config("ViT-B-32").architecture(),
+        tiny_config("ViT-B-32", **field).architecture(),
+    )
+    assert {name for name in base if base[name] != changed[name]} == {
+        f"decoder.{name}" for name in field
+    }
 
 
 @pytest.mark.parametrize("kind", ["resampler", "perceiver", "linear", "mlp", "pool"])
 def test_of_the_connector_what_its_kind_uses_is_its_architecture(kind):
     config = tiny_config("ViT-B-32", connector=kind)
     other = replace(config, connector=replace(config.connector, n_layers=5, n_heads=4, n_latents=7))
-    here, there = config.architecture(), other.architecture()
+    base, changed = config.architecture(), other.architecture()
     used = {"resampler": {"n_heads"}, "perceiver": {"n_heads", "n_layers"}}.get(kind, set()) | {"n_latents"}
-    assert {name for name in here if here[name] != there[name]} == {f"connector.{name}" for name in used}
+    assert {name for name in base if base[name] != changed[name]} == {
+        f"connector.{name}" for name in used
+    }
 
 
 def test_heads_that_a_connector_does_not_have_need_divide_nothing():
@@ -175,13 +182,17 @@ def test_there_is_one_loss_weight_a_corpus_in_the_order_of_the_corpora():
 
 def test_the_length_of_learned_positions_is_architecture():
     # Their table has one row a position: weights of another length do not fit.
-    here, there = (tiny_config("ViT-B-32", positions="learned", max_seq_len=n).architecture() for n in (61, 67))
-    assert here != there
+    base, changed = (
+        tiny_config("ViT-B-32", positions="learned", max_seq_len=n).architecture() for n in (61, 67)
+    )
+    assert base != changed
 
 
 def test_the_longest_row_of_computed_positions_is_no_architecture():
-    here, there = (tiny_config("ViT-B-32", positions="xpos", max_seq_len=n).architecture() for n in (61, 67))
-    assert here == there
+    base, changed = (
+        tiny_config("ViT-B-32", positions="xpos", max_seq_len=n).architecture() for n in (61, 67)
+    )
+    assert base == changed
 
 
 def test_the_order_of_lora_s_targets_makes_no_other_architecture():

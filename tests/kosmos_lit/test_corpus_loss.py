@@ -22,16 +22,16 @@ def computed(*updates) -> dict[str, float]:
 
 
 def test_losses_are_means_over_tokens_of_each_corpus_and_of_all():
-    found = computed((NLL, BATCH))
-    assert found["loss"] == pytest.approx(78 / 9)
-    assert found["loss/text"] == pytest.approx((1 + 2 + 13 + 17 + 19) / 5)
-    assert found["loss/interleaved"] == pytest.approx((3 + 5 + 7 + 11) / 4)
+    metrics = computed((NLL, BATCH))
+    assert metrics["loss"] == pytest.approx(78 / 9)
+    assert metrics["loss/text"] == pytest.approx((1 + 2 + 13 + 17 + 19) / 5)
+    assert metrics["loss/interleaved"] == pytest.approx((3 + 5 + 7 + 11) / 4)
 
 
 def test_bits_are_counted_per_byte_of_text():
-    found = computed((NLL, BATCH))
-    assert found["bits_per_byte/text"] == pytest.approx(52 / math.log(2) / 11)
-    assert found["bits_per_byte/interleaved"] == pytest.approx(26 / math.log(2) / 13)
+    metrics = computed((NLL, BATCH))
+    assert metrics["bits_per_byte/text"] == pytest.approx(52 / math.log(2) / 11)
+    assert metrics["bits_per_byte/interleaved"] == pytest.approx(26 / math.log(2) / 13)
 
 
 def test_a_corpus_that_did_not_occur_is_left_out():
@@ -42,16 +42,16 @@ def test_a_corpus_that_did_not_occur_is_left_out():
 
 def test_batches_add_up_by_their_tokens():
     one = replace(batch_of([[text_doc(1)]], 7, corpus=[0]), n_bytes=torch.tensor([4]))
-    found = computed((NLL, BATCH), (torch.tensor([4.0, 6.0]), one))
-    assert found["loss"] == pytest.approx(88 / 11)
-    assert found["loss/text"] == pytest.approx(62 / 7)
-    assert found["bits_per_byte/text"] == pytest.approx(62 / math.log(2) / 15)
+    metrics = computed((NLL, BATCH), (torch.tensor([4.0, 6.0]), one))
+    assert metrics["loss"] == pytest.approx(88 / 11)
+    assert metrics["loss/text"] == pytest.approx(62 / 7)
+    assert metrics["bits_per_byte/text"] == pytest.approx(62 / math.log(2) / 15)
 
 
 def test_a_row_that_only_fills_up_counts_for_nothing():
     filled = replace(batch_of([[text_doc(1)], []], 7, corpus=[1, -1]), n_bytes=torch.tensor([4, 0]))
-    found = computed((torch.tensor([4.0, 6.0]), filled))
-    assert found == pytest.approx({"loss": 5.0, "loss/caption": 5.0, "bits_per_byte/caption": 10 / math.log(2) / 4})
+    metrics = computed((torch.tensor([4.0, 6.0]), filled))
+    assert metrics == pytest.approx({"loss": 5.0, "loss/caption": 5.0, "bits_per_byte/caption": 10 / math.log(2) / 4})
 
 
 def test_millions_of_tokens_lose_no_digits():

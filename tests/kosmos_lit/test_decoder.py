@@ -13,33 +13,33 @@ B, T, D = 2, 13, 20
 CPU = torch.device("cpu")
 POSITIONS = ("xpos", "rotary", "sinusoidal", "learned", "none")
 NORMS = ("sub", "pre", "post", "deepnorm")
-WHOLE = torch.arange(T).expand(B, T)
+ROW_POSITIONS = torch.arange(T).expand(B, T)
 TOKENS = torch.tensor(words(B * T)).view(B, T)
 
 
 def decoder(**fields) -> Decoder:
     torch.manual_seed(0)
-    made = Decoder(tiny_config("unused.json", **fields).decoder)
-    made.init()
-    return shaken(made).eval()
+    model = Decoder(tiny_config("unused.json", **fields).decoder)
+    model.init()
+    return shaken(model).eval()
 
 
-def first_input(made: Decoder, *args) -> torch.Tensor:
+def first_input(model: Decoder, *args) -> torch.Tensor:
     """What the first block is given."""
-    taken = []
-    hook = made.layers[0].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
-    made(*args)
+    block_inputs = []
+    hook = model.layers[0].register_forward_pre_hook(lambda _, inputs: block_inputs.append(inputs[0]))
+    model(*args)
     hook.remove()
-    return taken[0]
+    return block_inputs[0]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])
 def test_no_position_sees_what_comes_after_it(positions, kernel):
-    made, mask, t = decoder(positions=positions, attention_kernel=kernel), DocumentMask((T,) * B, B, T, CPU), 6
+    model, mask, t = decoder(positions=positions, attention_kernel=kernel), DocumentMask((T,) * B, B, T, CPU), 6
     changed = TOKENS.clone()
     changed[:, t + 1 :] = torch.tensor(words(B * (T - t - 1), seed=1)).view(B, -1)
-    before, after = made(TOKENS, WHOLE, mask), made(changed, WHOLE, mask)
+    before, after = model(TOKENS, ROW_POSITIONS, mask), model(changed, ROW_POSITIONS, mask)
     assert torch.equal(after[:, : t + 1], before[:, : t + 1])
     assert not torch.equal(after[:, t + 1], before[:, t + 1])
 
@@ -47,52 +47,52 @@ def test_no_position_sees_what_comes_after_it(positions, kernel):
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_reading_in_pieces_gives_what_reading_at_once_gives(positions, norm):
-    made = decoder(positions=positions, norm=norm)
+    model = decoder(positions=positions, norm=norm)
     latents, slots = normal(2, 3, D, seed=4), torch.tensor([[0, 1], [1, 0]])
-    whole = made(TOKENS, WHOLE, causal(T, T, CPU), latents, slots)
-    cache, pieces = made.new_cache(B, T), []
+    single_pass = model(TOKENS, ROW_POSITIONS, causal(T, T, CPU), latents, slots)
+    cache, pieces = model.new_cache(B, T), []
     for a, b in ((0, 5), (5, 6), (6, 7), (7, 11), (11, 13)):
-        seen = (latents, slots) if a == 0 else (None, None)
-        pieces.append(made(TOKENS[:, a:b], WHOLE[:, a:b], causal(b - a, b, CPU), *seen, cache))
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 1e-6
+        images = (latents, slots) if a == 0 else (None, None)
+        pieces.append(model(TOKENS[:, a:b], ROW_POSITIONS[:, a:b], causal(b - a, b, CPU), *images, cache))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), single_pass, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 1e-6
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_padding_on_the_left_changes_nothing_with_or_without_a_cache(positions, norm):
     """As prompts of different length are read: the rows' places in the cache are not their positions."""
-    made, starts = decoder(positions=positions, norm=norm), (0, 5)
+    model, starts = decoder(positions=positions, norm=norm), (0, 5)
     real = torch.arange(T) >= torch.tensor(starts)[:, None]
     tokens = TOKENS.masked_fill(~real, PAD)
     at = (real.cumsum(1) - 1).clamp(min=0)
     visible = causal(T, T, CPU) & (real[:, None, :] | torch.eye(T, dtype=torch.bool))  # padding sees itself
-    at_once = made(tokens, at, visible[:, None])
-    cache = made.new_cache(B, T)
-    in_steps = [made(tokens[:, :9], at[:, :9], visible[:, None, :9, :9], cache=cache)]
+    at_once = model(tokens, at, visible[:, None])
+    cache = model.new_cache(B, T)
+    in_steps = [model(tokens[:, :9], at[:, :9], visible[:, None, :9, :9], cache=cache)]
     for t in range(9, T):
-        in_steps.append(made(tokens[:, t : t + 1], at[:, t : t + 1], real[:, None, None, : t + 1], cache=cache))
+        in_steps.append(model(tokens[:, t : t + 1], at[:, t : t + 1], real[:, None, None, : t + 1], cache=cache))
     for b, start in enumerate(starts):
         n = T - start
-        alone = made(TOKENS[b : b + 1, start:], WHOLE[:1, :n], DocumentMask((n,), 1, n, CPU))[0]
-        for found in (at_once, torch.cat(in_steps, dim=1)):
-            torch.testing.assert_close(found[b, start:], alone, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 2e-6
+        alone = model(TOKENS[b : b + 1, start:], ROW_POSITIONS[:1, :n], DocumentMask((n,), 1, n, CPU))[0]
+        for actual in (at_once, torch.cat(in_steps, dim=1)):
+            torch.testing.assert_close(actual[b, start:], alone, rtol=1e-5, atol=1e-5)  # fp32, 2 layers, measured 2e-6
 
 
 def test_tokens_and_latents_are_scaled_by_the_root_of_the_width():
-    made, latents, slots = decoder(), normal(1, 3, D, seed=4), torch.tensor([[1, 2]])
-    expected = made.embed_tokens.weight[TOKENS].clone()
+    model, latents, slots = decoder(), normal(1, 3, D, seed=4), torch.tensor([[1, 2]])
+    expected = model.embed_tokens.weight[TOKENS].clone()
     expected[1, 2:5] = latents[0]
-    found = first_input(made, TOKENS, WHOLE, causal(T, T, CPU), latents, slots)
-    assert torch.equal(found, expected * math.sqrt(D))
+    actual = first_input(model, TOKENS, ROW_POSITIONS, causal(T, T, CPU), latents, slots)
+    assert torch.equal(actual, expected * math.sqrt(D))
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
 def test_absolute_positions_are_added_after_scaling(positions):
-    made = decoder(positions=positions)
-    table = sinusoids(61, D) if positions == "sinusoidal" else made.embed_positions.weight
+    model = decoder(positions=positions)
+    table = sinusoids(61, D) if positions == "sinusoidal" else model.embed_positions.weight
     at = torch.tensor([[*range(5), *range(8)], [*range(13)]])  # the first row holds two documents
-    found = first_input(made, TOKENS, at, causal(T, T, CPU))
-    assert torch.equal(found, made.embed_tokens.weight[TOKENS] * math.sqrt(D) + table[at])
+    actual = first_input(model, TOKENS, at, causal(T, T, CPU))
+    assert torch.equal(actual, model.embed_tokens.weight[TOKENS] * math.sqrt(D) + table[at])
 
 
 @pytest.mark.parametrize(
@@ -100,57 +100,61 @@ def test_absolute_positions_are_added_after_scaling(positions):
     [("xpos", False), ("rotary", False), ("none", False), ("sinusoidal", True), ("learned", True)],
 )
 def test_where_a_document_starts_matters_to_absolute_positions_only(positions, matters):
-    made, mask = decoder(positions=positions), DocumentMask((T,) * B, B, T, CPU)
-    here, there = made(TOKENS, WHOLE, mask), made(TOKENS, WHOLE + 31, mask)
-    assert torch.allclose(here, there, rtol=1e-4, atol=1e-5) != matters  # fp32, 2 layers, measured 2e-6
+    model, mask = decoder(positions=positions), DocumentMask((T,) * B, B, T, CPU)
+    at_start, later = model(TOKENS, ROW_POSITIONS, mask), model(TOKENS, ROW_POSITIONS + 31, mask)
+    assert torch.allclose(at_start, later, rtol=1e-4, atol=1e-5) != matters  # fp32, 2 layers, measured 2e-6
 
 
 @pytest.mark.parametrize("positions", ["xpos", "rotary", "sinusoidal", "learned"])
 def test_order_matters_to_positions_of_every_kind(positions):
-    made, mask = decoder(positions=positions, n_layers=1), DocumentMask((T,) * B, B, T, CPU)
+    model, mask = decoder(positions=positions, n_layers=1), DocumentMask((T,) * B, B, T, CPU)
     swapped = TOKENS[:, [1, 0, *range(2, T)]]
-    assert not torch.allclose(made(TOKENS, WHOLE, mask)[:, -1], made(swapped, WHOLE, mask)[:, -1], atol=1e-3)
+    assert not torch.allclose(
+        model(TOKENS, ROW_POSITIONS, mask)[:, -1], model(swapped, ROW_POSITIONS, mask)[:, -1], atol=1e-3
+    )
 
 
 def test_order_does_not_matter_to_one_layer_without_positions():
-    made, mask = decoder(positions="none", n_layers=1), DocumentMask((T,) * B, B, T, CPU)
+    model, mask = decoder(positions="none", n_layers=1), DocumentMask((T,) * B, B, T, CPU)
     swapped = TOKENS[:, [1, 0, *range(2, T)]]
-    torch.testing.assert_close(made(TOKENS, WHOLE, mask)[:, -1], made(swapped, WHOLE, mask)[:, -1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model(TOKENS, ROW_POSITIONS, mask)[:, -1], model(swapped, ROW_POSITIONS, mask)[:, -1], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("positions", ["rotary", "none"])
 def test_xpos_is_a_scheme_of_its_own(positions):
     mask = DocumentMask((T,) * B, B, T, CPU)
-    one, other = (decoder(positions=p)(TOKENS, WHOLE, mask) for p in ("xpos", positions))  # the same weights
+    one, other = (decoder(positions=p)(TOKENS, ROW_POSITIONS, mask) for p in ("xpos", positions))  # the same weights
     assert torch.equal(one[:, 0], other[:, 0])  # a document's first token sees itself only
     assert (one[:, -1] - other[:, -1]).abs().max() > 1e-3
 
 
 def test_logits_are_products_with_the_embeddings():
-    made, hidden = decoder(), normal(B, T, D, seed=2)
-    expected = torch.einsum("btd,vd->btv", hidden, made.embed_tokens.weight)
-    torch.testing.assert_close(made.logits(hidden), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 20
-    assert made.logits(hidden).shape == (B, T, VOCAB)
+    model, hidden = decoder(), normal(B, T, D, seed=2)
+    expected = torch.einsum("btd,vd->btv", hidden, model.embed_tokens.weight)
+    torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 20
+    assert model.logits(hidden).shape == (B, T, VOCAB)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_last_thing_is_a_layer_norm(norm):
-    made = decoder(norm=norm)
-    last = made.layers[-1].final_layer_norm if norm in ("post", "deepnorm") else made.layer_norm
+    model = decoder(norm=norm)
+    last = model.layers[-1].final_layer_norm if norm in ("post", "deepnorm") else model.layer_norm
     with torch.no_grad():
         last.weight.fill_(1.0)
         last.bias.zero_()
-    hidden = made(TOKENS, WHOLE, causal(T, T, CPU))
+    hidden = model(TOKENS, ROW_POSITIONS, causal(T, T, CPU))
     torch.testing.assert_close(hidden.mean(-1), torch.zeros(B, T), rtol=0, atol=1e-6)  # fp32
     torch.testing.assert_close(hidden.var(-1, correction=0), torch.ones(B, T), rtol=1e-4, atol=0)  # eps 1e-5
 
 
 def test_dropout_acts_on_the_embeddings_in_training_only():
-    made = decoder(dropout_rate=0.5)
-    args = (TOKENS, WHOLE, causal(T, T, CPU))
-    assert first_input(made, *args).ne(0).all()
+    model = decoder(dropout_rate=0.5)
+    args = (TOKENS, ROW_POSITIONS, causal(T, T, CPU))
+    assert first_input(model, *args).ne(0).all()
     torch.manual_seed(0)
-    assert 0.3 < first_input(made.train(), *args).eq(0).float().mean() < 0.7  # 520 draws of one half
+    assert 0.3 < first_input(model.train(), *args).eq(0).float().mean() < 0.7  # 520 draws of one half
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -39,16 +39,16 @@ def own_graphs() -> Iterator[None]:
 def losses(model: Kosmos, batches: list[KosmosBatch] = BATCHES) -> list[Tensor]:
     """The loss of each batch and then the gradients of their sum, all in float32."""
     model.zero_grad()
-    found = []
+    results = []
     for batch in batches:
         loss, _ = model.loss(batch, 0.1)
         loss.backward()
-        found.append(loss.detach())
-    return found + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        results.append(loss.detach())
+    return results + [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(results, expected, strict=True):
         assert (a - b).norm() <= 1e-3 * b.norm() + 1e-6  # fp32, 5 layers back and forth, sums in another order
 
 
@@ -85,15 +85,15 @@ def test_a_fused_model_with_adapters_gives_the_losses_of_a_plain_one(kosmos_towe
 @needs_compiler
 @pytest.mark.slow
 def test_a_fused_model_in_16_bits_gives_the_losses_of_a_plain_one(kosmos_tower: str) -> None:
-    found = []
+    results = []
     for fuses in (False, True):
         model = tiny_model(kosmos_tower).train()
         if fuses:
             model.compile_blocks()
         with torch.autocast("cpu", torch.bfloat16):
-            found.append(losses(model)[: len(BATCHES)])
+            results.append(losses(model)[: len(BATCHES)])
     # Fused kernels round to bf16 less often: 2^-8 a layer, and means over some 20 tokens
-    torch.testing.assert_close(found[0], found[1], rtol=3e-2, atol=0)
+    torch.testing.assert_close(results[0], results[1], rtol=3e-2, atol=0)
 
 
 @needs_compiler
@@ -114,15 +114,15 @@ def test_generation_is_not_compiled(kosmos_tower: str) -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_computing_again_changes_no_loss_and_no_gradient(kosmos_tower: str, recompute: str, rate: float) -> None:
     rates = {"dropout_rate": rate, "attention_dropout_rate": rate}
-    found = []
+    results = []
     for choice in ("none", recompute):
         model = tiny_model(kosmos_tower, recompute=choice, **rates).train()
         torch.manual_seed(3)
-        found.append(losses(model))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append(losses(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def kept(tower: str, recompute: str) -> int:
+def saved(tower: str, recompute: str) -> int:
     """Numbers that the decoder's layers keep for the backward pass."""
     model = tiny_model(tower, recompute=recompute, n_layers=5).train()
     sizes: dict[int, int] = {}
@@ -142,5 +142,5 @@ def kept(tower: str, recompute: str) -> int:
 
 
 def test_computing_more_again_keeps_less(kosmos_tower: str) -> None:
-    none, full = (kept(kosmos_tower, recompute) for recompute in ("none", "full"))
+    none, full = (saved(kosmos_tower, recompute) for recompute in ("none", "full"))
     assert full < none / 4

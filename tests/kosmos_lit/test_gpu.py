@@ -11,7 +11,7 @@ from kosmos_lit.checks.leaks import find_leak
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.fp8 import LOVELACE
+from kosmos_lit.ops.fp8 import MIN_CAPABILITY
 from kosmos_lit.tokenizer import BOS, Tokenizer
 from tests.kosmos_lit.tiny_kosmos import SPECIAL, batch_of, image_doc, text_doc, tiny_config
 
@@ -33,12 +33,12 @@ def test_losses_and_gradients_are_those_of_the_cpu(config: KosmosConfig, kernel:
     on_cpu = Kosmos.create(config)
     batch = batch_of([[text_doc(7), image_doc(11)], [image_doc(5, n_images=2), text_doc(3)]], 41)
 
-    wanted, found = on_cpu.nll(batch), on_gpu.nll(batch.to("cuda"))
-    wanted.sum().backward()
-    found.sum().backward()
+    expected, actual = on_cpu.nll(batch), on_gpu.nll(batch.to("cuda"))
+    expected.sum().backward()
+    actual.sum().backward()
 
     # fp32 on both sides, TF32 off: sums in another order
-    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and b.grad is not None:
@@ -82,16 +82,16 @@ def on_gpu(config: KosmosConfig, **decoder: Any) -> Kosmos:
 def losses(model: Kosmos) -> list[float]:
     """Losses of batches whose documents differ in length, after a step on each of them."""
     rows = [[text_doc(7), image_doc(11)], [image_doc(5, n_images=2)]], [[text_doc(30)], [image_doc(9), text_doc(3)]]
-    optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), []
-    for made in rows * 3:
-        batch = batch_of(made, 48).to("cuda")
+    optimizer, actual = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), []
+    for model in rows * 3:
+        batch = batch_of(model, 48).to("cuda")
         with torch.autocast("cuda", torch.bfloat16):
             loss, _ = model.loss(batch, 1 / len(batch.loss_at))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
-    return found
+        actual.append(float(loss))
+    return actual
 
 
 @pytest.mark.parametrize("fields", [{}, {"recompute": "selective"}, {"recompute": "full"}], ids=str)
@@ -103,7 +103,7 @@ def test_a_fused_model_learns_on_the_gpu_as_a_plain_one(config: KosmosConfig, fi
 
 @pytest.mark.parametrize("fuses", [False, True])
 def test_a_model_in_8_bits_learns_on_the_gpu_as_one_in_16(config: KosmosConfig, fuses: bool) -> None:
-    if torch.cuda.get_device_capability() < LOVELACE:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         pytest.skip("products in 8 bits need capability 8.9")
     plain, rounded = on_gpu(config, ffn_dim=128), on_gpu(config, ffn_dim=128, fp8=True)
     if fuses:

@@ -22,9 +22,9 @@ N_STEP_TARGETS = 101
 def batch() -> KosmosBatch:
     """Rows of caption, text, interleaved, caption and instruct, with 5, 6, 9, 4 and 8 supervised tokens."""
     rows = [[image_doc(4, seed=1)], [text_doc(5, seed=2)], [image_doc(4, seed=3, n_images=2)], [image_doc(3, 4)]]
-    made = batch_of([*rows, [text_doc(7, seed=5)]], 23, corpus=[1, 0, 2, 1, 3])
-    made.n_step_targets = N_STEP_TARGETS
-    return made
+    micro_batch = batch_of([*rows, [text_doc(7, seed=5)]], 23, corpus=[1, 0, 2, 1, 3])
+    micro_batch.n_step_targets = N_STEP_TARGETS
+    return micro_batch
 
 
 def step(tower: str, weights: LossWeights) -> tuple[KosmosLit, torch.Tensor]:
@@ -46,8 +46,8 @@ def test_equal_weights_give_the_token_mean(kosmos_tower):
     expected = model.nll(batch()).sum() * (SHARE / N_STEP_TARGETS)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)  # fp32, 32 terms
-    wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
-    torch.testing.assert_close(gradient(lit), wanted, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradient(lit), expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
 
 
 def test_each_weight_scales_its_corpus_and_leaves_the_count_of_tokens(kosmos_tower):
@@ -72,9 +72,9 @@ class MadeFromNumbers(TorchFunctionMode):
 def test_a_second_micro_batch_copies_no_weights_to_the_device(kosmos_tower, weights):
     lit, _ = step(kosmos_tower, weights)
     rows = batch()
-    with MadeFromNumbers() as made:
+    with MadeFromNumbers() as counter:
         lit.training_step(rows, 1)
-    assert made.n == 0
+    assert counter.n == 0
 
 
 def test_weights_keep_their_precision_in_a_half_precision_module_and_out_of_checkpoints(kosmos_tower):
@@ -88,10 +88,10 @@ def test_weights_keep_their_precision_in_a_half_precision_module_and_out_of_chec
 def test_a_gradient_is_the_sum_of_the_corpora_s_by_weight(kosmos_tower, corpus):
     alone = {name: gradient(step(kosmos_tower, only(name))[0]) for name in CORPORA}
     weights = dict.fromkeys(CORPORA, 1.0) | {corpus: 0.5}
-    found = gradient(step(kosmos_tower, LossWeights(**weights))[0])
+    actual = gradient(step(kosmos_tower, LossWeights(**weights))[0])
     expected = sum(weights[name] * alone[name] for name in CORPORA)
     assert all(part.any() for part in alone.values())  # a corpus without a row would be equal whatever its weight is
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, values of about 1, sums reordered
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)  # fp32, values of about 1, sums reordered
 
 
 def only(corpus: str) -> LossWeights:
@@ -105,9 +105,9 @@ def test_logged_losses_are_not_weighted(kosmos_tower):
 
 
 def test_a_checkpoint_remembers_the_weights(kosmos_tower):
-    kept = KosmosLit(tiny_config(kosmos_tower), loss_weights=LossWeights(caption=0.5)).hparams["loss_weights"]
-    assert kept == {"text": 1.0, "caption": 0.5, "interleaved": 1.0, "instruct": 1.0}
-    assert KosmosLit(tiny_config(kosmos_tower), loss_weights=kept).loss_weights == LossWeights(caption=0.5)
+    stored = KosmosLit(tiny_config(kosmos_tower), loss_weights=LossWeights(caption=0.5)).hparams["loss_weights"]
+    assert stored == {"text": 1.0, "caption": 0.5, "interleaved": 1.0, "instruct": 1.0}
+    assert KosmosLit(tiny_config(kosmos_tower), loss_weights=stored).loss_weights == LossWeights(caption=0.5)
 
 
 def test_a_run_with_a_weight_reads_the_same_rows_and_learns_something_else(
@@ -116,5 +116,5 @@ def test_a_run_with_a_weight_reads_the_same_rows_and_learns_something_else(
     flags = ("--model.loss_weights.caption=0.5", "--trainer.max_steps=2")
     assert main(tiny_run("fit", tmp_path, tiny_world, *flags)) == 0
     plain, weighted = losses(trained), losses(tmp_path)
-    assert weighted[1] == plain[1]  # what is logged is the unweighted loss, and both start from the same weights
+    assert weighted[1] == plain[1]  # what is logged is the stored loss, and both start from the same weights
     assert weighted[2] != plain[2]

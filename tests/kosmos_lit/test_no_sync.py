@@ -28,7 +28,7 @@ class Waiting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.calls: list[str] = []
         self.n_operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -38,7 +38,7 @@ class Waiting(TorchDispatchMode):
         )
         counts = func.overloadpacket is aten.repeat_interleave and (kwargs or {}).get("output_size") is None
         if func.overloadpacket in WAITS or by_mask or counts:
-            self.found.append(str(func))
+            self.calls.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -69,11 +69,11 @@ def test_a_training_step_asks_no_tensor_for_its_value(
     with Waiting() as waiting:
         step(lit, optimizer)
     assert waiting.n_operations > 100
-    assert waiting.found == []
+    assert waiting.calls == []
 
 
 @pytest.mark.parametrize("ask", [lambda t: t.item(), lambda t: t[t > 0], lambda t: bool(t > 0), lambda t: t.nonzero()])
 def test_asking_a_tensor_for_its_value_is_noticed(ask: Any) -> None:
     with Waiting() as waiting:
         ask(torch.ones(1))
-    assert waiting.found
+    assert waiting.calls

@@ -37,21 +37,21 @@ recorded digits within 5e-8; measured at most 2.6e-6."""
 def decoder(case: dict[str, Any], **fields: Any) -> Decoder:
     """Return our decoder with the weights that torchscale's had."""
     sizes = {name: case[name] for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm", "positions")}
-    made = Decoder(DecoderConfig(**(sizes | {"max_seq_len": case["n_positions"]} | fields)))
+    ours = Decoder(DecoderConfig(**(sizes | {"max_seq_len": case["n_positions"]} | fields)))
     weights = {}
-    for name, parameter in made.named_parameters():
+    for name, parameter in ours.named_parameters():
         rows, *columns = parameter.shape
         skipped = FIRST_POSITION if name == "embed_positions.weight" else 0
         weights[name] = torch.from_numpy(draws.weight(name, (rows + skipped, *columns))[skipped:])
-    made.load_state_dict(weights, strict=True)
-    return made.eval()
+    ours.load_state_dict(weights, strict=True)
+    return ours.eval()
 
 
 def inputs(name: str) -> dict[str, Any]:
     """Return tokens, positions and mask as keywords of `Decoder.forward`; latents and slots where there are some."""
     case = CASES[name]
     B, T = case["n_rows"], case["n_positions"]
-    given = {
+    inputs_of = {
         "tokens": torch.from_numpy(draws.tokens(name, B, T, case["vocab_size"])),
         "positions": torch.arange(T).expand(B, T),
         "mask": DocumentMask((T,) * B, B, T, CPU),
@@ -59,8 +59,8 @@ def inputs(name: str) -> dict[str, Any]:
     if "slots" in case:
         slots = torch.tensor(case["slots"])
         latents = torch.from_numpy(draws.latents(name, (len(slots), case["n_latents"], case["dim"])))
-        given |= {"latents": latents, "slots": slots}
-    return given
+        inputs_of |= {"latents": latents, "slots": slots}
+    return inputs_of
 
 
 def assert_recorded(hidden: Tensor, name: str) -> None:
@@ -86,21 +86,21 @@ def test_where_the_decay_of_xpos_is_centred_is_a_matter_of_rounding(name: str, m
 @torch.no_grad()
 @pytest.mark.parametrize("name", CACHED)
 def test_our_cache_gives_what_torchscales_incremental_state_gives(name: str) -> None:
-    case, given = CASES[name], inputs(name)
-    B, T = given["tokens"].shape
-    made = decoder(case)
-    cache, pieces = made.new_cache(B, T), []
+    case, inputs_of = CASES[name], inputs(name)
+    B, T = inputs_of["tokens"].shape
+    ours = decoder(case)
+    cache, pieces = ours.new_cache(B, T), []
     for a, b in [(0, case["prompt"]), *((t, t + 1) for t in range(case["prompt"], T))]:
-        read = given["tokens"][:, a:b], given["positions"][:, a:b], causal(b - a, b, CPU)
-        pieces.append(made(*read, cache=cache))
+        read = inputs_of["tokens"][:, a:b], inputs_of["positions"][:, a:b], causal(b - a, b, CPU)
+        pieces.append(ours(*read, cache=cache))
     assert_recorded(torch.cat(pieces, dim=1), name)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", LOGITS)
 def test_the_same_weights_give_torchscales_logits(name: str) -> None:
-    made = decoder(CASES[name])
-    logits = made.logits(made(**inputs(name)))
+    ours = decoder(CASES[name])
+    logits = ours.logits(ours(**inputs(name)))
     # fp32: a sum of D products of size 1 carries the error of the hidden states on; measured 2e-6
     torch.testing.assert_close(logits, torch.tensor(CASES[name]["logits"]), rtol=0, atol=TOLERANCE)
 
@@ -108,11 +108,11 @@ def test_the_same_weights_give_torchscales_logits(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sub xpos small", "sub none", "sub learned"])
 def test_documents_packed_into_a_row_get_what_torchscale_gives_each_alone(name: str) -> None:
-    given = inputs(name)
-    B, T = given["tokens"].shape
-    packed = {part: given[part].reshape(1, B * T) for part in ("tokens", "positions")}
-    made = decoder(CASES[name], document_attention="own")
-    hidden = made(**packed, mask=DocumentMask((T,) * B, 1, B * T, CPU))
+    inputs_of = inputs(name)
+    B, T = inputs_of["tokens"].shape
+    packed = {part: inputs_of[part].reshape(1, B * T) for part in ("tokens", "positions")}
+    ours = decoder(CASES[name], document_attention="own")
+    hidden = ours(**packed, mask=DocumentMask((T,) * B, 1, B * T, CPU))
     assert_recorded(hidden.view(B, T, -1), name)
 
 
@@ -150,11 +150,11 @@ def started(norm: str) -> dict[str, np.ndarray]:
     """Return every value of each parameter over as many of our decoders as torchscale made, without the <pad> row."""
     about = INIT["about"]
     config = DecoderConfig(**about["sizes"], norm=norm, positions="xpos", init="torchscale", max_seq_len=7)
-    made, values = Decoder(config), {name: [] for name, _ in Decoder(config).named_parameters()}
+    ours, values = Decoder(config), {name: [] for name, _ in Decoder(config).named_parameters()}
     for seed in range(about["n_seeds"]):
         torch.manual_seed(seed + 1000)
-        made.init()
-        for name, parameter in made.named_parameters():
+        ours.init()
+        for name, parameter in ours.named_parameters():
             values[name].append(parameter.detach().numpy().copy())
     embeddings = values["embed_tokens.weight"]
     values["embed_tokens.weight"] = [np.delete(rows, about["pad"], axis=0) for rows in embeddings]
@@ -171,15 +171,15 @@ def pairs(norm: str, *, constant: bool = False) -> list[tuple[str, dict[str, Any
 def test_torchscale_starts_the_same_parameters(norm: str) -> None:
     config = DecoderConfig(**INIT["about"]["sizes"], norm=norm)
     ours = {name: list(parameter.shape) for name, parameter in Decoder(config).named_parameters()}
-    theirs = {name: record["shape"] for name, record in INIT["norms"][norm].items()}
-    theirs["embed_tokens.weight"][0] += 1  # <pad>, which is not part of the distribution
-    assert ours == theirs
+    torchscales = {name: record["shape"] for name, record in INIT["norms"][norm].items()}
+    torchscales["embed_tokens.weight"][0] += 1  # <pad>, which is not part of the distribution
+    assert ours == torchscales
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_as_many_values_are_compared_as_torchscale_drew(norm: str) -> None:
-    theirs = {name: record["n"] for name, record in INIT["norms"][norm].items()}
-    assert theirs == {name: len(ours) for name, ours in started(norm).items()}
+    torchscales = {name: record["n"] for name, record in INIT["norms"][norm].items()}
+    assert torchscales == {name: len(ours) for name, ours in started(norm).items()}
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -208,9 +208,9 @@ def test_every_mean_and_standard_deviation_is_torchscales(norm: str) -> None:
     for name, record, ours in pairs(norm):
         error = math.sqrt(2 / record["n"])  # of a difference of means, in standard deviations
         spread = error * math.sqrt((record["kurtosis"] - 1) / 4)  # of a difference of standard deviations, the same
-        found = (ours.mean() - record["mean"]) / record["std"] / error, (ours.std() / record["std"] - 1) / spread
-        if max(map(abs, found)) > ERRORS:
-            wrong[name] = found
+        actual = (ours.mean() - record["mean"]) / record["std"] / error, (ours.std() / record["std"] - 1) / spread
+        if max(map(abs, actual)) > ERRORS:
+            wrong[name] = actual
     assert wrong == {}
 
 
@@ -242,7 +242,7 @@ def test_every_distribution_is_of_torchscales_family(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_padding_row_starts_at_zero_as_torchscales(norm: str) -> None:
     config = DecoderConfig(**INIT["about"]["sizes"], norm=norm)
-    made = Decoder(config)
-    made.init()
+    ours = Decoder(config)
+    ours.init()
     assert INIT["about"]["pad"] == PAD
-    assert not made.embed_tokens.weight[PAD].any()
+    assert not ours.embed_tokens.weight[PAD].any()

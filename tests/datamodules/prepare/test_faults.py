@@ -143,7 +143,7 @@ def test_names_of_control_tokens_in_a_text_never_become_control_ids(prepare, tmp
     assert [i for i in pairs.tokens.tolist() if i in controls] == [tokenizer.special.image]
 
 
-def test_halves_of_characters_and_zero_bytes_are_indexed_as_said_and_counted(prepare, tmp_path, tokenizer):
+def test_halves_of_characters_and_zero_bytes_are_indexed_as_documented_and_counted(prepare, tmp_path, tokenizer):
     lines = [rb'{"text": "a \ud800 cat"}', rb'{"text": "a \u0000 cat"}', rb'{"text": "a dog"}']
     sample_data.write_lines(tmp_path / "raw/a.jsonl", lines)
     corpus = prepare("jsonl")

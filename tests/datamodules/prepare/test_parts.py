@@ -112,7 +112,7 @@ def test_a_crawls_part_waits_for_the_images_of_the_others(pages, tokenizer_folde
     folder = options(pages, tokenizer_folder, tmp_path / "index")
     first = prepare_part(part=(1, 2), **folder)
     assert (first.stage, first.parts) == ("images", (2,))
-    assert "run this same command again when parts 2 have listed theirs" in str(first)
+    assert "run the same command again when parts 2 have listed theirs" in str(first)
     second = prepare_part(part=(2, 2), **folder)
     assert (second.stage, second.parts) == ("documents", (1,))
     joined = prepare_part(part=(1, 2), **folder)
@@ -142,7 +142,18 @@ def test_parts_of_other_input_are_refused_and_kept(pairs, tokenizer_folder, tmp_
     assert content(tmp_path / "index") == before
 
 
-def test_what_a_process_left_that_was_killed_behind_the_manifest_is_removed(pairs, tokenizer_folder, tmp_path):
+def test_parts_of_an_earlier_version_are_refused_and_kept(pairs, tokenizer_folder, tmp_path):
+    folder = options(pairs, tokenizer_folder, tmp_path / "index")
+    prepare_part(part=(1, 2), **folder)
+    path = tmp_path / "index/parts/identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parts": 3}))
+    before = content(tmp_path / "index")
+    with pytest.raises(UserError, match="prepared differently: the paths of its shards, or the program's version"):
+        prepare_part(part=(2, 2), **folder)
+    assert content(tmp_path / "index") == before
+
+
+def test_leftovers_of_a_process_killed_after_the_manifest_are_removed(pairs, tokenizer_folder, tmp_path):
     folder = options(pairs, tokenizer_folder, tmp_path / "index")
     prepare_corpus(**folder)
     (tmp_path / "index/parts/000001").mkdir(parents=True)

@@ -69,7 +69,7 @@ def test_links_are_relative_to_the_pages_base(base, url):
     assert parts('<img src="a.jpg">', f'<base href="{base}">') == [Link(url)]
 
 
-def test_images_that_load_late_are_found():
+def test_images_that_load_late_are_links():
     assert parts('<img src="data:image/gif;base64,R0" data-src="a.jpg"><img data-original="b.jpg"><img alt="none">') == [
         Link("https://pages.example/news/a.jpg"), Link("https://pages.example/news/b.jpg"),
     ]  # fmt: skip
@@ -189,17 +189,17 @@ def test_about_half_of_the_pages_with_a_single_image_are_kept():
 
 
 def test_the_draw_of_single_image_pages_depends_on_the_seed_alone():
-    def n_kept(seed):
+    def kept(seed):
         return [document_of(Link("a"), "text", url=f"u:{n}", seed=seed)[0] is not None for n in range(101)]
 
-    assert n_kept(3) == n_kept(3)
-    assert n_kept(3) != n_kept(5)
+    assert kept(3) == kept(3)
+    assert kept(3) != kept(5)
 
 
 @pytest.mark.parametrize(("share", "n_kept"), [(0.0, 0), (1.0, 101)])
 def test_none_or_all_of_the_single_image_pages_can_be_kept(share, n_kept):
-    n_kept = [document_of(Link("a"), "text", url=f"u:{n}", keep_single_image=share)[0] for n in range(101)]
-    assert sum(k is not None for k in n_kept) == n_kept
+    documents = [document_of(Link("a"), "text", url=f"u:{n}", keep_single_image=share)[0] for n in range(101)]
+    assert sum(document is not None for document in documents) == n_kept
 
 
 def test_equal_urls_are_looked_up_alike():

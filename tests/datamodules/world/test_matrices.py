@@ -65,7 +65,7 @@ def test_every_look_is_as_frequent_as_others_among_the_candidates(n_context: int
 
 
 @pytest.mark.parametrize("n_varying", [1, 2, 3])
-def test_the_right_one_may_stand_anywhere(n_varying: int) -> None:
+def test_the_target_may_stand_anywhere(n_varying: int) -> None:
     places = Counter(matrix.target for matrix in draw_matrices(8, n_varying, 1201))
     assert all(130 < places[i] < 270 for i in range(6))  # 200 expected; five standard deviations are 65
 

@@ -166,7 +166,7 @@ def test_opinions_of_the_set_are_held_out() -> None:
 
 
 @pytest.mark.parametrize("family", ["copa", "piqa", "story"])
-def test_what_is_told_in_the_sets_is_held_out(family: str) -> None:
+def test_texts_of_the_sets_are_held_out(family: str) -> None:
     random = Random(13)
     for _ in range(31):
         assert HOLDOUT.is_held_out(

@@ -79,7 +79,7 @@ def test_a_folder_with_other_things_in_it_is_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["caption", "pages", "text"])
-def test_every_scene_that_is_drawn_or_told_may_be_trained_on(monkeypatch, tmp_path, kind):
+def test_every_painted_or_described_scene_may_be_trained_on(monkeypatch, tmp_path, kind):
     scenes = []
     original = write.training_scene
 
@@ -89,21 +89,21 @@ def test_every_scene_that_is_drawn_or_told_may_be_trained_on(monkeypatch, tmp_pa
 
     for module in (write, language):
         monkeypatch.setattr(module, "training_scene", noticed)
-    write._write_shard(config(tmp_path, shards=1), kind, 0, tmp_path)
+    write._write_shard(write._Shard(config(tmp_path, shards=1), kind, 0, tmp_path), lambda n: None)
     holdout = Holdout(3, 0.28)
     assert len(scenes) >= {"caption": 61, "pages": 23, "text": 97}[kind]
     assert not any(holdout.is_held_out(c) for scene in scenes for c in scene.combinations())
 
 
 @pytest.mark.parametrize("kind", ["caption", "pages", "text"])
-def test_no_scene_is_drawn_or_told_but_for_the_training_scenes(monkeypatch, tmp_path, kind):
+def test_no_scene_but_the_training_scenes_is_painted_or_described(monkeypatch, tmp_path, kind):
     def none(*arguments):
         raise LookupError("a scene is asked for")
 
     for module in (write, language):
         monkeypatch.setattr(module, "training_scene", none)
     with pytest.raises(LookupError):
-        write._write_shard(config(tmp_path, shards=1), kind, 0, tmp_path)
+        write._write_shard(write._Shard(config(tmp_path, shards=1), kind, 0, tmp_path), lambda n: None)
 
 
 def held_out_descriptions():
@@ -126,7 +126,7 @@ def test_no_held_out_description_stands_in_the_training_corpora(sentences, corpu
     assert [m[0] for t in sentences[corpus] if (m := pattern.search(t))] == []
 
 
-def test_descriptions_that_may_be_trained_on_do_stand_there(sentences):
+def test_descriptions_that_may_be_trained_on_do_occur(sentences):
     holdout = Holdout(3, 0.28)
     things = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(len(PLACES))]
     is_trainable = [canonical_caption(s) for t in things if holdout.is_trainable(s := Scene("object", (t,)))]

@@ -26,6 +26,8 @@ from kosmos_lit.lit import KosmosLit
 from tests.cli_runs import tiny_run
 from tests.kosmos_lit.tiny_kosmos import tiny_config, tiny_model
 
+pytestmark = pytest.mark.xdist_group("caption_report")  # one worker: its run is made once
+
 IMAGE = torch.zeros(3, 11, 11, dtype=torch.uint8)
 
 

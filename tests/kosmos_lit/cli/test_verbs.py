@@ -26,14 +26,14 @@ def test_fit_leaves_checkpoints_logs_and_its_configuration(trained: Path) -> Non
     assert list(losses(trained)) == [1, 2, 3, 4, 5, 6]
 
 
-def test_fit_logs_what_people_steer_by(trained: Path) -> None:
+def test_fit_logs_every_metric(trained: Path) -> None:
     header = (trained / "csv" / "version_0" / "metrics.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
 
-    wanted = {"lr", "grad_norm", "tokens_per_second", "images_per_second", "padding", "data_wait", "bad_images", "rows"}
+    columns = {"lr", "grad_norm", "tokens_per_second", "images_per_second", "padding", "data_wait", "bad_images", "rows"}
     for corpus in ("text", "caption", "interleaved"):
-        wanted |= {f"{p}/{corpus}" for p in ("train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte")}
-        wanted |= {f"mix/{corpus}", f"bad/{corpus}"}
-    assert wanted <= set(header)
+        columns |= {f"{p}/{corpus}" for p in ("train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte")}
+        columns |= {f"mix/{corpus}", f"bad/{corpus}"}
+    assert columns <= set(header)
 
 
 def test_fit_logs_the_learning_rate_that_the_step_had(trained: Path) -> None:
@@ -103,12 +103,12 @@ def test_generate_writes_one_of_the_choices(trained: Path, capsys: pytest.Captur
 
 def test_generate_draws_the_same_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--max-new-tokens", "9", "--seed"]
-    said = []
+    texts = []
     for seed in ("3", "3", "4"):
         assert main(["generate", "--ckpt_path", str(trained / LAST), *options, seed]) == 0
-        said.append(capsys.readouterr().out)
+        texts.append(capsys.readouterr().out)
 
-    assert said[0] == said[1] != said[2]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_generate_scores_candidates_as_the_notebook_does(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,8 +119,8 @@ def test_generate_scores_candidates_as_the_notebook_does(trained: Path, capsys: 
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     scored = kosmos_lit.load(trained / LAST).score("An image of", candidates)
     assert [row["text"] for row in rows] == candidates
-    found = [(row["log_prob"], row["n_tokens"], row["mean"]) for row in rows]
-    assert found == [(s.total, s.n_tokens, s.mean) for s in scored]
+    scores = [(row["log_prob"], row["n_tokens"], row["mean"]) for row in rows]
+    assert scores == [(s.total, s.n_tokens, s.mean) for s in scored]
 
 
 def test_rows_as_json_are_what_the_loader_feeds(
@@ -168,8 +168,8 @@ def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_program_alone_lists_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
 
-    said = capsys.readouterr().out
-    assert all(verb in said for verb in VERBS)
+    output = capsys.readouterr().out
+    assert all(verb in output for verb in VERBS)
 
 
 def test_a_checkpoint_is_enough_to_generate_anywhere(

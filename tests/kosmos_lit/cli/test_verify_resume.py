@@ -1,4 +1,4 @@
-"""What `verify-resume` says of two runs, and what it exits with."""
+"""`verify-resume` compares two runs: its messages and exit codes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kosmos_lit.cli import main
 from kosmos_lit.cli.verify_resume import compare
 
 Edit = Callable[[dict[str, Any]], None]
-Said = Callable[..., tuple[int, str]]
+Verify = Callable[..., tuple[int, str]]
 STEPS = (3, 6)
 
 
 @pytest.fixture
-def verify(capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the verb; return its exit code and what it printed."""
+def verify(capsys: pytest.CaptureFixture[str]) -> Verify:
+    """Return a function that runs the verb and returns its exit code and output."""
 
     def run(*arguments: object) -> tuple[int, str]:
         code = main(["verify-resume", *map(str, arguments)])
@@ -44,38 +44,38 @@ def other(trained: Path, tmp_path: Path) -> Path:
 
 
 def edit(run: Path, step: int, change: Edit) -> None:
-    found = load_checkpoint(checkpoint(run, step))
-    change(found)
-    torch.save(found, checkpoint(run, step).with_suffix(".new"))  # the old one is mapped from disk
+    contents = load_checkpoint(checkpoint(run, step))
+    change(contents)
+    torch.save(contents, checkpoint(run, step).with_suffix(".new"))  # the old one is mapped from disk
     checkpoint(run, step).with_suffix(".new").replace(checkpoint(run, step))
 
 
 def shift_weight(by: float) -> Edit:
-    def change(found: dict[str, Any]) -> None:
-        name = next(name for name, w in found["state_dict"].items() if w.is_floating_point())
-        found["state_dict"][name] = found["state_dict"][name].clone()
-        found["state_dict"][name].view(-1)[0] += by
+    def change(contents: dict[str, Any]) -> None:
+        name = next(name for name, w in contents["state_dict"].items() if w.is_floating_point())
+        contents["state_dict"][name] = contents["state_dict"][name].clone()
+        contents["state_dict"][name].view(-1)[0] += by
 
     return change
 
 
 def shift_moment(by: float) -> Edit:
-    def change(found: dict[str, Any]) -> None:
-        kept = found["optimizer_states"][0]["state"][0]
-        kept["exp_avg"] = kept["exp_avg"] + by
+    def change(contents: dict[str, Any]) -> None:
+        state = contents["optimizer_states"][0]["state"][0]
+        state["exp_avg"] = state["exp_avg"] + by
 
     return change
 
 
-def other_rows(found: dict[str, Any]) -> None:
-    found["rows_digest"] = f"{int(found['rows_digest'], 16) ^ 1:016x}"
+def other_rows(contents: dict[str, Any]) -> None:
+    contents["rows_digest"] = f"{int(contents['rows_digest'], 16) ^ 1:016x}"
 
 
-def test_the_same_runs_are_the_same(verify: Said, trained: Path, other: Path) -> None:
-    code, said = verify(trained, other)
+def test_the_same_runs_are_the_same(verify: Verify, trained: Path, other: Path) -> None:
+    code, output = verify(trained, other)
 
     assert code == 0
-    lines = said.splitlines()
+    lines = output.splitlines()
     assert lines[-1] == "2 of 2 common checkpoints are the same"
     for line, step in zip(lines, STEPS, strict=False):
         digest = load_checkpoint(checkpoint(trained, step))["rows_digest"]
@@ -85,81 +85,81 @@ def test_the_same_runs_are_the_same(verify: Said, trained: Path, other: Path) ->
     assert len(lines) == 3
 
 
-def test_runs_of_other_rows_differ_from_the_first_step_on(verify: Said, trained: Path, other: Path) -> None:
+def test_runs_of_other_rows_differ_from_the_first_step_on(verify: Verify, trained: Path, other: Path) -> None:
     for step in STEPS:
         edit(other, step, other_rows)
     _relog(other, 2, "rows", "17")
 
-    code, said = verify(trained, other)
+    code, output = verify(trained, other)
 
     assert code == 1
-    assert "step        3  ROWS DIFFER: to 12 and 12, digests " in said
-    assert "in the log the rows differ first at step 2\n" in said
-    assert "the first checkpoints that differ are those of step 3\n0 of 2 common checkpoints are the same" in said
+    assert "step        3  ROWS DIFFER: to 12 and 12, digests " in output
+    assert "in the log the rows differ first at step 2\n" in output
+    assert "the first checkpoints that differ are those of step 3\n0 of 2 common checkpoints are the same" in output
 
 
-def test_checkpoints_that_are_at_another_row_differ(verify: Said, trained: Path, other: Path) -> None:
-    edit(other, 6, lambda found: found["WorldData"].update(next_row=25))
+def test_checkpoints_that_are_at_another_row_differ(verify: Verify, trained: Path, other: Path) -> None:
+    edit(other, 6, lambda contents: contents["WorldData"].update(next_row=25))
 
-    code, said = verify(trained, other)
+    code, output = verify(trained, other)
 
     assert code == 1
-    assert "step        6  ROWS DIFFER: to 24 and 25," in said
-    assert "1 of 2 common checkpoints are the same" in said
+    assert "step        6  ROWS DIFFER: to 24 and 25," in output
+    assert "1 of 2 common checkpoints are the same" in output
 
 
 @pytest.mark.parametrize(
-    ("change", "said_of_it"),
+    ("change", "message"),
     [
         (shift_weight(0.25), "optimizer state equal bit by bit, weights differ by up to 0.25\n"),
         (shift_moment(0.25), "weights equal bit by bit, optimizer state differs by up to 0.25\n"),
         (shift_weight(float("nan")), "weights differ by up to inf\n"),
-        (lambda found: found["state_dict"].popitem(), "weights differ by up to inf\n"),
+        (lambda contents: contents["state_dict"].popitem(), "weights differ by up to inf\n"),
     ],
     ids=["weights", "optimizer", "not a number", "missing"],
 )
 def test_the_same_rows_with_other_results_differ(
-    verify: Said, trained: Path, other: Path, change: Edit, said_of_it: str
+    verify: Verify, trained: Path, other: Path, change: Edit, message: str
 ) -> None:
     edit(other, 6, change)
 
-    code, said = verify(trained, other)
+    code, output = verify(trained, other)
 
     assert code == 1
-    assert "ROWS DIFFER" not in said
-    assert said_of_it in said
-    assert "the first checkpoints that differ are those of step 6\n1 of 2" in said
+    assert "ROWS DIFFER" not in output
+    assert message in output
+    assert "the first checkpoints that differ are those of step 6\n1 of 2" in output
 
 
-def test_what_is_within_the_tolerance_is_the_same(verify: Said, trained: Path, other: Path) -> None:
+def test_what_is_within_the_tolerance_is_the_same(verify: Verify, trained: Path, other: Path) -> None:
     edit(other, 6, shift_weight(0.25))
 
     assert [verify(trained, other, "--tolerance", by)[0] for by in ("0.24", "0.26")] == [1, 0]
 
 
-def test_no_tolerance_makes_other_rows_the_same(verify: Said, trained: Path, other: Path) -> None:
+def test_no_tolerance_makes_other_rows_the_same(verify: Verify, trained: Path, other: Path) -> None:
     edit(other, 6, other_rows)
 
     assert verify(trained, other, "--tolerance", "1e9")[0] == 1
 
 
-def test_the_first_step_of_another_loss_is_named(verify: Said, trained: Path, other: Path) -> None:
+def test_the_first_step_of_another_loss_is_named(verify: Verify, trained: Path, other: Path) -> None:
     _relog(other, 4, "train/loss", "17.5")
 
-    code, said = verify(trained, other)
+    code, output = verify(trained, other)
 
-    assert "in the log the loss differs first at step 4: " in said
-    assert " and 17.5\n" in said
-    assert code == 0  # what was learnt is in the checkpoints
+    assert "in the log the loss differs first at step 4: " in output
+    assert " and 17.5\n" in output
+    assert code == 0  # weights are compared by checkpoints alone
 
 
-def test_a_loss_within_the_tolerance_is_not_named(verify: Said, trained: Path, other: Path) -> None:
+def test_a_loss_within_the_tolerance_is_not_named(verify: Verify, trained: Path, other: Path) -> None:
     _relog(other, 4, "train/loss", "17.5")
 
     assert "in the log" not in verify(trained, other, "--tolerance", "100")[1]
 
 
-def test_single_checkpoints_are_compared_with_runs_and_with_each_other(verify: Said, trained: Path, other: Path) -> None:
+def test_single_checkpoints_are_compared_with_runs_and_with_each_other(verify: Verify, trained: Path, other: Path) -> None:
     edit(other, 6, shift_weight(0.5))
 
     assert verify(checkpoint(trained, 3), checkpoint(other, 3))[0] == 0
@@ -179,7 +179,7 @@ def test_checkpoints_of_steps_that_the_other_run_lacks_are_not_read(trained: Pat
     assert [c.step for c in compare(trained, other)] == [3, 6]
 
 
-def test_a_folder_of_checkpoints_is_compared_as_its_run(verify: Said, trained: Path, other: Path) -> None:
+def test_a_folder_of_checkpoints_is_compared_as_its_run(verify: Verify, trained: Path, other: Path) -> None:
     assert verify(trained, other / "checkpoints")[0] == 0
 
 
@@ -196,21 +196,21 @@ def test_a_folder_of_checkpoints_is_compared_as_its_run(verify: Said, trained: P
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_named(
-    verify: Said, trained: Path, mistake: tuple[str, ...], named: tuple[str, ...]
+    verify: Verify, trained: Path, mistake: tuple[str, ...], named: tuple[str, ...]
 ) -> None:
-    code, said = verify(*(argument.format(trained=trained) for argument in mistake))
+    code, output = verify(*(argument.format(trained=trained) for argument in mistake))
 
     assert code == 2
-    assert all(name.format(trained=trained) in said for name in named), said
+    assert all(name.format(trained=trained) in output for name in named), output
 
 
-def test_a_checkpoint_without_a_digest_is_named(verify: Said, trained: Path, other: Path) -> None:
-    edit(other, 3, lambda found: found.pop("rows_digest"))
+def test_a_checkpoint_without_a_digest_is_named(verify: Verify, trained: Path, other: Path) -> None:
+    edit(other, 3, lambda contents: contents.pop("rows_digest"))
 
-    code, said = verify(trained, other)
+    code, output = verify(trained, other)
 
     assert code == 2
-    assert f"{checkpoint(other, 3)} is of a version that kept no digest of rows" in said
+    assert f"{checkpoint(other, 3)} is of a version that kept no digest of rows" in output
 
 
 def test_help_says_what_is_compared_and_what_the_exit_codes_mean(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,13 +218,13 @@ def test_help_says_what_is_compared_and_what_the_exit_codes_mean(capsys: pytest.
         main(["verify-resume", "--help"])
 
     assert end.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    for part in ("RUN RUN", "--tolerance", "digest of all rows", "Exit code 0: all are the same; 1: some are not"):
-        assert part in said
+    output = " ".join(capsys.readouterr().out.split())
+    for part in ("RUN RUN", "--tolerance", "digest of all rows", "Exit code 0: all are the same; 1: some differ"):
+        assert part in output
 
 
 def _relog(run: Path, step: int, column: str, value: str) -> None:
-    """Change what a run's log says of a step."""
+    """Change a value of a step in a run's log."""
     path = run / "csv" / "version_0" / "metrics.csv"
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

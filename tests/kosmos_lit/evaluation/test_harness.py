@@ -104,7 +104,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
     results = {
         r.key: r
-        for some in RequestScheduler(harness_model.engine.model, harness_model.tokenizer).run(task, samples, pool)
+        for some in RequestScheduler(harness_model.engine).run(task, samples, pool)
         for r in some
     }
     outcomes = [results[sample.key].outcome for sample in samples]
@@ -167,7 +167,7 @@ def test_a_continuation_is_greedy_if_greedy_decoding_writes_it(harness_model: Ha
     assert [flag for (_, flag), word in zip(values, words, strict=True) if f" {word}" != text] == [False] * len(words)
 
 
-def test_a_continuation_without_tokens_is_a_mistake(harness_model: HarnessModel) -> None:
+def test_a_continuation_without_tokens_is_an_error(harness_model: HarnessModel) -> None:
     with pytest.raises(UserError, match="the continuation ' ' of 'the cat' has no tokens"):
         harness_model.loglikelihood(requests("loglikelihood", ("the cat", " ")), True)
 
@@ -241,7 +241,7 @@ def test_generation_ends_at_the_tasks_stop_strings(harness_model: HarnessModel, 
     settings = GenerationConfig(max_new_tokens=9)
     texts = [
         a.text
-        for a in RequestScheduler(harness_model.engine.model, harness_model.tokenizer).respond(
+        for a in RequestScheduler(harness_model.engine).respond(
             [Generate((c,), settings) for c in contexts]
         )
     ]  # type: ignore[union-attr]
@@ -323,7 +323,7 @@ def test_the_command_runs_an_exported_model(engine: Engine, tmp_path: Path, monk
     assert json.loads(path.read_text())["results"]["made"]["acc,none"] in (0.0, 1.0)
 
 
-def test_a_mistake_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(harness, "cli_evaluate", lambda: HarnessModel(path="nowhere.ckpt"))
 
     assert main() == 2

@@ -17,6 +17,7 @@ from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts, few_sh
 from kosmos_lit.evaluation.requests import Parts
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.images import Fit
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.tokenizer import EOS, IGNORE, Ids, Tokenizer
 from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
@@ -136,7 +137,7 @@ def test_pixels_are_those_of_training(
     _, images = ImageReader(SIDE, fit, tokenizer.special, {"instruct": 0.0}).read([row], {"instruct": trained})
     expected = images[[n for n, owner in enumerate(row.image_owner) if row.documents[owner].document == 2]]
 
-    scheduler = RequestScheduler(tiny_model(kosmos_tower), tokenizer, image_fit=fit)
+    scheduler = RequestScheduler(Engine(tiny_model(kosmos_tower), tokenizer), image_fit=fit)
 
     pixels = [scheduler._read(folder / part) for part in EXAMPLES[2][0] if isinstance(part, Path)]
     assert np.stack(pixels).tobytes() == expected.tobytes()  # type: ignore[arg-type]

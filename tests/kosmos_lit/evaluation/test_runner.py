@@ -18,6 +18,7 @@ from kosmos_lit.evaluation.runner import evaluate
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.storage import weights_digest
 from kosmos_lit.evaluation.task import Sample, limit_samples
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 from tests.kosmos_lit.evaluation.toy_tasks import TwoRounds, draw_images
@@ -42,7 +43,9 @@ def lines(folder: Path, task: str = "rounds") -> list[dict[str, Any]]:
 def test_results_are_in_the_samples_order_and_metrics_are_their_means(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
-    entries = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, batch_tokens=100), tmp_path / "out")
+    entries = evaluate(
+        Engine(model, kosmos_tokenizer), EvalConfig(tasks={"rounds": task}, batch_tokens=100), tmp_path / "out"
+    )
 
     rows = lines(tmp_path / "out")
     assert [row["key"] for row in rows] == [f"s{i}" for i in range(11)]
@@ -60,8 +63,8 @@ def test_results_are_in_the_samples_order_and_metrics_are_their_means(
 def test_evaluated_samples_are_not_evaluated_again(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "whole")
-    evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, max_samples=5), tmp_path / "out")
+    expected = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"rounds": task}), tmp_path / "whole")
+    evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"rounds": task}, max_samples=5), tmp_path / "out")
     before = lines(tmp_path / "out")
     evaluated: list[str] = []
     run = RequestScheduler.run
@@ -74,7 +77,7 @@ def test_evaluated_samples_are_not_evaluated_again(
 
     monkeypatch.setattr(RequestScheduler, "run", watched)
 
-    again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    again = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"rounds": task}), tmp_path / "out")
 
     assert sorted([*evaluated, *(row["key"] for row in before)]) == sorted(f"s{i}" for i in range(11))
     assert len(before) == 5
@@ -85,14 +88,14 @@ def test_evaluated_samples_are_not_evaluated_again(
 def test_a_sample_whose_line_was_cut_off_is_evaluated_again(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
-    expected = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    expected = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"rounds": task}), tmp_path / "out")
     path = tmp_path / "out/rounds/samples.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(rows[:4]))
     (path.parent / "samples.0.part").write_bytes(rows[5] + rows[7][:31])
     (path.parent / "samples.3.part").write_bytes(rows[6] + rows[4] + rows[8][:-1])
 
-    again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    again = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"rounds": task}), tmp_path / "out")
 
     assert again["rounds"]["metrics"] == expected["rounds"]["metrics"]
     assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
@@ -105,10 +108,10 @@ def test_failed_samples_are_evaluated_again(
     image = (task.path / "1.png").read_bytes()
     (task.path / "1.png").write_bytes(b"")
     config = EvalConfig(tasks={"rounds": task})
-    first = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
+    first = evaluate(Engine(model, kosmos_tokenizer), config, tmp_path / "out")["rounds"]
     (task.path / "1.png").write_bytes(image)
 
-    then = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
+    then = evaluate(Engine(model, kosmos_tokenizer), config, tmp_path / "out")["rounds"]
 
     assert first["n_failed"] == first["failures"]["unreadable image"] > 0
     assert first["metrics"]["accuracy"]["n"] == 11 - first["n_failed"]
@@ -127,13 +130,13 @@ def test_failed_samples_are_evaluated_again(
 def test_results_of_another_evaluation_are_refused_and_kept(
     kosmos_tower: str, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path, other: dict[str, Any], difference: str
 ) -> None:
-    evaluate(tiny_model(kosmos_tower), kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    evaluate(Engine(tiny_model(kosmos_tower), kosmos_tokenizer), EvalConfig(tasks={"rounds": task}), tmp_path / "out")
     before = lines(tmp_path / "out")
     changed = TwoRounds(str(task.path), n=11, max_new_tokens=other.get("max_new_tokens", 5))
     config = EvalConfig(tasks={"rounds": changed}, image_control=other.get("image_control", "true"))
 
     with pytest.raises(UserError, match=rf"holds results of another evaluation: {difference}\. Give this run another"):
-        evaluate(tiny_model(kosmos_tower, other.get("seed", 0)), kosmos_tokenizer, config, tmp_path / "out")
+        evaluate(Engine(tiny_model(kosmos_tower, other.get("seed", 0)), kosmos_tokenizer), config, tmp_path / "out")
 
     assert lines(tmp_path / "out") == before
 
@@ -147,7 +150,7 @@ def test_a_task_whose_samples_all_fail_is_an_error(
 
     config = EvalConfig(tasks={"empty": Empty(str(task.path), n=3)})
     with pytest.raises(UserError, match=r"empty: all samples failed, 3 of them so: candidate without tokens"):
-        evaluate(model, kosmos_tokenizer, config, tmp_path / "out")
+        evaluate(Engine(model, kosmos_tokenizer), config, tmp_path / "out")
 
     assert [row["error"] for row in lines(tmp_path / "out", "empty")] == ["candidate without tokens: ' '"] * 3
 
@@ -162,7 +165,7 @@ def test_a_sample_that_its_task_refuses_is_listed(
             return (yield from super().ask(sample, shots))
 
     config = EvalConfig(tasks={"unlabelled": Unlabelled(str(task.path), n=3)})
-    entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["unlabelled"]
+    entry = evaluate(Engine(model, kosmos_tokenizer), config, tmp_path / "out")["unlabelled"]
 
     assert (entry["n_failed"], entry["failures"]) == (1, {"invalid sample": 1})
     assert lines(tmp_path / "out", "unlabelled")[1]["error"] == "invalid sample: s1 has no label"
@@ -185,7 +188,7 @@ def test_shuffled_samples_show_others_images_and_keep_the_rest(
 ) -> None:
     config = EvalConfig(tasks={"rounds": task}, image_control="shuffled")
 
-    evaluate(model, kosmos_tokenizer, config, tmp_path / "out")
+    evaluate(Engine(model, kosmos_tokenizer), config, tmp_path / "out")
 
     rows = {row["key"]: row["requests"][0] for row in lines(tmp_path / "out")}
     for sample in task.samples():

@@ -47,8 +47,8 @@ def test_outcomes_do_not_depend_on_batches(
 ) -> None:
     task.n_shots = n_shots
 
-    alone = results_of(RequestScheduler(model, kosmos_tokenizer, batch_tokens=1), task)
-    merged = results_of(RequestScheduler(model, kosmos_tokenizer, batch_tokens=100_000), task)
+    alone = results_of(RequestScheduler(Engine(model, kosmos_tokenizer), batch_tokens=1), task)
+    merged = results_of(RequestScheduler(Engine(model, kosmos_tokenizer), batch_tokens=100_000), task)
 
     assert alone.keys() == merged.keys()
     for key, one in alone.items():
@@ -63,7 +63,7 @@ def test_a_batch_has_at_most_batch_tokens_positions(model: Kosmos, kosmos_tokeni
     read: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
 
-    results_of(RequestScheduler(model, kosmos_tokenizer, batch_tokens=90), task)
+    results_of(RequestScheduler(Engine(model, kosmos_tokenizer), batch_tokens=90), task)
 
     assert max(read) <= 90
 
@@ -76,10 +76,10 @@ def test_an_image_of_several_samples_is_encoded_once_a_batch(
     model.vision.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     requests = [LogLikelihood((one, other, one, text), ("a cat",)) for text in ("the", "a red square", "my")]
 
-    merged = RequestScheduler(model, kosmos_tokenizer).respond(requests)
+    merged = RequestScheduler(Engine(model, kosmos_tokenizer)).respond(requests)
 
     assert [len(images) for images in seen] == [2]
-    alone = [RequestScheduler(model, kosmos_tokenizer).respond([request])[0] for request in requests]
+    alone = [RequestScheduler(Engine(model, kosmos_tokenizer)).respond([request])[0] for request in requests]
     for answer, other_answer in zip(merged, alone, strict=True):
         assert answer[0].log_probs == pytest.approx(other_answer[0].log_probs, abs=1e-5)  # type: ignore[index]
 
@@ -99,7 +99,8 @@ def test_prompts_that_begin_alike_share_a_prefill_with_the_same_scores(
     read: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
     schedulers = [
-        RequestScheduler(model, kosmos_tokenizer, batch_tokens=batch_tokens, share_prefixes=share) for share in (False, True)
+        RequestScheduler(Engine(model, kosmos_tokenizer), batch_tokens=batch_tokens, share_prefixes=share)
+        for share in (False, True)
     ]
 
     plain = schedulers[0].respond(requests)
@@ -122,9 +123,9 @@ def test_draws_follow_from_the_images_shown(model: Kosmos, kosmos_tokenizer: Tok
     settings = GenerationConfig(max_new_tokens=7, temperature=1.0)
     requests = [Generate((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
 
-    merged = RequestScheduler(model, kosmos_tokenizer).respond(requests)
+    merged = RequestScheduler(Engine(model, kosmos_tokenizer)).respond(requests)
 
-    assert merged == [RequestScheduler(model, kosmos_tokenizer).respond([request])[0] for request in requests]
+    assert merged == [RequestScheduler(Engine(model, kosmos_tokenizer)).respond([request])[0] for request in requests]
 
 
 def test_a_failed_request_has_a_reason_and_fails_no_other(
@@ -145,7 +146,7 @@ def test_a_failed_request_has_a_reason_and_fails_no_other(
         Generate((good, "the"), settings),
     ]
 
-    responses = RequestScheduler(model, kosmos_tokenizer).respond(requests)
+    responses = RequestScheduler(Engine(model, kosmos_tokenizer)).respond(requests)
 
     reasons: list[Any] = [response.reason if isinstance(response, Failure) else None for response in responses]
     assert reasons == [
@@ -160,7 +161,7 @@ def test_a_failed_request_has_a_reason_and_fails_no_other(
 def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds) -> None:
     (task.path / "1.png").write_bytes(b"no image")
 
-    results = results_of(RequestScheduler(model, kosmos_tokenizer), task)
+    results = results_of(RequestScheduler(Engine(model, kosmos_tokenizer)), task)
 
     failed = {key for key, result in results.items() if result.failure}
     assert failed == {s.key for s in task.samples() if any(path.name == "1.png" for path in s.images)}
@@ -171,7 +172,7 @@ def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tok
 def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds) -> None:
     (task.path / "1.png").write_bytes(b"no image")
 
-    for result in results_of(RequestScheduler(model, kosmos_tokenizer), task).values():
+    for result in results_of(RequestScheduler(Engine(model, kosmos_tokenizer)), task).values():
         assert Result.from_dict(result.to_dict()) == result
 
 
@@ -179,14 +180,14 @@ def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_toke
 def test_images_make_no_difference_under_a_control_without_them(
     model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, image_control: Any
 ) -> None:
-    before = results_of(RequestScheduler(model, kosmos_tokenizer, image_control=image_control), task)
+    before = results_of(RequestScheduler(Engine(model, kosmos_tokenizer), image_control=image_control), task)
     for path, image in zip(draw_images(task.path / "others", 9)[4:], task.path.glob("*.png"), strict=True):
         image.write_bytes(path.read_bytes())
 
-    after = results_of(RequestScheduler(model, kosmos_tokenizer, image_control=image_control), task)
+    after = results_of(RequestScheduler(Engine(model, kosmos_tokenizer), image_control=image_control), task)
 
     assert {k: r.to_dict() for k, r in before.items()} == {k: r.to_dict() for k, r in after.items()}
-    true = results_of(RequestScheduler(model, kosmos_tokenizer), task)
+    true = results_of(RequestScheduler(Engine(model, kosmos_tokenizer)), task)
     assert all(log_probs(true[s.key]) != log_probs(after[s.key]) for s in task.samples() if s.images)
 
 
@@ -196,7 +197,7 @@ def test_a_model_without_finite_numbers_fails_its_samples(
     with torch.no_grad():
         model.decoder.embed_tokens.weight.fill_(torch.nan)
 
-    failures = [result.failure for result in results_of(RequestScheduler(model, kosmos_tokenizer), task).values()]
+    failures = [result.failure for result in results_of(RequestScheduler(Engine(model, kosmos_tokenizer)), task).values()]
 
     assert {failure and failure.reason for failure in failures} == {"model error"}
 
@@ -204,7 +205,9 @@ def test_a_model_without_finite_numbers_fails_its_samples(
 def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     [image] = draw_images(tmp_path, 1)
 
-    [answer] = RequestScheduler(model, kosmos_tokenizer).respond([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
+    [answer] = RequestScheduler(Engine(model, kosmos_tokenizer)).respond(
+        [LogLikelihood((image, "the cat "), ("sat", "on the mat"))]
+    )
 
     expected = Engine(model, kosmos_tokenizer).score("the cat", ["sat", "on the mat"], [image])
     assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]

@@ -125,8 +125,7 @@ PENALTY, NGRAM = {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}
 RULES = [{}, PENALTY, NGRAM, {"repetition_penalty": 0.8, "no_repeat_ngram_size": 3}]
 
 
-@pytest.mark.parametrize("rules", RULES, ids=str)
-@pytest.mark.parametrize("n_images", [0, 1, 3])
+@pytest.mark.parametrize(("n_images", "rules"), [(0, {}), (3, {}), *((1, rules) for rules in RULES)], ids=str)
 def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: Any, n_images: int, rules: dict[str, Any]):
     made = []
     for seed in range(5):
@@ -137,13 +136,12 @@ def test_greedy_decoding_is_that_of_transformers(pair: Pair, kosmos_tokenizer: A
     assert len({id_ for ids in made for id_ in ids}) > 2
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("n_images", [0, 1, 3])
+@pytest.mark.parametrize(("n_images", "length_penalty"), [(0, 1.0), (1, 0.0), (1, 1.0), (1, 2.0), (3, 1.0)])
 @pytest.mark.parametrize("rules", [RULES[0], RULES[3]], ids=str)
 def test_beam_search_is_that_of_transformers(
     pair: Pair, kosmos_tokenizer: Any, n_images: int, length_penalty: float, rules: dict[str, Any]
 ):
-    for seed in range(5):
+    for seed in range(3):
         prompt, images = pair.prompt(3 + seed, n_images, seed), pair.random_images(n_images)
         settings = {"max_new_tokens": 17, "length_penalty": length_penalty, **rules}
         ours = pair.ours(kosmos_tokenizer, [prompt], images, n_beams=5, **settings)

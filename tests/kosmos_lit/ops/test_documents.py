@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kosmos_lit.ops.attention import attend
-from kosmos_lit.ops.documents import LIKE, SHORT, buckets
+from kosmos_lit.ops.documents import LENGTH_RATIO, SHORT_LENGTH, plan_buckets
 from kosmos_lit.ops.masks import DocumentMask
 from tests.kosmos_lit.tiny_kosmos import normal
 
@@ -20,7 +20,7 @@ LAYOUTS = {
 }
 
 
-def made(name: str) -> DocumentMask:
+def mask_of(name: str) -> DocumentMask:
     lengths, n_rows, row_len, padding = LAYOUTS[name]
     return DocumentMask(lengths, n_rows, row_len, CPU, padding)
 
@@ -32,56 +32,56 @@ def is_real(mask: DocumentMask) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_buckets_give_output_and_gradients_of_the_written_out_formula(name: str) -> None:
-    mask = made(name)
+    mask = mask_of(name)
     real = is_real(mask)[..., None, None]
     shape = (mask.n_rows, mask.row_len, H, K)
-    found = []
+    runs = []
     for kernel in ("sdpa", "reference"):
         qkv = [normal(*shape, seed=i).requires_grad_() for i in range(3)]
         out = attend(*qkv, mask, kernel=kernel)
         out = out.masked_fill(~real, 0.0)  # what stands at padding is nobody's
-        found.append([out, *torch.autograd.grad(out, qkv, normal(*shape, seed=9))])
-    for ours, plain in zip(*found, strict=True):
+        runs.append([out, *torch.autograd.grad(out, qkv, normal(*shape, seed=9))])
+    for ours, plain in zip(*runs, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)  # fp32, sums of up to 33 in another order
 
 
-def test_known_padding_gets_nothing_and_asks_for_nothing() -> None:
-    mask = made("a row's padding is left out")
+def test_known_padding_has_no_output_and_no_gradient() -> None:
+    mask = mask_of("a row's padding is left out")
     qkv = [normal(3, 33, H, K, seed=i).requires_grad_() for i in range(3)]
     out = attend(*qkv, mask, kernel="sdpa")
     gradients = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert not any(x[~is_real(mask)].any() for x in (out, *gradients))
 
 
-def test_every_real_position_has_a_place_of_its_own() -> None:
-    mask = made("a row's padding is left out")
-    plan = buckets(mask)
-    assert plan.place is not None
-    assert plan.source is not None
+def test_every_real_position_has_its_own_bucket_position() -> None:
+    mask = mask_of("a row's padding is left out")
+    plan = plan_buckets(mask)
+    assert plan.to_bucket is not None
+    assert plan.to_stream is not None
     assert plan.real is not None
     assert torch.equal(plan.real, is_real(mask).flatten().nonzero().flatten())
-    assert torch.equal(plan.source[plan.place], plan.real)
-    assert len(plan.place.unique()) == len(plan.place)
+    assert torch.equal(plan.to_stream[plan.to_bucket], plan.real)
+    assert len(plan.to_bucket.unique()) == len(plan.to_bucket)
 
 
 def test_a_bucket_holds_documents_of_like_length() -> None:
     lengths = [n * 37 % 251 + 1 for n in range(1, 90)]
-    plan = buckets(DocumentMask(lengths, 1, sum(lengths), CPU))
+    plan = plan_buckets(DocumentMask(lengths, 1, sum(lengths), CPU))
     assert sum(n for n, _ in plan.sizes) == len(lengths)
     widths = [width for _, width in plan.sizes]
-    assert all(later < max(LIKE * width, SHORT + 1) for width, later in pairwise(widths))
+    assert all(later < max(LENGTH_RATIO * width, SHORT_LENGTH + 1) for width, later in pairwise(widths))
     places = sum(n * width for n, width in plan.sizes)
-    assert sum(lengths) <= places < sum(lengths) / LIKE + SHORT * len(lengths)
+    assert sum(lengths) <= places < sum(lengths) / LENGTH_RATIO + SHORT_LENGTH * len(lengths)
 
 
 @pytest.mark.parametrize("name", ["a document a row", "documents of one length"])
 def test_documents_of_one_length_are_not_moved(name: str) -> None:
-    assert buckets(made(name)).place is None
+    assert plan_buckets(mask_of(name)).to_bucket is None
 
 
 def test_layers_share_one_plan() -> None:
-    mask = made("documents of many lengths")
-    assert mask.form(buckets) is mask.form(buckets)
+    mask = mask_of("documents of many lengths")
+    assert mask.cached_form(plan_buckets) is mask.cached_form(plan_buckets)
 
 
 def test_nothing_is_as_large_as_the_square_of_a_row() -> None:

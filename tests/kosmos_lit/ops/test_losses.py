@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kosmos_lit.ops.losses import ALIGNED, token_nll, weighted_nll
+from kosmos_lit.ops.losses import VOCAB_ALIGNMENT, token_nll, weighted_nll
 from tests.kosmos_lit.tiny_kosmos import normal
 
 S, D, V = 11, 5, 17
@@ -23,8 +23,8 @@ def with_gradients(chunk: int | None) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, S, 100])
 def test_chunks_change_neither_loss_nor_gradients(chunk):
-    for found, expected in zip(with_gradients(chunk), with_gradients(None), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17 in another order
+    for actual, expected in zip(with_gradients(chunk), with_gradients(None), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17 in another order
 
 
 @pytest.mark.parametrize("chunk", [3, None])
@@ -62,7 +62,7 @@ def in_one_go(
     return loss, nll, hidden.grad, head.grad
 
 
-def plainly(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+def autograd_loss(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """The same by autograd, on the same rounded numbers in float64."""
     hidden, head = (normal(*shape, seed=i).to(dtype).double().requires_grad_() for i, shape in ((1, (S, D)), (2, (V, D))))
     nll = F.cross_entropy(hidden @ head.T, TARGETS, reduction="none")
@@ -72,25 +72,25 @@ def plainly(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, S, 100, None])
 def test_loss_and_gradients_in_one_go_are_those_of_autograd(chunk):
-    for found, expected in zip(in_one_go(chunk), plainly(), strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17
+    for actual, expected in zip(in_one_go(chunk), autograd_loss(), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
 def test_fused_logits_give_the_same():
-    for found, expected in zip(in_one_go(4, compiled=True), plainly(), strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17
+    for actual, expected in zip(in_one_go(4, compiled=True), autograd_loss(), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17
 
 
 def test_gradients_in_16_bits_are_off_by_rounding_alone():
     # Logits of some 2 are rounded to 2^-8 of themselves, so nats and p are off by some 1 %; gradients once more.
     loss, nll, *gradients = in_one_go(3, torch.bfloat16)
-    wanted_loss, wanted_nll, *wanted = plainly(torch.bfloat16)
-    torch.testing.assert_close(loss.double(), wanted_loss, rtol=2e-2, atol=0)
-    torch.testing.assert_close(nll.double(), wanted_nll, rtol=2e-2, atol=2e-2)
-    for found, expected in zip(gradients, wanted, strict=True):
-        assert found.dtype == torch.bfloat16
-        assert (found - expected).norm() < 2e-2 * expected.norm()
+    expected_loss, expected_nll, *expected_gradients = autograd_loss(torch.bfloat16)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=2e-2, atol=0)
+    torch.testing.assert_close(nll.double(), expected_nll, rtol=2e-2, atol=2e-2)
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert (actual - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_under_autocast_the_heads_gradient_is_added_up_in_float32():
@@ -133,18 +133,18 @@ def test_only_one_chunk_of_logits_is_ever_held():
 
 def test_rows_of_logits_in_16_bits_begin_where_gpus_can_load_them():
     class Strides(TorchDispatchMode):
-        found: ClassVar[list[int]] = []
+        values: ClassVar[list[int]] = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.mm.default:
-                self.found += [max(factor.stride()) for factor in args if V <= max(factor.shape) < 2 * ALIGNED]
+                self.values += [max(factor.stride()) for factor in args if V <= max(factor.shape) < 2 * VOCAB_ALIGNMENT]
             return func(*args, **(kwargs or {}))
 
-    assert V % ALIGNED
+    assert V % VOCAB_ALIGNMENT
     with Strides() as strides:
         in_one_go(3, torch.bfloat16)
-    assert strides.found
-    assert {stride for stride in strides.found if stride != D} == {ALIGNED}
+    assert strides.values
+    assert {stride for stride in strides.values if stride != D} == {VOCAB_ALIGNMENT}
 
 
 def test_the_vocabulary_projection_is_computed_once():

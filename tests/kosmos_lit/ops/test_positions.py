@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kosmos_lit.ops.positions import rotary_tables, rotate, rotate_pairs, rotate_plainly, rotation, sinusoids, xpos_tables
+from kosmos_lit.ops.positions import rotary_tables, rotate, rotate_pairs, rotate_real, rotation, sinusoids, xpos_tables
 from tests.kosmos_lit.tiny_kosmos import normal
 
 N, K = 101, 6
@@ -26,9 +26,9 @@ def test_the_tables_hold_cosine_and_sine_times_decay(n, pair):
     zeta = (2 * pair / K + 0.4) / 1.4
     decay = zeta ** ((n - N // 2) / 512)
     cos, sin = math.cos(n * theta), math.sin(n * theta)
-    found = xpos_tables(N, K)[:, n, 2 * pair : 2 * pair + 2]
+    actual = xpos_tables(N, K)[:, n, 2 * pair : 2 * pair + 2]
     expected = torch.tensor([[cos * decay] * 2, [sin * decay] * 2, [cos / decay] * 2, [sin / decay] * 2])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # float64, rounded to fp32 at the end
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)  # float64, rounded to fp32 at the end
 
 
 def test_queries_and_keys_are_turned_as_written_in_the_paper():
@@ -41,9 +41,9 @@ def test_queries_and_keys_are_turned_as_written_in_the_paper():
         expected_q += [s * (q[2 * i] * cos - q[2 * i + 1] * sin), s * (q[2 * i + 1] * cos + q[2 * i] * sin)]
         expected_k += [(k[2 * i] * cos - k[2 * i + 1] * sin) / s, (k[2 * i + 1] * cos + k[2 * i] * sin) / s]
     by = rotation(xpos_tables(5, 4), torch.tensor([[n]]))
-    found_q, found_k = rotate(torch.tensor(q).view(1, 1, 1, 4), torch.tensor(k).view(1, 1, 1, 4), by)
-    torch.testing.assert_close(found_q.flatten(), torch.tensor(expected_q), rtol=1e-6, atol=1e-6)  # fp32
-    torch.testing.assert_close(found_k.flatten(), torch.tensor(expected_k), rtol=1e-6, atol=1e-6)
+    actual_q, actual_k = rotate(torch.tensor(q).view(1, 1, 1, 4), torch.tensor(k).view(1, 1, 1, 4), by)
+    torch.testing.assert_close(actual_q.flatten(), torch.tensor(expected_q), rtol=1e-6, atol=1e-6)  # fp32
+    torch.testing.assert_close(actual_k.flatten(), torch.tensor(expected_k), rtol=1e-6, atol=1e-6)
 
 
 def test_a_score_depends_on_the_distance_alone():
@@ -90,14 +90,14 @@ def test_decay_over_a_whole_row_is_that_of_the_paper(pair, decay):
 def test_complex_and_real_numbers_turn_alike_forward_and_backward(dtype):
     q, k = (normal(2, 7, 3, K, seed=seed).to(dtype).requires_grad_() for seed in (1, 2))
     by = rotation(xpos_tables(N, K), torch.arange(14).view(2, 7) * 5)
-    found = []
-    for turn in (rotate, rotate_plainly):
+    actual = []
+    for turn in (rotate, rotate_real):
         turned = turn(q, k, by)
         upstream = [normal(2, 7, 3, K, seed=seed).to(dtype) for seed in (3, 4)]
-        found.append([*turned, *torch.autograd.grad(turned, (q, k), upstream)])
+        actual.append([*turned, *torch.autograd.grad(turned, (q, k), upstream)])
     # fp32: two terms; bf16: one rounding, or another where gradients of both terms are added up in bf16
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*actual, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 

@@ -1,4 +1,4 @@
-"""Reports of made results: rows, chosen samples, and pages that hold nothing but what was escaped."""
+"""Reports: table rows, selected samples, and escaped text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ import pytest
 from kosmos_lit.errors import UserError
 from kosmos_lit.report.evaluation import write_report
 from kosmos_lit.report.samples import candidate_shares, select_samples
-from tests.kosmos_lit.report.made_results import chose, failed, task, write_image, write_results, wrote
+from tests.kosmos_lit.report.result_folders import (
+    choice_sample,
+    failed_sample,
+    task,
+    text_sample,
+    write_image,
+    write_results,
+)
 
 VOID = {"meta", "br", "img", "line", "circle", "polygon"}
 
 
 class Page(HTMLParser):
-    """Tags in their order, what is said, and whether every tag is closed where it must be."""
+    """The tags and the text of a page; every tag must be closed where it has to be."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -46,7 +53,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
     @property
-    def prediction(self) -> str:
+    def text(self) -> str:
         return " ".join(self.words)
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
@@ -68,45 +75,45 @@ def metric(value: float | None, low: float | None = None, high: float | None = N
 
 
 def answers(n: int, n_right: int, candidates: tuple[str, str] = ("yes", "no")) -> list[dict[str, Any]]:
-    """Return samples, the first right and the rest wrong, the model surer of each than of the one before."""
+    """Return samples, the first `n_right` correct, with a confidence that grows from sample to sample."""
     likely = [
         {candidates[0]: math.log(0.5 + 0.4 * (i + 1) / n), candidates[1]: math.log(0.5 - 0.4 * (i + 1) / n)}
         for i in range(n)
     ]
-    return [chose(f"{i:03d}", p, candidates[0] if i < n_right else candidates[1]) for i, p in enumerate(likely)]
+    return [choice_sample(f"{i:03d}", p, candidates[0] if i < n_right else candidates[1]) for i, p in enumerate(likely)]
 
 
 def test_our_row_stands_above_the_published_ones_with_shots_as_columns(tmp_path: Path) -> None:
-    samples = [wrote("1", "a dog", ["a dog"], {"cider": 1.0})]
-    made = {
+    samples = [text_sample("1", "a dog", ["a dog"], {"cider": 1.0})]
+    tasks = {
         f"coco_{k}": task(samples, "cider", published="coco_caption", n_shots=k, options={"path": "coco", "n_shots": k},
                           metrics={"cider": metric(0.5 + k / 100, 0.4, 0.61)})
         for k in (4, 0)
     }  # fmt: skip
 
-    lines = markdown_of(write_results(tmp_path, made))
+    lines = markdown_of(write_results(tmp_path, tasks))
 
     at = lines.index("| model | CIDEr, 0 shots | CIDEr, 2 shots | CIDEr, 4 shots | CIDEr, 8 shots | SPICE, 0 shots |")
     assert lines[at + 2] == "| this model | 50.0 [40.0, 61.0] |  | 54.0 [40.0, 61.0] |  |  |"
     assert lines[at + 3] == "| ZeroCap | 14.6 |  |  |  | 5.5 |"
     assert "| KOSMOS-1 | 84.7 | 99.6 | 101.7 | 96.7 | 16.8 |" in lines
-    assert "- Not measured here: SPICE." in lines
+    assert "- Not measured: SPICE." in lines
     assert "- coco_0, coco_4: 1 samples; 5,000 in the paper." in lines
 
 
 def test_tasks_with_other_options_have_rows_of_their_own(tmp_path: Path) -> None:
-    made = {
+    tasks = {
         name: task(answers(3, 2), published="boolq", options={"path": "boolq", "prompt": name})
         for name in ("one", "another")
     }
 
-    lines = markdown_of(write_results(tmp_path, made))
+    lines = markdown_of(write_results(tmp_path, tasks))
 
     assert sum(line.startswith(("| this model: one |", "| this model: another |")) for line in lines) == 2
 
 
-def test_a_measure_that_is_not_the_papers_keeps_its_name_and_its_column(tmp_path: Path) -> None:
-    samples = [wrote("1", "a dog", ["a dog"], {"cider_plain": 1.0})]
+def test_a_metric_that_is_not_the_papers_keeps_its_name_and_its_column(tmp_path: Path) -> None:
+    samples = [text_sample("1", "a dog", ["a dog"], {"cider_plain": 1.0})]
 
     lines = markdown_of(write_results(tmp_path, {"coco": task(samples, "cider_plain", published="coco_caption")}))
 
@@ -115,7 +122,7 @@ def test_a_measure_that_is_not_the_papers_keeps_its_name_and_its_column(tmp_path
     assert "- Not in the paper: CIDEr of plain words." in lines
 
 
-def test_other_data_in_the_same_files_are_set_beside_nothing(tmp_path: Path) -> None:
+def test_other_data_in_the_same_format_have_no_published_rows(tmp_path: Path) -> None:
     lines = markdown_of(write_results(tmp_path, {"counts": task(answers(3, 2), title="Counts", chance=0.25)}))
 
     assert "## Counts (counts)" in lines
@@ -123,14 +130,14 @@ def test_other_data_in_the_same_files_are_set_beside_nothing(tmp_path: Path) -> 
     assert "| chance | 25.0 |" in lines
 
 
-def test_the_mean_of_the_language_tasks_is_there_once_all_are(tmp_path: Path) -> None:
+def test_the_mean_of_the_language_tasks_needs_all_of_them(tmp_path: Path) -> None:
     names = ("story_cloze", "hellaswag", "winograd", "winogrande", "piqa", "boolq", "cb", "copa")
-    made = {
+    tasks = {
         name: task(answers(2, 1), published=name, metrics={"accuracy": metric(i / 10, i / 10 - 0.08, i / 10 + 0.08)})
         for i, name in enumerate(names)
     }
 
-    lines = markdown_of(write_results(tmp_path, made))
+    lines = markdown_of(write_results(tmp_path, tasks))
     at = lines.index("## Mean of the eight language tasks")
 
     # mean of 0, 10, ... 70 is 35; eight intervals of ±8 give ±8 / sqrt(8) = ±2.83
@@ -140,50 +147,54 @@ def test_the_mean_of_the_language_tasks_is_there_once_all_are(tmp_path: Path) ->
 def test_what_failed_is_counted_by_reason_and_listed(tmp_path: Path) -> None:
     samples = [
         *answers(3, 1),
-        failed("7", "no such image", "gone.jpg"),
-        failed("8", "no such image"),
-        failed("9", "prompt too long"),
+        failed_sample("7", "no such image", "gone.jpg"),
+        failed_sample("8", "no such image"),
+        failed_sample("9", "prompt too long"),
     ]
 
     page = page_of(write_results(tmp_path, {"t": task(samples)}))
 
-    assert "6 samples, 3 of them failed and in no figure (2 no such image, 1 prompt too long)" in page.prediction
-    assert "7: no such image: gone.jpg" in page.prediction
+    assert "6 samples, 3 of them failed and in no metric (2 no such image, 1 prompt too long)" in page.text
+    assert "7: no such image: gone.jpg" in page.text
 
 
-def test_a_figure_that_is_not_defined_is_a_dash(tmp_path: Path) -> None:
+def test_an_undefined_metric_is_a_dash(tmp_path: Path) -> None:
     nan = float("nan")
-    made = {
-        "null": task([failed("1", "prompt too long")], metrics={"accuracy": metric(None)}),
-        "not a number": task([failed("1", "prompt too long")], metrics={"accuracy": metric(nan, nan, nan)}),
-        "absent": task([failed("1", "prompt too long")], metrics={}),
+    tasks = {
+        "null": task([failed_sample("1", "prompt too long")], metrics={"accuracy": metric(None)}),
+        "not a number": task([failed_sample("1", "prompt too long")], metrics={"accuracy": metric(nan, nan, nan)}),
+        "absent": task([failed_sample("1", "prompt too long")], metrics={}),
     }
 
-    folder = write_results(tmp_path, made)
+    folder = write_results(tmp_path, tasks)
 
     assert sum(" | – | – | 1 | 1 |" in line for line in markdown_of(folder)) == 3
-    assert "nan" not in page_of(folder).prediction
+    assert "nan" not in page_of(folder).text
 
 
-def test_nothing_of_a_dataset_or_a_model_becomes_markup(tmp_path: Path) -> None:
+def test_texts_of_datasets_and_models_never_become_markup(tmp_path: Path) -> None:
     bad = "<script>alert('&')</script>\"><img src=x onerror=y>"
-    sample = chose(bad, {bad: -0.1, "b": -2.0}, "b", prompt=bad, images=[tmp_path / f"{bad.replace('/', '')}.png"])
-    made = {
+    sample = choice_sample(bad, {bad: -0.1, "b": -2.0}, "b", prompt=bad, images=[tmp_path / f"{bad.replace('/', '')}.png"])
+    tasks = {
         "t": task(
-            [sample, failed(bad, bad, bad)], title=bad, main_metric="accuracy", options={"path": bad}, failures={bad: 1}
+            [sample, failed_sample(bad, bad, bad)],
+            title=bad,
+            main_metric="accuracy",
+            options={"path": bad},
+            failures={bad: 1},
         )
     }
 
-    page = page_of(write_results(tmp_path, made, model={"checkpoint": bad, bad: bad}, machine=bad, date=bad))
+    page = page_of(write_results(tmp_path, tasks, model={"checkpoint": bad, bad: bad}, machine=bad, date=bad))
 
     assert not page.all("script")
     assert not page.all("img")
-    assert page.prediction.count("<script>alert('&')") >= 8
+    assert page.text.count("<script>alert('&')") >= 8
     assert "<script" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_page_fetches_nothing_and_says_what_its_images_are(tmp_path: Path) -> None:
-    sample = wrote("1", "dog", ["dog"], {"accuracy": 1.0}, images=[write_image(tmp_path / "dog.png", size=(601, 307))])
+def test_a_page_loads_no_files_and_describes_its_images(tmp_path: Path) -> None:
+    sample = text_sample("1", "dog", ["dog"], {"accuracy": 1.0}, images=[write_image(tmp_path / "dog.png", size=(601, 307))])
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
@@ -194,97 +205,97 @@ def test_a_page_fetches_nothing_and_says_what_its_images_are(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("data", [None, b"no image"])
-def test_an_image_that_is_gone_or_broken_is_said(tmp_path: Path, data: bytes | None) -> None:
+def test_a_missing_or_broken_image_is_reported(tmp_path: Path, data: bytes | None) -> None:
     if data:
         (tmp_path / "a.png").write_bytes(data)
-    sample = wrote("1", "dog", ["dog"], {"accuracy": 1.0}, images=[tmp_path / "a.png"])
+    sample = text_sample("1", "dog", ["dog"], {"accuracy": 1.0}, images=[tmp_path / "a.png"])
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     assert not page.all("img")
-    assert ("a.png: the image is gone" if data is None else "a.png: ") in page.prediction
+    assert ("a.png: the image file is missing" if data is None else "a.png: ") in page.text
 
 
-def test_images_stand_where_the_prompt_has_them(tmp_path: Path) -> None:
+def test_images_stand_at_their_marks(tmp_path: Path) -> None:
     images = [write_image(tmp_path / f"{i}.png") for i in range(2)]
-    sample = wrote("1", "dog", "dog", {"accuracy": 1.0}, prompt="<image>one<image>two", images=images)
+    sample = text_sample("1", "dog", "dog", {"accuracy": 1.0}, prompt="<image>one<image>two", images=images)
     write_report(write_results(tmp_path, {"t": task([sample])}))
 
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
 
-    places = [
-        text.index(piece) for piece in ('alt="Image in the prompt: 0.png">one', 'alt="Image in the prompt: 1.png">two')
+    positions = [
+        text.index(part) for part in ('alt="Image in the prompt: 0.png">one', 'alt="Image in the prompt: 1.png">two')
     ]
-    assert places == sorted(places)
+    assert positions == sorted(positions)
 
 
-def test_words_that_look_like_an_image_put_no_image_anywhere(tmp_path: Path) -> None:
-    sample = wrote(
+def test_a_mark_in_the_text_adds_no_image(tmp_path: Path) -> None:
+    sample = text_sample(
         "1", "x", "x", {"accuracy": 1.0}, prompt="<image>what does <image> mean?", images=[write_image(tmp_path / "a.png")]
     )
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     assert len(page.all("img")) == 1
-    assert "<image>what does <image> mean?" in page.prediction
+    assert "<image>what does <image> mean?" in page.text
 
 
 def test_long_demonstrations_are_folded_up(tmp_path: Path) -> None:
     images = [write_image(tmp_path / f"{i}.png") for i in range(9)]
     prompt = "".join(f"<image>demonstration {i}." for i in range(8)) + "<image>the question"
-    sample = wrote("1", "x", "x", {"accuracy": 1.0}, prompt=prompt, images=images)
+    sample = text_sample("1", "x", "x", {"accuracy": 1.0}, prompt=prompt, images=images)
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}))
 
     assert len(page.all("img")) == 3
     assert len(page.all("details")) == 1
-    assert "<image>demonstration 0." in page.prediction
+    assert "<image>demonstration 0." in page.text
 
 
 def test_a_control_with_grey_images_shows_none(tmp_path: Path) -> None:
-    sample = wrote("1", "x", "x", {"accuracy": 1.0}, images=[write_image(tmp_path / "a.png")])
+    sample = text_sample("1", "x", "x", {"accuracy": 1.0}, images=[write_image(tmp_path / "a.png")])
 
     page = page_of(write_results(tmp_path, {"t": task([sample])}, image_control="blank"))
 
     assert not page.all("img")
-    assert "even grey stands in the place of every image" in page.prediction
+    assert "even grey stands in the place of every image" in page.text
 
 
-def test_the_surest_errors_come_first_and_the_order_of_lines_does_not_matter(tmp_path: Path) -> None:
+def test_errors_of_highest_confidence_come_first_in_any_order_of_lines(tmp_path: Path) -> None:
     samples = answers(41, 11)
     one = write_results(tmp_path / "one", {"t": task(samples)})
     other = write_results(tmp_path / "other", {"t": task(samples[::-1])})
 
-    chosen, again = (select_samples(folder / "t" / "samples.jsonl", "accuracy") for folder in (one, other))
+    selection, again = (select_samples(folder / "t" / "samples.jsonl", "accuracy") for folder in (one, other))
 
-    assert [c.sample["key"] for c in chosen.failures[:3]] == ["040", "039", "038"]
-    assert [c.sample["key"] for c in chosen.successes[:1]] == ["000"]
-    assert [c.why for c in chosen.failures[3:]] == ["by lot"] * 2
-    assert (chosen.n_failures, chosen.n_successes) == (30, 11)
-    assert chosen == again
-    assert select_samples(one / "t" / "samples.jsonl", "accuracy", seed=1).failures[3:] != chosen.failures[3:]
+    assert [c.sample["key"] for c in selection.failures[:3]] == ["040", "039", "038"]
+    assert [c.sample["key"] for c in selection.successes[:1]] == ["000"]
+    assert [c.why for c in selection.failures[3:]] == ["random"] * 2
+    assert (selection.n_failures, selection.n_successes) == (30, 11)
+    assert selection == again
+    assert select_samples(one / "t" / "samples.jsonl", "accuracy", seed=1).failures[3:] != selection.failures[3:]
 
 
-def test_of_written_answers_the_lowest_scores_come_first(tmp_path: Path) -> None:
-    samples = [wrote(f"{i:02d}", "x", ["y"], {"cider": i / 7}) for i in range(23)]
+def test_without_candidates_the_lowest_scores_come_first(tmp_path: Path) -> None:
+    samples = [text_sample(f"{i:02d}", "x", ["y"], {"cider": i / 7}) for i in range(23)]
     folder = write_results(tmp_path, {"t": task(samples, "cider")})
 
-    chosen = select_samples(folder / "t" / "samples.jsonl", "cider")
+    selection = select_samples(folder / "t" / "samples.jsonl", "cider")
 
-    assert [c.sample["key"] for c in chosen.failures[:3]] == ["00", "01", "02"]
-    assert chosen.successes[0].sample["key"] == "22"
+    assert [c.sample["key"] for c in selection.failures[:3]] == ["00", "01", "02"]
+    assert selection.successes[0].sample["key"] == "22"
 
 
-def test_candidates_that_are_asked_one_by_one_are_compared() -> None:
+def test_candidates_of_separate_requests_are_compared() -> None:
     requests = [{"prompt": "p", "images": [], "candidates": ["Yes"], "log_probs": [[math.log(p)]]} for p in (0.2, 0.6)]
 
     shares = candidate_shares({"requests": requests})
 
-    assert [name for name, _ in shares] == ["0", "1"]  # as Raven says which it takes
+    assert [name for name, _ in shares] == ["0", "1"]  # as Raven's predictions are
     assert [share for _, share in shares] == pytest.approx([0.25, 0.75])
 
 
-def test_what_decided_is_the_tasks_to_say() -> None:
+def test_a_tasks_own_probabilities_come_first() -> None:
     request = {"prompt": "p", "images": [], "candidates": ["no", "yes"], "log_probs": [[-0.1], [-3.0]]}
 
     shares = candidate_shares({"requests": [request], "data": {"probabilities": {"no": 0.25, "yes": 0.75}}})
@@ -297,9 +308,9 @@ def test_a_line_that_an_interruption_cut_off_is_left_out(tmp_path: Path) -> None
     with (folder / "t" / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"key": "cut')
 
-    chosen = select_samples(folder / "t" / "samples.jsonl", "accuracy")
+    selection = select_samples(folder / "t" / "samples.jsonl", "accuracy")
 
-    assert chosen.n_failures + chosen.n_successes == 3
+    assert selection.n_failures + selection.n_successes == 3
 
 
 def test_a_line_that_is_no_sample_is_named(tmp_path: Path) -> None:
@@ -311,11 +322,11 @@ def test_a_line_that_is_no_sample_is_named(tmp_path: Path) -> None:
         write_report(folder)
 
 
-def test_a_task_whose_samples_are_gone_keeps_its_figures(tmp_path: Path) -> None:
+def test_a_task_without_its_samples_keeps_its_metrics(tmp_path: Path) -> None:
     folder = write_results(tmp_path, {"t": task(answers(3, 3))})
     (folder / "t" / "samples.jsonl").unlink()
 
-    assert "100.0" in page_of(folder).prediction
+    assert "100.0" in page_of(folder).text
 
 
 @pytest.mark.parametrize(
@@ -341,14 +352,14 @@ def test_of_many_samples_few_are_in_the_page(tmp_path: Path) -> None:
     page = page_of(folder)
 
     assert len(page.all("article")) == 8
-    assert "5 of 1,002 failures" in page.prediction
+    assert "5 of 1,002 failures" in page.text
 
 
 def test_reports_need_no_fields_that_an_older_evaluation_lacks(tmp_path: Path) -> None:
     folder = write_results(tmp_path, {"t": task(answers(3, 1))})
-    found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    entry = found["tasks"]["t"]
-    kept = {key: entry[key] for key in ("title", "main_metric", "n_samples", "metrics")}
-    (folder / "metrics.json").write_text(json.dumps({"tasks": {"t": kept}}), encoding="utf-8")
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    entry = metrics["tasks"]["t"]
+    required = {key: entry[key] for key in ("title", "main_metric", "n_samples", "metrics")}
+    (folder / "metrics.json").write_text(json.dumps({"tasks": {"t": required}}), encoding="utf-8")
 
-    assert page_of(folder).prediction.count("33.3") >= 2
+    assert page_of(folder).text.count("33.3") >= 2

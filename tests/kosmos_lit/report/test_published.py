@@ -1,4 +1,4 @@
-"""The paper's figures: a list of some, typed from the paper's tables on its own, and what must hold among them."""
+"""The published results: some of them typed from the paper's tables independently, and relations between them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TYPED = [
 
 
 @pytest.mark.parametrize(("key", "model", "metric", "shots", "points"), TYPED)
-def test_figures_are_those_of_the_paper(key: str, model: str, metric: str, shots: int, points: float) -> None:
-    found = published(key)
+def test_results_are_those_of_the_paper(key: str, model: str, metric: str, shots: int, points: float) -> None:
+    benchmark = published(key)
 
-    assert found is not None
-    assert {row.model: row for row in found.rows}[model].metrics[metric][shots] == points
+    assert benchmark is not None
+    assert {row.model: row for row in benchmark.rows}[model].metrics[metric][shots] == points
 
 
 @pytest.mark.parametrize("row", [0, 1])
@@ -45,18 +45,18 @@ def test_the_language_tasks_have_the_mean_that_the_paper_prints(row: int, shots:
 
 
 def test_every_entry_has_one_row_to_compare_with_and_its_models_once() -> None:
-    for key, found in PUBLISHED.items():
-        models = [row.model for row in found.rows]
+    for key, benchmark in PUBLISHED.items():
+        models = [row.model for row in benchmark.rows]
         assert models.count(OURS) == 1, key
         assert len(set(models)) == len(models), key
 
 
-def test_what_is_not_published_has_no_entry() -> None:
+def test_unpublished_tasks_have_no_entry() -> None:
     assert published(None) is None
     assert published("made_up") is None
 
 
-def test_every_task_of_the_papers_suite_has_published_figures_and_measures_them() -> None:
+def test_every_task_of_the_papers_suite_has_published_results_and_measures_their_metric() -> None:
     import kosmos_lit.tasks
 
     suites = yaml.safe_load((Path(__file__).parents[3] / "configs/eval/paper.yaml").read_text(encoding="utf-8"))["eval"][
@@ -65,6 +65,6 @@ def test_every_task_of_the_papers_suite_has_published_figures_and_measures_them(
     tasks = {n: getattr(kosmos_lit.tasks, t["class_path"].rsplit(".", 1)[1])(**t["init_args"]) for n, t in suites.items()}
 
     for name, task in tasks.items():
-        found = published(task.published)
-        assert found is not None, name
-        assert task.main_metric in {metric for row in found.rows for metric in row.metrics}, name
+        benchmark = published(task.published)
+        assert benchmark is not None, name
+        assert task.main_metric in {metric for row in benchmark.rows for metric in row.metrics}, name

@@ -15,6 +15,7 @@ from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.runner import evaluate
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 from tests.kosmos_lit.tasks import image_datasets
@@ -62,7 +63,7 @@ def results(folder: Path, name: str) -> list[dict[str, Any]]:
 def test_a_task_goes_from_files_to_metrics(name: str, model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = TASKS[name](tmp_path / "data")
 
-    entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={name: task}), tmp_path / "out")[name]
+    entry = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={name: task}), tmp_path / "out")[name]
 
     rows = results(tmp_path / "out", name)
     assert [row["error"] for row in rows] == [None] * len(task.samples())
@@ -75,7 +76,7 @@ def test_a_task_goes_from_files_to_metrics(name: str, model: Kosmos, kosmos_toke
 def test_constrained_predictions_are_among_the_names(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = TASKS["imagenet_constrained"](tmp_path / "data")
 
-    evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"names": task}), tmp_path / "out")
+    evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"names": task}), tmp_path / "out")
 
     assert {row["prediction"] for row in results(tmp_path / "out", "names")} <= {"tench", "giant panda"}
 
@@ -83,7 +84,7 @@ def test_constrained_predictions_are_among_the_names(model: Kosmos, kosmos_token
 def test_the_rationale_is_in_the_second_prompt(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = TASKS["rendered_sst2_cot"](tmp_path / "data")
 
-    evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"cot": task}), tmp_path / "out")
+    evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"cot": task}), tmp_path / "out")
 
     for row in results(tmp_path / "out", "cot"):
         first, second = row["requests"]
@@ -96,7 +97,7 @@ def test_scores_of_captions_are_in_the_samples(model: Kosmos, kosmos_tokenizer: 
     pytest.importorskip("pycocoevalcap")
     task = tasks.CocoCaption(str(image_datasets.karpathy(tmp_path / "data")), metrics=["cider"], tokens="plain", **SHORT)
 
-    entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"coco": task}), tmp_path / "out")["coco"]
+    entry = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"coco": task}), tmp_path / "out")["coco"]
 
     rows = results(tmp_path / "out", "coco")
     assert all(row["scores"].keys() == {"cider_plain", "exact_match"} and row["requests"] for row in rows)
@@ -109,7 +110,7 @@ def test_a_metric_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: T
         str(image_datasets.memes(tmp_path / "data")), max_samples=1
     )  # of one class, so without an area
 
-    evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"memes": task}), tmp_path / "out")
+    evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"memes": task}), tmp_path / "out")
 
     assert "NaN" not in (text := (tmp_path / "out" / "metrics.json").read_text())
     assert json.loads(text)["tasks"]["memes"]["metrics"]["roc_auc"]["value"] is None
@@ -119,7 +120,7 @@ def test_the_servers_input_is_beside_the_results(model: Kosmos, kosmos_tokenizer
     image_datasets.vqav2(tmp_path / "data", "test-dev2015", 3, answered=False)
     task = tasks.Vqav2(str(tmp_path / "data"), split="test-dev2015", **SHORT)
 
-    entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"vqa": task}), tmp_path / "out")["vqa"]
+    entry = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"vqa": task}), tmp_path / "out")["vqa"]
 
     assert entry["metrics"] == {}
     submission = json.loads((tmp_path / "out" / "vqa" / "submission_test-dev2015.json").read_text())
@@ -131,7 +132,7 @@ def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tok
     task = TASKS["vizwiz"](tmp_path / "data")
     task.samples()[1].images[0].unlink()
 
-    entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"vizwiz": task}), tmp_path / "out")["vizwiz"]
+    entry = evaluate(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"vizwiz": task}), tmp_path / "out")["vizwiz"]
 
     assert (entry["n_samples"], entry["n_failed"], entry["metrics"]["vqa_accuracy"]["n"]) == (3, 1, 2)
 
@@ -140,7 +141,7 @@ def test_shuffled_images_give_metrics(model: Kosmos, kosmos_tokenizer: Tokenizer
     task = tasks.Raven(str(image_datasets.raven(tmp_path / "data", givens=[3, 3, 3])))
 
     config = EvalConfig(tasks={"raven": task}, image_control="shuffled")
-    entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["raven"]
+    entry = evaluate(Engine(model, kosmos_tokenizer), config, tmp_path / "out")["raven"]
 
     assert entry["n_failed"] == 0
     assert not math.isnan(entry["metrics"]["accuracy"]["value"])

@@ -154,7 +154,7 @@ def test_files_become_the_accuracy_of_each_candidate_on_its_own(
     folders: dict[str, str], model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path, name: str
 ) -> None:
     task: MultipleChoice = getattr(tasks, name)(folders[name], n_shots=1)
-    evaluation = Evaluation(model, kosmos_tokenizer, EvalConfig(tasks={"it": task}), tmp_path / "results")
+    evaluation = Evaluation(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"it": task}), tmp_path / "results")
 
     entry = evaluation.run("it")
 
@@ -175,7 +175,7 @@ def test_cb_has_macro_f1_too(
 ) -> None:
     task = tasks.CommitmentBank(folders["CommitmentBank"])
 
-    entry = Evaluation(model, kosmos_tokenizer, EvalConfig(tasks={"cb": task}), tmp_path / "results").run("cb")
+    entry = Evaluation(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"cb": task}), tmp_path / "results").run("cb")
 
     assert entry["metrics"].keys() == {"accuracy", "macro_f1"}
 

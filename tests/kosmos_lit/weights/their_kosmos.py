@@ -13,7 +13,7 @@ from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 from kosmos_lit.batch import find_slots
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD
 from kosmos_lit.model import Kosmos
-from kosmos_lit.ops.masks import padded
+from kosmos_lit.ops.masks import padded_positions
 from kosmos_lit.tokenizer import BOS, PAD
 from tests.kosmos_lit.tiny_kosmos import SPECIAL, shaken
 
@@ -122,6 +122,6 @@ def their_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, images:
 @torch.inference_mode()
 def our_logits(model: Kosmos, tokens: Tensor, images: Tensor) -> Tensor:
     """(B, T, V), as `Kosmos.logits` gives them, for a model that has no tokenizer."""
-    positions, mask = padded(tokens != PAD)
+    positions, mask = padded_positions(tokens != PAD)
     latents = model.encode_images(images) if len(images) else None
     return model.decoder.logits(model.decoder(tokens, positions, mask, latents, find_slots(tokens, IMAGE)))

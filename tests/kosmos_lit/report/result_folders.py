@@ -1,4 +1,4 @@
-"""Folders of results as an evaluation leaves them, made without a model."""
+"""Folders of results as an evaluation writes them, without a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_image(path: Path, colour: tuple[int, int, int] = (200, 40, 40), size: 
     return path
 
 
-def chose(
+def choice_sample(
     key: str,
     candidates: Mapping[str, float],
     target: str,
@@ -27,7 +27,7 @@ def chose(
     prompt: str = "Which one? Answer:",
     images: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Return a sample that was answered by the likeliest candidate; log probabilities are those of one token."""
+    """Return a sample whose prediction is the likeliest of its candidates, of one token each."""
     prediction = max(candidates, key=candidates.__getitem__)
     request = {
         "prompt": prompt, "images": [str(path) for path in images], "candidates": list(candidates),
@@ -45,7 +45,7 @@ def chose(
     }
 
 
-def wrote(
+def text_sample(
     key: str,
     prediction: str,
     target: Any,
@@ -54,7 +54,7 @@ def wrote(
     prompt: str = "<image>An image of",
     images: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Return a sample that was answered in the model's own words."""
+    """Return a sample whose prediction is generated text."""
     request = {
         "prompt": prompt,
         "images": [str(p) for p in images],
@@ -73,8 +73,8 @@ def wrote(
     }
 
 
-def failed(key: str, reason: str, detail: str = "x.jpg") -> dict[str, Any]:
-    """Return a sample that could not be asked."""
+def failed_sample(key: str, reason: str, detail: str = "x.jpg") -> dict[str, Any]:
+    """Return a sample that failed."""
     return {
         "key": key,
         "requests": [],
@@ -98,17 +98,24 @@ def task(samples: Sequence[Mapping[str, Any]], main_metric: str = "accuracy", **
         "options": {"path": "data/made"}, "seconds": 1.5,
         "metrics": {name: vars(mean_metric([sample["scores"][name] for sample in answered])) for name in names},
     }  # fmt: skip
-    return {**entry, **more, "made": list(samples)}
+    return {**entry, **more, "samples": list(samples)}
 
 
 def write_results(folder: Path, tasks: Mapping[str, Mapping[str, Any]], **more: Any) -> Path:
     """Write metrics.json and the samples of each task; return the folder."""
     for name, entry in tasks.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(sample) + "\n" for sample in entry["made"]]
+        lines = [json.dumps(sample) + "\n" for sample in entry["samples"]]
         (folder / name / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
-    entries = {name: {k: v for k, v in entry.items() if k != "made"} for name, entry in tasks.items()}
+    entries = {name: {k: v for k, v in entry.items() if k != "samples"} for name, entry in tasks.items()}
     model = {"checkpoint": "runs/made/last.ckpt", "step": 1234, "parameters": 5_678_901}
-    found = {"model": model, "image_control": "true", "machine": "a machine", "date": "2024-05-06", **more, "tasks": entries}
-    (folder / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
+    metrics = {
+        "model": model,
+        "image_control": "true",
+        "machine": "a machine",
+        "date": "2024-05-06",
+        **more,
+        "tasks": entries,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     return folder
