@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from kosmos_lit.checks.machine import machine
-from kosmos_lit.preflight.run import read_run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -35,12 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from kosmos_lit.batch import KosmosBatch
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.costs import memory
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.memory import Setting, estimate
 from kosmos_lit.model import Kosmos
 from kosmos_lit.preflight.estimates import Device, estimates, setting_of
+from kosmos_lit.preflight.run_description import read_run
 from kosmos_lit.terminal import table, write_line
 
 RECIPES: dict[str, tuple[str, ...]] = {
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args(arguments)
-    print(machine(torch.device("cpu")))
+    print(describe_device(torch.device("cpu")))
     records = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of autocast and of torch.compile without a GPU

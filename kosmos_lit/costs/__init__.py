@@ -1,1 +1,1 @@
-"""What a model takes: operations, memory, and what devices can do at most."""
+"""What a model takes: operations, memory, and the peak rates of devices."""

@@ -1,14 +1,13 @@
-"""What a model costs in floating-point operations, from its config alone: no weights are made.
+"""Floating-point operations of a model, counted from its config alone, without building it.
 
-    matrix      2 in out a row forward; as much again for the input's gradient, and for the weight's, where they are needed
+    matrix      2 in out a row forward; as much again for each gradient that is needed, the input's and the weight's
     attention   2 D a pair of positions for the scores, 2 D for the weighted sum; each twice that again backward
     vision      a plain ViT by the same rules; any other tower counted by torch on the meta device
 
-Counted is what the model asks for, not what a program does: real positions and no padding, a document's pairs of
-positions n^2 / 2 (the causal half; `Flops.full` has the other half too), vocabulary rows of supervised positions only.
-Nothing is counted twice for being computed again in the backward pass, and nothing for elementwise work, norms, softmax
-and look-ups. A backward pass goes only as far as something trains: through frozen matrices no weight's gradient, and
-below the first thing that trains nothing at all, so that a frozen tower costs its forward pass.
+These are the operations that the model asks for, whatever a program does: real positions without padding, n^2 / 2 pairs of
+positions a document (the causal half; `Flops.full` has both halves), vocabulary rows of supervised positions only. What is
+recomputed in the backward pass counts once; elementwise work, norms, softmax and look-ups count nothing. Gradients count
+only where something that trains needs them: a frozen matrix has none for its weight, a frozen tower no backward pass.
 """
 
 from __future__ import annotations
@@ -27,17 +26,19 @@ if TYPE_CHECKING:
 
 Part = Literal["blocks", "attention", "head", "connector", "vision"]
 Trains = Callable[[str], bool]
-"""Whether the parameter of a name has a gradient."""
-PLAIN = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre", "act_kwargs", "norm_kwargs"}
-"""Fields of open_clip's vision tables that a ViT may have for its blocks to be the plain ones."""
+"""Whether the parameter of that name trains."""
+PLAIN_VIT = {
+    "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre", "act_kwargs", "norm_kwargs",
+}  # fmt: skip
+"""Fields of open_clip's vision tables with which a ViT has plain blocks."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do in a batch, or in anything else that is made of documents."""
+    """Sizes of a batch, or of any other set of documents."""
 
     n_tokens: int = 0
-    """Positions that are not padding; image slots are."""
+    """Positions that are not padding, image slots included."""
     n_pairs: int = 0
     """Pairs of positions of one document, in both orders: the sum of squared lengths."""
     n_targets: int = 0
@@ -46,13 +47,13 @@ class Work:
 
     @classmethod
     def of_documents(cls, lengths: Iterable[int], n_targets: int, n_images: int) -> Work:
-        """Add up documents of `lengths` positions, none of them padding."""
+        """Return the work of documents with `lengths` positions, none of them padding."""
         lengths = tuple(lengths)
         return cls(sum(lengths), sum(n * n for n in lengths), n_targets, n_images)
 
     @classmethod
     def of_batch(cls, batch: KosmosBatch, document_attention: str = "own") -> Work:
-        """Read a micro-batch, wherever its tensors are: only sizes known on the host are asked for."""
+        """Return the work of a micro-batch from sizes on the host: a GPU's tensors need no synchronisation."""
         B, T = batch.tokens.shape
         assert sum(batch.padding) == B * T - batch.n_real, f"padding {batch.padding}, but {batch.n_real} real positions"
         if document_attention == "row":
@@ -93,27 +94,26 @@ class Flops:
 
 
 class ModelFlops:
-    """Counts the operations of a model in forward passes and training steps."""
+    """Counts a model's operations in forward passes and training steps."""
 
     def __init__(self, config: KosmosConfig, freeze: Sequence[str] = ()) -> None:
         """Take a model's config, and the patterns of `model.freeze`."""
         self.config, self.freeze = config, tuple(freeze)
 
     def forward(self, work: Work) -> Flops:
-        """Return what a forward pass over `work` costs."""
-        return _priced(self._traces[True].forward, work)
+        """Return the operations of a forward pass."""
+        return _scale(self._traces[True].forward, work)
 
     def training(self, work: Work) -> Flops:
-        """Return what a forward and a backward pass over a micro-batch cost.
+        """Return the operations of a forward and a backward pass over a micro-batch.
 
-        Micro-batches are to be given one by one where the decoder trains only through its images (a frozen decoder):
-        one without any has no backward pass.
+        With a frozen decoder, pass micro-batches one by one: one without images has no backward pass.
         """
         trace = self._traces[work.n_images > 0]
-        return _priced(trace.forward, work) + _priced(trace.backward, work)
+        return _scale(trace.forward, work) + _scale(trace.backward, work)
 
     def _trains(self, name: str) -> bool:
-        """Whether the parameter of that name trains; of towers, for plain ViTs alone."""
+        """Whether the parameter of that name trains; towers must be plain ViTs."""
         if any(matches(name, pattern) for pattern in self.freeze):
             return False
         if self.config.lora is not None:
@@ -133,31 +133,32 @@ class ModelFlops:
 
     @cached_property
     def _traces(self) -> dict[bool, _Trace]:
-        """The cost of one of each unit, by whether a batch has images."""
-        found = {}
+        """The operations of one position, pair, target and image, without and with images in the batch."""
+        traces = {}
         for has_images in (False, True):
-            trace = found[has_images] = _Trace(self.config, self._trains)
-            latents = has_images and self._see(trace)
+            trace = traces[has_images] = _Trace(self.config, self._trains)
+            latents = has_images and self._trace_images(trace)
             trace.decoder(latents)
-        return found
+        return traces
 
-    def _see(self, trace: _Trace) -> bool:
+    def _trace_images(self, trace: _Trace) -> bool:
+        """Trace tower and connector; return whether the latents need a gradient."""
         table = self._tower
-        if set(table) <= PLAIN and isinstance(table["layers"], int) and isinstance(table["patch_size"], int):
+        if set(table) <= PLAIN_VIT and isinstance(table["layers"], int) and isinstance(table["patch_size"], int):
             return trace.connector(*trace.plain_tower(table, self.config.vision.image_size))
         counted = self._counted_tower
         trace.forward["vision"] += counted.forward
         trace.backward["vision"] += counted.backward
-        return trace.connector(counted.n_features, counted.width, counted.needs)
+        return trace.connector(counted.n_features, counted.width, counted.needs_gradient)
 
     @cached_property
     def _counted_tower(self) -> _CountedTower:
-        frozen = self.config.lora is not None  # adapters alone train, and a tower has none
+        frozen = self.config.lora is not None  # adapters alone train, and the tower has none
         return _count_tower(replace(self.config.vision, trainable="none") if frozen else self.config.vision, self.freeze)
 
 
-def _priced(unit: dict[Part, float], work: Work) -> Flops:
-    """Return the cost of `work` from that of a position, a pair, a target and an image."""
+def _scale(unit: dict[Part, float], work: Work) -> Flops:
+    """Return the operations of `work` from those of a position, a pair, a target and an image."""
     return Flops(
         blocks=unit["blocks"] * work.n_tokens,
         attention=unit["attention"] * work.n_pairs / 2,
@@ -168,7 +169,7 @@ def _priced(unit: dict[Part, float], work: Work) -> Flops:
 
 
 class _Trace:
-    """Walks through a forward pass as autograd does, without tensors: a value is whether it needs a gradient."""
+    """Follows a forward pass as autograd does, with booleans in place of tensors: whether a value needs a gradient."""
 
     def __init__(self, config: KosmosConfig, trains: Trains) -> None:
         self.config, self.trains = config, trains
@@ -178,13 +179,13 @@ class _Trace:
     # ---- operations
 
     def matmul(self, part: Part, cost: float, a: bool, b: bool) -> bool:
-        """Multiply two values; the gradient of each costs what the product does."""
+        """Count a product; the gradient of each factor costs what the product does."""
         self.forward[part] += cost
         self.backward[part] += cost * (a + b)
         return a or b
 
     def linear(self, part: Part, name: str, n_in: int, n_out: int, x: bool, rows: int = 1, *, bias: bool = True) -> bool:
-        """A matrix, with its adapter if it has one."""
+        """Count a linear layer, with its adapter if it has one."""
         lora = self.config.lora
         adapted = lora is not None and part != "vision" and any(f".{name}".endswith(f".{end}") for end in lora.targets)
         base = f"{name}.base_layer" if adapted else name
@@ -226,7 +227,7 @@ class _Trace:
         self.matmul("head", 2 * D * c.vocab_size, x, self.trains(head))
 
     def connector(self, n_features: int, width: int, features: bool) -> bool:
-        """From P features of an image to whether its latents need a gradient."""
+        """Count the connector on P features of an image; return whether its latents need a gradient."""
         c, D, P, C = self.config.connector, self.config.decoder.dim, n_features, width
         L, query = c.n_latents, self.trains("connector.latent_query")
         match c.kind:
@@ -263,11 +264,12 @@ class _Trace:
         return self.linear("connector", f"{name}.out_proj", dim, dim, x, n_queries, bias=bias)
 
     def plain_tower(self, table: dict[str, Any], side: int) -> tuple[int, int, bool]:
-        """One image through open_clip's ViT; return P, C and whether the features need a gradient."""
+        """Count open_clip's ViT on an image; return P, C and whether the features need a gradient."""
         C, patch, visual = table["width"], table["patch_size"], "vision.visual"
         hidden = int(C * table["mlp_ratio"])
         n_patches = (side // patch) ** 2
         P = n_patches + 1  # with the class token
+        # Pixels need no gradient.
         x = self.matmul("vision", 2 * n_patches * 3 * patch**2 * C, False, self.trains(f"{visual}.conv1.weight"))
         x = x or self.trains(f"{visual}.class_embedding") or self.trains(f"{visual}.positional_embedding")
         x = x if table.get("no_ln_pre") else self.norm(f"{visual}.ln_pre", x)
@@ -285,23 +287,23 @@ class _Trace:
 
 @dataclass(frozen=True)
 class _CountedTower:
-    """What torch counts for one image."""
+    """Operations for one image as torch counts them, and the features' sizes."""
 
     forward: int
     backward: int
     n_features: int
     width: int
-    needs: bool
+    needs_gradient: bool
 
 
 def _count_tower(config: VisionConfig, freeze: Sequence[str]) -> _CountedTower:
-    """Run a tower without weights, forward and backward, under torch's counter."""
+    """Return what torch's counter gives for a tower without weights, forward and backward."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from kosmos_lit.vision import VisionTower
 
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a run that asks draws no other numbers for it
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # a run's own random numbers must not change
         tower = VisionTower(replace(config, pretrained=None))
     for name, parameter in tower.named_parameters():
         if any(matches(f"vision.{name}", pattern) for pattern in freeze):
@@ -320,8 +322,9 @@ def _count_tower(config: VisionConfig, freeze: Sequence[str]) -> _CountedTower:
 def _convolution_backward(
     grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: Any = None
 ) -> int:
-    """Count as much as forward for each gradient asked for; torch's own formula forgets groups (depthwise: 100 times)."""
-    *_, transposed, _, _, wanted = rest
-    places = (x if transposed else grad)[2:]
-    n_gradients: int = sum(wanted[:2])
-    return 2 * x[0] * math.prod(places) * math.prod(weight) * n_gradients
+    """Return the forward pass's operations for each gradient in the output mask."""
+    # torch's own formula ignores groups, and counts a depthwise convolution 100 times.
+    *_, transposed, _, _, output_mask = rest
+    positions = (x if transposed else grad)[2:]
+    n_gradients: int = sum(output_mask[:2])  # of input and weight; the bias's is no product
+    return 2 * x[0] * math.prod(positions) * math.prod(weight) * n_gradients

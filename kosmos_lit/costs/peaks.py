@@ -1,9 +1,7 @@
-"""What devices can do at most: dense matrix products, operations a second.
+"""Peak rates of devices: dense matrix products, in operations a second.
 
-From NVIDIA's and AMD's data sheets and architecture papers, without the doubling that these give for sparse matrices. On
-GeForce cards 16-bit and fp8 products are those summed up in float32, as PyTorch does, at half the advertised rate.
-Lightning has such a table too, but with the sparse rates for an H200, which it does not find by the name that its
-driver gives, and an L4's for an L40S.
+From NVIDIA's and AMD's data sheets and architecture papers, without the factor of two for sparse matrices. For GeForce
+cards, 16-bit and fp8 products accumulate in float32, as PyTorch's do, at half the advertised rate.
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ from typing import Literal
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8"]
 
 
+# Lightning has such a table too, but it gives an H200 the sparse rates and does not match its driver's name, and it takes
+# an L40S for an L4.
 @dataclass(frozen=True)
 class Peak:
-    """TFLOP/s of one device, by what is multiplied; None: it cannot, or not faster than in float32."""
+    """TFLOP/s of one device by the dtype of the factors; None: not supported, or no faster than float32."""
 
     fp32: float
     tf32: float | None
@@ -64,19 +64,20 @@ PEAKS: dict[str, Peak] = {
     # CDNA 3 architecture paper
     "mi300x": Peak(163.4, 653.7, 1307.4, 1307.4, 2614.9),
 }
-"""By the words of a device's name."""
-OTHERS = {"mig", "laptop", "ti", "d", "max"}
-"""Words of names that mean another device, or a part of one."""
+"""By words of the device's name."""
+VARIANTS = {"mig", "laptop", "ti", "d", "max"}
+"""Words of a name that mean another device than the name without them, or a part of one."""
 
 
 def peak_flops(device: str, precision: Precision) -> float | None:
-    """Return the most operations a second of a device, by the name that CUDA gives it, or None where that is not known.
+    """Return the peak operations a second of a device by the name that CUDA gives it; None if it is unknown.
 
-    `NVIDIA H100 80GB HBM3`, `H100 HBM3` and `h100 sxm` are the same.
+    `NVIDIA H100 80GB HBM3`, `H100 HBM3` and `h100 sxm` name the same device.
     """
     words = set(re.split(r"[^a-z0-9]+", device.lower()))
-    fitting = [name for name in PEAKS if set(name.split()) <= words]
-    if not fitting or words & OTHERS:
+    matches = [name for name in PEAKS if set(name.split()) <= words]
+    if not matches or words & VARIANTS:
         return None
-    rate: float | None = getattr(PEAKS[max(fitting, key=len)], precision)
+    # The most specific name: an H200 NVL is no H200.
+    rate: float | None = getattr(PEAKS[max(matches, key=len)], precision)
     return None if rate is None else rate * 1e12

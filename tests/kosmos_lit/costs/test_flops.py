@@ -1,4 +1,4 @@
-"""The analytic count is what torch counts on small models, and what is known of the paper's."""
+"""The analytic count equals torch's on small models, and published figures of the paper's."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ SMALL_TOWERS = {
 
 
 def counted(config: KosmosConfig, batch: KosmosBatch, patterns: tuple[str, ...] = ()) -> tuple[int, int]:
-    """Return what torch counts in a forward and in a backward pass."""
+    """Return torch's count of a forward and of a backward pass."""
     model = Kosmos.create(config).train()
     freeze(model, patterns)
-    # Written out, as torch counts a flash kernel's backward pass as five products, one of them done again.
+    # The math backend, since torch counts a flash kernel's backward pass as five products, one of them recomputed.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = model.nll(batch).sum()
         forward = counter.get_total_flops()
@@ -55,13 +55,13 @@ def assert_counts_agree(config: KosmosConfig, batch: KosmosBatch, patterns: tupl
 
 
 def plain(tower: str, **fields: Any) -> KosmosConfig:
-    """A config whose attention is written out in products that torch counts as they are, every pair of them."""
+    """A config whose attention is plain products of matrices, which torch counts with all pairs of positions."""
     return tiny_config(tower, attention_kernel="reference", **fields)
 
 
 @pytest.fixture
 def batch() -> KosmosBatch:
-    """Two rows of one document each, 38 positions and 3 images: torch counts whole rows, and so no padding here."""
+    """Two rows of one document each, 38 positions and 3 images: torch counts padding too, so there is none."""
     return batch_of([[image_doc(13, n_images=2, seed=1)], [image_doc(31, seed=2)]], 38)
 
 
@@ -154,7 +154,7 @@ def test_any_tower_of_open_clip_is_counted(name: str, trainable: str) -> None:
         assert 2.5 * forward < training <= 3 * forward
 
 
-# ---- what torch cannot see
+# ---- what torch does not count
 
 
 def test_padding_costs_nothing(kosmos_tower: str) -> None:
@@ -175,12 +175,12 @@ def test_documents_of_a_row_do_not_pay_for_each_other() -> None:
     assert (own.n_tokens, own.n_targets, own.n_images) == (row.n_tokens, row.n_targets, row.n_images) == (46, 38, 1)
 
 
-def test_chunks_of_the_loss_that_are_computed_again_count_once(kosmos_tower: str, batch: KosmosBatch) -> None:
+def test_recomputed_chunks_of_the_loss_count_once(kosmos_tower: str, batch: KosmosBatch) -> None:
     work = Work.of_batch(batch)
 
-    whole, chunked = (ModelFlops(plain(kosmos_tower, loss_chunk=n)).training(work) for n in (None, 7))
+    unchunked, chunked = (ModelFlops(plain(kosmos_tower, loss_chunk=n)).training(work) for n in (None, 7))
 
-    assert chunked == whole
+    assert chunked == unchunked
 
 
 def test_every_part_adds_to_the_sum() -> None:

@@ -1,4 +1,4 @@
-"""Peaks are found by the names that drivers give."""
+"""Peak rates by the names that drivers give devices."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_a_device_is_found_by_its_drivers_name(name: str, precision: Precision, 
         "",
     ],
 )
-def test_no_peak_is_made_up_for_other_devices(name: str) -> None:
+def test_unknown_devices_have_no_peak(name: str) -> None:
     assert peak_flops(name, "bf16") is None
 
 
 @pytest.mark.parametrize(("name", "precision"), [("NVIDIA A100-SXM4-80GB", "fp8"), ("Tesla T4", "bf16")])
-def test_no_peak_is_made_up_for_what_a_device_cannot_multiply(name: str, precision: Precision) -> None:
+def test_a_dtype_that_a_device_does_not_support_has_no_peak(name: str, precision: Precision) -> None:
     assert peak_flops(name, precision) is None
