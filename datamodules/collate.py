@@ -25,7 +25,7 @@ from kosmos_lit.tokenizer import IGNORE, PAD, Ids, SpecialTokens, Tokenizer
 
 
 @dataclass(frozen=True)
-class ReadRow:
+class DecodedRow:
     """A row as a batch takes it up."""
 
     row: Row
@@ -65,7 +65,7 @@ class ImageReader:
         self.ledger, self.blocklist, self.split = ledger, blocklist, split
         self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
 
-    def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[ReadRow], Pixels]:
+    def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[DecodedRow], Pixels]:
         """Return the rows of a batch and their images, one row's after another's: (N, 3, size, size).
 
         An image that cannot be decoded, or is of a blocked document, is black. `corpora` are those of the sources, by name.
@@ -76,12 +76,12 @@ class ImageReader:
         images = np.empty((int(ends[-1]), 3, self.size, self.size), dtype=np.uint8)
         places = np.split(images, ends[:-1])
         read = [
-            self._read(row, corpora[row.source], out) if row.source else ReadRow(row)
+            self._read(row, corpora[row.source], out) if row.source else DecodedRow(row)
             for row, out in zip(rows, places, strict=True)
         ]
         return read, images
 
-    def _read(self, row: Row, corpus: IndexedCorpus, out: Pixels) -> ReadRow:
+    def _read(self, row: Row, corpus: IndexedCorpus, out: Pixels) -> DecodedRow:
         source = row.source
         blocked: dict[int, str] = {}
         if self.blocklist is not None:
@@ -90,7 +90,7 @@ class ImageReader:
         for n, what in blocked.items():
             self._note(row, source, *corpus.shard_and_name(row.documents[n].document), REASON, what)
         undecodable = []
-        for image, owner, place in zip(row.images, row.image_owner, out, strict=True):
+        for image, owner, place in zip(row.images, row.image_segments, out, strict=True):
             if owner in blocked:
                 place[:] = 0
                 continue
@@ -104,7 +104,7 @@ class ImageReader:
                 self._quarantine(row, source, corpus, row.documents[owner].document, image, error)
             except OSError as error:
                 raise UserError(f"row {row.number}: an image cannot be read: {error}") from error
-        return ReadRow(row, tuple(undecodable), tuple(bad))
+        return DecodedRow(row, tuple(undecodable), tuple(bad))
 
     def _quarantine(
         self, row: Row, source: str, corpus: IndexedCorpus, document: int, image: StoredImage, error: ImageError
@@ -130,7 +130,7 @@ class ImageReader:
 
 
 def collate(
-    read: Sequence[ReadRow],
+    read: Sequence[DecodedRow],
     images: Pixels,
     *,
     tokenizer: Tokenizer,

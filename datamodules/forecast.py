@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.config import Unit
-from datamodules.mixture.mixture import MixtureSchedule
-from datamodules.mixture.shares import NamedSource, Phase, build_schedule, shares
+from datamodules.mixture.schedule import MixtureSchedule, Phase, build_schedule
+from datamodules.mixture.shares import NamedSource, row_shares
 from datamodules.mixture.steps import Steps
 from datamodules.packing.row_plan import Amounts, Totals
 from datamodules.prepared_source import PreparedSource
@@ -145,7 +145,7 @@ class TypicalForecast:
             for name, (a, document) in rows.items()
         }  # fmt: skip
         named = list(sources.values())
-        stages = tuple(shares(steps.row(step), ratio, named, totals, unit) for step, ratio in ratios)
+        stages = tuple(row_shares(steps.row(step), ratio, named, totals, unit) for step, ratio in ratios)
         return cls(kinds, build_schedule([Phase(0, stages)], kinds), rows)
 
     def forecast(self, n_rows: int) -> list[SourceForecast]:

@@ -15,14 +15,15 @@ from datamodules.config import CorpusConfig, RatioConfig, RatioStage, TokenizerC
 from datamodules.forecast import largest_micro_batch, last_step
 from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, PromptLoader, RenderOptions, micro_batches
 from datamodules.mixture.history import History
-from datamodules.mixture.shares import Phase, build_schedule, name_sources, ratios_by_step, shares
+from datamodules.mixture.schedule import Phase, build_schedule
+from datamodules.mixture.shares import name_sources, ratios_by_step, row_shares
 from datamodules.mixture.steps import Steps
 from datamodules.packing import RowLayout
 from datamodules.packing.row_plan import VERSION
 from datamodules.prepared_source import PreparedSource, describe_sources, open_tokenizer, prepare_source, prepare_tokenizer
-from datamodules.prompt_batches import ask_captions, ask_examples
+from datamodules.prompt_batches import caption_prompts_of, example_prompts_of
 from datamodules.quarantine import LEDGER, Ledger
-from datamodules.stream import InOrder, Row, Stream
+from datamodules.stream import SequentialSchedule, Row, Stream
 from kosmos_lit.batch import CORPORA, PromptBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import Fit
@@ -114,7 +115,7 @@ class MixtureData(L.LightningDataModule):
         self.block_documents, self.run_documents, self.quarantine = block_documents, run_documents, quarantine
         self.blocklist = Blocklist.load(blocklist) if blocklist else None
         self.opened: dict[str, PreparedSource] = {}
-        self.steps = Steps.of(global_batch_rows)
+        self.steps = Steps.constant(global_batch_rows)
         self._loaded: Any = None  # the checkpoint whose stream goes on
         self._accumulates: L.Trainer | None = None  # the trainer whose accumulation was set
 
@@ -189,7 +190,7 @@ class MixtureData(L.LightningDataModule):
             return Stream(packed, self.schedule, self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
 
-    def as_trained(self, row: Row) -> tuple[Row, dict[int, str]]:
+    def apply_blocklist(self, row: Row) -> tuple[Row, dict[int, str]]:
         """Return a row as the model gets it, and what blocks the documents that the blocklist strikes out of it."""
         if self.blocklist is None:
             return row, {}
@@ -204,7 +205,7 @@ class MixtureData(L.LightningDataModule):
         if not held_out:
             raise UserError("no corpus has held-out documents; raise val_share of a corpus")
         counts = [packed.plan.n_rows for packed in held_out]
-        schedule = InOrder([min(c, most_rows) if most_rows is not None else c for c in counts])
+        schedule = SequentialSchedule([min(c, most_rows) if most_rows is not None else c for c in counts])
         return Stream(held_out, schedule, self.tokenizer.special, self.seq_len), schedule.n_rows
 
     def _deal(self, history: History) -> None:
@@ -261,17 +262,17 @@ class MixtureData(L.LightningDataModule):
         """Yield questions about the images of held-out caption pairs, and the prompts of held-out examples."""
         if not any(source.val is not None for kind in ("caption", "instruct") for source in self._of_kind(kind)):
             raise UserError("predict asks about held-out caption pairs and examples, but there are none")
-        return PromptLoader(lambda: chain(self.caption_questions(), self.instruct_questions()), self.seq_len)
+        return PromptLoader(lambda: chain(self.caption_prompts(), self.instruct_prompts()), self.seq_len)
 
-    def caption_questions(self) -> Iterator[PromptBatch]:
+    def caption_prompts(self) -> Iterator[PromptBatch]:
         """Yield questions about held-out captions' images, if there are any."""
         for source in self._of_kind("caption"):
-            yield from ask_captions(source.corpus, self._held_out(source), self.tokenizer, self.image_size, self.prompt)
+            yield from caption_prompts_of(source.corpus, self._held_out(source), self.tokenizer, self.image_size, self.prompt)
 
-    def instruct_questions(self) -> Iterator[PromptBatch]:
+    def instruct_prompts(self) -> Iterator[PromptBatch]:
         """Yield the prompts of held-out examples, if there are any."""
         for source in self._of_kind("instruct"):
-            yield from ask_examples(source.corpus, self._held_out(source), self._rendering(), self.seq_len)
+            yield from example_prompts_of(source.corpus, self._held_out(source), self._rendering(), self.seq_len)
 
     def _held_out(self, source: PreparedSource) -> Iterator[int]:
         for document in source.held_out():
@@ -330,8 +331,8 @@ class MixtureData(L.LightningDataModule):
         self._take_up(state_dict, accept=True)
 
     def _take_up(self, state_dict: dict[str, Any], *, accept: bool) -> list[str]:
-        self.steps = Steps.from_list(state_dict["steps"]).go_on(state_dict["step"], self.global_batch_rows)
-        history, changes = History.from_dict(state_dict).go_on(self._wanted(), state_dict["next_row"], accept=accept)
+        self.steps = Steps.from_list(state_dict["steps"]).resume(state_dict["step"], self.global_batch_rows)
+        history, changes = History.from_dict(state_dict).resume(self._wanted(), state_dict["next_row"], accept=accept)
         self._deal(history)
         return changes
 
@@ -339,7 +340,7 @@ class MixtureData(L.LightningDataModule):
         """Return what the configuration asks for."""
         totals = {name: source.train.plan.totals for name, source in self.opened.items()}
         sources = list(self.sources.values())
-        stages = tuple(shares(self.steps.row(step), ratio, sources, totals, self.unit) for step, ratio in self.ratios)
+        stages = tuple(row_shares(self.steps.row(step), ratio, sources, totals, self.unit) for step, ratio in self.ratios)
         return History(self._rules(), {n: s.contents for n, s in self.opened.items()}, [Phase(0, stages)])
 
     def _rules(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ ROOM = 64
 """Positions that an answer may take; prompts that leave less of a row are not asked."""
 
 
-def ask_captions(
+def caption_prompts_of(
     corpus: IndexedCorpus, documents: Iterable[int], tokenizer: Tokenizer, image_size: int, prompt: str
 ) -> Iterator[PromptBatch]:
     """Yield questions about caption pairs' images; those that cannot be decoded are left out."""
@@ -41,7 +41,7 @@ def ask_captions(
             )  # fmt: skip
 
 
-def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: RenderOptions, seq_len: int) -> Iterator[PromptBatch]:
+def example_prompts_of(corpus: IndexedCorpus, documents: Iterable[int], r: RenderOptions, seq_len: int) -> Iterator[PromptBatch]:
     """Yield the prompt of each example, all before its last answer, in the very tokens of its row.
 
     Examples are left out whose prompt leaves no room for an answer, or an image of which cannot be decoded.

@@ -31,7 +31,7 @@ class Schedule(Protocol):
         """Return how many of the first `n_rows` rows come from each source."""
 
 
-class InOrder:
+class SequentialSchedule:
     """Each source's rows once, one source after another."""
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class PackedSource:
 
 
 @dataclass(frozen=True)
-class PlacedDocument:
+class Segment:
     """A document, or a piece of one, in a row."""
 
     document: int
@@ -90,9 +90,9 @@ class Row:
     """(T,) input ids."""
     targets: Ids
     """(T,) ids to predict, or IGNORE."""
-    documents: tuple[PlacedDocument, ...]
+    documents: tuple[Segment, ...]
     images: tuple[StoredImage, ...]
-    image_owner: tuple[int, ...]
+    image_segments: tuple[int, ...]
     """Per image: index into `documents`."""
     slots: npt.NDArray[np.int64]
     """(n_images,) first slot of each image."""
@@ -184,7 +184,7 @@ class Stream:
         tokens = np.full(self.seq_len, PAD, dtype=np.int64)
         targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
         tokens[: len(read)], targets[: len(read)] = read, learnt
-        documents: list[PlacedDocument] = []
+        documents: list[Segment] = []
         images: list[StoredImage] = []
         owner: list[int] = []
         stops = (last[np.cumsum([len(ids) for ids in inputs]) - 1] + 1).tolist()
@@ -192,7 +192,7 @@ class Stream:
             seen = [i for i in corpus.document_images(document) if start <= i.position < end] if len(slots) else []
             images += seen
             owner += [len(documents)] * len(seen)
-            documents.append(PlacedDocument(document, start, end, position, stop - position))
+            documents.append(Segment(document, start, end, position, stop - position))
         return Row(
             number, source.kind, source.name, epoch, tokens, targets, tuple(documents), tuple(images), tuple(owner), slots
         )

@@ -217,7 +217,7 @@ class RowPlan:
         if corpus.image_offsets[-1] and L + 4 > T:
             raise UserError(f"seq_len {T} has no room for an image of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
-        self._keep_at_hand()
+        self._make_caches()
         one = self.blocks.n_blocks == 1
         counts = count_block(*self._packed(0)) if one else count_parts(self.blocks, f"planning {name}, {part}", workers)
         self._counts = counts
@@ -230,7 +230,7 @@ class RowPlan:
         if not self.n_rows:
             self._refuse()
 
-    def _keep_at_hand(self) -> None:
+    def _make_caches(self) -> None:
         self._packed = lru_cache(maxsize=KEPT_BLOCKS)(self.blocks.packed)
         self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
         self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
@@ -241,7 +241,7 @@ class RowPlan:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._keep_at_hand()
+        self._make_caches()
 
     def _refuse(self) -> None:
         corpus, T = self.blocks.corpus, self.blocks.layout.seq_len

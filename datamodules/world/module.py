@@ -90,7 +90,7 @@ class WorldData(MixtureData):
 
     def predict_dataloader(self) -> Iterable[Any]:
         """Yield one question for each held-out combination, with a drawing that no one has seen."""
-        return PromptLoader(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
+        return PromptLoader(lambda: chain(self._scene_questions(), self.instruct_prompts()), self.seq_len)
 
     def _scene_questions(self) -> Iterator[PromptBatch]:
         random = Random(hash_key("questions", self.world.seed))

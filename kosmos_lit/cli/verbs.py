@@ -122,7 +122,7 @@ def rows(arguments: list[str]) -> None:
             raise UserError(f"rows: --start {start}, but there are {n_rows} held-out rows, from 0")
         numbers = numbers[: n_rows - start]
     for number in numbers:
-        row, blocked = data.as_trained(stream.row(number))
+        row, blocked = data.apply_blocklist(stream.row(number))
         if a.json:
             print(json.dumps(describe_row(row, stream, blocked)))
         else:

@@ -276,5 +276,5 @@ def plain(row: Row) -> tuple[object, ...]:
     """A row as values that `==` compares."""
     return (
         row.number, row.corpus, row.source, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.documents, row.images,
-        row.image_owner, row.slots.tolist(),
+        row.image_segments, row.slots.tolist(),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, 
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
 from datamodules.row_display import describe_row, readable_row
-from datamodules.stream import InOrder, Stream
+from datamodules.stream import SequentialSchedule, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import IGNORE, PAD
@@ -214,7 +214,7 @@ def struck(stream, blocklist):
         hit = [blocklist.match(corpus, d.document) is not None for d in row.documents]
         for placed, is_hit in zip(row.documents, hit, strict=True):
             places[placed.at : placed.at + placed.length] = is_hit
-        found.append((places, [hit[owner] for owner in row.image_owner]))
+        found.append((places, [hit[owner] for owner in row.image_segments]))
     return found
 
 
@@ -279,7 +279,7 @@ def test_shards_and_indexes_are_not_written(stream, tokenizer, listed):
 def test_held_out_documents_are_struck_out_as_well_and_the_ledger_says_where(stream, tokenizer, listed, tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
     sources = list(stream.by_name.values())
-    schedule = InOrder([source.plan.n_rows for source in sources])
+    schedule = SequentialSchedule([source.plan.n_rows for source in sources])
     held_out = Stream(sources, schedule, stream.special, 101)
     found = batches(held_out, tokenizer, listed(*ENTRIES), ledger, n_rows=schedule.n_rows)
     assert len(found) == schedule.n_rows

@@ -111,8 +111,8 @@ def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
 def test_an_image_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
     row = first_with_images(stream)
     [found], images = read([row], stream)
-    batch = joined(([replace(found, undecodable=(row.image_owner[1],))], images), tokenizer)
-    placed = row.documents[row.image_owner[1]]
+    batch = joined(([replace(found, undecodable=(row.image_segments[1],))], images), tokenizer)
+    placed = row.documents[row.image_segments[1]]
     inside = np.zeros(101, dtype=bool)
     inside[placed.at : placed.at + placed.length] = True
     assert batch.tokens[0].tolist() == row.tokens.tolist()
@@ -159,7 +159,7 @@ def test_bad_images_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_p
     for sample in samples:
         row = found[sample.row].row
         [(image, owner)] = [
-            (i, o) for i, o in zip(row.images, row.image_owner, strict=True) if i.offset == sample.offset
+            (i, o) for i, o in zip(row.images, row.image_segments, strict=True) if i.offset == sample.offset
         ]
         assert corpus.shard_and_name(row.documents[owner].document) == (sample.shard, sample.key)
         assert corpus.image_bytes(image) == made.hollow_png()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.collate import ReadRow, collate
+from datamodules.collate import DecodedRow, collate
 from datamodules.corpus import StoredImage
-from datamodules.stream import PlacedDocument, Row, Stream
+from datamodules.stream import Segment, Row, Stream
 from kosmos_lit.batch import DIGEST_MASK
 from kosmos_lit.tokenizer import IGNORE
 from tests.datamodules import made
@@ -24,7 +24,7 @@ def rows(draw) -> Row:
     """Rows of three documents, each of 7 positions and with an image."""
     ids = st.lists(st.integers(0, 2**31), min_size=21, max_size=21)
     starts = [draw(NUMBERS) for _ in range(3)]
-    documents = tuple(PlacedDocument(draw(NUMBERS), start, start + 7, 7 * n, 7) for n, start in enumerate(starts))
+    documents = tuple(Segment(draw(NUMBERS), start, start + 7, 7 * n, 7) for n, start in enumerate(starts))
     offsets = draw(st.lists(NUMBERS, min_size=3, max_size=3, unique=True))
     images = tuple(StoredImage(draw(st.integers(0, 99)), offset, draw(NUMBERS), 2, "") for offset in offsets)
     return Row(
@@ -108,7 +108,7 @@ def test_digests_add_up_to_the_same_however_rows_are_shared_out(stream, tokenize
         mine = [stream.row(n) for n, p in zip(numbers, parts, strict=True) if p == part]
         if mine:
             images = np.zeros((sum(len(row.images) for row in mine), 3, 5, 5), dtype=np.uint8)
-            batch = collate([ReadRow(row) for row in mine], images, tokenizer=tokenizer, n_latents=3, n_step_targets=1)
+            batch = collate([DecodedRow(row) for row in mine], images, tokenizer=tokenizer, n_latents=3, n_step_targets=1)
             total = (total + batch.digest) & DIGEST_MASK
 
     assert total == whole

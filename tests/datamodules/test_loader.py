@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, RenderOptions, micro_batches
-from datamodules.stream import InOrder, Stream
+from datamodules.stream import SequentialSchedule, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import IGNORE
@@ -26,7 +26,7 @@ def stream(corpora, tokenizer):
 def held_out(stream):
     """A finite stream: every row of each plan once."""
     sources = list(stream.by_name.values())
-    schedule = InOrder([source.plan.n_rows for source in sources])
+    schedule = SequentialSchedule([source.plan.n_rows for source in sources])
     return Stream(sources, schedule, stream.special, 101), schedule.n_rows
 
 

@@ -234,7 +234,7 @@ def test_images_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch):
 
     data = ready(build)
     monkeypatch.setattr("datamodules.prompt_batches.decode", broken)
-    assert list(data.caption_questions()) == []
+    assert list(data.caption_prompts()) == []
     with pytest.raises(UserError, match=r"nothing to ask: .* or has an image that cannot be decoded"):
         list(data.predict_dataloader())
 

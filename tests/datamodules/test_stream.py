@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.stream import InOrder, inputs_and_targets, render
+from datamodules.stream import SequentialSchedule, inputs_and_targets, render
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 from tests.datamodules import made
@@ -137,12 +137,12 @@ def test_every_image_of_a_row_has_its_slots_between_marker_and_end(stream):
             assert row.tokens[slot - 1 : slot + 3].tolist() == [stream.special.image] * 4
             assert row.tokens[slot + 3] == stream.special.image_end
         assert int((row.tokens == stream.special.image).sum()) == 4 * len(row.images)
-        assert len(row.slots) == len(row.images) == len(row.image_owner)
+        assert len(row.slots) == len(row.images) == len(row.image_segments)
 
 
 def test_an_image_lies_in_the_document_that_owns_it(stream):
     for row in map(stream.row, range(61)):
-        for image, owner, slot in zip(row.images, row.image_owner, row.slots.tolist(), strict=True):
+        for image, owner, slot in zip(row.images, row.image_segments, row.slots.tolist(), strict=True):
             placed = row.documents[owner]
             assert placed.at < slot < placed.at + placed.length
             assert image in stream.by_name[row.source].corpus.document_images(placed.document)
@@ -173,6 +173,6 @@ def test_another_seed_gives_another_stream(corpora, tokenizer, stream):
 
 
 def test_in_order_gives_one_corpus_after_another():
-    schedule = InOrder([3, 0, 2])
+    schedule = SequentialSchedule([3, 0, 2])
     assert [schedule.locate(row) for row in range(5)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
     assert schedule.n_rows == 5

@@ -133,7 +133,7 @@ def test_pixels_are_those_of_training(
     tokenizer = Tokenizer.load(vocabulary)
     _, _, row = rows_of(trained, "instruct", tokenizer)[2]
     _, images = ImageReader(SIDE, fit, tokenizer.special, {"instruct": 0.0}).read([row], {"instruct": trained})
-    wanted = images[[n for n, owner in enumerate(row.image_owner) if row.documents[owner].document == 2]]
+    wanted = images[[n for n, owner in enumerate(row.image_segments) if row.documents[owner].document == 2]]
 
     engine = RequestScheduler(tiny_model(kosmos_tower), tokenizer, image_fit=fit)
 
