@@ -162,7 +162,7 @@ class Stream:
         found = 0
         for source, before, after in zip(self.sources, *map(self.schedule.counts, (first, stop)), strict=False):
             if source is not None:
-                found += source.plan.n_targets_of(before, after)
+                found += source.plan.n_targets(before, after)
             elif after > before:
                 for row in range(first, stop):
                     self.locate(row)  # says which row it is
@@ -171,7 +171,7 @@ class Stream:
     def row(self, number: int) -> Row:
         """Return stream row `number`."""
         source, epoch, at = self.locate(number)
-        corpus, pieces = source.corpus, source.plan.pieces(at)
+        corpus, pieces = source.corpus, source.plan.segments(at)
         inputs, wanted = zip(
             *(
                 inputs_and_targets(corpus.document_tokens(n), start, end, self.special, corpus.document_supervised(n))

@@ -252,7 +252,7 @@ def plan(name: str, corpus: IndexedCorpus, seq_len: int, n_latents: int, seed: i
 
 def documents_of(plan: RowPlan) -> list[int]:
     """The documents of a plan, each once."""
-    return sorted({document for row in range(plan.n_rows) for document, _, _ in plan.pieces(row)})
+    return sorted({document for row in range(plan.n_rows) for document, _, _ in plan.segments(row)})
 
 
 def stream(
