@@ -1,14 +1,11 @@
-"""Input files and output files: globs that must match, writes that are whole or absent."""
+"""Input files, by patterns."""
 
 from __future__ import annotations
 
 import glob
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from secrets import token_hex
 
 from kosmos_lit.errors import UserError
 
@@ -43,39 +40,3 @@ def matches(patterns: Sequence[str], *, folders: bool = False) -> list[Path]:
 def _sorted(paths: Iterable[Path]) -> list[Path]:
     """Sort as `sorted` does, ten times as fast: there may be 200,000."""
     return sorted(paths, key=lambda path: path.parts)
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes `target` when everything is on disk, or leaves no trace."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{token_hex(4)}.tmp"  # machines may have processes of equal numbers
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            sync(file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
-    temporary.write_bytes(data)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

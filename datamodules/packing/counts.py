@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from datamodules.io.hashing import hash_key
 from datamodules.io.locks import LockError, locked
-from datamodules.io.paths import write_whole
 from datamodules.io.pool import Progress, run_all
+from kosmos_lit.files import write_atomically
 
 Counts = npt.NDArray[Any]
 PART = 32
@@ -111,7 +111,7 @@ def _count(task: tuple[CountableBlocks, int, int, Path], progress: Progress) -> 
 def _write(path: Path, counts: Counts) -> None:
     data = io.BytesIO()
     np.savez(data, counts=counts)  # a zip file, so with a checksum
-    write_whole(path, data.getvalue())
+    write_atomically(path, data.getvalue())
 
 
 def _read(path: Path, n: int) -> Counts | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,12 +18,13 @@ from typing import Any
 
 from datamodules.corpus import VERSION, IndexedCorpus, read_manifest, shards_key
 from datamodules.io.locks import locked
-from datamodules.io.paths import expand, write_whole
+from datamodules.io.paths import expand
 from datamodules.io.pool import run_all
 from datamodules.prepare.join import join, join_surveys
 from datamodules.prepare.shard import Task, images_file, index_shard, survey_shard, token_dtype
 from datamodules.sources import SOURCES, ReadOptions
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import remove_leftovers, write_atomically
 from kosmos_lit.tokenizer import Tokenizer
 
 PARTS_VERSION = 3
@@ -135,7 +136,7 @@ def prepare_part(
             if (corpus := _finished(output, identity)) is not None:  # made by the process that was waited for
                 return corpus
             _check_parts(output, identity, may_drop=n_parts == 1)
-            _remove_leftovers(output, {task.part.name for task in own})
+            remove_leftovers(output / "parts", {path.name for task in own for path in (task.part, task.survey)})
         if SOURCES[format].needs_survey:
             run_all(survey_shard, [t for t in own if not t.survey.exists()], workers, "listing images", "images")
             with alone():
@@ -231,12 +232,4 @@ def _check_parts(output: Path, identity: dict[str, Any], *, may_drop: bool) -> N
                 f"input and options, or delete {output / 'parts'} to begin again"
             )
     shutil.rmtree(output / "parts", ignore_errors=True)
-    write_whole(path, json.dumps(wanted).encode())
-
-
-def _remove_leftovers(output: Path, own: Iterable[str]) -> None:
-    """Remove what processes that were killed had begun of one's own shards."""
-    numbers = set(own)
-    for left in (output / "parts").glob(".*.tmp"):
-        if left.name.split(".")[1] in numbers:
-            shutil.rmtree(left, ignore_errors=True)
+    write_atomically(path, json.dumps(wanted).encode())

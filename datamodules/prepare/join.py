@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -16,7 +15,6 @@ import numpy.typing as npt
 
 from datamodules.corpus import COLUMNS, MANIFEST
 from datamodules.document import Tally
-from datamodules.io.paths import sync, write_whole
 from datamodules.prepare.columns import SLICE, ColumnWriter, join_columns
 from datamodules.prepare.report import report
 from datamodules.prepare.shard import IMAGES, Task, images_file, read_tally
@@ -24,6 +22,7 @@ from datamodules.quarantine import LEDGER
 from datamodules.sources import SOURCES
 from datamodules.sources.base import SURVEY
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import atomic_file, remove_leftovers, write_atomically
 
 
 def join_surveys(output: Path, tasks: Sequence[Task]) -> None:
@@ -35,16 +34,13 @@ def join_surveys(output: Path, tasks: Sequence[Task]) -> None:
     total = sum(len(np.load(path, mmap_mode="r")) for path in surveys)
     n_ranges = -(-total // SLICE) or 1
     bounds = [(i << 64) // n_ranges for i in range(n_ranges + 1)]
-    temporary = images_file(output).with_name(f".{IMAGES}")
-    with closing(ColumnWriter(temporary, SURVEY)) as writer:
+    with atomic_file(images_file(output)) as path, closing(ColumnWriter(path, SURVEY)) as writer:
         for low, high in pairwise(bounds):
             rows = np.concatenate([np.empty(0, SURVEY), *(_between(path, low, high) for path in surveys)])
             rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["verdict"], rows["url"]))]
             first = np.ones(len(rows), dtype=bool)
             first[1:] = rows["url"][1:] != rows["url"][:-1]
             writer.append(rows[first])
-    sync(temporary)
-    os.replace(temporary, images_file(output))
 
 
 def _between(path: Path, low: int, high: int) -> npt.NDArray[np.void]:
@@ -65,13 +61,12 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
     images = _sum_tallies(task.survey for task in tasks) if source.needs_survey else Tally()
     if not tally.documents:
         raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, images)}")
+    remove_leftovers(output)
     lengths = {}
     for column, dtype in ({"tokens": token_dtype} | COLUMNS | dict(source.columns)).items():
-        temporary = output / f".{column}.npy"
         parts = (task.part / f"{column}.npy" for task in tasks)
-        lengths[column] = join_columns(parts, temporary, dtype, offsets=column.endswith("_offsets"))
-        sync(temporary)
-        os.replace(temporary, output / f"{column}.npy")
+        with atomic_file(output / f"{column}.npy") as path:
+            lengths[column] = join_columns(parts, path, dtype, offsets=column.endswith("_offsets"))
     _join_ledgers(output, tasks)
     manifest = identity | {
         "documents": tally.documents,
@@ -80,27 +75,21 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
         "tally": tally.to_dict(),
         "image_tally": images.to_dict(),
     }
-    for left in output.glob(".*.tmp"):  # of a run that was killed while it wrote the manifest
-        left.unlink()
-    write_whole(output / MANIFEST, json.dumps(manifest).encode())
+    write_atomically(output / MANIFEST, json.dumps(manifest).encode())
     shutil.rmtree(output / "parts", ignore_errors=True)
 
 
 def _join_ledgers(output: Path, tasks: Sequence[Task]) -> None:
     """Write the broken records of all shards into one file, in their order; none if there are none."""
-    temporary = output / f".{LEDGER}"
-    with temporary.open("wb") as joined:
-        for task in tasks:
-            for folder in (task.survey, task.part):
-                if (folder / LEDGER).exists():
-                    with (folder / LEDGER).open("rb") as ledger:
-                        shutil.copyfileobj(ledger, joined)
-    if temporary.stat().st_size:
-        sync(temporary)
-        os.replace(temporary, output / LEDGER)
-    else:
-        temporary.unlink()
+    ledgers = [folder / LEDGER for task in tasks for folder in (task.survey, task.part)]
+    ledgers = [path for path in ledgers if path.exists() and path.stat().st_size]
+    if not ledgers:
         (output / LEDGER).unlink(missing_ok=True)
+        return
+    with atomic_file(output / LEDGER) as path, path.open("wb") as joined:
+        for ledger in ledgers:
+            with ledger.open("rb") as file:
+                shutil.copyfileobj(file, joined)
 
 
 def _sum_tallies(parts: Iterable[Path]) -> Tally:

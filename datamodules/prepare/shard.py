@@ -14,13 +14,13 @@ import numpy as np
 
 from datamodules.corpus import COLUMNS, place
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.io.paths import whole_folder
 from datamodules.io.pool import Progress
 from datamodules.prepare.columns import ColumnWriter, column_writers
 from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.base import CUT_OFF
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import atomic_folder
 from kosmos_lit.tokenizer import Tokenizer
 
 BATCH_DOCUMENTS = 256
@@ -57,7 +57,7 @@ class Task:
 
 def survey_shard(task: Task, progress: Progress) -> None:
     """List one shard's images, sorted by the hash of their URLs."""
-    with whole_folder(task.survey) as folder, _counting(task, folder, but=CUT_OFF) as tally:
+    with atomic_folder(task.survey) as folder, _counting(task, folder, but=CUT_OFF) as tally:
         # That a shard is cut off is for the ledger of the second pass, which finds it again.
         rows = SOURCES[task.format].survey(task.path, task.shard, task.options, tally)
         _check_share(task, tally)
@@ -73,7 +73,7 @@ def index_shard(task: Task, progress: Progress) -> None:
     tokenizer, source = _tokenizer(task.tokenizer), SOURCES[task.format]
     images = np.load(images_file(task.folder), mmap_mode="r") if source.needs_survey else None
     dtypes = {"tokens": token_dtype(tokenizer)} | COLUMNS | dict(source.columns)
-    with whole_folder(task.part) as folder, _counting(task, folder) as tally:
+    with atomic_folder(task.part) as folder, _counting(task, folder) as tally:
         with column_writers(folder, dtypes) as columns:
             for batch in _batches(source.documents(task.path, task.shard, task.options, tally, images)):
                 _note_odd_characters(batch, task.path.name, tally)

@@ -16,9 +16,10 @@ import sentencepiece
 from tqdm import tqdm
 
 from datamodules.document import Tally
-from datamodules.io.paths import expand, write_whole
+from datamodules.io.paths import expand
 from datamodules.sources import SOURCES, ReadOptions, Source
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import write_atomically
 from kosmos_lit.tokenizer import LEADING, MODEL_FILE, Tokenizer, clean, has_tokenizer
 
 MAX_SENTENCE_BYTES = 4000
@@ -61,8 +62,8 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tok
         why = f"the text is enough for at most {most[1]}" if most else str(error)
         raise UserError(f"prepare tokenizer: {vocab_size} pieces out of {len(files)} files: {why}") from error
     tokenizer = Tokenizer(model.getvalue())
-    write_whole(output / ORIGIN_FILE, json.dumps(origin, indent=1).encode())
-    write_whole(output / MODEL_FILE, model.getvalue())
+    write_atomically(output / ORIGIN_FILE, json.dumps(origin, indent=1).encode())
+    write_atomically(output / MODEL_FILE, model.getvalue())
     return tokenizer
 
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from datamodules.config import CorpusConfig
 from datamodules.io.hashing import hash_key
-from datamodules.io.paths import whole_folder
 from datamodules.io.pool import starting_workers
 from datamodules.sources import ReadOptions
 from datamodules.world.creatures import described_example, fact_example, named_example, seen_example
@@ -34,6 +33,7 @@ from datamodules.world.scene import Rules
 from datamodules.world.scene_tasks import caption_example, class_example, few_shot_example, question_example
 from datamodules.world.text_tasks import told_example
 from datamodules.world.write import WorldConfig, is_drawn
+from kosmos_lit.files import atomic_folder
 
 Record = dict[str, Any]
 """A line of instruction data."""
@@ -83,7 +83,7 @@ def write_families(config: FamiliesConfig, world: WorldConfig) -> None:
     identity = {k: v for k, v in asdict(config).items() if k != "blind"} | {"world": world.seed, "held_out": world.held_out}
     if is_drawn(folder / IDENTITY, identity, "world"):
         return
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         (temporary / "blind").mkdir()
         jobs = [(family, shard) for family, weight in config.weights.items() if weight for shard in range(config.shards)]
         with (

@@ -13,9 +13,9 @@ from pathlib import Path
 from random import Random
 
 from datamodules.io.hashing import hash_key
-from datamodules.io.paths import whole_folder
 from datamodules.world.scene import PLACES, Rules, Scene, held_out_scenes, paint, training_scene
 from datamodules.world.write import WorldConfig, encode_jpeg, is_drawn
+from kosmos_lit.files import atomic_folder
 
 IDENTITY = "task.json"
 
@@ -45,7 +45,7 @@ def write_task(config: TaskConfig, world: WorldConfig) -> None:
     if is_drawn(folder / IDENTITY, identity, "task"):
         return
     rules = Rules(world.seed, world.held_out)
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         random = Random(hash_key("task", config.seed, "train"))
         shown = [training_scene(random, "object", rules) for _ in range(config.n_examples)]
         _write(temporary, "train", shown, random)

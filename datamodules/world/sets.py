@@ -17,7 +17,6 @@ from random import Random
 from PIL import Image
 
 from datamodules.io.hashing import hash_key
-from datamodules.io.paths import whole_folder
 from datamodules.world import text_tasks
 from datamodules.world.creatures import (
     CATEGORY,
@@ -43,6 +42,7 @@ from datamodules.world.rendered_text import (
 from datamodules.world.scene import Rules, Scene
 from datamodules.world.scene_tasks import ASPECTS, CLASSES, WHAT, aspect_of, class_of, questions
 from datamodules.world.write import WorldConfig, is_drawn
+from kosmos_lit.files import atomic_folder
 
 IDENTITY = "eval.json"
 POOL = 40
@@ -68,7 +68,7 @@ def write_sets(config: SetsConfig, world: WorldConfig) -> None:
     identity = asdict(config) | {"world": world.seed, "held_out": world.held_out}
     if is_drawn(folder / IDENTITY, identity, "world"):
         return
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         for name, write in SETS.items():
             set_folder = temporary / name
             set_folder.mkdir()

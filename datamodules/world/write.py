@@ -22,11 +22,11 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from datamodules.io.hashing import hash_key
-from datamodules.io.paths import whole_folder
 from datamodules.io.pool import starting_workers
 from datamodules.world.language import caption, page_texts, text
 from datamodules.world.scene import SIDE, Rules, paint, training_scene
 from kosmos_lit.errors import UserError
+from kosmos_lit.files import atomic_folder
 
 KINDS = {"object": 5, "count": 3, "pair": 2, "group": 1, "word": 0.4}
 """Relative frequency of the kinds of scenes in captions and pages."""
@@ -82,7 +82,7 @@ def write_world(config: WorldConfig) -> None:
     identity = {k: v for k, v in asdict(config).items() if k not in ("path", "workers")}
     if is_drawn(folder / IDENTITY, identity, "world"):
         return
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         jobs = [(kind, shard) for kind in ("caption", "pages", "text") for shard in range(config.shards)]
         with (
             ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool,

@@ -1,6 +1,6 @@
 import pytest
 
-from datamodules.io.paths import expand, whole_folder, write_whole
+from datamodules.io.paths import expand
 from kosmos_lit.errors import UserError
 
 
@@ -32,27 +32,3 @@ def test_a_pattern_that_matches_only_a_folder_is_refused(tmp_path):
 def test_no_pattern_at_all_is_refused():
     with pytest.raises(UserError, match="no input is given"):
         expand([], "test")
-
-
-def test_a_folder_appears_whole(tmp_path):
-    with whole_folder(tmp_path / "deep/target") as folder:
-        (folder / "a").write_text("1")
-        assert not (tmp_path / "deep/target").exists()
-    assert [p.name for p in (tmp_path / "deep").rglob("*")] == ["target", "a"]
-
-
-def test_a_folder_that_was_not_finished_leaves_no_trace(tmp_path):
-    def interrupted():
-        with whole_folder(tmp_path / "target") as folder:
-            (folder / "a").write_text("1")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    write_whole(tmp_path / "a", b"first")
-    write_whole(tmp_path / "a", b"second")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"second")]

@@ -246,7 +246,7 @@ def test_a_part_that_was_not_finished_leaves_no_trace(prepare, monkeypatch, tmp_
 
 def test_an_interruption_while_joining_keeps_every_shard(prepare, monkeypatch, indexed, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(join, "write_whole", stop)  # the columns are joined by then, the manifest is not written
+        patch.setattr(join, "write_atomically", stop)  # the columns are joined by then, the manifest is not written
         with pytest.raises(KeyboardInterrupt):
             prepare()
     assert read_manifest(tmp_path / "index") is None
