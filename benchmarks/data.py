@@ -89,7 +89,7 @@ def rates(
 def compare(inputs: Inputs, shape: str, workers: int, n_batches: int, n_rounds: int) -> list[dict[str, object]]:
     """Return the lines of the table for pairs of one shape."""
     data = inputs.data(shape)
-    totals = data.opened["caption"].train.plan.totals
+    totals = data.prepared["caption"].train.plan.totals
     task = Task(inputs.tars(shape), data.tokenizer, round(totals.images / totals.rows), workers)
     sides: dict[str, Side] = {"ours": lambda: ours(data, workers)}
     sides |= {name: partial(side, task) for name, side in SIDES.items()}

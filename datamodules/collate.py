@@ -66,9 +66,9 @@ class ImageReader:
         self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
 
     def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[DecodedRow], Pixels]:
-        """Return the rows of a batch and the images of all of them in order, (N, 3, size, size).
+        """Return the rows of a batch and all their images in order, (N, 3, size, size).
 
-        An image that cannot be decoded or belongs to a blocked document is black. `corpora` are those of the sources, by name.
+        Images that cannot be decoded or belong to a blocked document are black. `corpora` are those of the sources by name.
 
         Raises: UserError if too many of a source's images so far were bad, or a shard is gone.
         """

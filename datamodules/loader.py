@@ -123,7 +123,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
             )
 
     def _row(self, number: int) -> Row:
-        """Return a row of the stream, or behind the end of a finite one an empty row: all ranks have equally many batches."""
+        """Return a row of the stream, and an empty one behind its end: all ranks have equally many batches."""
         if self.n_rows is not None and number >= self.n_rows:
             return empty_row(self.stream.seq_len)
         return self.stream.row(number)

@@ -334,7 +334,7 @@ def test_the_end_of_a_source_follows_from_the_rows_that_were_read_and_not_from_t
 
     step = load_checkpoint(last(tmp_path / "run"))["global_step"]
     data = data_of(changed)
-    data.read_as(load_checkpoint(last(tmp_path / "run"))["WorldData"])
+    data.restore_history(load_checkpoint(last(tmp_path / "run"))["WorldData"])
     stream = data.stream()
     read = [Counter(stream.locate(row)[0].name for row in range(s * G))["more"] for s in (step, step + 1)]
     assert step > 3

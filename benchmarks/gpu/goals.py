@@ -155,7 +155,7 @@ def g9(rig: Rig) -> Figures:
         inputs = make(Path(folder), n_pairs, n_texts, n_documents, 311 if rig.tiny else 2000)
         data = inputs.data("256 px")
         ours, *others = loader_benchmark.compare(inputs, "256 px", workers, 4 if rig.tiny else 200, 1 if rig.tiny else 3)
-        totals = data.opened["caption"].train.plan.totals
+        totals = data.prepared["caption"].train.plan.totals
         padding = 1 - totals.positions / (totals.rows * data.seq_len)
         wait = _data_wait(rig, data, workers)
     jpegs = [images.made(256, 256, 95, seed) for seed in range(4 if rig.tiny else 24)]

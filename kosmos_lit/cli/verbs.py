@@ -113,7 +113,7 @@ def rows(arguments: list[str]) -> None:
     if a.ckpt_path is not None:
         from kosmos_lit.checkpoint import load_checkpoint
 
-        data.read_as(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
+        data.restore_history(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
     stream = data.stream(a.split)
     numbers = range(start, start + count) if a.step is None else data.steps.rows(a.step)
     if a.split == "val":

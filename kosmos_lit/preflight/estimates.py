@@ -163,7 +163,7 @@ def _skeleton(run: Run) -> Kosmos | None:
 
 def _steps(run: Run) -> tuple[int, str | None]:
     if run.data is not None and run.is_opened:
-        end = last_step(run.data.opened, run.data.kinds, run.data.schedule, run.data.steps)
+        end = last_step(run.data.prepared, run.data.kinds, run.data.schedule, run.data.steps)
         if end is not None and (run.max_steps < 0 or end[0] < run.max_steps):
             return end
     return max(0, run.max_steps), None
@@ -174,7 +174,7 @@ def _readings(run: Run, steps: int) -> tuple[list[SourceForecast], bool]:
         return [], False
     n_rows = run.data.steps.row(steps)
     if run.is_opened:
-        return forecast(run.data.opened, run.data.kinds, run.data.schedule, n_rows), True
+        return forecast(run.data.prepared, run.data.kinds, run.data.schedule, n_rows), True
     return _expected(run).forecast(n_rows), False
 
 
@@ -189,7 +189,7 @@ def _micro_batch(run: Run) -> MicroBatch | None:
         return None
     m = data.micro_batch_rows
     if run.is_opened:
-        images, targets = largest_micro_batch(data.opened, data.kinds, data.schedule, m)
+        images, targets = largest_micro_batch(data.prepared, data.kinds, data.schedule, m)
     else:
         images, targets = _expected(run).largest_micro_batch(m)
     return MicroBatch(rows=m, seq_len=data.seq_len, n_images=images, n_targets=min(targets, m * data.seq_len))
@@ -229,7 +229,7 @@ def _flops(run: Run, found: Iterable[SourceForecast], steps: int) -> Flops | Non
     in_row = run.kosmos.decoder.document_attention == "row"
     work = Work()
     for r in found:
-        a, length = r.amounts, run.data.seq_len if in_row else r.document
+        a, length = r.amounts, run.data.seq_len if in_row else r.document_length
         work += Work(a.positions, round(a.positions * length), a.targets, a.images)
     per_step = ModelFlops(run.kosmos, run.freeze).training(work)
     return Flops(**{part: flops / steps for part, flops in asdict(per_step).items()})

@@ -71,7 +71,7 @@ class Run:
     @property
     def is_opened(self) -> bool:
         """Whether the corpora are at hand."""
-        return self.data is not None and bool(self.data.opened)
+        return self.data is not None and bool(self.data.prepared)
 
     @property
     def strategy_arguments(self) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_epochs_are_those_of_the_stream(tmp_path: Path, tiny_world: Path, capsys
 
     _, plan = planned(capsys, *arguments)
 
-    wanted = [longest[at] / data.opened[name].train.plan.n_rows for at, name in enumerate(data.kinds)]
+    wanted = [longest[at] / data.prepared[name].train.plan.n_rows for at, name in enumerate(data.kinds)]
     assert [s["epochs"] for s in plan["sources"]] == pytest.approx(wanted)
 
 
