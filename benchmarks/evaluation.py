@@ -27,7 +27,7 @@ from PIL import Image
 
 from kosmos_lit.checks.machine import machine
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
-from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts
+from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
@@ -45,7 +45,7 @@ TOLERANCE = 1e-4
 class Drawn(Task):
     """Comparisons that have been drawn."""
 
-    title, headline = "Drawn", "right"
+    title, main_metric = "Drawn", "right"
 
     def __init__(self, requests: Sequence[Sequence[LogLikelihood]]) -> None:
         """Take the comparisons of each sample."""
@@ -169,7 +169,7 @@ def timed(side: Callable[[], list[float]]) -> tuple[list[float], float, float]:
     return found, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(
+def caption_scores(
     name: str, model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]], rounds: int
 ) -> Measured:
     """Let both sides score a set in turn.
@@ -207,7 +207,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = []
         for name, requests in draw_sets(Path(folder), a.samples).items():
-            m = measure(name, model, tokenizer, requests, a.rounds)
+            m = caption_scores(name, model, tokenizer, requests, a.rounds)
             found.append(m)
             print(
                 f"{name:<10}{m.n_samples:>8}{m.n_pairs:>7}{m.samples_per_second:>12.2f}{m.samples_per_second_alone:>11.2f}"

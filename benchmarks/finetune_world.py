@@ -1,10 +1,10 @@
-"""Fine-tune the quickstart's model on a new task of the world, and compare what it can do before and after.
+"""Fine-tune the quickstart's model on a new task of the world, and compare its accuracy before and after.
 
     python benchmarks/finetune_world.py [--seeds 0 1 2] [--set KEY=VALUE ...]
 
-Trains the quickstart first if its checkpoint is missing. Before: the same questions to the checkpoint as it is. `captions`
-is the exact match of `CaptionReport` on held-out scenes; `task` that on the new task's held-out questions, `constant` the
-share of its most frequent answer, `blind` what is right with another question's image.
+Trains the quickstart first if its checkpoint is missing; "before" evaluates this checkpoint. `captions` is the exact match
+of `CaptionReport` on held-out scenes, `task` that on the new task's held-out questions, `constant` the share of its most
+frequent answer, `blind` the exact match with shuffled images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run() -> int:
     """Print and write one row per seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other settings of the fine-tuning runs")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of the fine-tuning runs")
     arguments = parser.parse_args()
     if not BASE.exists() and (code := main(["fit", "-c", "configs/quickstart.yaml"])):
         return code
@@ -55,14 +55,14 @@ def run() -> int:
 
 
 def compare(before: list[dict[str, str]], after: dict[str, dict[str, dict[str, float]]]) -> dict[str, object]:
-    """Return the figures of one run."""
-    asked = [row for row in before if row["task"] == "instruct"]
+    """Return the metrics of one run."""
+    questions = [row for row in before if row["task"] == "instruct"]
     captions = [row for row in before if row["task"] in COUNTED]
     pairs = [row for row in before if row["task"] == "pair"]
     return {
-        "task before": exact(asked),
+        "task before": exact(questions),
         "task after": after["tasks"]["instruct"]["exact_match"],
-        "constant": round(Counter(row["answer"] for row in asked).most_common(1)[0][1] / len(asked), 4),
+        "constant": round(Counter(row["answer"] for row in questions).most_common(1)[0][1] / len(questions), 4),
         "blind": after["tasks"]["instruct"]["exact_match_shuffled"],
         "captions before": exact(captions),
         "captions after": after["exact_match"],
@@ -73,7 +73,7 @@ def compare(before: list[dict[str, str]], after: dict[str, dict[str, dict[str, f
 
 
 def exact(rows: list[dict[str, str]]) -> float:
-    """Return the share of answers that are exactly right."""
+    """Return the share of exact matches."""
     return round(sum(row["generated"] == row["answer"] for row in rows) / len(rows), 4)
 
 

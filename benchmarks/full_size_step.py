@@ -1,6 +1,6 @@
-"""One real optimizer step of the paper's full-size model in bfloat16: does it run, how long, how much memory.
+"""One real optimizer step of the paper's full-size model in bfloat16: its time and memory.
 
-Runs `fit` as a user does, in a process of its own, on a machine with 24 GB. Prints a table, or JSON with --json.
+Runs `fit` in a process of its own, on a machine with 24 GB. Prints a table, or JSON with --json.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kosmos_lit.checks.machine import machine
 
 ROOT = Path(__file__).parents[1]
 ROWS, POSITIONS = 2, 128
-"""Of the step, as benchmarks/full_size_step.yaml has them."""
+"""Rows of the step and positions of a row, as in benchmarks/full_size_step.yaml."""
 
 
 def measure(folder: Path) -> dict[str, object]:
-    """Run the step in `folder` and return its figures.
+    """Run the step in `folder` and return its metrics.
 
     Raises: RuntimeError with the program's output if it fails.
     """
@@ -33,13 +33,13 @@ def measure(folder: Path) -> dict[str, object]:
     configs = ["-c", str(ROOT / "configs/kosmos1.yaml"), "-c", str(ROOT / "benchmarks/full_size_step.yaml")]
     paths = ["--trainer.default_root_dir", str(folder), "--data.world.path", str(folder / "world")]
     started = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), "fit", *configs, *paths],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     seconds = time.monotonic() - started
-    if done.returncode:
-        raise RuntimeError(done.stdout)
+    if process.returncode:
+        raise RuntimeError(process.stdout)
     with (folder / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         [row] = [r for r in csv.DictReader(file) if r.get("train/loss")]
     return {
@@ -53,13 +53,13 @@ def measure(folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Print the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "full_size_step")
     arguments = parser.parse_args()
-    found = measure(arguments.folder)
-    print(json.dumps(found) if arguments.json else "\n".join(f"{key:<20}{value}" for key, value in found.items()))
+    metrics = measure(arguments.folder)
+    print(json.dumps(metrics) if arguments.json else "\n".join(f"{key:<20}{value}" for key, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Lightning's Trainer with what configs/base.yaml adds, beside a bare loop over the same model and batches, in one run.
+"""Lightning's Trainer with the callbacks of configs/base.yaml, and a bare loop over the same model and batches, in one run.
 
     python -m benchmarks.loop [--steps 60] [--rounds 5] [--threads 1] [--profile] [--json FILE]
 
-Batches are made beforehand, so that no loader is measured; Lightning is given them as if one had. Sides take turns and
-each step is forward, backward, clipping, AdamW and schedule on all of them:
+Batches are collated beforehand, so that no loader is measured. The loops take turns; a step is forward, backward, clipping,
+AdamW and schedule in each:
 
     bare             these five and nothing else
     Trainer          Lightning with KosmosLit, without callbacks and loggers
     every 10 steps   as configs/base.yaml has it: StepLog, Progress, Predictions, Checkpoints, a CSV and a TensorBoard logger
     every step       the same, logging at every step
 
-Two models: `small`, the quickstart's; and `least`, which has next to nothing to compute, so that what a side adds to a
-step is seen in milliseconds. Figures are medians over the rounds, of CPU time (a machine may have other work to do) and of
-the clock. With --profile, the functions that take most of the third side's time with `least`.
+Two models: `small`, the quickstart's; and `least`, which computes next to nothing, so that the overhead of a loop shows.
+Numbers are medians over the rounds, of CPU time (a machine may have other work to do) and of the clock. `--profile` prints
+the functions that take most of the time of `every 10 steps` with `least`.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ TRAINERS = {
     "every step": ["--trainer.log_every_n_steps=1"],
 }
 N_BATCHES, WARM_UP = 12, 10
-"""Batches that are made, and steps before the clock runs."""
+"""Batches to train on, and steps before the clock runs."""
 Seconds = tuple[float, float]
 """Wall-clock and CPU seconds of a step."""
 
 
 def now(device: torch.device) -> Seconds:
-    """Return the clock's and the process's seconds, when the device has done all it was given."""
+    """Return the wall-clock and CPU seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter(), time.process_time()
 
 
 class Batches:
-    """Some batches over and over."""
+    """Batches that repeat for ever."""
 
     def __init__(self, batches: Sequence[KosmosBatch]) -> None:
         self.batches = batches
@@ -78,7 +78,7 @@ class Batches:
 
 
 class Clock(Callback):
-    """Takes the time from one step's start to another's end."""
+    """Measures the time per step, without the warm-up."""
 
     def __init__(self, n_steps: int) -> None:
         self.n_steps = n_steps
@@ -97,7 +97,7 @@ class Clock(Callback):
 
 
 class Loop:
-    """One model with its batches, and the ways of training it."""
+    """One model with its batches, trained with or without Lightning."""
 
     def __init__(self, flags: Sequence[str], folder: Path, n_steps: int) -> None:
         self.flags, self.folder, self.n_steps = list(flags), folder, n_steps
@@ -108,7 +108,7 @@ class Loop:
         self.batches = [next(stream) for _ in range(N_BATCHES)]
 
     def _cli(self, flags: Sequence[str]) -> KosmosCLI:
-        with tempfile.TemporaryDirectory() as unused:
+        with tempfile.TemporaryDirectory() as unused:  # for a fresh name alone
             root = self.folder / Path(unused).name
         arguments = ["-c", str(CONFIG), *self.flags, *flags, f"--trainer.max_steps={WARM_UP + self.n_steps + 1}"]
         arguments += [f"--trainer.default_root_dir={root}", f"--data.world.path={self.folder / 'world'}"]
@@ -121,7 +121,7 @@ class Loop:
         device, precision = cli.trainer.strategy.root_device, cli.trainer.precision_plugin
         lit.configure_model()
         net, c = lit.net.to(device).train(), lit.optimizer_config
-        if device.type == "cuda":  # as a run does
+        if device.type == "cuda":  # as in a run
             net.fuse()
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True)
@@ -142,7 +142,7 @@ class Loop:
         return wall / (self.n_steps + 1), cpu / (self.n_steps + 1)
 
     def trainer(self, flags: Sequence[str], profile: cProfile.Profile | None = None) -> Seconds:
-        """Train with Lightning as a run does."""
+        """Train with Lightning, as a run does."""
         cli = self._cli(flags)
         clock = Clock(self.n_steps)
         cli.trainer.callbacks.append(clock)
@@ -157,27 +157,27 @@ class Loop:
 
 
 def compare(loop: Loop, n_rounds: int, trainers: Mapping[str, Sequence[str]] = TRAINERS) -> list[dict[str, Any]]:
-    """Return the lines of the table: the bare loop, and one for each of `trainers` by their flags."""
-    found: dict[str, list[Seconds]] = {name: [] for name in ("bare", *trainers)}
+    """Return the lines of the table: the bare loop, then each of `trainers`, which are given by their flags."""
+    seconds: dict[str, list[Seconds]] = {name: [] for name in ("bare", *trainers)}
     for number in range(n_rounds):
-        names = list(found) if number % 2 == 0 else list(found)[::-1]
+        names = list(seconds) if number % 2 == 0 else list(seconds)[::-1]
         for name in names:
-            found[name].append(loop.bare() if name == "bare" else loop.trainer(trainers[name]))
-            gc.collect()  # Lightning's cycles hold on to a model
+            seconds[name].append(loop.bare() if name == "bare" else loop.trainer(trainers[name]))
+            gc.collect()  # cycles of references in Lightning keep a model alive
     lines = []
-    for name, rounds in found.items():
-        line: dict[str, Any] = {"side": name}
-        for what, which in (("CPU", 1), ("clock", 0)):
-            line[f"{what} ms a step"] = round(1000 * statistics.median(seconds[which] for seconds in rounds), 2)
-            pairs = list(zip(found["bare"], rounds, strict=True))
-            line[f"{what} ms beyond bare"] = round(1000 * statistics.median(o[which] - b[which] for b, o in pairs), 2)
-            line[f"{what} ratio"] = round(statistics.median(b[which] / o[which] for b, o in pairs), 3)
+    for name, rounds in seconds.items():
+        line: dict[str, Any] = {"loop": name}
+        pairs = list(zip(seconds["bare"], rounds, strict=True))
+        for clock, i in (("CPU", 1), ("clock", 0)):
+            line[f"{clock} ms a step"] = round(1000 * statistics.median(own[i] for own in rounds), 2)
+            line[f"{clock} ms beyond bare"] = round(1000 * statistics.median(own[i] - bare[i] for bare, own in pairs), 2)
+            line[f"{clock} ratio"] = round(statistics.median(bare[i] / own[i] for bare, own in pairs), 3)
         lines.append(line)
     return lines
 
 
 def profiled(loop: Loop, n_lines: int = 25) -> str:
-    """Return the functions that take most of the time of a run as configs/base.yaml has it."""
+    """Return the functions that take most of the time of a run with the callbacks of configs/base.yaml."""
     profile, text = cProfile.Profile(), io.StringIO()
     loop.trainer(TRAINERS["every 10 steps"], profile)
     pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(n_lines)
@@ -188,35 +188,35 @@ def run(folder: Path, models: Sequence[str], n_steps: int, n_rounds: int, *, pro
     """Measure models of `MODELS`; print tables on the way."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    figures: dict[str, Any] = {
+    results: dict[str, Any] = {
         "machine": machine(torch.device("cpu")), "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
     }  # fmt: skip
-    print("; ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
+    print("; ".join(f"{name} {value}" for name, value in results.items()), flush=True)
     for name in models:
         loop = Loop(MODELS[name], folder, n_steps)
         print(f"{name} model")
-        figures[name] = compare(loop, n_rounds)
-        show(figures[name])
+        results[name] = compare(loop, n_rounds)
+        show(results[name])
         if profile and name == "least":
             print(profiled(loop))
-    return figures
+    return results
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--steps", type=int, default=60, help="that are measured, of each side in a round")
+    parser.add_argument("--steps", type=int, default=60, help="measured per loop and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--json", type=Path, help="where the figures go too")
+    parser.add_argument("--json", type=Path, help="where the results are written too")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(Path(folder), a.models, a.steps, a.rounds, profile=a.profile)
+        results = run(Path(folder), a.models, a.steps, a.rounds, profile=a.profile)
     if a.json:
-        a.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from benchmarks.loop import MODELS, TRAINERS, Loop, compare
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on logging and loaders
-def test_each_side_of_the_loop_is_timed(tmp_path: Path) -> None:
+def test_each_loop_is_timed(tmp_path: Path) -> None:
     lines = compare(Loop(MODELS["least"], tmp_path, n_steps=3), n_rounds=1)
 
-    assert [line["side"] for line in lines] == ["bare", *TRAINERS]
+    assert [line["loop"] for line in lines] == ["bare", *TRAINERS]
     assert all(line["CPU ms a step"] > 0 and line["clock ms a step"] > 0 for line in lines)
     assert lines[0]["clock ratio"] == 1.0

@@ -15,11 +15,11 @@ from kosmos_lit.cli import main
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.weights import save_folder
-from tests.kosmos_lit.evaluation.asking import draw
+from tests.kosmos_lit.evaluation.toy_tasks import draw_images
 from tests.ranks import on_ranks
 from tests.running import TINY, losses, tiny_run
 
-TASKS = "tests.kosmos_lit.evaluation.asking."
+TASKS = "tests.kosmos_lit.evaluation.toy_tasks."
 DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 FSDP = ["-c", "configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.precision=32-true"]
 
@@ -27,7 +27,7 @@ FSDP = ["-c", "configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--train
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    draw(folder, 5)
+    draw_images(folder, 5)
     return folder
 
 
@@ -37,7 +37,7 @@ def overlay(path: Path, **tasks: Any) -> list[str]:
     return ["-c", str(path)]
 
 
-def rounds(folder: Path, n: int, name: str = "Rounds", **options: Any) -> dict[str, Any]:
+def rounds(folder: Path, n: int, name: str = "TwoRounds", **options: Any) -> dict[str, Any]:
     return {"class_path": TASKS + name, "init_args": {"path": str(folder), "n": n, **options}}
 
 
@@ -122,7 +122,7 @@ def test_an_interrupted_evaluation_says_how_it_goes_on(
     monkeypatch.setattr("kosmos_lit.evaluation.scheduler.WINDOW", 2)
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "die").write_text("interrupt")
-    tasks = overlay(tmp_path / "one.yaml", dying=rounds(folder, 7, "Dying"))
+    tasks = overlay(tmp_path / "one.yaml", dying=rounds(folder, 7, "Crashing"))
     command = asked_of(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", "--ckpt_path=last")
 
     assert main(command) == 130
@@ -188,7 +188,7 @@ def test_an_evaluation_in_training_changes_nothing_of_it(
 @pytest.mark.slow
 def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, images: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(images, tmp_path / "images")
-    tasks = overlay(tmp_path / "one.yaml", seven=rounds(folder, 7), eleven=rounds(folder, 11, "Dying"))
+    tasks = overlay(tmp_path / "one.yaml", seven=rounds(folder, 7), eleven=rounds(folder, 11, "Crashing"))
 
     def command(name: str, *more: str) -> list[str]:
         return asked_of(trained, *tasks, *more, f"--eval.folder={tmp_path / name}", "--ckpt_path=last")

@@ -1,1 +1,1 @@
-"""What a GPU reaches: the first look at a machine, then the goals of speed, each with both sides in one run."""
+"""Measurements on a GPU: the components of a step, then performance goals, each with both sides of a ratio in one run."""

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation while a model trains."""
+"""Evaluation on tasks while a model trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from kosmos_lit.callbacks.paused_training import log_aside, paused_training
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.runner import Evaluation, headline, read_samples
+from kosmos_lit.evaluation.progress import format_main_metric
+from kosmos_lit.evaluation.runner import Evaluation, read_samples
 from kosmos_lit.evaluation.task import Sample
 from kosmos_lit.evaluation.trainer import TrainerRanks
 from kosmos_lit.lit import KosmosLit
@@ -21,19 +22,19 @@ from kosmos_lit.lit import KosmosLit
 class EvaluateTasks(Callback):
     """Runs tasks every N optimizer steps, and logs `eval/TASK/METRIC`.
 
-    All ranks share the samples out; a sharded model is brought together on each of them meanwhile. Random numbers, modes,
-    the stream and the other logs stay as they are without it: losses and weights are the same bit for bit. Samples and
-    figures are kept in RUN/eval/step=N. A run that is resumed evaluates after its next N steps.
+    The samples are distributed over all ranks; a sharded model is gathered on each of them meanwhile. Training does not
+    notice: random numbers, modes, the stream and the other logs stay as they are, losses and weights are the same bit for
+    bit. Results are in RUN/eval/step=N.
     """
 
     def __init__(self, config: EvalConfig) -> None:
-        """Take tasks, how often (`every_n_steps`), and how much of each (`max_samples`)."""
+        """Take the tasks, their interval (`every_n_steps`), and the number of their samples (`max_samples`)."""
         self.config = config
         self._step = 0
         self._samples: dict[str, list[Sample]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Read the samples, so that a missing dataset ends no training that has begun."""
+        """Read the samples: a missing dataset is an error before the first step, not hours into training."""
         if stage == "fit" and not self._samples:
             self._samples = read_samples(self.config)
 
@@ -44,9 +45,10 @@ class EvaluateTasks(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, KosmosLit)
-        step, before = trainer.global_step, self._step
+        step, last_step = trainer.global_step, self._step
         self._step = step
-        if step == before or self.config.every_n_steps is None or step % self.config.every_n_steps:
+        # Micro-batches before the last one of an accumulation leave the step as it was.
+        if step == last_step or self.config.every_n_steps is None or step % self.config.every_n_steps:
             return
         with paused_training(trainer, pl_module):
             metrics, lines = self._evaluate(trainer, pl_module)
@@ -56,23 +58,23 @@ class EvaluateTasks(Callback):
                 bar.print(f"step {step:,} {line}")
 
     def _evaluate(self, trainer: L.Trainer, pl_module: KosmosLit) -> tuple[dict[str, float], list[str]]:
-        run = Path(self.config.folder or Path(trainer.default_root_dir) / "eval")
-        about = {"checkpoint": None, "step": trainer.global_step, "precision": str(trainer.precision)}
+        folder = Path(self.config.folder or Path(trainer.default_root_dir) / "eval")
+        model_info = {"checkpoint": None, "step": trainer.global_step, "precision": str(trainer.precision)}
         with pl_module.whole_net() as net, trainer.precision_plugin.val_step_context():
             evaluation = Evaluation(
-                net, pl_module.tokenizer, self.config, run / f"step={trainer.global_step:08d}",
-                about=about, ranks=TrainerRanks(trainer), samples=self._samples, replace=True, quiet=True,
+                net, pl_module.tokenizer, self.config, folder / f"step={trainer.global_step:08d}",
+                model_info=model_info, ranks=TrainerRanks(trainer), samples=self._samples, replace=True, quiet=True,
             )  # fmt: skip
-            entries, mistakes = dict[str, dict[str, Any]](), list[str]()
-            for name in self.config.named:
+            entries, errors = dict[str, dict[str, Any]](), list[str]()
+            for name in self.config.enabled_tasks:
                 try:
                     entries[name] = evaluation.run(name)
-                except UserError as error:  # no reason to end a training
-                    mistakes.append(str(error))
+                except UserError as error:  # training is worth more than one evaluation
+                    errors.append(str(error))
         metrics = {
             f"eval/{name}/{key}": metric["value"]
             for name, entry in entries.items()
             for key, metric in entry["metrics"].items()
             if isfinite(metric["value"])
         }
-        return metrics, [*(f"{name}  {headline(entry)}" for name, entry in entries.items()), *mistakes]
+        return metrics, [*(f"{name}  {format_main_metric(entry)}" for name, entry in entries.items()), *errors]

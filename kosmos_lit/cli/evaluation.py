@@ -1,4 +1,4 @@
-"""`test` with tasks: what takes the place of the run's data."""
+"""`test` with tasks: the data module that takes the place of the run's data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluationData
+from kosmos_lit.report.evaluation import write_report
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.tokenizer.files import has_tokenizer
 from kosmos_lit.weights import load_tokenizer
@@ -28,37 +29,37 @@ def evaluation_data(
     """Return the tasks as data of a trainer, with the tokenizer that the weights were trained with.
 
     Args:
-        config: tasks, and how to ask.
+        config: tasks and settings.
         kosmos: the model.
-        data: the run's own data, of which the tokenizer is looked at if it is there.
+        data: the run's own data module; only its tokenizer matters, if there is one.
         run: the run's folder.
         checkpoint: a run's checkpoint, or None.
-        weights: without one, what the model starts from (`model.init_from`), or None.
+        weights: without a checkpoint, the model's initial weights (`model.init_from`), or None.
 
-    Raises: UserError if the tokenizer of the weights is not the run's, or there is none.
+    Raises: UserError if the tokenizer of the weights is not the run's, or neither has one.
     """
     source = checkpoint or weights
-    own = load_tokenizer(source) if source else None
+    trained_with = load_tokenizer(source) if source else None
     path = getattr(getattr(data, "tokenizer_config", None), "path", None)
-    there = Tokenizer.load(path) if path is not None and has_tokenizer(path) else None
-    if own is not None and there is not None and own.fingerprint != there.fingerprint:
+    configured = Tokenizer.load(path) if path is not None and has_tokenizer(path) else None
+    if trained_with is not None and configured is not None and trained_with.fingerprint != configured.fingerprint:
         raise UserError(
-            f"{source} was trained with tokenizer {own.fingerprint}, but data.tokenizer.path, {path}, holds "
-            f"{there.fingerprint}: give the run's own configuration, or the folder of the weights' tokenizer"
+            f"{source} was trained with tokenizer {trained_with.fingerprint}, but data.tokenizer.path, {path}, holds "
+            f"{configured.fingerprint}: give the run's own configuration, or the folder of the weights' tokenizer"
         )
-    tokenizer = own or there
+    tokenizer = trained_with or configured
     if tokenizer is None:
         raise UserError(
-            f"there is no tokenizer to ask with: {source or 'an untrained model'} has none, nor is one in "
-            f"data.tokenizer.path, {path}"
+            f"evaluation needs a tokenizer: {source or 'an untrained model'} has none, nor has data.tokenizer.path, {path}"
         )
-    about: dict[str, Any] = {"checkpoint": source, "step": None}
+    model_info: dict[str, Any] = {"checkpoint": source, "step": None}
     if checkpoint is not None:
-        about["step"] = int(load_checkpoint(checkpoint)["global_step"])
+        model_info["step"] = int(load_checkpoint(checkpoint)["global_step"])
     folder = Path(config.folder) if config.folder else run / folder_name(config)
-    return EvaluationData(config, tokenizer, kosmos.decoder.max_seq_len, folder, about)
+    seq_len = kosmos.decoder.max_seq_len
+    return EvaluationData(config, tokenizer, seq_len, folder, model_info, write_report)
 
 
 def folder_name(config: EvalConfig) -> str:
-    """Return where a run's results are kept: controls have folders of their own."""
+    """Return the name of the folder of a run's results: controls have folders of their own."""
     return "eval" if config.image_control == "true" else f"eval-{config.image_control}"

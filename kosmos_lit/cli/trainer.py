@@ -194,7 +194,7 @@ class KosmosCLI(LightningCLI):
             check_precision(wanted.precision, wanted.strategy.yaml)
         evaluation = self._get(self.config_init, "eval")
         if self.subcommand == "fit" and evaluation.every_n_steps is not None:
-            if not evaluation.named:
+            if not evaluation.enabled_tasks:
                 raise UserError(f"eval.every_n_steps is {evaluation.every_n_steps}, but there are no eval.tasks")
             kwargs["callbacks"] = [*(wanted.get("callbacks") or []), EvaluateTasks(evaluation)]
         plugins = wanted.get("plugins") or []

@@ -1,1 +1,1 @@
-"""What evaluation is made of: requests -> model -> scores -> figures. The tasks themselves are in `kosmos_lit.tasks`."""
+"""Evaluation of a model on tasks: requests -> model -> scores -> metrics. The tasks themselves are in `kosmos_lit.tasks`."""

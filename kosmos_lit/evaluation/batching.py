@@ -1,4 +1,4 @@
-"""Requests of like kind and length, read together."""
+"""Batches of requests of one kind and similar length; requests of one sample that begin alike share their beginning."""
 
 from __future__ import annotations
 
@@ -14,113 +14,117 @@ from kosmos_lit.inference.prompts import Prompt
 from kosmos_lit.inference.scoring import places, slot_token
 from kosmos_lit.tokenizer import Ids
 
-LEAST_SHARED = 16
-"""Positions that prompts must have in common to be read as one."""
+MIN_SHARED_PREFIX = 16
+"""Positions that prompts must have in common to be merged."""
 
-Shown = tuple[Path, bool]
-"""An image's file, and whether a blank one is shown instead."""
+ImageRef = tuple[Path, bool]
+"""An image's file, and whether grey takes its place."""
 
 
 @dataclass(frozen=True)
 class BatchItem:
-    """A request as the model takes it."""
+    """A request as tokens, or several that differ only at their ends."""
 
-    numbers: tuple[int, ...]
-    """Of the requests among those that are asked at the same time: one, or some that differ only at their ends."""
+    indices: tuple[int, ...]
+    """Indices of its requests among those of the same time."""
     kind: str
-    """Only requests of one kind can be read together."""
+    """Only requests of one kind can share a batch."""
     prompt: Prompt
-    images: tuple[Shown, ...]
-    """Those of the prompt in order, then those that candidates refer to by their places here."""
+    images: tuple[ImageRef, ...]
+    """Images of the prompt in order, then those that candidates refer to by their index in this tuple."""
     candidates: list[list[int]]
-    """Of all requests in turn: ids of what is compared; none where something is to be written."""
-    given: list[int]
-    """How many of each candidate's first tokens are not scored, as they belong to its prompt."""
-    n_places: int
-    """Positions that it needs beside those of the prompt, all beams and candidates counted."""
+    """Token ids of the candidates of all requests in turn; none to generate."""
+    n_unscored: list[int]
+    """For each candidate, how many of its first tokens belong to its prompt and are not scored."""
+    n_new: int
+    """Positions beside those of the prompt, all beams and candidates counted."""
 
     @classmethod
     def of(
         cls,
-        number: int,
+        index: int,
         request: Request,
         prompt: Prompt,
-        images: tuple[Shown, ...],
+        images: tuple[ImageRef, ...],
         candidates: list[list[int]],
-        n_new: int,
+        max_new_tokens: int,
     ) -> BatchItem:
-        """Return a request whose answer has at most `n_new` tokens."""
+        """Return the item of one request, whose response has at most `max_new_tokens` tokens."""
         if isinstance(request, LogLikelihood):
-            return cls((number,), "score", prompt, images, candidates, [0] * len(candidates), places(candidates))
-        return cls((number,), repr(request.settings), prompt, images, [], [], n_new * request.settings.n_beams)
+            return cls((index,), "score", prompt, images, candidates, [0] * len(candidates), places(candidates))
+        return cls((index,), repr(request.settings), prompt, images, [], [], max_new_tokens * request.settings.n_beams)
 
     @property
     def length(self) -> int:
-        return len(self.prompt.tokens) + self.n_places
+        return len(self.prompt.tokens) + self.n_new
 
 
 Batch = Sequence[BatchItem]
 
 
 def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> list[BatchItem]:
-    """Return comparisons of one sample as one, if their prompts have a beginning in common that is worth it.
+    """Return the log-likelihood items of one sample as one item, if their prompts begin alike for long enough.
+
+    The common beginning becomes the prompt; the rest of each prompt becomes the unscored beginning of its candidates.
 
     Args:
-        items: comparisons.
+        items: log-likelihood items.
         image: id of <image>.
         n_latents: slots an image.
     """
     if len(items) < 2:
         return list(items)
-    images = {shown: i for i, shown in enumerate(dict.fromkeys(shown for item in items for shown in item.images))}
-    rows = [_symbols(item, images, n_latents) for item in items]
-    least = min(map(len, rows))
-    same = np.all([row[:least] == rows[0][:least] for row in rows], axis=0)
-    n = least if same.all() else int(np.argmin(same))
-    while n and rows[0][n - 1] == image:  # an image is not cut between <image> and its slots
+    images = {ref: i for i, ref in enumerate(dict.fromkeys(ref for item in items for ref in item.images))}
+    rows = [_with_image_numbers(item, images, n_latents) for item in items]
+    shortest = min(map(len, rows))
+    is_same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    n = shortest if is_same.all() else int(np.argmin(is_same))
+    while n and rows[0][n - 1] == image:  # <image> stays together with its slots
         n -= 1
-    if n < LEAST_SHARED:
+    if n < MIN_SHARED_PREFIX:
         return list(items)
     slots = items[0].prompt.slots[items[0].prompt.slots < n]
-    own = items[0].images[: len(slots)]
-    # Places of the images: those of the common prompt as it shows them, then each of all.
-    further = [slot_token(len(own) + i) for i in range(len(images))]
-    candidates, given = list[list[int]](), list[int]()
+    prompt_images = items[0].images[: len(slots)]
+    # The prompt's images come first, once for each place that shows them; candidates refer to the list of all behind these.
+    candidate_slots = [slot_token(len(prompt_images) + i) for i in range(len(images))]
+    candidates, n_unscored = list[list[int]](), list[int]()
     for item, row in zip(items, rows, strict=True):
-        rest = [further[slot_token(s)] if s < 0 else s for s in row[n:].tolist()]
+        rest = [candidate_slots[slot_token(s)] if s < 0 else s for s in row[n:].tolist()]
         candidates += [[*rest, *ids] for ids in item.candidates]
-        given += [len(rest)] * len(item.candidates)
+        n_unscored += [len(rest)] * len(item.candidates)
     prompt = Prompt(items[0].prompt.tokens[:n], slots)
-    numbers = tuple(number for item in items for number in item.numbers)
-    return [BatchItem(numbers, "score", prompt, (*own, *images), candidates, given, places(candidates))]
+    indices = tuple(index for item in items for index in item.indices)
+    return [BatchItem(indices, "score", prompt, (*prompt_images, *images), candidates, n_unscored, places(candidates))]
 
 
-def _symbols(item: BatchItem, images: Mapping[Shown, int], n_latents: int) -> Ids:
-    """Return a prompt's ids, with which image it is in its slots."""
+def _with_image_numbers(item: BatchItem, images: Mapping[ImageRef, int], n_latents: int) -> Ids:
+    """Return a prompt's ids with the negative number of each image in its slots, so that different images differ."""
     row = item.prompt.tokens.copy()
-    for first, shown in zip(item.prompt.slots, item.images, strict=True):
-        row[first : first + n_latents] = slot_token(images[shown])
+    for first, ref in zip(item.prompt.slots, item.images, strict=True):
+        row[first : first + n_latents] = slot_token(images[ref])
     return row
 
 
-def make_batches(items: Sequence[BatchItem], most: int) -> list[Batch]:
-    """Return the requests in batches of one kind, alike in length, of at most `most` positions with their padding.
+def make_batches(items: Sequence[BatchItem], max_positions: int) -> list[Batch]:
+    """Return the items in batches of one kind and similar length, at most `max_positions` each with padding.
 
-    The longest come first: what is too large for a device is so at once. A request longer than `most` is a batch alone.
+    The longest come first, so that a batch that is too large for the device fails at once. An item longer than
+    `max_positions` is a batch alone.
     """
     by_kind: dict[str, list[BatchItem]] = defaultdict(list)
     for item in items:
         by_kind[item.kind].append(item)
-    found: list[Batch] = []
-    for kind in by_kind.values():
+    batches: list[Batch] = []
+    for same_kind in by_kind.values():
         batch: list[BatchItem] = []
-        n_prompt = n_places = 0
-        for item in sorted(kind, key=lambda item: -item.length):
-            wide = max(n_prompt, len(item.prompt.tokens)), max(n_places, item.n_places)
-            if batch and (len(batch) + 1) * sum(wide) > most:
-                found.append(batch)
-                batch, wide = [], (len(item.prompt.tokens), item.n_places)
+        n_prompt = n_new = 0
+        for item in sorted(same_kind, key=lambda item: -item.length):
+            # Prompts and new positions are padded separately: the widest of each decides.
+            wide = max(n_prompt, len(item.prompt.tokens)), max(n_new, item.n_new)
+            if batch and (len(batch) + 1) * sum(wide) > max_positions:
+                batches.append(batch)
+                batch, wide = [], (len(item.prompt.tokens), item.n_new)
             batch.append(item)
-            n_prompt, n_places = wide
-        found.append(batch)
-    return found
+            n_prompt, n_new = wide
+        batches.append(batch)
+    return batches

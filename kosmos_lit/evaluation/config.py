@@ -15,17 +15,17 @@ class EvalConfig:
     """Tasks by name, and what holds for all of them."""
 
     tasks: dict[str, Task | None] = field(default_factory=dict)
-    """Tasks by the name that their results have; null takes one away that another file names."""
+    """Tasks by the name of their results; null removes a task of an earlier configuration file."""
     folder: str | None = None
-    """Where results are kept; None: `eval` in the run's folder. Samples that are there already are not asked again."""
+    """Folder of the results; None: `eval` in the run's folder. Samples that it holds already are not evaluated again."""
     image_control: ImageControl = "true"
-    """What samples show: their own images, each other's (control), an even grey of the same size, or none at all."""
+    """Images of a sample: its own, another sample's (control), an even grey of the same size, or none at all."""
     image_fit: Fit = "square"
     """How an image becomes square; the released evaluation scales both sides."""
     batch_tokens: int = 16384
-    """Most positions of the prompts, and of what is written or compared after them, that are read at once."""
+    """Largest batch, in positions of prompts and of the tokens generated or scored after them."""
     max_samples: int | None = None
-    """Most samples of each task; None: as the tasks say."""
+    """Largest number of samples of each task; None: as the tasks say."""
     every_n_steps: int | None = None
     """In `fit`: optimizer steps from one evaluation to the next; None: no evaluation in training."""
 
@@ -39,6 +39,6 @@ class EvalConfig:
                 raise UserError(f"eval.tasks: {name!r} cannot name a task: its results are in a folder of that name")
 
     @property
-    def named(self) -> dict[str, Task]:
-        """The tasks that are there."""
+    def enabled_tasks(self) -> dict[str, Task]:
+        """The tasks that no configuration file has removed."""
         return {name: task for name, task in self.tasks.items() if task is not None}

@@ -1,4 +1,4 @@
-"""A dataset's files: whether they are there, and what is in them."""
+"""A dataset's files: find them, read them, and name the file in every error."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from typing import Any
 from kosmos_lit.errors import UserError
 
 
-def need(title: str, folder: Path, files: Sequence[str | Sequence[str]], source: str) -> list[Path]:
-    """Return the files of a dataset, for each of `files` the first that is there.
+def require_files(title: str, folder: Path, names: Sequence[str | Sequence[str]], source: str) -> list[Path]:
+    """Return the paths of a dataset's files, for each of `names` the first that exists.
 
     Args:
         title: the task's.
-        folder: where the user has the dataset.
-        files: names under it, a folder's with `/` behind it; a list of names: any of them; `*` stands for anything.
-        source: the page where the authors publish them.
+        folder: the user's folder of the dataset.
+        names: names under the folder, a folder's with `/` at its end; a list of names: any of them; `*` matches anything.
+        source: the page where the authors publish the files.
 
-    Raises: UserError saying which are missing, what is expected, and where it is published.
+    Raises: UserError naming the missing files, all that are expected, and the source.
     """
-    names = [[name] if isinstance(name, str) else list(name) for name in files]
-    found = [_first(folder, alternatives) for alternatives in names]
-    wanted = [" or ".join(alternatives) for alternatives in names]
-    missing = [name for name, path in zip(wanted, found, strict=True) if path is None]
-    if missing:
+    alternatives = [[name] if isinstance(name, str) else list(name) for name in names]
+    paths = [_first_existing(folder, each) for each in alternatives]
+    expected = [" or ".join(each) for each in alternatives]
+    if missing := [name for name, path in zip(expected, paths, strict=True) if path is None]:
         raise UserError(
-            f"{title}: no {', no '.join(missing)} under {folder}; the task reads {', '.join(wanted)} there, "
+            f"{title}: no {', no '.join(missing)} under {folder}; the task reads {', '.join(expected)} from that folder, "
             f"as its authors publish them: {source}"
         )
-    return [path for path in found if path is not None]
+    return [path for path in paths if path is not None]
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
+def _first_existing(folder: Path, names: Sequence[str]) -> Path | None:
     for name in names:
         for path in sorted(folder.glob(name.rstrip("/"))) if "*" in name else [folder / name]:
             if path.is_dir() if name.endswith("/") else path.is_file():
@@ -44,53 +43,54 @@ def _first(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Return the value of a JSON file.
 
-    Raises: UserError if it is none.
+    Raises: UserError if the file is not JSON.
     """
-    with expecting(path):
+    with parsing(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_json_lines(path: Path, fields: Sequence[str] = ()) -> list[Any]:
-    """Read a file of one JSON value a line; empty lines do not count.
+    """Return the values of a file with one JSON value a line; empty lines do not count.
 
     Args:
         path: the file.
-        fields: what each value, an object, must have.
+        fields: keys that each value, an object, must have.
 
-    Raises: UserError if it is none, or naming the value that lacks a field.
+    Raises: UserError if a line is not JSON, or naming the value that lacks a field.
     """
-    with expecting(path):
-        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
+    with parsing(path):
+        # Not splitlines(): JSON strings may contain U+2028 and other line separators.
+        lines = path.read_text(encoding="utf-8").split("\n")
         return _complete([json.loads(line) for line in lines if line.strip()], fields, path)
 
 
-def read_table(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Read a CSV file with a header, one object a row; a name in `.tsv` says that tabs stand between columns.
+def read_csv(path: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file with a header as objects; columns of a `.tsv` are separated by tabs.
 
-    Raises: UserError if it is none, or naming the row that lacks one of the columns.
+    Raises: UserError if the file is not CSV, or naming the row that lacks one of the columns.
     """
-    with expecting(path), path.open(encoding="utf-8-sig", newline="") as file:
+    with parsing(path), path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         return _complete(rows, fields, path)
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read a text file's lines.
+    """Return a text file's lines.
 
-    Raises: UserError if it is no UTF-8.
+    Raises: UserError if the file is not UTF-8.
     """
-    with expecting(path):
+    with parsing(path):
         return path.read_text(encoding="utf-8").splitlines()
 
 
 def read_labels(path: Path, n: int) -> list[str]:
-    """Read a file of one label a line.
+    """Return the labels of a file with one a line.
 
-    Raises: UserError if there are not n of them.
+    Raises: UserError if the file does not have n labels.
     """
-    with expecting(path):
+    with parsing(path):
         labels = path.read_text(encoding="utf-8").split()
     if len(labels) != n:
         raise UserError(f"{path}: {len(labels)} labels for {n} samples; both files must be of one release")
@@ -105,13 +105,20 @@ def _complete(rows: list[Any], fields: Sequence[str], path: Path) -> list[Any]:
 
 
 @contextmanager
-def expecting(path: Path) -> Iterator[None]:
-    """Turn what goes wrong when a file is not as its authors' are into a UserError that names the file."""
+def parsing(path: Path) -> Iterator[None]:
+    """Turn errors of reading and parsing a file into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, SyntaxError) as error:  # XML's is the last
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        SyntaxError,
+    ) as error:  # XML's errors are SyntaxError
         raise UserError(f"{path} is not as its authors publish it: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness runs a model of ours: `python -m kosmos_lit.evaluation.harness --model kosmos_lit ...`.
+"""lm-evaluation-harness with a model of this project: `python -m kosmos_lit.evaluation.harness --model kosmos_lit ...`.
 
-The command is lm_eval's own with one more model, `kosmos_lit`; `--model_args` are the arguments of `HarnessModel`. It asks
-without images. Needs the extra `eval`.
+The command is lm_eval's own with one more model, `kosmos_lit`; `--model_args` are the arguments of `HarnessModel`. It reads
+texts only, no images, and needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kosmos_lit.tokenizer import BOS, Tokenizer
 from kosmos_lit.weights import load_model
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the longest continuation; the first one counts."""
+"""Names that tasks have for the maximum number of new tokens; the first one in this order counts."""
 SETTINGS = {
     "top_k": "top_k",
     "top_p": "top_p",
@@ -41,20 +41,20 @@ SETTINGS = {
     "no_repeat_ngram_size": "no_repeat_ngram_size",
     "seed": "seed",
 }
-"""Fields of GenerationConfig by the names that tasks have for them."""
+"""Fields of GenerationConfig by their names in `generation_kwargs`."""
 
 _log = logging.getLogger(__name__)
 
 
 @register_model("kosmos_lit")
 class HarnessModel(LM):
-    """A model as lm_eval asks it.
+    """A model behind lm_eval's interface.
 
     A request is one document: its tokens are those of context and continuation joined, and the continuation's are those
-    behind what it has in common with the context alone. Where the border falls inside a token ("Answer:" and "yes" without
-    a blank), that whole token counts as the continuation's.
+    after the ids in common with the context alone. If the border lies inside a token ("Answer:" and "yes" without a blank),
+    that token belongs to the continuation.
 
-    A context that is too long loses its beginning, never <s>; how many did is logged.
+    Contexts that are too long lose their beginnings, never <s>; their number is logged.
     """
 
     def __init__(
@@ -73,133 +73,136 @@ class HarnessModel(LM):
         Args:
             path: A checkpoint of a run, or a folder that `export` or `import` wrote.
             model: A model with its tokenizer, instead of `path`.
-            batch_tokens: Most positions that are read at once; a single request may have more.
+            batch_tokens: Largest batch in positions; a single request may have more.
             stride: Tokens from one window of a long text to the next in `loglikelihood_rolling`; None: as many as fit, so
-                that windows do not overlap, but for the last one.
-            device: Where to run; None: a GPU if there is one.
-            batch_size: Not used: requests are batched by length, see `batch_tokens`. lm_eval always gives one.
+                that only the last window overlaps with the one before.
+            device: Device of the model; None: a GPU if there is one.
+            batch_size: Not used: requests are batched by length, see `batch_tokens`. lm_eval always passes one.
             max_batch_size: Not used either.
 
-        Raises: UserError if there is no such model, or it comes without a tokenizer.
+        Raises: UserError if the path has no model, or the model no tokenizer.
         """
         super().__init__()
         if (path is None) == (model is None):
             raise UserError("kosmos_lit: give --model_args path=CHECKPOINT_OR_FOLDER")
-        found = load_model(path) if path is not None else model
-        assert found is not None
-        if found.tokenizer is None:
+        loaded = load_model(path) if path is not None else model
+        assert loaded is not None
+        if loaded.tokenizer is None:
             raise UserError(f"kosmos_lit: the model {path or ''} comes without a tokenizer; export it with one")
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        self.model = found.to(self._device)
-        self.tokenizer: Tokenizer = found.tokenizer
+        self.model = loaded.to(self._device)
+        self.tokenizer: Tokenizer = loaded.tokenizer
         self.batch_tokens = batch_tokens
-        self.max_length = found.config.decoder.max_seq_len
-        """Positions of a row, <s> among them."""
+        self.max_length = loaded.config.decoder.max_seq_len
+        """Positions of a row, <s> included."""
         if stride is not None and not 0 < stride < self.max_length:
             raise UserError(f"kosmos_lit: stride must be from 1 to {self.max_length - 1}, got {stride}")
         self.stride = stride or self.max_length - 1
-        size = found.config.vision.image_size
+        size = loaded.config.vision.image_size
         self._no_images = torch.empty(0, 3, size, size, dtype=torch.uint8)
 
-    # ---- what lm_eval asks
+    # ---- the interface of lm_eval
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return for each (context, continuation) the log-probability in nats, and whether greedy decoding writes it.
+        """Return for each (context, continuation) its log-probability in nats, and whether greedy decoding generates it.
 
         Raises: UserError if a continuation has no tokens, or more than a row has positions.
         """
-        asked: list[tuple[str, str]] = [request.args for request in requests]
-        pairs = self._split(asked)
-        kept = [(self._fitting(context, len(rest)), rest) for context, rest in pairs]
-        self._say_cut(sum(len(a) < len(b) for (a, _), (b, _) in zip(kept, pairs, strict=True)))
-        answers = [(sum(t.log_prob for t in one), all(t.is_greedy for t in one)) for one in self._judge(kept, disable_tqdm)]
-        for pair, answer in zip(asked, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, answer)
-        return answers
+        texts: list[tuple[str, str]] = [request.args for request in requests]
+        pairs = self._split(texts)
+        fitting = [(self._truncate(context, len(rest)), rest) for context, rest in pairs]
+        self._warn_of_truncation(sum(len(a) < len(b) for (a, _), (b, _) in zip(fitting, pairs, strict=True)))
+        log_probs = self._token_log_probs(fitting, disable_tqdm)
+        responses = [(sum(t.log_prob for t in tokens), all(t.is_greedy for t in tokens)) for tokens in log_probs]
+        for pair, response in zip(texts, responses, strict=True):
+            self.cache_hook.add_partial("loglikelihood", pair, response)
+        return responses
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability in nats of each whole text, every token of it counted once.
+        """Return the log-probability in nats of each full text, every token counted once.
 
-        A text that is longer than a row is read in windows, each with its own <s> as rows of training have: the first gives
+        A text longer than a row is split into windows, each with its own <s> as in rows of training: the first window scores
         as many tokens as fit, each further one the next `stride` after as much context as fits before them.
         """
         texts: list[str] = [request.args[0] for request in requests]
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, ids in enumerate(self.tokenizer.encode_all(texts)):
-            found = self._windows(ids.tolist())
-            windows += found
-            owners += [owner] * len(found)
+            own = self._windows(ids.tolist())
+            windows += own
+            owners += [owner] * len(own)
         totals = [0.0] * len(texts)
-        for owner, tokens in zip(owners, self._judge(windows, disable_tqdm), strict=True):
+        for owner, tokens in zip(owners, self._token_log_probs(windows, disable_tqdm), strict=True):
             totals[owner] += sum(token.log_prob for token in tokens)
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each context, up to the first of its stop strings.
+        """Return the continuation of each context, up to the first of its stop strings.
 
-        Raises: UserError if a task asks for a setting that there is none for, or for more tokens than a row has positions.
+        Raises: UserError if a task has an unsupported setting, or asks for more tokens than a row has positions.
         """
-        asked: list[tuple[str, dict[str, Any]]] = [request.args for request in requests]
-        settings = [generation_config(given) for _, given in asked]
-        whole = [ids.tolist() for ids in self.tokenizer.encode_all([context.rstrip(" ") for context, _ in asked])]
-        contexts = [self._fitting(ids, one.max_new_tokens) for ids, one in zip(whole, settings, strict=True)]
-        self._say_cut(sum(len(a) < len(b) for a, b in zip(contexts, whole, strict=True)))
+        pairs: list[tuple[str, dict[str, Any]]] = [request.args for request in requests]
+        settings = [generation_config(kwargs) for _, kwargs in pairs]
+        # A blank at the end would be a token of its own; in training it begins the next word.
+        full = [ids.tolist() for ids in self.tokenizer.encode_all([context.rstrip(" ") for context, _ in pairs])]
+        contexts = [self._truncate(ids, one.max_new_tokens) for ids, one in zip(full, settings, strict=True)]
+        self._warn_of_truncation(sum(len(a) < len(b) for a, b in zip(contexts, full, strict=True)))
         items = [
-            BatchItem((number,), repr(one), self._prompt(ids), (), [], [], one.max_new_tokens * one.n_beams)
-            for number, (ids, one) in enumerate(zip(contexts, settings, strict=True))
+            BatchItem((index,), repr(one), self._prompt(ids), (), [], [], one.max_new_tokens * one.n_beams)
+            for index, (ids, one) in enumerate(zip(contexts, settings, strict=True))
         ]
-        answers = [""] * len(asked)
+        texts = [""] * len(pairs)
         for batch in self._batches(items, disable_tqdm):
             prompts = [item.prompt for item in batch]
-            written = generate(self.model, prompts, self._no_images, self.tokenizer, settings[batch[0].numbers[0]])
-            for item, continuation in zip(batch, written, strict=True):
-                [number] = item.numbers
-                answers[number] = continuation.text
-                self.cache_hook.add_partial("generate_until", asked[number], continuation.text)
-        return answers
+            first = batch[0].indices[0]  # a batch has one kind, and a kind one setting
+            continuations = generate(self.model, prompts, self._no_images, self.tokenizer, settings[first])
+            for item, continuation in zip(batch, continuations, strict=True):
+                [index] = item.indices
+                texts[index] = continuation.text
+                self.cache_hook.add_partial("generate_until", pairs[index], continuation.text)
+        return texts
 
     @property
     def tokenizer_name(self) -> str:
-        """What requests that lm_eval caches depend on."""
+        """Part of the key of requests that lm_eval caches."""
         return f"kosmos_lit-{self.tokenizer.fingerprint}"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> NoReturn:
-        """Raises: UserError: these models continue documents, and have no template of a conversation."""
+        """Raises: UserError: these models continue documents, and have no chat template."""
         raise UserError("kosmos_lit: these models have no chat template; leave out --apply_chat_template")
 
     # ---- tokens
 
     def _split(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Return the ids of contexts and continuations."""
+        """Return the ids of contexts and continuations, split where the joined text's ids leave the context's."""
         contexts = self.tokenizer.encode_all([context for context, _ in pairs])
-        whole = self.tokenizer.encode_all([context + rest for context, rest in pairs])
-        found = []
-        for (context, rest), alone, joined in zip(pairs, contexts, whole, strict=True):
+        full = self.tokenizer.encode_all([context + rest for context, rest in pairs])
+        ids = []
+        for (context, rest), alone, joined in zip(pairs, contexts, full, strict=True):
             n = min(len(alone), len(joined))
             differs = (alone[:n] != joined[:n]).nonzero()[0]
             border = int(differs[0]) if len(differs) else n
             if border == len(joined):
                 raise UserError(f"kosmos_lit: the continuation {rest!r} of {context[-60:]!r} has no tokens")
-            found.append((joined[:border].tolist(), joined[border:].tolist()))
-        return found
+            ids.append((joined[:border].tolist(), joined[border:].tolist()))
+        return ids
 
-    def _fitting(self, context: list[int], n_new: int) -> list[int]:
-        """Return the end of a context that n_new tokens fit behind."""
+    def _truncate(self, context: list[int], n_new: int) -> list[int]:
+        """Return the end of a context that leaves room for n_new tokens."""
         room = self.max_length - 1 - n_new
         if room < 0:
             raise UserError(
-                f"kosmos_lit: {n_new} tokens behind <s> do not fit into the model's {self.max_length} positions; where a "
-                f"task generates, give --gen_kwargs max_gen_toks={self.max_length // 2}"
+                f"kosmos_lit: {n_new} tokens after <s> do not fit into the model's {self.max_length} positions; if a task "
+                f"generates, give --gen_kwargs max_gen_toks={self.max_length // 2}"
             )
         return context[max(0, len(context) - room) :]
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
-        """Return what is read and what is judged of a text in each of its windows."""
+        """Return the context and the scored ids of each window of a text."""
         room = self.max_length - 1
         ends = [0, *range(min(room, len(ids)), len(ids), self.stride), len(ids)]
         return [(ids[max(0, end - room) : start], ids[start:end]) for start, end in pairwise(ends) if start < end]
@@ -209,62 +212,62 @@ class HarnessModel(LM):
 
     # ---- the model
 
-    def _judge(
+    def _token_log_probs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], disable_tqdm: bool
     ) -> list[Sequence[TokenLogProb]]:
-        """Return how likely each token of each continuation is; a context is read once for all of its continuations."""
-        numbers: dict[tuple[int, ...], list[int]] = {}
+        """Return the log-probability of each token of each continuation; equal contexts share one prefill."""
+        by_context: dict[tuple[int, ...], list[int]] = {}
         for i, (context, _) in enumerate(pairs):
-            numbers.setdefault(tuple(context), []).append(i)
-        owners = list(numbers.values())
+            by_context.setdefault(tuple(context), []).append(i)
+        owners = list(by_context.values())
         items = []
-        for number, (context, of) in enumerate(numbers.items()):
-            candidates = [list(pairs[i][1]) for i in of]
-            given = [0] * len(candidates)
-            items.append(BatchItem((number,), "score", self._prompt(context), (), candidates, given, places(candidates)))
-        found: list[Sequence[TokenLogProb]] = [()] * len(pairs)
+        for index, (context, own) in enumerate(by_context.items()):
+            candidates = [list(pairs[i][1]) for i in own]
+            n_unscored = [0] * len(candidates)
+            items.append(BatchItem((index,), "score", self._prompt(context), (), candidates, n_unscored, places(candidates)))
+        log_probs: list[Sequence[TokenLogProb]] = [()] * len(pairs)
         for batch in self._batches(items, disable_tqdm):
             prompts, candidates_of = [item.prompt for item in batch], [item.candidates for item in batch]
             rows = token_log_probs(self.model, prompts, candidates_of, self._no_images, self.tokenizer)
             for item, row in zip(batch, rows, strict=True):
-                [number] = item.numbers
-                for i, tokens in zip(owners[number], row, strict=True):
-                    found[i] = tokens
-        return found
+                [index] = item.indices
+                for i, tokens in zip(owners[index], row, strict=True):
+                    log_probs[i] = tokens
+        return log_probs
 
     def _batches(self, items: Sequence[BatchItem], disable_tqdm: bool) -> Iterable[Batch]:
         return tqdm(make_batches(items, self.batch_tokens), desc="kosmos_lit", unit="batch", disable=disable_tqdm)
 
-    def _say_cut(self, n: int) -> None:
+    def _warn_of_truncation(self, n: int) -> None:
         if n:
             _log.warning("%d contexts lost their beginnings: the model has %d positions", n, self.max_length)
 
 
-def generation_config(given: Mapping[str, Any]) -> GenerationConfig:
-    """Return a task's `generation_kwargs` as our settings.
+def generation_config(generation_kwargs: Mapping[str, Any]) -> GenerationConfig:
+    """Return the settings of a task's `generation_kwargs`.
 
-    Sampling is on with `do_sample`, or where that is not given with a temperature above 0, as in lm_eval.
+    Sampling is on with `do_sample`, or without that key with a temperature above 0, as in lm_eval.
 
-    Raises: UserError naming a setting that there is none for.
+    Raises: UserError naming unsupported keys: to ignore one would silently change the measurement.
     """
-    rest = dict(given)
+    rest = dict(generation_kwargs)
     until = rest.pop("until", None) or []
     lengths = [rest.pop(name, None) for name in LENGTHS]
     length = next((n for n in lengths if n is not None), 256)  # lm_eval's own default
     temperature = rest.pop("temperature", None)
-    draws = rest.pop("do_sample", None)
-    draws = bool(temperature) if draws is None else draws
-    if draws and temperature == 0:
-        raise UserError("kosmos_lit: generation_kwargs have do_sample and temperature 0; draw with a higher one, or do not")
+    do_sample = rest.pop("do_sample", None)
+    do_sample = bool(temperature) if do_sample is None else do_sample
+    if do_sample and temperature == 0:
+        raise UserError("kosmos_lit: generation_kwargs have do_sample and temperature 0; raise it, or leave do_sample out")
     named = {SETTINGS[name]: rest.pop(name) for name in list(rest) if name in SETTINGS}
     if rest:
-        known = ", ".join(sorted(["until", "do_sample", "temperature", LENGTHS[0], *SETTINGS]))
-        raise UserError(f"kosmos_lit: no such generation_kwargs: {', '.join(rest)}; there are {known}")
-    if not draws:
+        supported = ", ".join(sorted(["until", "do_sample", "temperature", LENGTHS[0], *SETTINGS]))
+        raise UserError(f"kosmos_lit: unsupported generation_kwargs: {', '.join(rest)}; supported are {supported}")
+    if not do_sample:  # GenerationConfig refuses them, tasks often leave them in
         named = {name: value for name, value in named.items() if name not in ("top_k", "top_p")}
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
-    heat = (1.0 if temperature is None else float(temperature)) if draws else 0.0
-    return GenerationConfig(max_new_tokens=int(length), temperature=heat, stop=stop, **named)
+    temperature = (1.0 if temperature is None else float(temperature)) if do_sample else 0.0
+    return GenerationConfig(max_new_tokens=int(length), temperature=temperature, stop=stop, **named)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What samples show: their own images, or a control that takes sight away."""
+"""Which images a sample shows: its own, or those of a control without the sample's visual information."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ GREY = 127
 
 
 def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-    """Return the samples with the images of others, in the same order; no sample gets images equal to its own.
+    """Return the samples in order, each with another sample's images; no sample gets images equal to its own.
 
-    Samples exchange with those that have as many images. Who has nobody to exchange with is None: too many of those with
-    as many images show the same ones.
+    Samples exchange images with those that have as many. Samples without a partner map to None: too many of those with as
+    many images show the same ones.
     """
-    found: list[Sample | None] = [sample if not sample.images else None for sample in samples]
+    shuffled: list[Sample | None] = [sample if not sample.images else None for sample in samples]
     by_count: dict[int, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
         if sample.images:
             by_count[len(sample.images)].append(i)
     for count, places in sorted(by_count.items()):
+        # The wording of the seed decides which images a sample gets: results of earlier runs depend on it.
         Random(f"pictures {seed} {count}").shuffle(places)
         first: dict[tuple[Path, ...], int] = {}
         for i in places:
             first.setdefault(samples[i].images, len(first))
-        # Equal ones side by side, in a circle: further on than the most of a kind, every other one is of another kind.
+        # Equal images are neighbours on a circle: a step as long as the largest group ends in another group, as long as that
+        # group is at most half of all.
         circle = sorted(places, key=lambda i: first[samples[i].images])
         step = max(Counter(first[samples[i].images] for i in circle).values())
         for at, i in enumerate(circle):
             images = samples[circle[(at + step) % len(circle)]].images
             if images != samples[i].images:
-                found[i] = replace(samples[i], images=images)
-    return found
+                shuffled[i] = replace(samples[i], images=images)
+    return shuffled

@@ -1,7 +1,7 @@
-"""What a task asks a model for, and what it gets back.
+"""What a task asks a model for, and how it reads the responses.
 
-A prompt is a tuple of parts, text and images in their order, as a document of the training corpora is: the same encoder
-makes tokens of both (`evaluation.formatting`). No text is searched for marks, so a dataset's own words stay words.
+A prompt is a tuple of parts, text and images in order, as a document of the training corpora is: the same encoder makes
+tokens of both (`evaluation.prompts`). No text is searched for marks, so a dataset's own words stay words.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Parts = tuple[Part, ...]
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt; answered by a `Continuation`."""
+    """Continue a prompt; the response is a `Continuation`."""
 
     parts: Parts
     settings: GenerationConfig
@@ -27,9 +27,9 @@ class Generate:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Say how likely each candidate is after a prompt; answered by a tuple of `Scored`, in the candidates' order.
+    """Score each candidate as the continuation of a prompt; the response is a tuple of `ScoredCandidate` in their order.
 
-    The prompt is read once for all of its candidates.
+    All candidates share one prefill of the prompt.
     """
 
     parts: Parts
@@ -38,3 +38,15 @@ class LogLikelihood:
 
 Request = Generate | LogLikelihood
 Response = Continuation | tuple[ScoredCandidate, ...]
+
+
+def generated_text(response: Response) -> str:
+    """Return the text of the response to a `Generate`, without surrounding blanks."""
+    assert not isinstance(response, tuple)
+    return response.text.strip()
+
+
+def scored_candidates(response: Response) -> tuple[ScoredCandidate, ...]:
+    """Return the candidates of the response to a `LogLikelihood`, with their log-probabilities."""
+    assert isinstance(response, tuple)
+    return response

@@ -1,8 +1,8 @@
-"""Asks a model what tasks want to know, for many samples side by side.
+"""Runs the requests of many samples through a model.
 
-The generators of `Task.ask` run in lock-step: what all of them ask for at the same time is sorted by length and read in
-batches, whoever asked. An answer does not depend on what else is in its batch. What cannot be asked (an image that cannot
-be read, a prompt that is too long) fails its sample, with the reason, and no other one.
+The generators of `Task.ask` advance in lock-step: the requests of all of them are sorted by length and batched, whichever
+sample they belong to. A response does not depend on the other requests of its batch. A request that cannot be encoded or
+answered (an unreadable image, a prompt that is too long) fails its own sample, with the reason.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.batching import Batch, BatchItem, make_batches, merge_prefixes
-from kosmos_lit.evaluation.formatting import encode_answers, encode_prompts, readable
 from kosmos_lit.evaluation.image_control import GREY, ImageControl
-from kosmos_lit.evaluation.record import Failure, Result
+from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts, prompt_text
 from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Request, Response
+from kosmos_lit.evaluation.results import Failure, Result
 from kosmos_lit.evaluation.session import SampleSession
 from kosmos_lit.evaluation.task import Sample, Task
 from kosmos_lit.images import Fit, ImageError, Pixels, load
@@ -33,9 +33,12 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 
 WINDOW = 512
-"""Samples that are asked about side by side; more of them would pad less, and be lost more at an interruption."""
-READERS = 4
-"""Threads that read the images of a batch while the model is at the one before."""
+"""Samples in progress at the same time; more would need less padding, but an interruption would lose more."""
+N_READERS = 4
+"""Threads that read the images of a batch while the model computes the one before."""
+
+IndexedResponse = tuple[int, Response | Failure]
+"""A request's index with its response, or with the reason why it has none."""
 
 
 class RequestScheduler:
@@ -51,17 +54,17 @@ class RequestScheduler:
         image_control: ImageControl = "true",
         share_prefixes: bool = True,
     ) -> None:
-        """Take a model, whole on this process, and how to ask it.
+        """Take a model, unsharded on this process, and the settings.
 
         Args:
             model: the model.
             tokenizer: its tokenizer.
-            batch_tokens: most positions that are read at once; a single request may have more.
+            batch_tokens: largest batch in positions; a single request may have more.
             image_fit: how an image becomes square.
-            image_control: `blank` shows an even grey for a sample's own images, `none` leaves all out of all prompts; who
-                gets whose is settled before (`image_control.shuffle_images`).
-            share_prefixes: whether comparisons of one sample whose prompts begin alike are read as one; without, each
-                prompt is read on its own, with the same answers.
+            image_control: `blank` puts grey in the place of a sample's own images, `none` removes all images from all
+                prompts; `shuffled` is done before, on the samples (`image_control.shuffle_images`).
+            share_prefixes: merge log-likelihood requests of one sample whose prompts begin alike; the responses are the same
+                without.
         """
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.image_fit, self.image_control = batch_tokens, image_fit, image_control
@@ -70,125 +73,127 @@ class RequestScheduler:
     # ---- samples
 
     def run(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample] = ()) -> Iterator[list[Result]]:
-        """Ask about samples, and yield results as they are there: those of a batch together, in no set order.
+        """Yield the results of samples as soon as they are known: those of a batch together, in no set order.
 
         Args:
-            task: what is asked.
-            samples: whom about.
-            pool: what demonstrations are drawn from.
+            task: the task.
+            samples: its samples.
+            pool: samples that demonstrations are drawn from.
         """
         for first in range(0, len(samples), WINDOW):
             yield from self._run_window(task, samples[first : first + WINDOW], pool)
 
     def _run_window(self, task: Task, samples: Sequence[Sample], pool: Sequence[Sample]) -> Iterator[list[Result]]:
         is_blank = self.image_control == "blank"
-        started = [SampleSession(s, task.ask(s, task.shots(s, pool)), s.images if is_blank else ()) for s in samples]
-        for session in started:
+        sessions = [SampleSession(s, task.ask(s, task.shots(s, pool)), s.images if is_blank else ()) for s in samples]
+        for session in sessions:
             session.start()
-        if done := [session.result() for session in started if session.is_done]:
+        if done := [session.result() for session in sessions if session.is_done]:
             yield done
-        while asking := [session for session in started if not session.is_done]:
-            owners = [(session, i) for session in asking for i in range(len(session.requests))]
-            requests = [session.requests[i] for session, i in owners]
-            whose = {id(session): i for i, session in enumerate(asking)}
-            askers = [whose[id(session)] for session, _ in owners]
-            for answered in self._answer(requests, [session.blank for session, _ in owners], askers):
+        while running := [session for session in sessions if not session.is_done]:
+            owners = [(number, i) for number, session in enumerate(running) for i in range(len(session.requests))]
+            requests = [running[number].requests[i] for number, i in owners]
+            blank = [running[number].blank for number, _ in owners]
+            for responses in self._respond(requests, blank, [number for number, _ in owners]):
                 done = []
-                for number, answer in answered:
-                    session, i = owners[number]
-                    if session.take(i, answer):
-                        done.append(session.result())
+                for index, response in responses:
+                    number, i = owners[index]
+                    if running[number].receive(i, response):
+                        done.append(running[number].result())
                 yield done
 
     # ---- requests
 
-    def answer(self, requests: Sequence[Request]) -> list[Response | Failure]:
-        """Return what the model says to each request, or why it could not be asked."""
-        found: dict[int, Response | Failure] = {}
-        for answered in self._answer(requests, [frozenset()] * len(requests), [0] * len(requests)):
-            found.update(answered)
-        return [found[i] for i in range(len(requests))]
+    def respond(self, requests: Sequence[Request]) -> list[Response | Failure]:
+        """Return the model's response to each request, or the reason why there is none."""
+        responses: dict[int, Response | Failure] = {}
+        for some in self._respond(requests, [frozenset()] * len(requests), [0] * len(requests)):
+            responses.update(some)
+        return [responses[i] for i in range(len(requests))]
 
-    def _answer(
-        self, requests: Sequence[Request], blank: Sequence[frozenset[Path]], askers: Sequence[int]
-    ) -> Iterator[list[tuple[int, Response | Failure]]]:
-        """Yield numbers of requests with their answers, each once: those of a batch together.
+    def _respond(
+        self, requests: Sequence[Request], blank: Sequence[frozenset[Path]], sample_numbers: Sequence[int]
+    ) -> Iterator[list[IndexedResponse]]:
+        """Yield the responses by batch, each request's once.
 
-        Comparisons of one asker whose prompts begin alike are read as one.
+        Args:
+            requests: the requests.
+            blank: for each request the images to replace by grey.
+            sample_numbers: the sample of each request; those of one sample may be merged.
         """
-        items, failed = self._units(requests, blank)
-        items = self._joined(items, askers) if self.share_prefixes else items
+        items, failed = self._encode(requests, blank)
+        items = self._merge(items, sample_numbers) if self.share_prefixes else items
         if failed:
             yield failed
         queue = make_batches(items, self.batch_tokens)
-        with ThreadPoolExecutor(READERS) as readers:
-            ahead = [self._begin(batch, readers) for batch in queue[:1]]
+        with ThreadPoolExecutor(N_READERS) as readers:
+            ahead = [self._start_reading(batch, readers) for batch in queue[:1]]
             for batch, following in zip_longest(queue, queue[1:]):
-                decoded = {key: reading.result() for key, reading in ahead.pop().items()}
+                pixels = {path: reading.result() for path, reading in ahead.pop().items()}
                 if following is not None:
-                    ahead.append(self._begin(following, readers))
-                yield self._ask(batch, decoded, requests)
+                    ahead.append(self._start_reading(following, readers))
+                yield self._run_batch(batch, pixels, requests)
 
-    def _units(
+    def _encode(
         self, requests: Sequence[Request], blank: Sequence[frozenset[Path]]
-    ) -> tuple[list[BatchItem], list[tuple[int, Response | Failure]]]:
-        """Return what can be asked, encoded; and the others with the reason."""
-        items, failed = list[BatchItem](), list[tuple[int, Response | Failure]]()
+    ) -> tuple[list[BatchItem], list[IndexedResponse]]:
+        """Return the requests as items, and the failures of those that cannot be encoded."""
+        items, failed = list[BatchItem](), list[IndexedResponse]()
         n_latents, limit = self.model.config.connector.n_latents, self.model.config.decoder.max_seq_len
-        shown = [_without_images(request) if self.image_control == "none" else request.parts for request in requests]
-        prompts = encode_prompts(shown, self.tokenizer, n_latents)
-        choices: dict[tuple[str, ...], int | Failure] = {}
-        for number, (request, parts, prompt) in enumerate(zip(requests, shown, prompts, strict=True)):
-            images = tuple((part, part in blank[number]) for part in parts if isinstance(part, Path))
+        parts_of = [_without_images(request) if self.image_control == "none" else request.parts for request in requests]
+        # One call for all prompts: the tokenizer encodes many texts faster together.
+        prompts = encode_prompts(parts_of, self.tokenizer, n_latents)
+        n_steps_of: dict[tuple[str, ...], int | Failure] = {}
+        for index, (request, parts, prompt) in enumerate(zip(requests, parts_of, prompts, strict=True)):
+            images = tuple((part, part in blank[index]) for part in parts if isinstance(part, Path))
             candidates: list[list[int]] = []
             if isinstance(request, LogLikelihood):
                 candidates = encode_answers(parts, request.candidates, self.tokenizer)
                 empty = next((t for t, ids in zip(request.candidates, candidates, strict=True) if not ids), None)
                 n_new = max(map(len, candidates), default=0)
                 if empty is not None:
-                    failed.append((number, Failure("candidate without tokens", repr(empty))))
+                    failed.append((index, Failure("candidate without tokens", repr(empty))))
                     continue
                 if not candidates:
-                    failed.append((number, Failure("no candidates", readable(parts)[-80:])))
+                    failed.append((index, Failure("no candidates", prompt_text(parts)[-80:])))
                     continue
             else:
-                steps = self._steps(request.settings, choices)
-                if isinstance(steps, Failure):
-                    failed.append((number, steps))
+                n_steps = self._n_steps(request.settings, n_steps_of)
+                if isinstance(n_steps, Failure):
+                    failed.append((index, n_steps))
                     continue
-                n_new = steps
+                n_new = n_steps
             if (length := len(prompt.tokens)) + n_new > limit:
                 why = f"{length} positions and {n_new} new ones; the model has {limit}"
-                failed.append((number, Failure("prompt too long", why)))
+                failed.append((index, Failure("prompt too long", why)))
                 continue
-            items.append(BatchItem.of(number, request, prompt, images, candidates, n_new))
+            items.append(BatchItem.of(index, request, prompt, images, candidates, n_new))
         return items, failed
 
-    def _joined(self, items: Sequence[BatchItem], askers: Sequence[int]) -> list[BatchItem]:
-        of_asker: dict[int, list[BatchItem]] = {}
+    def _merge(self, items: Sequence[BatchItem], sample_numbers: Sequence[int]) -> list[BatchItem]:
+        by_sample: dict[int, list[BatchItem]] = {}
         for item in items:
-            of_asker.setdefault(askers[item.numbers[0]], []).append(item)
-        found = []
+            by_sample.setdefault(sample_numbers[item.indices[0]], []).append(item)
+        merged = []
         image, n_latents = self.tokenizer.special.image, self.model.config.connector.n_latents
-        for own in of_asker.values():
-            found += merge_prefixes([item for item in own if item.kind == "score"], image, n_latents)
-            found += [item for item in own if item.kind != "score"]
-        return found
+        for own in by_sample.values():
+            merged += merge_prefixes([item for item in own if item.kind == "score"], image, n_latents)
+            merged += [item for item in own if item.kind != "score"]
+        return merged
 
-    def _steps(self, settings: GenerationConfig, known: dict[tuple[str, ...], int | Failure]) -> int | Failure:
-        """Return how many tokens may be written."""
+    def _n_steps(self, settings: GenerationConfig, n_steps_of: dict[tuple[str, ...], int | Failure]) -> int | Failure:
+        """Return the largest number of tokens that generation takes; `n_steps_of` keeps it by the choices."""
         if not settings.choices:
             return settings.max_new_tokens
         key = (str(settings.max_new_tokens), *settings.choices)
-        if key not in known:
+        if key not in n_steps_of:
             try:
-                known[key] = ChoiceTrie(settings.choices, self.tokenizer, settings.max_new_tokens).n_steps
+                n_steps_of[key] = ChoiceTrie(settings.choices, self.tokenizer, settings.max_new_tokens).n_steps
             except UserError as error:
-                known[key] = Failure("choices that cannot be asked", str(error))
-        return known[key]
+                n_steps_of[key] = Failure("invalid choices", str(error))
+        return n_steps_of[key]
 
-    def _begin(self, batch: Batch, readers: ThreadPoolExecutor) -> dict[Path, Future[Pixels | Failure]]:
-        """Start to read each image of a batch."""
+    def _start_reading(self, batch: Batch, readers: ThreadPoolExecutor) -> dict[Path, Future[Pixels | Failure]]:
         paths = dict.fromkeys(path for item in batch for path, _ in item.images)
         return {path: readers.submit(self._read, path) for path in paths}
 
@@ -196,77 +201,78 @@ class RequestScheduler:
         try:
             return load(path, self.model.config.vision.image_size, self.image_fit)
         except ImageError as error:
-            return Failure("an image cannot be read", str(error) if str(path) in str(error) else f"{path}: {error}")
+            return Failure("unreadable image", str(error) if str(path) in str(error) else f"{path}: {error}")
 
-    def _ask(
-        self, batch: Batch, decoded: dict[Path, Pixels | Failure], requests: Sequence[Request]
-    ) -> list[tuple[int, Response | Failure]]:
-        answered: list[tuple[int, Response | Failure]] = []
+    def _run_batch(
+        self, batch: Batch, pixels: dict[Path, Pixels | Failure], requests: Sequence[Request]
+    ) -> list[IndexedResponse]:
+        responses: list[IndexedResponse] = []
         items = []
         for item in batch:
-            bad = next((found for path, _ in item.images if isinstance(found := decoded[path], Failure)), None)
-            if bad is None:
+            unreadable = next((p for path, _ in item.images if isinstance(p := pixels[path], Failure)), None)
+            if unreadable is None:
                 items.append(item)
             else:
-                answered += [(number, bad) for number in item.numbers]
+                responses += [(index, unreadable) for index in item.indices]
         if items:
-            images, places = self._stack(items, decoded)
-            asked = requests[items[0].numbers[0]]
+            images, places = self._stack(items, pixels)
+            first = requests[items[0].indices[0]]
             try:
-                if isinstance(asked, Generate):
-                    written = self._write(items, asked.settings, images, places)
-                    answered += [(item.numbers[0], answer) for item, answer in zip(items, written, strict=True)]
+                if isinstance(first, Generate):
+                    continuations = self._generate(items, first.settings, images, places)
+                    responses += [(item.indices[0], text) for item, text in zip(items, continuations, strict=True)]
                 else:
-                    answered += self._score(items, requests, images, places)
-            except UserError as error:  # of this batch: other processes, which wait for this one, know nothing of it
-                failure = Failure("the model cannot answer", str(error))
-                answered += [(number, failure) for item in items for number in item.numbers]
-        return answered
+                    responses += self._score(items, requests, images, places)
+            except UserError as error:  # not raised: other ranks, which wait for this one, would never know
+                failure = Failure("model error", str(error))
+                responses += [(index, failure) for item in items for index in item.indices]
+        return responses
 
-    def _stack(self, items: Batch, decoded: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
-        """Return the images of a batch, each once, and for each request's images which of them they are."""
-        # All that are blank are one image.
-        kept = [[None if is_blank else path for path, is_blank in item.images] for item in items]
-        place = {path: i for i, path in enumerate(dict.fromkeys(chain.from_iterable(kept)))}
+    def _stack(self, items: Batch, pixels: dict[Path, Pixels | Failure]) -> tuple[Tensor, list[list[int]]]:
+        """Return the images of a batch, each once, and for each item the places of its images among them."""
+        # All blank images are one, under the key None.
+        paths_of = [[None if is_blank else path for path, is_blank in item.images] for item in items]
+        place = {path: i for i, path in enumerate(dict.fromkeys(chain.from_iterable(paths_of)))}
         size = self.model.config.vision.image_size
         images = torch.empty(len(place), 3, size, size, dtype=torch.uint8)
         for path, i in place.items():
-            found = decoded[path] if path is not None else None
-            assert not isinstance(found, Failure)
-            images[i] = GREY if found is None else torch.from_numpy(found)
-        return images, [[place[path] for path in paths] for paths in kept]
+            image = pixels[path] if path is not None else None
+            assert not isinstance(image, Failure)
+            images[i] = GREY if image is None else torch.from_numpy(image)
+        return images, [[place[path] for path in paths] for paths in paths_of]
 
-    def _write(
+    def _generate(
         self, items: Batch, settings: GenerationConfig, images: Tensor, places: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         prompts = [item.prompt for item in items]
-        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_shown(items, places))
+        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_prompt_images(items, places))
 
     def _score(
         self, items: Batch, requests: Sequence[Request], images: Tensor, places: Sequence[Sequence[int]]
-    ) -> list[tuple[int, Response | Failure]]:
-        prompts, given = [item.prompt for item in items], [item.given for item in items]
+    ) -> list[IndexedResponse]:
+        prompts, n_unscored = [item.prompt for item in items], [item.n_unscored for item in items]
+        # Negative ids are slots of images: from an item's own index to the index in the batch.
         candidates = [
             [[slot_token(place[slot_token(s)]) if s < 0 else s for s in ids] for ids in item.candidates]
             for item, place in zip(items, places, strict=True)
         ]
-        shown = _shown(items, places)
-        found = score_tokens(self.model, prompts, candidates, images, self.tokenizer, shown=shown, given=given)
-        answers: list[tuple[int, Response | Failure]] = []
-        for item, rows in zip(items, map(iter, found), strict=True):
-            for number in item.numbers:
-                request = requests[number]
+        shown = _prompt_images(items, places)
+        log_probs = score_tokens(self.model, prompts, candidates, images, self.tokenizer, shown=shown, given=n_unscored)
+        responses: list[IndexedResponse] = []
+        for item, rows in zip(items, map(iter, log_probs), strict=True):
+            for index in item.indices:
+                request = requests[index]
                 assert isinstance(request, LogLikelihood)
-                answers.append((number, tuple(ScoredCandidate(text, tuple(next(rows))) for text in request.candidates)))
-        return answers
+                responses.append((index, tuple(ScoredCandidate(text, tuple(next(rows))) for text in request.candidates)))
+        return responses
 
 
-def _shown(items: Batch, places: Sequence[Sequence[int]]) -> Tensor:
-    """Return which image of a batch each place of its prompts shows."""
-    found = [place[: len(item.prompt.slots)] for item, place in zip(items, places, strict=True)]
-    return torch.tensor(list(chain.from_iterable(found)), dtype=torch.int64)
+def _prompt_images(items: Batch, places: Sequence[Sequence[int]]) -> Tensor:
+    """Return the index in the batch's images for each image of its prompts, (M,)."""
+    indices = [place[: len(item.prompt.slots)] for item, place in zip(items, places, strict=True)]
+    return torch.tensor(list(chain.from_iterable(indices)), dtype=torch.int64)
 
 
 def _without_images(request: Request) -> tuple[str, ...]:
-    """Return a prompt with a blank for each image: words around one stay apart."""
+    """Return a prompt with a blank for each image, which keeps the words around it apart."""
     return tuple(part if isinstance(part, str) else " " for part in request.parts)

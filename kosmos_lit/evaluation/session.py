@@ -1,4 +1,4 @@
-"""A sample that is being asked about: its task's generator, and what has been asked and said so far."""
+"""A sample in evaluation: its task's generator, and the requests and responses so far."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.formatting import readable
-from kosmos_lit.evaluation.record import Failure, Result
+from kosmos_lit.evaluation.prompts import prompt_text
 from kosmos_lit.evaluation.requests import LogLikelihood, Request, Response
+from kosmos_lit.evaluation.results import Failure, Result
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample
 from kosmos_lit.inference.config import GenerationConfig
 
-MOST_SHOWN = 16
-"""Choices that a result lists; of more it says how many there were."""
+MAX_LISTED_CHOICES = 16
+"""Choices that a result lists; of more it has the number only."""
 
 _DEFAULTS = asdict(GenerationConfig())
 
@@ -23,71 +23,71 @@ _DEFAULTS = asdict(GenerationConfig())
 class SampleSession:
     """Drives `Task.ask` of one sample."""
 
-    def __init__(self, sample: Sample, asking: RequestGenerator, blank: Iterable[Path] = ()) -> None:
-        """Take a sample, its task's generator, and the images that are to be shown blank."""
+    def __init__(self, sample: Sample, generator: RequestGenerator, blank: Iterable[Path] = ()) -> None:
+        """Take a sample, its task's generator, and the images to replace by grey."""
         self.sample, self.blank = sample, frozenset(blank)
         self.requests: Sequence[Request] = ()
-        """What it asks now."""
+        """The requests without responses yet."""
         self.outcome: Outcome | None = None
         self.failure: Failure | None = None
-        self._asking = asking
-        self._said: list[dict[str, Any]] = []
-        self._answers: dict[int, Response] = {}
+        self._generator = generator
+        self._records: list[dict[str, Any]] = []
+        self._responses: dict[int, Response] = {}
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing more to ask."""
+        """Whether the sample has its outcome, or has failed."""
         return self.outcome is not None or self.failure is not None
 
     def start(self) -> None:
-        """Let it ask for the first time."""
-        self._go_on(None)
+        """Run the generator up to its first requests."""
+        self._advance(None)
 
-    def _go_on(self, answers: Sequence[Response] | None) -> None:
+    def _advance(self, responses: Sequence[Response] | None) -> None:
         try:
-            self.requests = self._asking.send(answers)  # type: ignore[arg-type]
-            while not self.requests:
-                self.requests = self._asking.send([])
+            self.requests = self._generator.send(responses)  # type: ignore[arg-type]
+            while not self.requests:  # no response would ever come for an empty list
+                self.requests = self._generator.send([])
         except StopIteration as end:
             self.outcome = end.value
-        except UserError as error:  # what is wrong with one sample must not end the others' evaluation
-            self.failure = Failure("sample that cannot be asked about", str(error))
-        self._answers = {}
+        except UserError as error:  # a mistake in one sample must not end the evaluation of the others
+            self.failure = Failure("invalid sample", str(error))
+        self._responses = {}
 
-    def take(self, i: int, answer: Response | Failure) -> bool:
-        """Take the answer to request i; return whether the sample is done with it."""
+    def receive(self, i: int, response: Response | Failure) -> bool:
+        """Take the response to request i; return whether the sample is done with it."""
         if self.is_done:
-            return False  # another request of it has failed
-        if isinstance(answer, Failure):
-            self.failure = answer
-            self._asking.close()
-            self._said += [_asked(request) for request in self.requests]
+            return False  # another of its requests has failed before
+        if isinstance(response, Failure):
+            self.failure = response
+            self._generator.close()
+            self._records += [_record(request) for request in self.requests]
             return True
-        self._answers[i] = answer
-        if len(self._answers) == len(self.requests):
-            answers = [self._answers[i] for i in range(len(self.requests))]
-            self._said += [_asked(*each) for each in zip(self.requests, answers, strict=True)]
-            self._go_on(answers)
+        self._responses[i] = response
+        if len(self._responses) == len(self.requests):
+            responses = [self._responses[i] for i in range(len(self.requests))]
+            self._records += [_record(*each) for each in zip(self.requests, responses, strict=True)]
+            self._advance(responses)
         return self.is_done
 
     def result(self) -> Result:
-        """Return what has become of it."""
-        return Result(self.sample.key, self._said, self.outcome, self.failure)
+        """Return the result of a sample that is done."""
+        return Result(self.sample.key, self._records, self.outcome, self.failure)
 
 
-def _asked(request: Request, answer: Response | None = None) -> dict[str, Any]:
-    """Return a request and its answer as plain data."""
+def _record(request: Request, response: Response | None = None) -> dict[str, Any]:
+    """Return a request and its response as plain data."""
     images = [str(part) for part in request.parts if not isinstance(part, str)]
-    found: dict[str, Any] = {"prompt": readable(request.parts), "images": images}
+    record: dict[str, Any] = {"prompt": prompt_text(request.parts), "images": images}
     if isinstance(request, LogLikelihood):
-        found["candidates"] = list(request.candidates)
-        if isinstance(answer, tuple):
-            found["log_probs"] = [list(scored.log_probs) for scored in answer]
-        return found
+        record["candidates"] = list(request.candidates)
+        if isinstance(response, tuple):
+            record["log_probs"] = [list(candidate.log_probs) for candidate in response]
+        return record
     settings = {name: value for name, value in asdict(request.settings).items() if value != _DEFAULTS[name]}
-    if len(request.settings.choices) > MOST_SHOWN:
+    if len(request.settings.choices) > MAX_LISTED_CHOICES:
         settings["choices"] = f"{len(request.settings.choices)} of the task"
-    found["settings"] = {"max_new_tokens": request.settings.max_new_tokens} | settings
-    if answer is not None and not isinstance(answer, tuple):
-        found |= {"prediction": answer.text, "ended": answer.ended}
-    return found
+    record["settings"] = {"max_new_tokens": request.settings.max_new_tokens} | settings
+    if response is not None and not isinstance(response, tuple):
+        record |= {"prediction": response.text, "ended": response.ended}
+    return record

@@ -1,28 +1,40 @@
-"""Results on disk: a line a sample as soon as it is known, so that an interrupted evaluation goes on where it was.
+"""Results on disk while an evaluation runs: one line a sample as soon as it is known, so that a restart continues.
 
-    FOLDER/fingerprint.json            which weights, tokenizer and way of asking the results are of
-    FOLDER/TASK/fingerprint.json       the task's class and options
+    FOLDER/fingerprint.json         weights, tokenizer and image control of the results
+    FOLDER/TASK/fingerprint.json    the task's class and options
     FOLDER/TASK/samples.jsonl       all results, in the samples' order
     FOLDER/TASK/samples.N.part      those of a process that still runs, or was stopped
-    FOLDER/metrics.json             what they sum up to
+    FOLDER/metrics.json             the metrics of all tasks
 
-A line that was cut off in the middle is not there. What went wrong is asked again when an evaluation goes on.
+A line that was cut off is ignored. Failed samples are evaluated again when an evaluation continues.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.record import Result
+import torch
 
-FINGERPRINT, SAMPLES, METRICS = "fingerprint.json", "samples.jsonl", "metrics.json"
+from kosmos_lit.errors import UserError
+from kosmos_lit.evaluation.results import (
+    METRICS,
+    SAMPLES,
+    Result,
+    check_version,
+    is_of_earlier_version,
+    iterate_samples,
+    parse_sample,
+    sample_lines,
+)
+from kosmos_lit.files import write_atomically
+from kosmos_lit.model import Kosmos
+
+FINGERPRINT = "fingerprint.json"
 
 
 class Store:
@@ -34,7 +46,7 @@ class Store:
         self.path = folder / SAMPLES
 
     def gather(self, order: Sequence[str] = ()) -> set[str]:
-        """Bring all lines into one file, in the order of the samples' keys; return the keys that need not be asked again.
+        """Merge the files of all processes into one, in the order of keys; return the keys of samples with an outcome.
 
         For one process, while no other one writes.
         """
@@ -42,39 +54,39 @@ class Store:
         lines: dict[str, bytes] = {}
         done = set()
         for path in (self.path, *parts):
-            for line in _lines(path):
-                found = json.loads(line)
-                key = found["key"]
-                if found["error"] is None:
+            for number, _, line in sample_lines(path):
+                sample = parse_sample(path, number, line)
+                key = sample["key"]
+                if sample["error"] is None:
                     done.add(key)
-                elif key in done:
+                elif key in done:  # a later failure does not replace an outcome
                     continue
                 lines[key] = line
         places = {key: place for place, key in enumerate(order)}
         keys = sorted(lines, key=lambda key: places.get(key, len(places)))
         if parts or keys != list(lines):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, b"".join(lines[key] for key in keys))
-        for path in parts:
+            write_atomically(self.path, b"".join(lines[key] for key in keys))
+        for path in parts:  # only now: until the one file is on disk they are all there is
             path.unlink()
         return done
 
     def writer(self, rank: int) -> Writer:
-        """Return what takes the results of one process."""
+        """Return the writer of one process's results."""
         return Writer(self.folder / f"samples.{rank}.part")
 
     def results(self) -> Iterator[Result]:
-        """Yield all results of the one file, without what was asked."""
-        for line in _lines(self.path):
-            yield Result.from_dict(json.loads(line) | {"requests": []})
+        """Yield all results of the merged file, without their requests."""
+        for _, sample in iterate_samples(self.path):
+            yield Result.from_dict(sample | {"requests": []})
 
     def rescore(self, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Put other scores into the one file, by the samples' keys; for one process."""
+        """Replace scores in the merged file, by the samples' keys; for one process."""
         if not scores:
             return
-        rows = (json.loads(line) for line in _lines(self.path))
+        rows = (sample for _, sample in iterate_samples(self.path))
         changed = (row | {"scores": dict(scores[row["key"]])} if row["key"] in scores else row for row in rows)
-        write_whole(self.path, b"".join(_line(row) for row in changed))
+        write_atomically(self.path, b"".join(_line(row) for row in changed))
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
@@ -82,7 +94,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 class Writer:
-    """Appends results, and has handed them to the system when it returns: they outlive the process."""
+    """Appends results; they outlive the process once `write` returns."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +104,7 @@ class Writer:
         """Append results."""
         for result in results:
             self._file.write(_line(result.to_dict()))
-        self._file.flush()
+        self._file.flush()  # to the system, which a killed process does not take along
 
     def __enter__(self) -> Writer:
         return self
@@ -101,70 +113,69 @@ class Writer:
         self._file.close()
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yield whole lines; the last one may have been cut off."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield line
+# ---- fingerprints
 
 
-def check_fingerprint(folder: Path, identity: Mapping[str, Any], *, replace: bool = False) -> None:
-    """Make sure that results in a folder are of what is evaluated now, and say so there.
+def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any], *, replace: bool = False) -> None:
+    """Check that the results in a folder have a fingerprint, and write it to an empty folder.
 
     Args:
         folder: of an evaluation, or of a task in it.
-        identity: plain data; what begins with an underscore is said, and may differ.
-        replace: delete results of something else.
+        fingerprint: plain data; values whose names begin with an underscore are recorded but may differ.
+        replace: delete results with another fingerprint.
 
     Raises: UserError naming each value that differs.
     """
     path = folder / FINGERPRINT
-    now = json.loads(json.dumps(identity, default=str))
+    if replace and is_of_earlier_version(folder):
+        shutil.rmtree(folder)
+    check_version(folder)
+    actual = json.loads(json.dumps(fingerprint, default=str))
     if path.is_file():
-        there = _read(path)
-        names = [name for name in {**there, **now} if not name.startswith("_") and there.get(name) != now.get(name)]
+        stored = _read(path)
+        names = [name for name in {**stored, **actual} if not name.startswith("_") and stored.get(name) != actual.get(name)]
         if names and not replace:
-            wrong = "; ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} here" for name in names)
+            differences = "; ".join(
+                f"{name} is {stored.get(name)!r} in the folder, {actual.get(name)!r} in this run" for name in names
+            )
             raise UserError(
-                f"{folder} holds results of another evaluation: {wrong}. Give this one another --eval.folder, or delete it"
+                f"{folder} holds results of another evaluation: {differences}. Give this run another --eval.folder, or "
+                "delete the folder"
             )
         if names:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(now, indent=1, ensure_ascii=False).encode())
+    write_atomically(path, json.dumps(actual, indent=1, ensure_ascii=False).encode())
+
+
+def weights_digest(model: Kosmos) -> str:
+    """Return a digest of a model's weights, whatever file they came from: sums of bits, equal on every device."""
+    total = 0
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().contiguous().view(-1)
+        ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        factor = _odd_hash(name + str(tuple(tensor.shape)))
+        # Odd factors are invertible modulo 2 ** 64, so that a changed sum always changes its term.
+        total += factor * (1 + 2 * int(flat.view(ints).sum(dtype=torch.int64)))
+    return f"{total % (1 << 64):016x}"
+
+
+def _odd_hash(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:8], "little") | 1
+
+
+# ---- metrics
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return what `metrics.json` says, nothing if it is not there."""
+    """Return the contents of `metrics.json`, empty if there is no such file."""
     path = folder / METRICS
     return _read(path) if path.is_file() else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder, or give another --eval.folder") from error
-    return found
-
-
-def without_nan(value: Any) -> Any:
-    """Return plain data with None for every number that is not defined: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +13,9 @@ import lightning as L
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.runner import Evaluation, summary
+from kosmos_lit.evaluation.progress import metrics_table
+from kosmos_lit.evaluation.results import METRICS
+from kosmos_lit.evaluation.runner import Evaluation
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.strategy import NET, Sharded
 from kosmos_lit.tokenizer import Tokenizer
@@ -21,105 +23,117 @@ from kosmos_lit.weights.keys import check_shapes, shapes_of
 
 
 class TrainerRanks:
-    """The processes of a trainer."""
+    """The processes of a trainer, as `Ranks`."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         """Take the trainer, whose processes have been started."""
-        self.rank, self.world, self._strategy = trainer.global_rank, trainer.world_size, trainer.strategy
+        self.rank, self.world_size, self._strategy = trainer.global_rank, trainer.world_size, trainer.strategy
 
     def broadcast(self, value: Any) -> Any:
-        """Return what the first process gives, on all of them; nobody goes on before all have come here."""
+        """Return rank zero's value on all ranks, after all of them have called."""
         self._strategy.barrier()
         return self._strategy.broadcast(value)
 
 
 class EvaluationData(L.LightningDataModule):
-    """The tasks of an evaluation in the place of corpora."""
+    """The tasks of an evaluation as a data module, in the place of corpora."""
 
     kinds: Mapping[str, int] = {}
 
     def __init__(
-        self, config: EvalConfig, tokenizer: Tokenizer, seq_len: int, folder: Path, about: dict[str, Any]
+        self,
+        config: EvalConfig,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        folder: Path,
+        model_info: dict[str, Any],
+        write_report: Callable[[Path], Sequence[Path]],
     ) -> None:
-        """Take what is evaluated.
+        """Take the tasks, and what their results need.
 
         Args:
-            config: tasks, and how to ask.
+            config: tasks and settings.
             tokenizer: the model's.
             seq_len: positions of the model's rows.
-            folder: where results are kept.
-            about: what the results are to say of the model, beside what it says itself.
+            folder: of the results.
+            model_info: facts of the model for `metrics.json`, beside its parameters.
+            write_report: writes the report of a folder of results, and returns the paths of its files.
         """
         super().__init__()
         self.config, self.tokenizer, self.seq_len = config, tokenizer, seq_len
-        self.folder, self.about = folder, about
+        self.folder, self.model_info, self.write_report = folder, model_info, write_report
 
     def test_dataloader(self) -> Sequence[str]:
         """Return the names of the tasks."""
-        return list(self.config.named)
+        return list(self.config.enabled_tasks)
 
 
 @dataclass
 class RunningEvaluation:
-    """An evaluation that is under way."""
+    """An evaluation in progress."""
 
     evaluation: Evaluation
-    whole: ExitStack
-    """Keeps the whole model on this process."""
+    whole_net: ExitStack
+    """Keeps the unsharded model on this process until it is closed."""
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
-    mistakes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
 
 class EvaluatedLit(KosmosLit):
-    """A model in `test`: its loss on held-out rows, or, where the data are `EvaluationData`, its figures on tasks."""
+    """A model in `test`: its loss on held-out rows, or with `EvaluationData` its metrics on tasks."""
 
-    _exam: RunningEvaluation | None = None
+    _evaluation: RunningEvaluation | None = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises: UserError naming the tensors that the checkpoint lacks, or has too many."""
+        """Raises: UserError naming missing and unexpected tensors of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and isinstance(self._data, EvaluationData) and not isinstance(self._strategy, Sharded):
-            found = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
-            check_shapes(shapes_of(found), shapes_of(self.net.state_dict()), str(self._data.about["checkpoint"]))
+        data = self._data
+        # The sharded strategy checks the tensors when it loads them; here they may be shards already.
+        if self._trainer is not None and isinstance(data, EvaluationData) and not isinstance(self._strategy, Sharded):
+            tensors = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
+            check_shapes(shapes_of(tensors), shapes_of(self.net.state_dict()), str(data.model_info["checkpoint"]))
 
     def on_test_start(self) -> None:
         """Read the samples of all tasks."""
         data = self._data
         if not isinstance(data, EvaluationData):
             return
-        whole = ExitStack()
-        net = whole.enter_context(self.whole_net())
-        about = data.about | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
+        whole_net = ExitStack()
+        net = whole_net.enter_context(self.whole_net())
+        model_info = data.model_info | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
-        evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, about=about, ranks=ranks)
-        self._exam = RunningEvaluation(evaluation, whole)
+        evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, model_info=model_info, ranks=ranks)
+        self._evaluation = RunningEvaluation(evaluation, whole_net)
 
     def test_step(self, batch: KosmosBatch | str, batch_idx: int) -> None:
-        """Take a micro-batch's loss, or run the task of that name."""
+        """Add the loss of a micro-batch, or run the task of a name."""
         if not isinstance(batch, str):
             super().test_step(batch, batch_idx)
             return
-        assert self._exam is not None
+        assert self._evaluation is not None
         try:
-            self._exam.entries[batch] = self._exam.evaluation.run(batch)
-        except UserError as error:  # on all ranks alike; the other tasks are worth something all the same
-            self._exam.mistakes.append(str(error))
+            self._evaluation.entries[batch] = self._evaluation.evaluation.run(batch)
+        except UserError as error:  # the same on all ranks; the other tasks still run
+            self._evaluation.errors.append(str(error))
 
     def on_test_epoch_end(self) -> None:
-        if self._exam is None:
+        if self._evaluation is None:
             super().on_test_epoch_end()
 
     def on_test_end(self) -> None:
-        """Write the report, and say what came out.
+        """Print the metrics and write the report.
 
-        Raises: UserError if a task could not be run.
+        Raises: UserError if a task has failed.
         """
-        if (exam := self._exam) is None:
+        if (running := self._evaluation) is None:
             return
-        self._exam = None
-        exam.whole.close()
-        if self.trainer.is_global_zero and exam.entries:
-            print(summary(exam.entries))
-            print(f"wrote {', '.join(map(str, exam.evaluation.report()))}")
-        if exam.mistakes:
-            raise UserError("; ".join(exam.mistakes))
+        self._evaluation = None
+        running.whole_net.close()
+        data = self._data
+        assert isinstance(data, EvaluationData)
+        if self.trainer.is_global_zero and running.entries:
+            print(metrics_table(running.entries))
+            paths = [data.folder / METRICS, *data.write_report(data.folder)]
+            print(f"wrote {', '.join(map(str, paths))}")
+        if running.errors:
+            raise UserError("; ".join(running.errors))

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.results import Results, TaskResult, each_sample, read_results
-from kosmos_lit.evaluation.statistics import Metric, difference
-from kosmos_lit.evaluation.storage import without_nan
+from kosmos_lit.evaluation.results import Results, TaskResult, iterate_samples, read_results, without_nan
+from kosmos_lit.evaluation.statistics import Metric, paired_difference
 from kosmos_lit.report.page import page, wide
 from kosmos_lit.report.tables import (
     in_points,
@@ -147,14 +146,14 @@ def _compare_task(task: str, found: Sequence[Results], names: Sequence[str]) -> 
             warnings += [f"{task}: {text}" for text in _unlike(names[0], entries[0], read[0], name, entry, scores)]
     metrics = dict.fromkeys(metric for entry in entries if entry for metric in entry.metrics)
     rows = []
-    for metric in sorted(metrics, key=lambda metric: metric != base.headline):
+    for metric in sorted(metrics, key=lambda metric: metric != base.main_metric):
         values = [in_points(entry.metrics[metric]) if entry and metric in entry.metrics else None for entry in entries]
         differences = [_difference(metric, values[0], read[0], v, s) for v, s in zip(values[1:], read[1:], strict=True)]
         rows.append(Compared(
-            task=task, metric=metric, n_shots=base.n_shots, headline=metric == base.headline,
+            task=task, metric=metric, n_shots=base.n_shots, headline=metric == base.main_metric,
             shows_images=read[0].shows_images, chance=None if base.chance is None else 100 * base.chance,
             metrics=tuple(values), differences=tuple(differences),
-            published=reference(base) if metric == base.headline else None,
+            published=reference(base) if metric == base.main_metric else None,
         ))  # fmt: skip
     return rows, warnings
 
@@ -170,7 +169,7 @@ class _Scores:
     def read(cls, path: Path) -> _Scores:
         """Read what is needed of a file of samples, one sample at a time."""
         made = cls()
-        for _, sample in each_sample(path):
+        for _, sample in iterate_samples(path):
             made.shows_images |= any(request.get("images") for request in sample.get("requests") or ())
             if not sample.get("error"):
                 made.of[str(sample["key"])] = sample.get("scores") or {}
@@ -191,7 +190,7 @@ def _difference(
     common = ours.of.keys() & theirs.of.keys()
     if common and ours.explain(metric, first) and theirs.explain(metric, second):
         left, right = ({key: scores.of[key][metric] for key in sorted(common)} for scores in (ours, theirs))
-        return Difference(metric=in_points(difference(left, right)), paired=True)
+        return Difference(metric=in_points(paired_difference(left, right)), paired=True)
     value = first.value - second.value
     low = value - math.hypot(first.value - first.low, second.high - second.value)
     high = value + math.hypot(first.high - first.value, second.value - second.low)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kosmos_lit.evaluation.results import Results, TaskResult, read_results
 from kosmos_lit.evaluation.statistics import Metric
-from kosmos_lit.evaluation.storage import write_whole
+from kosmos_lit.files import write_atomically
 from kosmos_lit.report.cards import cards
 from kosmos_lit.report.page import page, plot, section, wide
 from kosmos_lit.report.samples import select_samples
@@ -62,7 +62,7 @@ def write_report(folder: Path, output: Path | None = None) -> list[Path]:
 
 def write(path: Path, text: str) -> Path:
     """Write a text whole or not at all; return its path."""
-    write_whole(path, text.encode())
+    write_atomically(path, text.encode())
     return path
 
 
@@ -95,7 +95,7 @@ def _summary(results: Results) -> str:
     for task in results.tasks.values():
         best = headline(task)
         rows.append([
-            task.name, metric_label(task.headline), str(task.n_shots), number(chance(task)),
+            task.name, metric_label(task.main_metric), str(task.n_shots), number(chance(task)),
             f"{number(best.value)} {interval(best)}".strip() if best else number(None), number(reference(task)),
             f"{task.n_samples:,}", f"{task.n_failed:,}",
         ])  # fmt: skip
@@ -136,7 +136,7 @@ def html_report(results: Results, made: list[Table]) -> str:
 
 def _samples(results: Results, task: TaskResult, *, folded: bool) -> str:
     """Return a task's chosen samples; those of the same benchmark with more demonstrations are folded up."""
-    choice = select_samples(results.samples(task.name), task.headline, seed=task.seed)
+    choice = select_samples(results.samples(task.name), task.main_metric, seed=task.seed)
     made = cards(choice, results.image_control)
     return f"<details><summary>samples of {escape(task.name)}</summary>\n{made}</details>" if folded and made else made
 
@@ -150,8 +150,8 @@ def _overview(results: Results, anchors: Mapping[str, str]) -> str:
         best, paper = headline(task), reference(task)
         failed = f"{task.n_failed:,}" if task.n_failed else ""
         value = f'<b class="ours">{number(best.value)}</b><small>{interval(best)}</small>' if best else number(None)
-        asked = f"{metric_label(task.headline)}, {shots_label(task.n_shots)}"
-        top = TOPS.get(task.headline, 100.0)
+        asked = f"{metric_label(task.main_metric)}, {shots_label(task.n_shots)}"
+        top = TOPS.get(task.main_metric, 100.0)
         rows.append(
             f'<tr><th scope="row"><a href="#{anchors[task.name]}">{escape(task.name)}</a><small>{escape(asked)}</small></th>'
             f"<td>{value}</td><td>{plot(best, chance(task), paper, top)}</td>"
@@ -171,7 +171,7 @@ def _difference(ours: Metric | None, paper: float | None) -> str:
 
 def headline(task: TaskResult) -> Metric | None:
     """Return the figure that stands for a task, in points; None if it was not measured."""
-    return None if task.best is None else in_points(task.best)
+    return None if task.main_value is None else in_points(task.main_value)
 
 
 def chance(task: TaskResult) -> float | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kosmos_lit.evaluation.answers import softmax
-from kosmos_lit.evaluation.results import NAN, each_sample, sample_at
+from kosmos_lit.evaluation.multiple_choice import softmax
+from kosmos_lit.evaluation.results import NAN, iterate_samples, sample_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def select_samples(
     places, scores, sure = [], [], []
     unanswered: list[tuple[str, str]] = []
     measure = ""
-    for place, sample in each_sample(path):
+    for place, sample in iterate_samples(path):
         if sample.get("error"):
             if len(unanswered) < n_unanswered:
                 unanswered.append((str(sample["key"]), str(sample["error"])))
@@ -106,11 +106,11 @@ def confidence(sample: Mapping[str, Any]) -> float:
 def candidate_shares(sample: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Return candidates with their shares; empty if there was no choice.
 
-    They are the task's own, `shares` in an outcome's data. Of a task that hands over none they follow from the mean log
+    They are the task's own, `probabilities` in an outcome's data. Of a task that hands over none they follow from mean log
     probability of the candidates' tokens. Candidates are then those of the last request that has several, or the last
     requests that have one each (images, each with its own prompt), numbered from 0.
     """
-    if own := (sample.get("data") or {}).get("shares"):
+    if own := (sample.get("data") or {}).get("probabilities"):
         return list(own.items())
     scored = [request for request in sample.get("requests") or () if request.get("candidates")]
     if not scored:

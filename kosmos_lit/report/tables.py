@@ -166,7 +166,7 @@ def reference(task: TaskResult) -> float | None:
     """Return what KOSMOS-1 has for a task's headline with as many demonstrations, in points; None if it is not published."""
     benchmark = published(task.published)
     rows = [row for row in benchmark.rows if row.model == OURS] if benchmark else []
-    return next((row.metrics.get(task.headline, {}).get(task.n_shots) for row in rows), None)
+    return next((row.metrics.get(task.main_metric, {}).get(task.n_shots) for row in rows), None)
 
 
 def metric_label(name: str) -> str:

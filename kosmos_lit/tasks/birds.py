@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kosmos_lit.evaluation.answers import written
-from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
-from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.dataset_files import parsing, read_json, require_files
+from kosmos_lit.evaluation.prompts import fill_template
+from kosmos_lit.evaluation.requests import Generate, Parts, generated_text
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 
@@ -30,7 +29,7 @@ class Birds(Task):
     "three_toed/"}, {"name": "downy", ...}]}, ...]`. A sample's key is the image's path.
     """
 
-    headline = "accuracy"
+    main_metric = "accuracy"
     chance: float | None = 1 / 2
 
     def __init__(
@@ -63,11 +62,11 @@ class Birds(Task):
 
     def samples(self) -> Sequence[Sample]:
         """Return the images, pair by pair and class by class."""
-        (file,) = need(self.title, self.path, ["birds.json"], SOURCE)
-        with expecting(file):
+        (file,) = require_files(self.title, self.path, ["birds.json"], SOURCE)
+        with parsing(file):
             pairs = [(pair, [named["images"] for named in pair["classes"]]) for pair in read_json(file)]
-        need(self.title, self.path, [f"{name.rstrip('/')}/" for _, folders in pairs for name in folders], SOURCE)
-        with expecting(file):
+        require_files(self.title, self.path, [f"{name.rstrip('/')}/" for _, folders in pairs for name in folders], SOURCE)
+        with parsing(file):
             return [
                 Sample(
                     key=image.relative_to(self.path).as_posix(),
@@ -84,15 +83,15 @@ class Birds(Task):
         """Return the prompt of a sample."""
         category, classes = sample.data["category"], sample.data["classes"]
         if self.with_descriptions:
-            described = [filled(self.description, **{"category": category} | named) for named in classes]
-            return (" ".join(described), *sample.images, filled(self.question, category=category))
+            described = [fill_template(self.description, **{"category": category} | named) for named in classes]
+            return (" ".join(described), *sample.images, fill_template(self.question, category=category))
         first, second = (named["name"] for named in classes)
-        return (*sample.images, filled(self.plain_question, category=category, first=first, second=second))
+        return (*sample.images, fill_template(self.plain_question, category=category, first=first, second=second))
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the name."""
         answers = yield [Generate(self.prompt(sample), self.settings)]
-        prediction, names = written(answers[0]), [named["name"] for named in sample.data["classes"]]
+        prediction, names = generated_text(answers[0]), [named["name"] for named in sample.data["classes"]]
         named = [i for i, name in enumerate(names) if _words(name) in _words(prediction)]
         target = sample.data["target"]
         return Outcome(prediction=prediction, target=names[target], scores={"accuracy": float(named == [target])})

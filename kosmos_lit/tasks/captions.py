@@ -13,11 +13,17 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
-from kosmos_lit.evaluation.answers import written
-from kosmos_lit.evaluation.caption_metrics import Measure, Tokens, Values, check_measures, measure, plain_words
-from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
-from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.caption_metrics import (
+    CaptionMetric,
+    Tokens,
+    Values,
+    caption_scores,
+    check_caption_metrics,
+    plain_words,
+)
+from kosmos_lit.evaluation.dataset_files import parsing, read_json, require_files
+from kosmos_lit.evaluation.prompts import few_shot_prompt
+from kosmos_lit.evaluation.requests import Generate, Parts, generated_text
 from kosmos_lit.evaluation.statistics import Metric, mean_metric
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
@@ -33,7 +39,7 @@ class KarpathyCaptions(Task):
     Flickr30k's file, which has no `filepath`. A sample's key is NAME.
     """
 
-    headline = "cider"
+    main_metric = "cider"
     file: ClassVar[str]
     """The JSON file's name."""
     image_folder: ClassVar[str] = "."
@@ -49,7 +55,7 @@ class KarpathyCaptions(Task):
         prompt: str = "An image of",
         separator: str = "",
         settings: GenerationConfig = GenerationConfig(n_beams=5, max_new_tokens=64, stop=("\n",)),
-        measures: Sequence[Measure] = ("cider", "meteor", "spice"),
+        metrics: Sequence[CaptionMetric] = ("cider", "meteor", "spice"),
         tokens: Tokens = "ptb",
         **common: Any,
     ) -> None:
@@ -61,21 +67,21 @@ class KarpathyCaptions(Task):
             prompt: What follows the image.
             separator: What ends a demonstration. Blanks beside images go, as they do in training.
             settings: How to write.
-            measures: Figures beside the exact match: those of pycocoevalcap (extra `eval`). METEOR and SPICE need Java.
+            metrics: Metrics of pycocoevalcap (extra `eval`) beside the exact match. METEOR and SPICE need Java.
             tokens: `ptb`: the words that pycocoevalcap's tokenizer finds, as in published figures; it needs Java. `plain`:
                 lower-case words without punctuation; its figures are named so (`cider_plain`).
             **common: What every task takes.
         """
         super().__init__(path, **common)
         self.split, self.prompt, self.separator, self.settings = split, prompt, separator, settings
-        self.measures, self.tokens = tuple(measures), tokens
+        self.metric_names, self.tokens = tuple(metrics), tokens
         self._last: tuple[list[str], list[Any], dict[str, tuple[float, Values]]] | None = None
-        self.headline = "cider" if tokens == "ptb" else "cider_plain"  # type: ignore[misc]
+        self.main_metric = "cider" if tokens == "ptb" else "cider_plain"  # type: ignore[misc]
 
     def samples(self) -> Sequence[Sample]:
         """Return the images of the split, with their captions as references."""
         found = self._read((self.split,))
-        check_measures(self.title, self.measures, self.tokens)  # before a model writes for hours
+        check_caption_metrics(self.title, self.metric_names, self.tokens)  # before a model writes for hours
         return found
 
     def pool(self) -> Sequence[Sample]:
@@ -83,8 +89,8 @@ class KarpathyCaptions(Task):
         return self._read(("train", "restval"))
 
     def _read(self, splits: Sequence[str]) -> list[Sample]:
-        (file,) = need(self.title, self.path, [self.file], self.source)
-        with expecting(file):
+        (file,) = require_files(self.title, self.path, [self.file], self.source)
+        with parsing(file):
             found = [
                 Sample(
                     key=image["filename"],
@@ -95,7 +101,7 @@ class KarpathyCaptions(Task):
                 if image["split"] in splits
             ]
         folders = {f"{path.parent.relative_to(self.path)}/" for sample in found for path in sample.images}
-        need(self.title, self.path, [self.file, *sorted(folders)], self.source)
+        require_files(self.title, self.path, [self.file, *sorted(folders)], self.source)
         return found
 
     def _image_path(self, image: dict[str, Any]) -> Path:
@@ -105,8 +111,8 @@ class KarpathyCaptions(Task):
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for a caption."""
         shown = [self._demonstration(sample, shot) for shot in shots]
-        answers = yield [Generate(in_context(shown, (*sample.images, self.prompt), self.separator), self.settings)]
-        prediction, target = written(answers[0]), sample.data["captions"]
+        answers = yield [Generate(few_shot_prompt(shown, (*sample.images, self.prompt), self.separator), self.settings)]
+        prediction, target = generated_text(answers[0]), sample.data["captions"]
         exact = any(plain_words(prediction) == plain_words(caption) for caption in target)
         return Outcome(prediction=prediction, target=target, scores={"exact_match": float(exact)})
 
@@ -115,7 +121,7 @@ class KarpathyCaptions(Task):
         caption = Random(f"{self.seed} {sample.key} {shot.key}").choice(shot.data["captions"])
         return (*shot.images, f"{self.prompt} {caption}")
 
-    def scored(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+    def add_corpus_scores(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Return outcomes with what each caption is worth by each measure."""
         found = {name: each.tolist() for name, (_, each) in self._measured(outcomes).items()}
         rows = [{name: each[i] for name, each in found.items()} for i in range(len(outcomes))]
@@ -132,7 +138,7 @@ class KarpathyCaptions(Task):
         prediction, target = [outcome.prediction for outcome in outcomes], [outcome.target for outcome in outcomes]
         if self._last is None or self._last[:2] != (prediction, target):
             suffix = "" if self.tokens == "ptb" else f"_{self.tokens}"
-            found = measure(prediction, target, self.measures, self.tokens)
+            found = caption_scores(prediction, target, self.metric_names, self.tokens)
             self._last = prediction, target, {f"{name}{suffix}": both for name, both in found.items()}
         return self._last[2]
 

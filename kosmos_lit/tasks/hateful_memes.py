@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kosmos_lit.evaluation.answers import compared, credit, shares
-from kosmos_lit.evaluation.dataset_files import expecting, need, read_json_lines
-from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import LogLikelihood, Parts
+from kosmos_lit.evaluation.dataset_files import parsing, read_json_lines, require_files
+from kosmos_lit.evaluation.multiple_choice import accuracy_with_ties, candidate_probabilities
+from kosmos_lit.evaluation.prompts import few_shot_prompt
+from kosmos_lit.evaluation.requests import LogLikelihood, Parts, scored_candidates
 from kosmos_lit.evaluation.statistics import Metric, auc_metric
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 
@@ -26,7 +26,7 @@ class HatefulMemes(Task):
 
     title = "HatefulMemes"
     published = "hateful_memes"
-    headline = "roc_auc"
+    main_metric = "roc_auc"
     chance = 0.5
 
     def __init__(
@@ -64,8 +64,10 @@ class HatefulMemes(Task):
         return self._read(["train.jsonl"])
 
     def _read(self, names: Sequence[str]) -> list[Sample]:
-        file, _ = need(self.title, self.path, [names, "img/"], "https://hatefulmemeschallenge.com (request access there)")
-        with expecting(file):
+        file, _ = require_files(
+            self.title, self.path, [names, "img/"], "https://hatefulmemeschallenge.com (request access there)"
+        )
+        with parsing(file):
             return [
                 Sample(key=str(row["id"]), images=(self.path / row["img"],), data={"label": int(row["label"])})
                 for row in read_json_lines(file, ["id", "img", "label"])
@@ -74,16 +76,18 @@ class HatefulMemes(Task):
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask whether there is hate speech."""
         shown: list[Parts] = [(*shot.images, f"{self.template} {self.answers[shot.data['label']]}") for shot in shots]
-        answers = yield [LogLikelihood(in_context(shown, (*sample.images, self.template), self.separator), self.answers)]
-        scored = compared(answers[0])
-        found, label = shares(scored), sample.data["label"]
+        answers = yield [
+            LogLikelihood(few_shot_prompt(shown, (*sample.images, self.template), self.separator), self.answers)
+        ]
+        scored = scored_candidates(answers[0])
+        found, label = candidate_probabilities(scored), sample.data["label"]
         return Outcome(
             prediction=self.answers[found.index(max(found))],
             target=self.answers[label],
-            scores={"accuracy": credit(found, label)},
+            scores={"accuracy": accuracy_with_ties(found, label)},
             data={
                 "score": found[1] if self.score == "share" else math.exp(scored[1].total), "label": label,
-                "shares": dict(zip(self.answers, found, strict=True)),
+                "probabilities": dict(zip(self.answers, found, strict=True)),
             },
         )
 

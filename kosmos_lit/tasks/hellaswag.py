@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kosmos_lit.evaluation.dataset_files import need, read_json_lines
+from kosmos_lit.evaluation.dataset_files import read_json_lines, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
 from kosmos_lit.evaluation.task import Sample
 
@@ -29,7 +29,7 @@ class HellaSwag(MultipleChoice):
         return self._read("hellaswag_train.jsonl")
 
     def _read(self, name: str) -> list[Sample]:
-        [path] = need(self.title, self.path, [name], PUBLISHED)
+        [path] = require_files(self.title, self.path, [name], PUBLISHED)
         rows = read_json_lines(path, ["ctx", "endings", "label"])
         return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 

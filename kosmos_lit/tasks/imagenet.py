@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.answers import written
-from kosmos_lit.evaluation.dataset_files import expecting, need
-from kosmos_lit.evaluation.prompts import in_context
-from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.dataset_files import parsing, require_files
+from kosmos_lit.evaluation.prompts import few_shot_prompt
+from kosmos_lit.evaluation.requests import Generate, Parts, generated_text
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.vision import imagenet_names
@@ -34,7 +33,7 @@ class ImageNet(Task):
 
     title = "ImageNet"
     published = "imagenet"
-    headline = "accuracy"
+    main_metric = "accuracy"
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class ImageNet(Task):
         return self._read("train")
 
     def _read(self, split: str) -> list[Sample]:
-        (folder,) = need(self.title, self.path, [f"{split}/"], SOURCE)
+        (folder,) = require_files(self.title, self.path, [f"{split}/"], SOURCE)
         in_folders = any(entry.is_dir() for entry in folder.iterdir())
         synset_of = _in_folders(folder) if in_folders else self._listed(split)
         name_of = self._name_of(sorted(set(synset_of.values())))
@@ -91,8 +90,8 @@ class ImageNet(Task):
         ]
 
     def _listed(self, split: str) -> dict[str, str]:
-        (file,) = need(self.title, self.path, [f"LOC_{split}_solution.csv"], SOURCE)
-        with expecting(file), file.open(encoding="utf-8-sig", newline="") as lines:
+        (file,) = require_files(self.title, self.path, [f"LOC_{split}_solution.csv"], SOURCE)
+        with parsing(file), file.open(encoding="utf-8-sig", newline="") as lines:
             return {f"{row['ImageId']}.JPEG": row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
 
     def _name_of(self, synsets: Sequence[str]) -> dict[str, str]:
@@ -116,8 +115,8 @@ class ImageNet(Task):
         """Ask for the name."""
         settings = replace(self.settings, choices=self._choices) if self.constrained else self.settings
         shown: list[Parts] = [(*shot.images, f"{self.prompt} {shot.data['name']}") for shot in shots]
-        answers = yield [Generate(in_context(shown, (*sample.images, self.prompt), self.separator), settings)]
-        prediction, target = written(answers[0]), sample.data["name"]
+        answers = yield [Generate(few_shot_prompt(shown, (*sample.images, self.prompt), self.separator), settings)]
+        prediction, target = generated_text(answers[0]), sample.data["name"]
         return Outcome(
             prediction=prediction, target=target, scores={"accuracy": float(_plain(prediction) == _plain(target))}
         )

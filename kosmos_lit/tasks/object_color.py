@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.dataset_files import need, read_json_lines, read_lines
+from kosmos_lit.evaluation.dataset_files import read_json_lines, read_lines, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
-from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.prompts import fill_template
 from kosmos_lit.evaluation.task import Sample
 
 COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple", "red", "white", "yellow")
@@ -53,7 +53,7 @@ class ObjectColor(MultipleChoice):
 
     def question(self, sample: Sample) -> Question:
         thing = f"{sample.data['descriptor']} {sample.data['item']}".strip()
-        context = filled(self.prompt, object=thing, item=sample.data["item"])
+        context = fill_template(self.prompt, object=thing, item=sample.data["item"])
         return Question((context,), self.colors, self.colors, self.label(sample, "label", self.colors))
 
 
@@ -66,7 +66,7 @@ class MemoryColor(ObjectColor):
 
     def samples(self) -> Sequence[Sample]:
         where = "github.com/lovhag/measure-visual-commonsense-knowledge, memory_colors/data"
-        [path] = need(self.title, self.path, [self.file], where)
+        [path] = require_files(self.title, self.path, [self.file], where)
         rows = read_json_lines(path, ["descriptor", "item", "label"])
         return [Sample(key=f"{self.file}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
@@ -84,7 +84,7 @@ class ColorTerms(ObjectColor):
 
     def samples(self) -> Sequence[Sample]:
         where = "github.com/victorwz/VaLM, folder data/object_color (the list of Bruni et al. 2012)"
-        [path] = need(self.title, self.path, [self.file], where)
+        [path] = require_files(self.title, self.path, [self.file], where)
         found = []
         for number, line in enumerate(read_lines(path), start=1):
             if number > 1 and line.strip():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
-from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.prompts import fill_template
 from kosmos_lit.evaluation.task import Sample
 
 PUBLISHED = "yonatanbisk.com/piqa/data"
@@ -41,10 +41,10 @@ class Piqa(MultipleChoice):
 
     def _read(self, split: str) -> list[Sample]:
         names = [f"{split}.jsonl", f"{split}-labels.lst"]
-        rows = self.labelled(names, ["goal", "sol1", "sol2"], PUBLISHED)
+        rows = self.read_labelled(names, ["goal", "sol1", "sol2"], PUBLISHED)
         return [Sample(key=f"{names[0]}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:
         ways = (sample.data["sol1"].strip(), sample.data["sol2"].strip())
-        context = filled(self.prompt, goal=sample.data["goal"].strip())
+        context = fill_template(self.prompt, goal=sample.data["goal"].strip())
         return Question((context,), ways, ways, self.label(sample, "label", ("0", "1")))

@@ -13,10 +13,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from kosmos_lit.evaluation.answers import compared, credit, shares
-from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
-from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.requests import LogLikelihood, Parts
+from kosmos_lit.evaluation.dataset_files import parsing, read_json, require_files
+from kosmos_lit.evaluation.multiple_choice import accuracy_with_ties, candidate_probabilities
+from kosmos_lit.evaluation.prompts import fill_template
+from kosmos_lit.evaluation.requests import LogLikelihood, Parts, scored_candidates
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 
 SOURCE = "https://aka.ms/kosmos-iq50 has the images; items.json is to be written, configs/eval/raven_iq50.yaml says how"
@@ -32,7 +32,7 @@ class Raven(Task):
 
     title = "Raven IQ50"
     published = "raven_iq50"
-    headline = "accuracy"
+    main_metric = "accuracy"
     chance: float | None = 1 / 6
 
     def __init__(
@@ -63,8 +63,8 @@ class Raven(Task):
 
     def samples(self) -> Sequence[Sample]:
         """Return the matrices; a sample's images are the given ones, then the candidates."""
-        (file,) = need(self.title, self.path, ["items.json"], SOURCE)
-        with expecting(file):
+        (file,) = require_files(self.title, self.path, ["items.json"], SOURCE)
+        with parsing(file):
             return [
                 Sample(
                     key=str(row["id"]),
@@ -78,15 +78,17 @@ class Raven(Task):
         """Ask of each candidate whether it is correct."""
         n, target = sample.data["n_given"], int(sample.data["answer"])
         given, candidates = sample.images[:n], sample.images[n:]
-        start: Parts = (filled(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *given, self.between)
+        start: Parts = (fill_template(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *given, self.between)
         each = [candidates[i : i + 1] for i in range(sample.data["n_candidates"])]
         answers = yield [LogLikelihood((*start, *candidate, self.after), self.answers) for candidate in each]
-        found = [compared(answer) for answer in answers]
-        confidence = [shares(scored)[0] if len(scored) > 1 else math.exp(scored[0].total) for scored in found]
+        found = [scored_candidates(answer) for answer in answers]
+        confidence = [
+            candidate_probabilities(scored)[0] if len(scored) > 1 else math.exp(scored[0].total) for scored in found
+        ]
         total = sum(confidence) or 1.0  # all may be too small for a float
         return Outcome(
             prediction=str(confidence.index(max(confidence))),
             target=str(target),
-            scores={"accuracy": credit(confidence, target)},
-            data={"confidence": confidence, "shares": {str(i): one / total for i, one in enumerate(confidence)}},
+            scores={"accuracy": accuracy_with_ties(confidence, target)},
+            data={"confidence": confidence, "probabilities": {str(i): one / total for i, one in enumerate(confidence)}},
         )

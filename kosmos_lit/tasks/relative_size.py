@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.dataset_files import need, read_lines
+from kosmos_lit.evaluation.dataset_files import read_lines, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
-from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.prompts import fill_template
 from kosmos_lit.evaluation.task import Sample
 
 PUBLISHED = "the relative size dataset of grail.cs.washington.edu/projects/size, file ObjectSize/sizePairsFull.txt"
@@ -53,7 +53,7 @@ class RelativeSize(MultipleChoice):
         self.orders, self.file = orders, file
 
     def samples(self) -> Sequence[Sample]:
-        [path] = need(self.title, self.path, [self.file], PUBLISHED)
+        [path] = require_files(self.title, self.path, [self.file], PUBLISHED)
         found = []
         for number, line in enumerate(read_lines(path), start=1):
             pair = line.split("\t") if "\t" in line else line.split()
@@ -76,5 +76,5 @@ class RelativeSize(MultipleChoice):
         return super().shots(sample, [other for other in pool if other.data["line"] != sample.data["line"]])
 
     def question(self, sample: Sample) -> Question:
-        context = filled(self.prompt, first=sample.data["first"], second=sample.data["second"])
+        context = fill_template(self.prompt, first=sample.data["first"], second=sample.data["second"])
         return Question((context,), self.answers, self.answers, self.label(sample, "label", ("0", "1")))

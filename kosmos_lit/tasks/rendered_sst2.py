@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from kosmos_lit.evaluation.answers import compared, credit, shares, written
-from kosmos_lit.evaluation.dataset_files import need
-from kosmos_lit.evaluation.prompts import filled, in_context
-from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Parts
+from kosmos_lit.evaluation.dataset_files import require_files
+from kosmos_lit.evaluation.multiple_choice import accuracy_with_ties, candidate_probabilities
+from kosmos_lit.evaluation.prompts import few_shot_prompt, fill_template
+from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Parts, generated_text, scored_candidates
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.inference.results import ScoredCandidate
 
 
-class ImageChoice(Task):
+class ImageClassification(Task):
     """Images whose class is one of a few words: `SPLIT/CLASS/*.png`."""
 
-    headline = "accuracy"
+    main_metric = "accuracy"
     source: ClassVar[str]
 
     def __init__(
@@ -58,7 +58,7 @@ class ImageChoice(Task):
         return self._read("train")
 
     def _read(self, split: str) -> list[Sample]:
-        folders = need(self.title, self.path, [f"{split}/{name}/" for name in self.classes], self.source)
+        folders = require_files(self.title, self.path, [f"{split}/{name}/" for name in self.classes], self.source)
         return [
             Sample(key=f"{label}/{image.name}", images=(image,), data={"label": label})
             for label, folder in zip(self.classes, folders, strict=True)
@@ -66,23 +66,23 @@ class ImageChoice(Task):
             if image.is_file() and not image.name.startswith(".")
         ]
 
-    def choose(self, sample: Sample, shots: Sequence[Sample], question: str) -> LogLikelihood:
+    def class_request(self, sample: Sample, shots: Sequence[Sample], question: str) -> LogLikelihood:
         """Return the request that compares the classes after a question; demonstrations have the plain one."""
         shown: list[Parts] = [(*shot.images, f"{self.template} {shot.data['label']}") for shot in shots]
-        return LogLikelihood(in_context(shown, (*sample.images, question), self.separator), self.classes)
+        return LogLikelihood(few_shot_prompt(shown, (*sample.images, question), self.separator), self.classes)
 
-    def judged(self, sample: Sample, scored: Sequence[ScoredCandidate], **data: Any) -> Outcome:
+    def outcome(self, sample: Sample, scored: Sequence[ScoredCandidate], **data: Any) -> Outcome:
         """Return what the classes' probabilities are worth."""
-        found, label = shares(scored), sample.data["label"]
+        found, label = candidate_probabilities(scored), sample.data["label"]
         return Outcome(
             prediction=self.classes[found.index(max(found))],
             target=label,
-            scores={"accuracy": credit(found, self.classes.index(label))},
-            data={"shares": dict(zip(self.classes, found, strict=True)), **data},
+            scores={"accuracy": accuracy_with_ties(found, self.classes.index(label))},
+            data={"probabilities": dict(zip(self.classes, found, strict=True)), **data},
         )
 
 
-class RenderedSst2(ImageChoice):
+class RenderedSst2(ImageClassification):
     """Rendered SST-2: `test/positive/*.png`, `test/negative/*.png`, and the same under `train/` for demonstrations."""
 
     title = "Rendered SST-2"
@@ -103,8 +103,8 @@ class RenderedSst2(ImageChoice):
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the sentiment."""
-        answers = yield [self.choose(sample, shots, self.template)]
-        return self.judged(sample, compared(answers[0]))
+        answers = yield [self.class_request(sample, shots, self.template)]
+        return self.outcome(sample, scored_candidates(answers[0]))
 
 
 class RenderedSst2ChainOfThought(RenderedSst2):
@@ -137,7 +137,7 @@ class RenderedSst2ChainOfThought(RenderedSst2):
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for a rationale, then for the sentiment; demonstrations stand before the second stage, without rationales."""
         answers = yield [Generate((*sample.images, self.introduction), self.settings)]
-        rationale = written(answers[0])
-        question = filled(self.second, rationale=rationale, question=self.template).strip()
-        answers = yield [self.choose(sample, shots, question)]
-        return self.judged(sample, compared(answers[0]), rationale=rationale)
+        rationale = generated_text(answers[0])
+        question = fill_template(self.second, rationale=rationale, question=self.template).strip()
+        answers = yield [self.class_request(sample, shots, question)]
+        return self.outcome(sample, scored_candidates(answers[0]), rationale=rationale)

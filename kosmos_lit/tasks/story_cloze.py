@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kosmos_lit.evaluation.dataset_files import need, read_table
+from kosmos_lit.evaluation.dataset_files import read_csv, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
 from kosmos_lit.evaluation.task import Sample
 
@@ -52,8 +52,8 @@ class StoryCloze(MultipleChoice):
         return self._read(self.shots_file)
 
     def _read(self, name: str) -> list[Sample]:
-        [path] = need(self.title, self.path, [name], PUBLISHED)
-        rows = read_table(path, [*SENTENCES, *ENDINGS, LABEL])
+        [path] = require_files(self.title, self.path, [name], PUBLISHED)
+        rows = read_csv(path, [*SENTENCES, *ENDINGS, LABEL])
         return [Sample(key=f"{path.name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:

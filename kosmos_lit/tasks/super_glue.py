@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kosmos_lit.evaluation.dataset_files import need, read_json_lines
+from kosmos_lit.evaluation.dataset_files import read_json_lines, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
-from kosmos_lit.evaluation.prompts import filled
+from kosmos_lit.evaluation.prompts import fill_template
 from kosmos_lit.evaluation.statistics import Metric, macro_f1_metric
 from kosmos_lit.evaluation.task import Outcome, Sample
 
@@ -29,7 +29,7 @@ class SuperGlue(MultipleChoice):
         return self._read("train.jsonl")
 
     def _read(self, name: str) -> list[Sample]:
-        [path] = need(self.title, self.path, [name], PUBLISHED)
+        [path] = require_files(self.title, self.path, [name], PUBLISHED)
         rows = read_json_lines(path, [*self.fields, "label"])
         return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
@@ -66,7 +66,7 @@ class BoolQ(SuperGlue):
     def question(self, sample: Sample) -> Question:
         passage, asked = sample.data["passage"].strip(), sample.data["question"].strip().removesuffix("?")
         target = self.label(sample, "label", ("False", "True"))
-        return Question((filled(self.prompt, passage=passage, question=asked),), self.answers, self.answers, target)
+        return Question((fill_template(self.prompt, passage=passage, question=asked),), self.answers, self.answers, target)
 
 
 class CommitmentBank(SuperGlue):
@@ -102,7 +102,7 @@ class CommitmentBank(SuperGlue):
     def question(self, sample: Sample) -> Question:
         premise, hypothesis = (sample.data[name].strip() for name in self.fields)
         target = self.label(sample, "label", ("entailment", "contradiction", "neutral"))
-        context = filled(self.prompt, premise=premise, hypothesis=hypothesis.removesuffix("."))
+        context = fill_template(self.prompt, premise=premise, hypothesis=hypothesis.removesuffix("."))
         return Question((context,), self.answers, self.answers, target)
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:

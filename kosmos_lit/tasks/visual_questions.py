@@ -15,19 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kosmos_lit.evaluation.answers import written
-from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
-from kosmos_lit.evaluation.prompts import filled, in_context
-from kosmos_lit.evaluation.requests import Generate, Parts
+from kosmos_lit.evaluation.answer_metrics import vqa_accuracy
+from kosmos_lit.evaluation.dataset_files import parsing, read_json, require_files
+from kosmos_lit.evaluation.prompts import few_shot_prompt, fill_template
+from kosmos_lit.evaluation.requests import Generate, Parts, generated_text
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
-from kosmos_lit.evaluation.vqa import vqa_accuracy
 from kosmos_lit.inference.config import GenerationConfig
 
 
 class VisualQuestions(Task):
     """Questions with ten answers each."""
 
-    headline = "vqa_accuracy"
+    main_metric = "vqa_accuracy"
     train_split: str
 
     def __init__(
@@ -74,9 +73,9 @@ class VisualQuestions(Task):
         """Ask the question."""
         answered = [f"{self._question(shot)} {most_frequent(shot.data['answers'])}" for shot in shots]
         shown: list[Parts] = [(*shot.images, text) for shot, text in zip(shots, answered, strict=True)]
-        prompt = in_context(shown, (*sample.images, self._question(sample)), self.separator)
+        prompt = few_shot_prompt(shown, (*sample.images, self._question(sample)), self.separator)
         answers = yield [Generate(prompt, self.settings)]
-        prediction, target = written(answers[0]), sample.data.get("answers")
+        prediction, target = generated_text(answers[0]), sample.data.get("answers")
         scores = (
             {} if target is None else {"vqa_accuracy": vqa_accuracy(prediction, target, leave_one_out=self.leave_one_out)}
         )
@@ -88,9 +87,9 @@ class VisualQuestions(Task):
         )
 
     def _question(self, sample: Sample) -> str:
-        return filled(self.template, question=sample.data["question"])
+        return fill_template(self.template, question=sample.data["question"])
 
-    def files(self, outcomes: Sequence[Outcome], failed: Sequence[str]) -> dict[str, str]:
+    def submission_files(self, outcomes: Sequence[Outcome], failed: Sequence[str]) -> dict[str, str]:
         """Return the answers in the form that the benchmark's server takes (https://eval.ai): to every question one."""
         prediction = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed]
         return {f"submission_{self.split}.json": json.dumps(prediction)}
@@ -137,20 +136,20 @@ class Vqav2(VisualQuestions):
         questions_name, answers_name = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
         public = need_answers or not split.startswith("test")
         names = [questions_name, f"{image_folder}/", *([answers_name] if public else [])]
-        questions, folder, *rest = need(self.title, self.path, names, "https://visualqa.org/download.html")
+        questions, folder, *rest = require_files(self.title, self.path, names, "https://visualqa.org/download.html")
         answers = self._answers(rest[0]) if public else {}
-        with expecting(questions):
+        with parsing(questions):
             return [
                 Sample(
                     key=str(row["question_id"]),
-                    images=(folder / filled(self.image_name, image_folder=image_folder, image_id=row["image_id"]),),
+                    images=(folder / fill_template(self.image_name, image_folder=image_folder, image_id=row["image_id"]),),
                     data={"question": row["question"]} | ({"answers": answers[row["question_id"]]} if public else {}),
                 )
                 for row in read_json(questions)["questions"]
             ]
 
     def _answers(self, path: Path) -> dict[int, list[str]]:
-        with expecting(path):
+        with parsing(path):
             rows = read_json(path)["annotations"]
             return {row["question_id"]: [answer["answer"] for answer in row["answers"]] for row in rows}
 
@@ -180,8 +179,8 @@ class VizWiz(VisualQuestions):
 
     def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
         names = [[f"{split}.json", f"Annotations/{split}.json"], f"{split}/"]
-        file, folder = need(self.title, self.path, names, "https://vizwiz.org/tasks-and-datasets/vqa/")
-        with expecting(file):
+        file, folder = require_files(self.title, self.path, names, "https://vizwiz.org/tasks-and-datasets/vqa/")
+        with parsing(file):
             return [self._sample(folder, row, need_answers) for row in read_json(file)]
 
     def _sample(self, folder: Path, row: dict[str, Any], need_answers: bool) -> Sample:

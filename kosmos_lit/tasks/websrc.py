@@ -16,12 +16,11 @@ from typing import Any
 
 from lxml import html
 
-from kosmos_lit.evaluation.answers import written
-from kosmos_lit.evaluation.dataset_files import expecting, need, read_json
-from kosmos_lit.evaluation.prompts import filled
-from kosmos_lit.evaluation.requests import Generate
+from kosmos_lit.evaluation.answer_metrics import exact_match, f1
+from kosmos_lit.evaluation.dataset_files import parsing, read_json, require_files
+from kosmos_lit.evaluation.prompts import fill_template
+from kosmos_lit.evaluation.requests import Generate, generated_text
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
-from kosmos_lit.evaluation.text_match import exact_match, f1
 from kosmos_lit.inference.config import GenerationConfig
 
 EXAMPLE = (
@@ -42,7 +41,7 @@ class WebSrc(Task):
 
     title = "WebSRC"
     published = "websrc"
-    headline = "f1"
+    main_metric = "f1"
 
     def __init__(
         self,
@@ -76,13 +75,13 @@ class WebSrc(Task):
     def samples(self) -> Sequence[Sample]:
         """Return the questions of the split, in the order of domains, sites and the files' lines."""
         names = [["dataset_split_release.json", "dataset_split.json"], "*/*/dataset.csv"]
-        splits, _ = need(self.title, self.path, names, "https://x-lance.github.io/WebSRC/")
-        with expecting(splits):
+        splits, _ = require_files(self.title, self.path, names, "https://x-lance.github.io/WebSRC/")
+        with parsing(splits):
             site_of = {site: name for name, sites in read_json(splits).items() for site in sites}
         found = []
         for file in sorted(self.path.glob("*/*/dataset.csv")):
             if site_of.get(file.parent.parent.name[:2] + file.parent.name, "train") == self.split:
-                with expecting(file), file.open(encoding="utf-8-sig", newline="") as lines:
+                with parsing(file), file.open(encoding="utf-8-sig", newline="") as lines:
                     found += [self._sample(file.parent, row) for row in csv.DictReader(lines)]
         return found
 
@@ -94,9 +93,9 @@ class WebSrc(Task):
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask the question about the page."""
         text = {"text": page_text(Path(sample.data["page"]), self.max_words)} if self.with_text else {}
-        prompt = filled(self.template, question=sample.data["question"], **text)
+        prompt = fill_template(self.template, question=sample.data["question"], **text)
         answers = yield [Generate((*sample.images, prompt), self.settings)]
-        prediction, target = written(answers[0]), [sample.data["answer"]]
+        prediction, target = generated_text(answers[0]), [sample.data["answer"]]
         return Outcome(
             prediction=prediction,
             target=target,
@@ -107,7 +106,7 @@ class WebSrc(Task):
 @lru_cache(maxsize=512)  # a page has dozens of questions, one after another
 def page_text(path: Path, max_words: int | None) -> str:
     """Return the words of a page in the order of its HTML, blanks between them, scripts and styles left out."""
-    with expecting(path):
+    with parsing(path):
         page = html.fromstring(path.read_bytes().decode("utf-8", "replace") or "<html></html>")
     for element in page.xpath(UNSEEN):
         element.drop_tree()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from kosmos_lit.evaluation.dataset_files import expecting, need
-from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, with_options
+from kosmos_lit.evaluation.dataset_files import parsing, require_files
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, gap_question
 from kosmos_lit.evaluation.task import Sample
 
 PUBLISHED = "WSCollection.xml at cs.nyu.edu/~davise/papers/WinogradSchemas/WS.html"
@@ -37,8 +37,8 @@ class Winograd(MultipleChoice):
         self.n_schemas = n_schemas
 
     def samples(self) -> Sequence[Sample]:
-        [path] = need(self.title, self.path, ["WSCollection.xml"], PUBLISHED)
-        with expecting(path):
+        [path] = require_files(self.title, self.path, ["WSCollection.xml"], PUBLISHED)
+        with parsing(path):
             schemas = ElementTree.parse(path).getroot().findall("schema")
         return [self._sample(f"{path.name}:{i}", one) for i, one in enumerate(schemas[: self.n_schemas], start=1)]
 
@@ -57,4 +57,4 @@ class Winograd(MultipleChoice):
 
     def question(self, sample: Sample) -> Question:
         target = self.label(sample, "label", ("A", "B"))
-        return with_options(sample.data["before"], sample.data["after"], sample.data["options"], target)
+        return gap_question(sample.data["before"], sample.data["after"], sample.data["options"], target)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, with_options
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, gap_question
 from kosmos_lit.evaluation.task import Sample
 
 PUBLISHED = "winogrande_1.1.zip at winogrande.allenai.org"
@@ -41,7 +41,7 @@ class Winogrande(MultipleChoice):
 
     def _read(self, split: str) -> list[Sample]:
         names = [f"{split}.jsonl", f"{split}-labels.lst"]
-        rows = self.labelled(names, ["sentence", "option1", "option2"], PUBLISHED)
+        rows = self.read_labelled(names, ["sentence", "option1", "option2"], PUBLISHED)
         return [Sample(key=f"{names[0]}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:
@@ -50,4 +50,4 @@ class Winogrande(MultipleChoice):
         if not gap:
             raise UserError(f"{self.title}, {sample.key}: no _ in {sentence!r}; take the file as its authors publish it")
         options = [sample.data["option1"], sample.data["option2"]]
-        return with_options(before, after, options, self.label(sample, "label", ("1", "2")))
+        return gap_question(before, after, options, self.label(sample, "label", ("1", "2")))

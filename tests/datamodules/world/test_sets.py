@@ -89,7 +89,7 @@ def test_who_answers_rightly_gets_everything(tasks: dict[str, Task], name: str) 
             session.send([answered(task, sample, request) for request in requests])
         except StopIteration as end:
             outcomes.append(end.value)
-    assert task.metrics(outcomes)[task.headline].value == 1
+    assert task.metrics(outcomes)[task.main_metric].value == 1
 
 
 # ---- balance

@@ -84,7 +84,7 @@ def test_operations_are_those_of_the_documents(tmp_path: Path, tiny_world: Path,
     stream, work = run.data.stream(), Work()
     for number in range(6 * 4):
         row = stream.row(number)
-        work += Work.of_documents([d.length for d in row.documents], int((row.targets >= 0).sum()), len(row.images))
+        work += Work.of_documents([d.length for d in row.segments], int((row.targets >= 0).sum()), len(row.images))
 
     _, plan = planned(capsys, *arguments)
 

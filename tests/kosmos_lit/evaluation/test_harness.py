@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asks a model of ours, with tasks and data on this machine."""
+"""lm-evaluation-harness with a model of this project, on tasks and data that the tests write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kosmos_lit.inference.generate import GenerationConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, Tokenizer
 from kosmos_lit.weights import save_folder
-from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
+from tests.kosmos_lit.tasks.language_datasets import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
 ROOM = 211
@@ -41,13 +41,13 @@ CHOICE |= {"doc_to_target": "{{label}}", "metric_list": [{"metric": "acc"}]}
 
 @pytest.fixture(scope="module")
 def model(kosmos_tower: str, kosmos_vocabulary: bytes) -> Kosmos:
-    made = tiny_model(kosmos_tower, max_seq_len=ROOM)
-    made.tokenizer = Tokenizer(kosmos_vocabulary)
-    return made
+    model = tiny_model(kosmos_tower, max_seq_len=ROOM)
+    model.tokenizer = Tokenizer(kosmos_vocabulary)
+    return model
 
 
 @pytest.fixture(scope="module")
-def asked(model: Kosmos) -> HarnessModel:
+def harness_model(model: Kosmos) -> HarnessModel:
     return HarnessModel(model=model, device="cpu")
 
 
@@ -69,18 +69,18 @@ def put_task(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
 
 def evaluate(model: HarnessModel, folder: Path, **settings: Any) -> dict[str, Any]:
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found: dict[str, Any] = simple_evaluate(
+    results: dict[str, Any] = simple_evaluate(
         model=model, tasks=["made"], task_manager=manager, bootstrap_iters=0, log_samples=True, **settings
     )
-    return found
+    return results
 
 
 def requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
-def alone(model: Kosmos, context: list[int], rest: list[int]) -> list[float]:
-    """Return log-probabilities from one look at a whole row."""
+def log_probs_of(model: Kosmos, context: list[int], rest: list[int]) -> list[float]:
+    """Return the log-probabilities of `rest` from one forward pass over the full row."""
     row = torch.tensor([BOS, *context, *rest])
     with torch.inference_mode():
         log_probs = model.logits(row)[:-1].log_softmax(-1)
@@ -89,7 +89,7 @@ def alone(model: Kosmos, context: list[int], rest: list[int]) -> list[float]:
 
 @pytest.mark.parametrize(("name", "n_shots"), [("Copa", 0), ("HellaSwag", 1), ("CommitmentBank", 0)])
 def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
-    asked: HarnessModel, tmp_path: Path, name: str, n_shots: int
+    harness_model: HarnessModel, tmp_path: Path, name: str, n_shots: int
 ) -> None:
     DATASETS[name](tmp_path)
     task: MultipleChoice = getattr(tasks, name)(str(tmp_path), n_shots=n_shots, scoring="sum")
@@ -101,27 +101,31 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
         rows.append({"context": context, "choices": request.candidates, "label": task.question(sample).target})
     put_task(tmp_path, rows, **CHOICE)
 
-    theirs = evaluate(asked, tmp_path)
+    by_harness = evaluate(harness_model, tmp_path)
 
-    results = {r.key: r for some in RequestScheduler(asked.model, asked.tokenizer).run(task, samples, pool) for r in some}
-    ours = [results[sample.key].outcome for sample in samples]
-    logged = sorted(theirs["samples"]["made"], key=lambda one: one["doc_id"])
+    results = {
+        r.key: r
+        for some in RequestScheduler(harness_model.model, harness_model.tokenizer).run(task, samples, pool)
+        for r in some
+    }
+    outcomes = [results[sample.key].outcome for sample in samples]
+    logged = sorted(by_harness["samples"]["made"], key=lambda one: one["doc_id"])
     assert len(logged) == len(samples)
-    for one, outcome in zip(logged, ours, strict=True):
+    for one, outcome in zip(logged, outcomes, strict=True):
         assert outcome is not None
         values = [value for (value, _) in one["filtered_resps"]]
         assert values == pytest.approx(outcome.data["values"], abs=1e-4)
         assert values.index(max(values)) == outcome.data["choice"]
         assert one["acc"] == outcome.scores["accuracy"]
-    accuracy = sum(outcome.scores["accuracy"] for outcome in ours if outcome) / len(ours)
-    assert theirs["results"]["made"]["acc,none"] == pytest.approx(accuracy)
+    accuracy = sum(outcome.scores["accuracy"] for outcome in outcomes if outcome) / len(outcomes)
+    assert by_harness["results"]["made"]["acc,none"] == pytest.approx(accuracy)
 
 
-def test_candidates_of_a_context_are_read_behind_it_once(asked: HarnessModel) -> None:
+def test_candidates_of_a_context_share_its_prefill(harness_model: HarnessModel) -> None:
     read: list[int] = []
-    hook = asked.model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
+    hook = harness_model.model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
 
-    asked.loglikelihood(requests("loglikelihood", *(("the cat sat on", f" {w}") for w in ("it", "mat", "my"))), True)
+    harness_model.loglikelihood(requests("loglikelihood", *(("the cat sat on", f" {w}") for w in ("it", "mat", "my"))), True)
 
     hook.remove()
     assert read == [1, 1]  # the context, then all candidates as one tree
@@ -143,115 +147,122 @@ def test_tokens_are_those_of_the_joined_text(
 
     joined, before = tokenizer.encode(context + rest).tolist(), tokenizer.encode(context).tolist()
     border = next((i for i, (a, b) in enumerate(zip(joined, before, strict=False)) if a != b), min(len(joined), len(before)))
-    assert value == pytest.approx(sum(alone(model, joined[:border], joined[border:])), abs=1e-4)
+    assert value == pytest.approx(sum(log_probs_of(model, joined[:border], joined[border:])), abs=1e-4)
 
 
-def test_a_continuation_is_greedy_if_greedy_decoding_writes_it(asked: HarnessModel) -> None:
+def test_a_continuation_is_greedy_if_greedy_decoding_writes_it(harness_model: HarnessModel) -> None:
     context = "the cat sat"
-    words = [w for w in "on the mat a red square and blue circle it my big".split() if len(asked.tokenizer.encode(w)) == 1]
-    values = asked.loglikelihood(requests("loglikelihood", *((context, f" {word}") for word in words)), True)
-    ids = asked.tokenizer.encode(context).tolist()
+    words = [
+        w for w in "on the mat a red square and blue circle it my big".split() if len(harness_model.tokenizer.encode(w)) == 1
+    ]
+    values = harness_model.loglikelihood(requests("loglikelihood", *((context, f" {word}") for word in words)), True)
+    ids = harness_model.tokenizer.encode(context).tolist()
     with torch.inference_mode():
-        best = int(asked.model.logits([BOS, *ids])[-1].argmax())
-    text = asked.tokenizer.name(best)
+        best = int(harness_model.model.logits([BOS, *ids])[-1].argmax())
+    text = harness_model.tokenizer.name(best)
 
-    [(_, is_greedy)] = asked.loglikelihood(requests("loglikelihood", (context, text)), True)
+    [(_, is_greedy)] = harness_model.loglikelihood(requests("loglikelihood", (context, text)), True)
 
-    assert asked.tokenizer.encode(context + text).tolist() == [*ids, best]
+    assert harness_model.tokenizer.encode(context + text).tolist() == [*ids, best]
     assert is_greedy
     assert [flag for (_, flag), word in zip(values, words, strict=True) if f" {word}" != text] == [False] * len(words)
 
 
-def test_a_continuation_without_tokens_is_a_mistake(asked: HarnessModel) -> None:
+def test_a_continuation_without_tokens_is_a_mistake(harness_model: HarnessModel) -> None:
     with pytest.raises(UserError, match="the continuation ' ' of 'the cat' has no tokens"):
-        asked.loglikelihood(requests("loglikelihood", ("the cat", " ")), True)
+        harness_model.loglikelihood(requests("loglikelihood", ("the cat", " ")), True)
 
 
-def test_a_long_context_loses_its_beginning_and_says_so(asked: HarnessModel, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_context_loses_its_beginning_and_says_so(
+    harness_model: HarnessModel, caplog: pytest.LogCaptureFixture
+) -> None:
     context = "a red square and " * 40 + "the cat"
-    ids, rest = asked.tokenizer.encode(context).tolist(), asked.tokenizer.encode("sat").tolist()
+    ids, rest = harness_model.tokenizer.encode(context).tolist(), harness_model.tokenizer.encode("sat").tolist()
 
     with caplog.at_level(logging.WARNING):
-        [(value, _)] = asked.loglikelihood(requests("loglikelihood", (context, " sat")), True)
+        [(value, _)] = harness_model.loglikelihood(requests("loglikelihood", (context, " sat")), True)
 
-    kept = ids[-(ROOM - 1 - len(rest)) :]
-    assert value == pytest.approx(sum(alone(asked.model, kept, rest)), abs=1e-4)
+    fitting = ids[-(ROOM - 1 - len(rest)) :]
+    assert value == pytest.approx(sum(log_probs_of(harness_model.model, fitting, rest)), abs=1e-4)
     assert "1 contexts lost their beginnings: the model has 211 positions" in caplog.text
 
 
-def test_a_short_text_is_one_row(asked: HarnessModel, tmp_path: Path) -> None:
+def test_a_short_text_is_one_row(harness_model: HarnessModel, tmp_path: Path) -> None:
     text = "the cat sat on the mat\na red square"
     put_task(
         tmp_path, [{"page": text}], output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{page}}",
         metric_list=[{"metric": "bits_per_byte"}],
     )  # fmt: skip
 
-    found = evaluate(asked, tmp_path)
+    results = evaluate(harness_model, tmp_path)
 
-    ids = asked.tokenizer.encode(text).tolist()
-    bits = -sum(alone(asked.model, [], ids)) / torch.log(torch.tensor(2.0)).item() / len(text.encode())
-    assert found["results"]["made"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+    ids = harness_model.tokenizer.encode(text).tolist()
+    bits = -sum(log_probs_of(harness_model.model, [], ids)) / torch.log(torch.tensor(2.0)).item() / len(text.encode())
+    assert results["results"]["made"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
 
 
 @pytest.mark.parametrize("stride", [None, 1, 7, 12])
 @pytest.mark.parametrize("n", [0, 1, 12, 13, 24, 25, 40])
-def test_windows_judge_each_token_of_a_text_once_behind_all_that_fits(
+def test_windows_score_each_token_of_a_text_once_after_all_context_that_fits(
     kosmos_tower: str, kosmos_tokenizer: Tokenizer, n: int, stride: int | None
 ) -> None:
     model = tiny_model(kosmos_tower, max_seq_len=13)
     model.tokenizer = kosmos_tokenizer
-    asked = HarnessModel(model=model, stride=stride, device="cpu")
+    harness_model = HarnessModel(model=model, stride=stride, device="cpu")
     ids = list(range(100, 100 + n))
 
-    windows = asked._windows(ids)
+    windows = harness_model._windows(ids)
 
-    assert [token for _, judged in windows for token in judged] == ids
-    assert all(len(judged) <= (stride or 12) for _, judged in windows[1:])
-    assert all(len(context) + len(judged) == min(12, n) for context, judged in windows)
-    for context, judged in windows:
-        start = judged[0] - 100
+    assert [token for _, scored in windows for token in scored] == ids
+    assert all(len(scored) <= (stride or 12) for _, scored in windows[1:])
+    assert all(len(context) + len(scored) == min(12, n) for context, scored in windows)
+    for context, scored in windows:
+        start = scored[0] - 100
         assert context == ids[start - len(context) : start]
 
 
 def test_a_long_text_is_the_sum_of_its_windows(kosmos_tower: str, kosmos_tokenizer: Tokenizer) -> None:
     model = tiny_model(kosmos_tower, max_seq_len=31)
     model.tokenizer = kosmos_tokenizer
-    asked = HarnessModel(model=model, stride=11, device="cpu")
+    harness_model = HarnessModel(model=model, stride=11, device="cpu")
     text = "the cat sat on the mat " * 7
     ids = kosmos_tokenizer.encode(text).tolist()
 
-    found = asked.loglikelihood_rolling(requests("loglikelihood_rolling", (text,), ("",), ("my cat",)), True)
+    totals = harness_model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,), ("",), ("my cat",)), True)
 
-    first, rest = sum(alone(model, [], ids[:30])), 0.0
+    first, rest = sum(log_probs_of(model, [], ids[:30])), 0.0
     for start in range(30, len(ids), 11):
         end = min(start + 11, len(ids))
-        rest += sum(alone(model, ids[end - 30 : start], ids[start:end]))
-    assert found[0] == pytest.approx(first + rest, abs=1e-3)  # some 100 tokens, each to 1e-5
-    assert found[1] == 0.0
-    assert found[2] == pytest.approx(sum(alone(model, [], kosmos_tokenizer.encode("my cat").tolist())), abs=1e-4)
+        rest += sum(log_probs_of(model, ids[end - 30 : start], ids[start:end]))
+    assert totals[0] == pytest.approx(first + rest, abs=1e-3)  # some 100 tokens, each to 1e-5
+    assert totals[1] == 0.0
+    assert totals[2] == pytest.approx(sum(log_probs_of(model, [], kosmos_tokenizer.encode("my cat").tolist())), abs=1e-4)
 
 
-def test_generation_stops_where_the_task_says(asked: HarnessModel, tmp_path: Path) -> None:
+def test_generation_ends_at_the_tasks_stop_strings(harness_model: HarnessModel, tmp_path: Path) -> None:
     contexts = ["the cat", "a red square and a", "jackdaws love"]
     settings = GenerationConfig(max_new_tokens=9)
-    written = [
-        a.text for a in RequestScheduler(asked.model, asked.tokenizer).answer([Generate((c,), settings) for c in contexts])
+    texts = [
+        a.text
+        for a in RequestScheduler(harness_model.model, harness_model.tokenizer).respond(
+            [Generate((c,), settings) for c in contexts]
+        )
     ]  # type: ignore[union-attr]
-    stop = next(letter for letter in "aeiotnsr" if any(letter in text[1:] for text in written))
+    stop = next(letter for letter in "aeiotnsr" if any(letter in text[1:] for text in texts))
     put_task(
         tmp_path, [{"context": c, "answer": "x"} for c in contexts], output_type="generate_until",
         doc_to_text="{{context}}", doc_to_target="{{answer}}", metric_list=[{"metric": "exact_match"}],
         generation_kwargs={"until": [stop], "max_gen_toks": 9},
     )  # fmt: skip
 
-    found = evaluate(asked, tmp_path)
+    results = evaluate(harness_model, tmp_path)
 
-    logged = sorted(found["samples"]["made"], key=lambda one: one["doc_id"])
-    assert [one["resps"][0][0] for one in logged] == [text.partition(stop)[0] for text in written]
+    logged = sorted(results["samples"]["made"], key=lambda one: one["doc_id"])
+    assert [one["resps"][0][0] for one in logged] == [text.partition(stop)[0] for text in texts]
 
 
 @pytest.mark.parametrize(
-    ("given", "settings"),
+    ("kwargs", "settings"),
     [
         ({}, GenerationConfig(max_new_tokens=256)),
         ({"until": "\n", "max_gen_toks": 5, "temperature": 0.0}, GenerationConfig(max_new_tokens=5, stop=("\n",))),
@@ -264,36 +275,36 @@ def test_generation_stops_where_the_task_says(asked: HarnessModel, tmp_path: Pat
         ({"num_beams": 4, "length_penalty": 0.5}, GenerationConfig(max_new_tokens=256, n_beams=4, length_penalty=0.5)),
     ],
 )  # fmt: skip
-def test_settings_of_tasks_become_ours(given: dict[str, Any], settings: GenerationConfig) -> None:
-    assert generation_config(given) == settings
+def test_settings_of_tasks_become_a_generation_config(kwargs: dict[str, Any], settings: GenerationConfig) -> None:
+    assert generation_config(kwargs) == settings
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("kwargs", "message"),
     [
-        ({"min_p": 0.1}, "no such generation_kwargs: min_p; there are do_sample, "),
-        ({"do_sample": True, "temperature": 0}, "draw"),
+        ({"min_p": 0.1}, "unsupported generation_kwargs: min_p; supported are do_sample, "),
+        ({"do_sample": True, "temperature": 0}, "leave do_sample out"),
     ],
 )
-def test_settings_that_cannot_be_met_are_refused(given: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generation_config(given)
+        generation_config(kwargs)
 
 
-def test_more_tokens_than_positions_are_refused(asked: HarnessModel) -> None:
-    with pytest.raises(UserError, match="256 tokens behind <s> do not fit into the model's 211 positions"):
-        asked.generate_until(requests("generate_until", ("the cat", {})), True)
+def test_more_tokens_than_positions_are_refused(harness_model: HarnessModel) -> None:
+    with pytest.raises(UserError, match="256 tokens after <s> do not fit into the model's 211 positions"):
+        harness_model.generate_until(requests("generate_until", ("the cat", {})), True)
 
 
-def test_a_cache_of_the_harness_spares_the_model(asked: HarnessModel, tmp_path: Path) -> None:
+def test_the_harness_cache_replaces_the_model(harness_model: HarnessModel, tmp_path: Path) -> None:
     rows = [{"context": "the cat", "choices": ["sat", "is red"], "label": 0}]
     put_task(tmp_path, rows, **CHOICE)
     read: list[int] = []
-    hook = asked.model.decoder.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    hook = harness_model.model.decoder.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
 
-    first = evaluate(asked, tmp_path, use_cache=str(tmp_path / "answers"))
+    first = evaluate(harness_model, tmp_path, use_cache=str(tmp_path / "answers"))
     n_read = len(read)
-    again = evaluate(asked, tmp_path, use_cache=str(tmp_path / "answers"))
+    again = evaluate(harness_model, tmp_path, use_cache=str(tmp_path / "answers"))
 
     hook.remove()
     assert n_read == len(read) > 0
@@ -310,9 +321,9 @@ def test_the_command_runs_an_exported_model(model: Kosmos, tmp_path: Path, monke
 
     status = main()
 
-    [written] = (tmp_path / "out").rglob("results_*.json")
+    [path] = (tmp_path / "out").rglob("results_*.json")
     assert status == 0
-    assert json.loads(written.read_text())["results"]["made"]["acc,none"] in (0.0, 1.0)
+    assert json.loads(path.read_text())["results"]["made"]["acc,none"] in (0.0, 1.0)
 
 
 def test_a_mistake_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,8 +333,8 @@ def test_a_mistake_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err == "error: no checkpoint nowhere.ckpt\n"
 
 
-def test_a_chat_template_and_a_model_without_tokenizer_are_refused(asked: HarnessModel, kosmos_tower: str) -> None:
+def test_a_chat_template_and_a_model_without_tokenizer_are_refused(harness_model: HarnessModel, kosmos_tower: str) -> None:
     with pytest.raises(UserError, match="leave out --apply_chat_template"):
-        asked.apply_chat_template([{"role": "user", "content": "the cat"}])
+        harness_model.apply_chat_template([{"role": "user", "content": "the cat"}])
     with pytest.raises(UserError, match="without a tokenizer"):
         HarnessModel(model=tiny_model(kosmos_tower))

@@ -1,4 +1,4 @@
-"""An evaluation keeps what it has, goes on where it was, and says what it is of."""
+"""An evaluation stores its results, continues after an interruption, and refuses results of another one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.image_control import shuffle_images
-from kosmos_lit.evaluation.record import Result
 from kosmos_lit.evaluation.requests import LogLikelihood
-from kosmos_lit.evaluation.runner import evaluate, weights_digest
+from kosmos_lit.evaluation.results import Result
+from kosmos_lit.evaluation.runner import evaluate
 from kosmos_lit.evaluation.scheduler import RequestScheduler
-from kosmos_lit.evaluation.task import Sample, chosen
+from kosmos_lit.evaluation.storage import weights_digest
+from kosmos_lit.evaluation.task import Sample, limit_samples
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.evaluation.asking import Rounds, draw
+from tests.kosmos_lit.evaluation.toy_tasks import TwoRounds, draw_images
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
 
@@ -30,17 +31,17 @@ def model(kosmos_tower: str) -> Kosmos:
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Rounds:
-    draw(tmp_path / "images", 5)
-    return Rounds(str(tmp_path / "images"), n=11)
+def task(tmp_path: Path) -> TwoRounds:
+    draw_images(tmp_path / "images", 5)
+    return TwoRounds(str(tmp_path / "images"), n=11)
 
 
 def lines(folder: Path, task: str = "rounds") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / task / "samples.jsonl").read_text().splitlines()]
 
 
-def test_results_are_in_the_samples_order_and_figures_their_means(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+def test_results_are_in_the_samples_order_and_metrics_are_their_means(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
     entries = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, batch_tokens=100), tmp_path / "out")
 
@@ -57,35 +58,35 @@ def test_results_are_in_the_samples_order_and_figures_their_means(
     }  # fmt: skip
 
 
-def test_who_was_asked_about_before_is_not_asked_again(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_evaluated_samples_are_not_evaluated_again(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "whole")
+    expected = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "whole")
     evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}, max_samples=5), tmp_path / "out")
     before = lines(tmp_path / "out")
-    asked: list[str] = []
+    evaluated: list[str] = []
     run = RequestScheduler.run
 
     def watched(
-        engine: RequestScheduler, task: Rounds, samples: Sequence[Sample], pool: Sequence[Sample]
+        scheduler: RequestScheduler, task: TwoRounds, samples: Sequence[Sample], pool: Sequence[Sample]
     ) -> Iterator[list[Result]]:
-        asked.extend(sample.key for sample in samples)
-        return run(engine, task, samples, pool)
+        evaluated.extend(sample.key for sample in samples)
+        return run(scheduler, task, samples, pool)
 
     monkeypatch.setattr(RequestScheduler, "run", watched)
 
     again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
 
-    assert sorted([*asked, *(row["key"] for row in before)]) == sorted(f"s{i}" for i in range(11))
+    assert sorted([*evaluated, *(row["key"] for row in before)]) == sorted(f"s{i}" for i in range(11))
     assert len(before) == 5
-    assert again["rounds"]["metrics"] == whole["rounds"]["metrics"]
+    assert again["rounds"]["metrics"] == expected["rounds"]["metrics"]
     assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
 
 
-def test_a_line_that_was_cut_off_is_asked_again(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+def test_a_sample_whose_line_was_cut_off_is_evaluated_again(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
-    whole = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
+    expected = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
     path = tmp_path / "out/rounds/samples.jsonl"
     rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(rows[:4]))
@@ -94,12 +95,14 @@ def test_a_line_that_was_cut_off_is_asked_again(
 
     again = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
 
-    assert again["rounds"]["metrics"] == whole["rounds"]["metrics"]
+    assert again["rounds"]["metrics"] == expected["rounds"]["metrics"]
     assert [row["key"] for row in lines(tmp_path / "out")] == [f"s{i}" for i in range(11)]
     assert sorted(p.name for p in path.parent.iterdir()) == ["fingerprint.json", "samples.jsonl"]
 
 
-def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path) -> None:
+def test_failed_samples_are_evaluated_again(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
+) -> None:
     image = (task.path / "1.png").read_bytes()
     (task.path / "1.png").write_bytes(b"")
     config = EvalConfig(tasks={"rounds": task})
@@ -108,52 +111,52 @@ def test_what_failed_is_asked_again(model: Kosmos, kosmos_tokenizer: Tokenizer, 
 
     then = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["rounds"]
 
-    assert first["n_failed"] == first["failures"]["an image cannot be read"] > 0
+    assert first["n_failed"] == first["failures"]["unreadable image"] > 0
     assert first["metrics"]["accuracy"]["n"] == 11 - first["n_failed"]
     assert (then["n_failed"], then["metrics"]["accuracy"]["n"]) == (0, 11)
 
 
 @pytest.mark.parametrize(
-    ("other", "prediction"),
+    ("other", "difference"),
     [
-        ({"seed": 3}, "weights '.*' there, '.*' here"),
-        ({"image_control": "blank"}, "image_control 'true' there, 'blank' here"),
-        ({"max_new_tokens": 4}, "max_new_tokens 5 there, 4 here"),
+        ({"seed": 3}, "weights is '.*' in the folder, '.*' in this run"),
+        ({"image_control": "blank"}, "image_control is 'true' in the folder, 'blank' in this run"),
+        ({"max_new_tokens": 4}, "max_new_tokens is 5 in the folder, 4 in this run"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
-def test_results_of_something_else_are_refused_and_stay(
-    kosmos_tower: str, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path, other: dict[str, Any], prediction: str
+def test_results_of_another_evaluation_are_refused_and_kept(
+    kosmos_tower: str, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path, other: dict[str, Any], difference: str
 ) -> None:
     evaluate(tiny_model(kosmos_tower), kosmos_tokenizer, EvalConfig(tasks={"rounds": task}), tmp_path / "out")
     before = lines(tmp_path / "out")
-    changed = Rounds(str(task.path), n=11, max_new_tokens=other.get("max_new_tokens", 5))
+    changed = TwoRounds(str(task.path), n=11, max_new_tokens=other.get("max_new_tokens", 5))
     config = EvalConfig(tasks={"rounds": changed}, image_control=other.get("image_control", "true"))
 
-    with pytest.raises(UserError, match=rf"holds results of another evaluation: {prediction}\. Give this one another"):
+    with pytest.raises(UserError, match=rf"holds results of another evaluation: {difference}\. Give this run another"):
         evaluate(tiny_model(kosmos_tower, other.get("seed", 0)), kosmos_tokenizer, config, tmp_path / "out")
 
     assert lines(tmp_path / "out") == before
 
 
-def test_a_task_of_which_nothing_could_be_asked_is_a_mistake(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+def test_a_task_whose_samples_all_fail_is_an_error(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
-    class Empty(Rounds):
+    class Empty(TwoRounds):
         def ask(self, sample: Any, shots: Any) -> Any:
             yield [LogLikelihood(("the",), ("cat", " "))]
 
     config = EvalConfig(tasks={"empty": Empty(str(task.path), n=3)})
-    with pytest.raises(UserError, match=r"empty: nothing could be asked about any of 3 samples: candidate without tokens"):
+    with pytest.raises(UserError, match=r"empty: all samples failed, 3 of them so: candidate without tokens"):
         evaluate(model, kosmos_tokenizer, config, tmp_path / "out")
 
     assert [row["error"] for row in lines(tmp_path / "out", "empty")] == ["candidate without tokens: ' '"] * 3
 
 
-def test_a_sample_that_its_task_cannot_ask_about_is_listed(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+def test_a_sample_that_its_task_refuses_is_listed(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
-    class Unlabelled(Rounds):
+    class Unlabelled(TwoRounds):
         def ask(self, sample: Any, shots: Any) -> Any:
             if sample.key == "s1":
                 raise UserError("s1 has no label")
@@ -162,24 +165,24 @@ def test_a_sample_that_its_task_cannot_ask_about_is_listed(
     config = EvalConfig(tasks={"unlabelled": Unlabelled(str(task.path), n=3)})
     entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["unlabelled"]
 
-    assert (entry["n_failed"], entry["failures"]) == (1, {"sample that cannot be asked about": 1})
-    assert lines(tmp_path / "out", "unlabelled")[1]["error"] == "sample that cannot be asked about: s1 has no label"
+    assert (entry["n_failed"], entry["failures"]) == (1, {"invalid sample": 1})
+    assert lines(tmp_path / "out", "unlabelled")[1]["error"] == "invalid sample: s1 has no label"
 
 
-def test_fewer_samples_are_among_more(task: Rounds) -> None:
-    keys = [{sample.key for sample in chosen(task, task.samples(), n)} for n in (3, 7, None)]
+def test_a_smaller_selection_is_part_of_a_larger_one(task: TwoRounds) -> None:
+    keys = [{sample.key for sample in limit_samples(task, task.samples(), n)} for n in (3, 7, None)]
 
     assert [len(some) for some in keys] == [3, 7, 11]
     assert keys[0] < keys[1] < keys[2]
 
 
-def test_two_samples_of_one_key_are_a_mistake(task: Rounds) -> None:
-    with pytest.raises(UserError, match="1 keys are of several samples, 's2' for one"):
-        chosen(task, [*task.samples(), task.samples()[2]])
+def test_two_samples_of_one_key_are_an_error(task: TwoRounds) -> None:
+    with pytest.raises(UserError, match="1 keys belong to several samples, such as 's2'"):
+        limit_samples(task, [*task.samples(), task.samples()[2]])
 
 
 def test_shuffled_samples_show_others_images_and_keep_the_rest(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, tmp_path: Path
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, tmp_path: Path
 ) -> None:
     config = EvalConfig(tasks={"rounds": task}, image_control="shuffled")
 
@@ -187,9 +190,9 @@ def test_shuffled_samples_show_others_images_and_keep_the_rest(
 
     rows = {row["key"]: row["requests"][0] for row in lines(tmp_path / "out")}
     for sample in task.samples():
-        own, shown = list(map(str, sample.images)), rows[sample.key]["images"]
-        assert len(own) == len(shown)
-        assert not own or own != shown
+        own, others = list(map(str, sample.images)), rows[sample.key]["images"]
+        assert len(own) == len(others)
+        assert not own or own != others
         assert sample.data["text"] in rows[sample.key]["prompt"]
 
 
@@ -205,7 +208,7 @@ def test_images_that_all_samples_share_cannot_be_shuffled() -> None:
     assert shuffled[4] == samples[4]
 
 
-def test_digests_tell_weights_apart(kosmos_tower: str) -> None:
+def test_different_weights_have_different_digests(kosmos_tower: str) -> None:
     one, same, other = tiny_model(kosmos_tower), tiny_model(kosmos_tower), tiny_model(kosmos_tower)
     with torch.no_grad():
         other.decoder.layers[1].ffn.fc1.bias[3] += 1e-6

@@ -1,4 +1,4 @@
-"""Many samples side by side get what each alone would, and what cannot be asked is told."""
+"""Many samples side by side get the responses that each alone would, and failures name their reason."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kosmos_lit.evaluation.record import Failure, Result
 from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Request
+from kosmos_lit.evaluation.results import Failure, Result
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.inference.generate import GenerationConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.evaluation.asking import Rounds, draw
+from tests.kosmos_lit.evaluation.toy_tasks import TwoRounds, draw_images
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
 
@@ -25,24 +25,24 @@ def model(kosmos_tower: str) -> Kosmos:
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Rounds:
-    draw(tmp_path / "images", 5)
-    return Rounds(str(tmp_path / "images"), n=11)
+def task(tmp_path: Path) -> TwoRounds:
+    draw_images(tmp_path / "images", 5)
+    return TwoRounds(str(tmp_path / "images"), n=11)
 
 
-def results_of(engine: RequestScheduler, task: Rounds) -> dict[str, Result]:
-    results = [result for some in engine.run(task, task.samples(), task.pool()) for result in some]
+def results_of(scheduler: RequestScheduler, task: TwoRounds) -> dict[str, Result]:
+    results = [result for some in scheduler.run(task, task.samples(), task.pool()) for result in some]
     assert len(results) == len({result.key for result in results})
     return {result.key: result for result in results}
 
 
 def log_probs(result: Result) -> list[float]:
-    return [p for asked in result.requests for row in asked.get("log_probs", []) for p in row]
+    return [p for request in result.requests for row in request.get("log_probs", []) for p in row]
 
 
 @pytest.mark.parametrize("n_shots", [0, 2])
 def test_outcomes_do_not_depend_on_batches(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, n_shots: int
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, n_shots: int
 ) -> None:
     task.n_shots = n_shots
 
@@ -58,7 +58,7 @@ def test_outcomes_do_not_depend_on_batches(
         assert log_probs(one) == pytest.approx(log_probs(merged[key]), abs=1e-5)
 
 
-def test_a_batch_holds_no_more_positions_than_asked_for(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
+def test_a_batch_has_at_most_batch_tokens_positions(model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds) -> None:
     read: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
 
@@ -67,43 +67,43 @@ def test_a_batch_holds_no_more_positions_than_asked_for(model: Kosmos, kosmos_to
     assert max(read) <= 90
 
 
-def test_an_image_of_several_samples_is_seen_once_a_batch(
+def test_an_image_of_several_samples_is_encoded_once_a_batch(
     model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    [one, other] = draw(tmp_path, 2)
+    [one, other] = draw_images(tmp_path, 2)
     seen: list[Tensor] = []
     model.vision.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     requests = [LogLikelihood((one, other, one, text), ("a cat",)) for text in ("the", "a red square", "my")]
 
-    merged = RequestScheduler(model, kosmos_tokenizer).answer(requests)
+    merged = RequestScheduler(model, kosmos_tokenizer).respond(requests)
 
     assert [len(images) for images in seen] == [2]
-    alone = [RequestScheduler(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    alone = [RequestScheduler(model, kosmos_tokenizer).respond([request])[0] for request in requests]
     for answer, other_answer in zip(merged, alone, strict=True):
         assert answer[0].log_probs == pytest.approx(other_answer[0].log_probs, abs=1e-5)  # type: ignore[index]
 
 
 def matrix(paths: list[Path]) -> list[LogLikelihood]:
-    """Return what Raven's test asks: three images, and then one of four, of which one is in both."""
+    """Return requests as Raven's test has them: three images, and then one of four, of which one is in both."""
     before = tuple(part for path in paths[:3] for part in (path, "the cat"))
     return [LogLikelihood((*before, "on the mat", end, "is it", " a cat? "), ("yes", "a mat")) for end in paths[2:]]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100_000])
-def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
+def test_prompts_that_begin_alike_share_a_prefill_with_the_same_scores(
     model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path, batch_tokens: int
 ) -> None:
-    requests: list[Request] = [*matrix(draw(tmp_path, 6)), LogLikelihood(("my",), ("cat",))]
+    requests: list[Request] = [*matrix(draw_images(tmp_path, 6)), LogLikelihood(("my",), ("cat",))]
     requests.insert(2, Generate(("the",), GenerationConfig(max_new_tokens=3)))
     read: list[int] = []
     model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
-    engines = [
+    schedulers = [
         RequestScheduler(model, kosmos_tokenizer, batch_tokens=batch_tokens, share_prefixes=share) for share in (False, True)
     ]
 
-    plain = engines[0].answer(requests)
+    plain = schedulers[0].respond(requests)
     n_plain = sum(read)
-    shared = engines[1].answer(requests[:2] + requests[2:5])
+    shared = schedulers[1].respond(requests[:2] + requests[2:5])
     n_shared = sum(read) - n_plain
 
     assert n_shared < 0.7 * n_plain
@@ -117,17 +117,19 @@ def test_prompts_that_begin_alike_are_read_as_one_with_the_same_scores(
 
 
 def test_draws_follow_from_the_images_shown(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    paths = draw(tmp_path, 3)
+    paths = draw_images(tmp_path, 3)
     settings = GenerationConfig(max_new_tokens=7, temperature=1.0)
     requests = [Generate((paths[i], paths[0], "a"), settings) for i in (0, 1, 2)]
 
-    merged = RequestScheduler(model, kosmos_tokenizer).answer(requests)
+    merged = RequestScheduler(model, kosmos_tokenizer).respond(requests)
 
-    assert merged == [RequestScheduler(model, kosmos_tokenizer).answer([request])[0] for request in requests]
+    assert merged == [RequestScheduler(model, kosmos_tokenizer).respond([request])[0] for request in requests]
 
 
-def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    [good] = draw(tmp_path, 1)
+def test_a_failed_request_has_a_reason_and_fails_no_other(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    [good] = draw_images(tmp_path, 1)
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:60])
     settings = GenerationConfig(max_new_tokens=3)
@@ -142,19 +144,19 @@ def test_failures_are_told_and_fail_nothing_else(model: Kosmos, kosmos_tokenizer
         Generate((good, "the"), settings),
     ]
 
-    answers = RequestScheduler(model, kosmos_tokenizer).answer(requests)
+    responses = RequestScheduler(model, kosmos_tokenizer).respond(requests)
 
-    why: list[Any] = [answer.reason if isinstance(answer, Failure) else None for answer in answers]
-    assert why == [
-        None, "an image cannot be read", "an image cannot be read", "prompt too long", "candidate without tokens",
-        "no candidates", "choices that cannot be asked", None,
+    reasons: list[Any] = [response.reason if isinstance(response, Failure) else None for response in responses]
+    assert reasons == [
+        None, "unreadable image", "unreadable image", "prompt too long", "candidate without tokens",
+        "no candidates", "invalid choices", None,
     ]  # fmt: skip
-    assert "gone.png" in str(answers[1])
-    assert "broken.png" in str(answers[2])
-    assert "61" in str(answers[3])
+    assert "gone.png" in str(responses[1])
+    assert "broken.png" in str(responses[2])
+    assert "61" in str(responses[3])
 
 
-def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
+def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds) -> None:
     (task.path / "1.png").write_bytes(b"no image")
 
     results = results_of(RequestScheduler(model, kosmos_tokenizer), task)
@@ -162,10 +164,10 @@ def test_a_failed_sample_has_its_reason_and_no_outcome(model: Kosmos, kosmos_tok
     failed = {key for key, result in results.items() if result.failure}
     assert failed == {s.key for s in task.samples() if any(path.name == "1.png" for path in s.images)}
     assert all((result.outcome is None) == (key in failed) for key, result in results.items())
-    assert results["s1"].to_dict()["error"].startswith("an image cannot be read: ")
+    assert results["s1"].to_dict()["error"].startswith("unreadable image: ")
 
 
-def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds) -> None:
+def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds) -> None:
     (task.path / "1.png").write_bytes(b"no image")
 
     for result in results_of(RequestScheduler(model, kosmos_tokenizer), task).values():
@@ -173,11 +175,11 @@ def test_results_are_the_same_after_their_way_to_disk(model: Kosmos, kosmos_toke
 
 
 @pytest.mark.parametrize("image_control", ["blank", "none"])
-def test_images_make_no_difference_to_who_does_not_see_them(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds, image_control: Any
+def test_images_make_no_difference_under_a_control_without_them(
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds, image_control: Any
 ) -> None:
     before = results_of(RequestScheduler(model, kosmos_tokenizer, image_control=image_control), task)
-    for path, image in zip(draw(task.path / "others", 9)[4:], task.path.glob("*.png"), strict=True):
+    for path, image in zip(draw_images(task.path / "others", 9)[4:], task.path.glob("*.png"), strict=True):
         image.write_bytes(path.read_bytes())
 
     after = results_of(RequestScheduler(model, kosmos_tokenizer, image_control=image_control), task)
@@ -188,23 +190,23 @@ def test_images_make_no_difference_to_who_does_not_see_them(
 
 
 def test_a_model_without_finite_numbers_fails_its_samples(
-    model: Kosmos, kosmos_tokenizer: Tokenizer, task: Rounds
+    model: Kosmos, kosmos_tokenizer: Tokenizer, task: TwoRounds
 ) -> None:
     with torch.no_grad():
         model.decoder.embed_tokens.weight.fill_(torch.nan)
 
     failures = [result.failure for result in results_of(RequestScheduler(model, kosmos_tokenizer), task).values()]
 
-    assert {failure and failure.reason for failure in failures} == {"the model cannot answer"}
+    assert {failure and failure.reason for failure in failures} == {"model error"}
 
 
 def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    [image] = draw(tmp_path, 1)
+    [image] = draw_images(tmp_path, 1)
     model.tokenizer = kosmos_tokenizer
 
-    [answer] = RequestScheduler(model, kosmos_tokenizer).answer([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
+    [answer] = RequestScheduler(model, kosmos_tokenizer).respond([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
 
-    wanted = model.score("the cat", ["sat", "on the mat"], [image])
+    expected = model.score("the cat", ["sat", "on the mat"], [image])
     assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]
-    for scored, other in zip(answer, wanted, strict=True):  # type: ignore[arg-type]
+    for scored, other in zip(answer, expected, strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(scored.log_probs, other.log_probs)  # type: ignore[union-attr]

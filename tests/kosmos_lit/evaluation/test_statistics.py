@@ -11,13 +11,13 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.statistics import (
-    Numbers,
+    Indices,
     auc_metric,
     bootstrap,
-    difference,
     macro_f1_metric,
     mean_metric,
-    paired,
+    paired_bootstrap,
+    paired_difference,
 )
 
 
@@ -75,7 +75,7 @@ def test_a_paired_difference_sees_what_two_intervals_hide() -> None:
     theirs = {f"s{i}": float(value) for i, value in enumerate(hard)}
     ours = {key: value + 0.1 + 0.05 * random.normal() for key, value in reversed(theirs.items())}
 
-    metric = difference(ours, theirs)
+    metric = paired_difference(ours, theirs)
 
     one, other = mean_metric(list(ours.values())), mean_metric(list(theirs.values()))
     assert metric.value == pytest.approx(one.value - other.value)
@@ -86,14 +86,14 @@ def test_a_paired_difference_sees_what_two_intervals_hide() -> None:
 def test_a_difference_of_statistics_draws_the_same_samples_on_both_sides() -> None:
     values = np.random.default_rng(1).normal(size=31)
 
-    metric = paired(lambda at: float(values[at].max()) + 1.0, lambda at: float(values[at].max()), 31)
+    metric = paired_bootstrap(lambda at: float(values[at].max()) + 1.0, lambda at: float(values[at].max()), 31)
 
     assert astuple(metric) == pytest.approx((1.0, 1.0, 1.0, 31))
 
 
 def test_a_difference_of_other_samples_is_a_mistake() -> None:
     with pytest.raises(UserError, match="2 are on one side only, such as 'b'"):
-        difference({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 0.0})
+        paired_difference({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 0.0})
 
 
 def test_auc_by_hand() -> None:
@@ -106,7 +106,7 @@ def test_auc_is_that_of_scikit_learn_and_its_interval_that_of_counted_pairs() ->
     labels = (random.random(83) < 0.4).astype(np.int64)
     scores = np.round(random.normal(size=83) + labels, 1) * 1e-9 - 50.0  # ties, and log-probabilities far from 0
 
-    def pairs_won(at: Numbers) -> float:
+    def pairs_won(at: Indices) -> float:
         high, low = scores[at][labels[at] == 1, None], scores[at][labels[at] == 0]
         return float(((high > low) + (high == low) / 2).mean())
 

@@ -86,13 +86,13 @@ def failed(key: str, reason: str, detail: str = "x.jpg") -> dict[str, Any]:
     }
 
 
-def task(samples: Sequence[Mapping[str, Any]], headline: str = "accuracy", **more: Any) -> dict[str, Any]:
+def task(samples: Sequence[Mapping[str, Any]], main_metric: str = "accuracy", **more: Any) -> dict[str, Any]:
     """Return a task's entry of metrics.json, its figures the means of the samples' scores, and the samples."""
     answered = [sample for sample in samples if not sample["error"]]
     names = list(dict.fromkeys(name for sample in answered for name in sample["scores"]))
     reasons = [sample["error"].split(":")[0] for sample in samples if sample["error"]]
     entry = {
-        "class": "kosmos_lit.tasks.Made", "title": "Made", "published": None, "headline": headline, "chance": 0.5,
+        "class": "kosmos_lit.tasks.Made", "title": "Made", "published": None, "main_metric": main_metric, "chance": 0.5,
         "n_shots": 0, "seed": 0, "n_samples": len(samples), "n_failed": len(reasons),
         "failures": {r: reasons.count(r) for r in reasons},
         "options": {"path": "data/made"}, "seconds": 1.5,

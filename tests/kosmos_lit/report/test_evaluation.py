@@ -169,7 +169,9 @@ def test_nothing_of_a_dataset_or_a_model_becomes_markup(tmp_path: Path) -> None:
     bad = "<script>alert('&')</script>\"><img src=x onerror=y>"
     sample = chose(bad, {bad: -0.1, "b": -2.0}, "b", prompt=bad, images=[tmp_path / f"{bad.replace('/', '')}.png"])
     made = {
-        "t": task([sample, failed(bad, bad, bad)], title=bad, headline="accuracy", options={"path": bad}, failures={bad: 1})
+        "t": task(
+            [sample, failed(bad, bad, bad)], title=bad, main_metric="accuracy", options={"path": bad}, failures={bad: 1}
+        )
     }
 
     page = page_of(write_results(tmp_path, made, model={"checkpoint": bad, bad: bad}, machine=bad, date=bad))
@@ -285,7 +287,7 @@ def test_candidates_that_are_asked_one_by_one_are_compared() -> None:
 def test_what_decided_is_the_tasks_to_say() -> None:
     request = {"prompt": "p", "images": [], "candidates": ["no", "yes"], "log_probs": [[-0.1], [-3.0]]}
 
-    shares = candidate_shares({"requests": [request], "data": {"shares": {"no": 0.25, "yes": 0.75}}})
+    shares = candidate_shares({"requests": [request], "data": {"probabilities": {"no": 0.25, "yes": 0.75}}})
 
     assert shares == [("no", 0.25), ("yes", 0.75)]
 
@@ -320,9 +322,9 @@ def test_a_task_whose_samples_are_gone_keeps_its_figures(tmp_path: Path) -> None
     ("text", "message"),
     [
         (None, "no metrics.json"),
-        ("[1]", "not the figures"),
+        ("[1]", "not the metrics"),
         ('{"tasks": {}}', "no tasks"),
-        ('{"tasks": {"t": 1}}', "not the figures"),
+        ('{"tasks": {"t": 1}}', "not the metrics"),
     ],
 )
 def test_a_folder_without_results_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -346,7 +348,7 @@ def test_reports_need_no_fields_that_an_older_evaluation_lacks(tmp_path: Path) -
     folder = write_results(tmp_path, {"t": task(answers(3, 1))})
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     entry = found["tasks"]["t"]
-    kept = {key: entry[key] for key in ("title", "headline", "n_samples", "metrics")}
+    kept = {key: entry[key] for key in ("title", "main_metric", "n_samples", "metrics")}
     (folder / "metrics.json").write_text(json.dumps({"tasks": {"t": kept}}), encoding="utf-8")
 
     assert page_of(folder).prediction.count("33.3") >= 2

@@ -14,10 +14,10 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.requests import Generate, LogLikelihood
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
-from tests.kosmos_lit.tasks import images_on_disk as made
-from tests.kosmos_lit.tasks.asking_by_hand import prompt, readable, requests, wrote
+from tests.kosmos_lit.tasks import image_datasets
+from tests.kosmos_lit.tasks.scripted_responses import continuation, prompt, readable, requests
 
-UNMEASURED: dict[str, Any] = {"measures": []}
+UNMEASURED: dict[str, Any] = {"metrics": []}
 WEB = (
     "Given the context below from web page, extract the answer from the given text like this: Qusestion: Who is the "
     "publisher of this book? Answer: Penguin Books Ltd."
@@ -25,7 +25,7 @@ WEB = (
 
 
 def coco(folder: Path, **options: Any) -> tasks.CocoCaption:
-    return tasks.CocoCaption(str(made.karpathy(folder)), **UNMEASURED, **options)
+    return tasks.CocoCaption(str(image_datasets.karpathy(folder)), **UNMEASURED, **options)
 
 
 # ---- captions
@@ -75,7 +75,7 @@ def test_which_caption_is_shown_depends_on_the_seed_and_the_sample(tmp_path: Pat
 
 
 def test_flickr30k_has_its_images_in_one_folder(tmp_path: Path) -> None:
-    made.karpathy(tmp_path, "flickr30k")
+    image_datasets.karpathy(tmp_path, "flickr30k")
 
     found = tasks.Flickr30k(str(tmp_path), **UNMEASURED).samples()
 
@@ -87,8 +87,8 @@ def test_flickr30k_has_its_images_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_vqav2_asks_greedily_and_shows_the_most_frequent_answer(tmp_path: Path) -> None:
-    made.vqav2(tmp_path)
-    task = tasks.Vqav2(str(made.vqav2(tmp_path, "train2014", 3)), n_shots=1)
+    image_datasets.vqav2(tmp_path)
+    task = tasks.Vqav2(str(image_datasets.vqav2(tmp_path, "train2014", 3)), n_shots=1)
     sample, shot = task.samples()[1], task.pool()[2]
 
     (request,) = requests(task, sample, [shot])
@@ -106,7 +106,7 @@ def test_vqav2_asks_greedily_and_shows_the_most_frequent_answer(tmp_path: Path) 
 
 
 def test_vqav2_test_dev_has_no_answers_and_the_images_of_test(tmp_path: Path) -> None:
-    task = tasks.Vqav2(str(made.vqav2(tmp_path, "test-dev2015", answered=False)), split="test-dev2015")
+    task = tasks.Vqav2(str(image_datasets.vqav2(tmp_path, "test-dev2015", answered=False)), split="test-dev2015")
 
     (first, *_) = task.samples()
 
@@ -115,7 +115,7 @@ def test_vqav2_test_dev_has_no_answers_and_the_images_of_test(tmp_path: Path) ->
 
 
 def test_vizwiz_reads_its_annotations_wherever_they_lie(tmp_path: Path) -> None:
-    made.vizwiz(tmp_path)
+    image_datasets.vizwiz(tmp_path)
     here = tasks.VizWiz(str(tmp_path)).samples()
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "val.json").rename(tmp_path / "Annotations" / "val.json")
@@ -126,10 +126,10 @@ def test_vizwiz_reads_its_annotations_wherever_they_lie(tmp_path: Path) -> None:
 
 
 def test_a_word_that_looks_like_a_mark_stays_a_word(tmp_path: Path) -> None:
-    made.vqav2(tmp_path, n=1)
+    image_datasets.vqav2(tmp_path, n=1)
     file = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
     text = "What are <image> and {question}?"
-    made.write(file, {"questions": [{"image_id": 7, "question": text, "question_id": 10}]})
+    image_datasets.write(file, {"questions": [{"image_id": 7, "question": text, "question_id": 10}]})
     task = tasks.Vqav2(str(tmp_path))
 
     assert prompt(task, task.samples()[0])[1] == f"Question: {text} Answer:"
@@ -140,7 +140,7 @@ def test_a_word_that_looks_like_a_mark_stays_a_word(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("item", "number", "n"), [(0, "three", 3), (1, "four", 4), (2, "eight", 8)])
 def test_raven_asks_of_each_candidate_behind_the_given_images(tmp_path: Path, item: int, number: str, n: int) -> None:
-    task = tasks.Raven(str(made.raven(tmp_path)))
+    task = tasks.Raven(str(image_datasets.raven(tmp_path)))
 
     asked = requests(task, task.samples()[item])
 
@@ -153,7 +153,7 @@ def test_raven_asks_of_each_candidate_behind_the_given_images(tmp_path: Path, it
 
 
 def test_raven_without_images_still_asks_six_times(tmp_path: Path) -> None:
-    task = tasks.Raven(str(made.raven(tmp_path)), no="No")
+    task = tasks.Raven(str(image_datasets.raven(tmp_path)), no="No")
     (sample, *_) = task.samples()
 
     asked = requests(task, type(sample)(key=sample.key, data=sample.data))
@@ -166,7 +166,7 @@ def test_raven_without_images_still_asks_six_times(tmp_path: Path) -> None:
 
 
 def test_rendered_sst2_compares_both_sentiments(tmp_path: Path) -> None:
-    task = tasks.RenderedSst2(str(made.rendered(tmp_path)))
+    task = tasks.RenderedSst2(str(image_datasets.rendered(tmp_path)))
     (request,) = requests(task, task.samples()[3], [task.pool()[0]])
 
     question = "Question: what is the sentiment of the opinion? Answer:"
@@ -177,11 +177,11 @@ def test_rendered_sst2_compares_both_sentiments(tmp_path: Path) -> None:
 
 
 def test_a_chain_of_thought_asks_again_with_what_it_wrote(tmp_path: Path) -> None:
-    task = tasks.RenderedSst2ChainOfThought(str(made.rendered(tmp_path)))
+    task = tasks.RenderedSst2ChainOfThought(str(image_datasets.rendered(tmp_path)))
     asking = task.ask(task.samples()[0], ())
 
     first = next(asking)
-    second = asking.send([wrote(" A review {of} a film. ")])
+    second = asking.send([continuation(" A review {of} a film. ")])
 
     assert [readable(request.parts) for request in first] == [["[0000.png]", "Introduce this picture in detail:"]]
     question = "A review {of} a film. Question: what is the sentiment of the opinion? Answer:"
@@ -189,7 +189,7 @@ def test_a_chain_of_thought_asks_again_with_what_it_wrote(tmp_path: Path) -> Non
 
 
 def test_hateful_memes_takes_either_name_of_its_validation_split(tmp_path: Path) -> None:
-    made.memes(tmp_path, ["dev", "train"])
+    image_datasets.memes(tmp_path, ["dev", "train"])
     task = tasks.HatefulMemes(str(tmp_path), n_shots=1)
     sample = task.samples()[1]
 
@@ -202,7 +202,7 @@ def test_hateful_memes_takes_either_name_of_its_validation_split(tmp_path: Path)
 
 
 def test_websrc_asks_with_the_words_of_the_page(tmp_path: Path) -> None:
-    task = tasks.WebSrc(str(made.websrc(tmp_path)))
+    task = tasks.WebSrc(str(image_datasets.websrc(tmp_path)))
 
     (first, *_) = found = task.samples()
 
@@ -212,20 +212,20 @@ def test_websrc_asks_with_the_words_of_the_page(tmp_path: Path) -> None:
 
 
 def test_websrc_cuts_a_long_page(tmp_path: Path) -> None:
-    task = tasks.WebSrc(str(made.websrc(tmp_path)), max_words=3)
+    task = tasks.WebSrc(str(image_datasets.websrc(tmp_path)), max_words=3)
 
     assert prompt(task, task.samples()[0])[1] == f"{WEB} Context: Car 0 It Q: How much is it? A:"
 
 
 def test_websrc_without_text_shows_the_image_alone(tmp_path: Path) -> None:
-    task = tasks.WebSrc(str(made.websrc(tmp_path)), with_text=False)
+    task = tasks.WebSrc(str(image_datasets.websrc(tmp_path)), with_text=False)
 
     assert prompt(task, task.samples()[0]) == ["[0100000.png]", f"{WEB} Q: How much is it? A:"]
     assert task.published == "websrc_without_text"
 
 
 def test_a_site_that_no_split_names_is_of_train(tmp_path: Path) -> None:
-    found = tasks.WebSrc(str(made.websrc(tmp_path)), split="train").samples()
+    found = tasks.WebSrc(str(image_datasets.websrc(tmp_path)), split="train").samples()
 
     assert [sample.key for sample in found] == ["bo070000000000", "bo070000100001"]
 
@@ -235,7 +235,7 @@ def test_a_site_that_no_split_names_is_of_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_imagenet_is_read_in_folders_and_flat(tmp_path: Path, flat: bool) -> None:
-    task = tasks.ImageNet(str(made.imagenet(tmp_path, flat)), names=str(tmp_path / "names.txt"))
+    task = tasks.ImageNet(str(image_datasets.imagenet(tmp_path, flat)), names=str(tmp_path / "names.txt"))
 
     found = task.samples()
 
@@ -245,7 +245,7 @@ def test_imagenet_is_read_in_folders_and_flat(tmp_path: Path, flat: bool) -> Non
 
 
 def test_held_to_the_names_a_name_of_two_classes_is_one_choice(tmp_path: Path) -> None:
-    task = tasks.ImageNet(str(made.imagenet(tmp_path)), constrained=True, names=str(tmp_path / "names.txt"))
+    task = tasks.ImageNet(str(image_datasets.imagenet(tmp_path)), constrained=True, names=str(tmp_path / "names.txt"))
 
     (request,) = requests(task, task.samples()[0])
 
@@ -255,17 +255,17 @@ def test_held_to_the_names_a_name_of_two_classes_is_one_choice(tmp_path: Path) -
 
 def test_the_thousand_names_are_for_a_thousand_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1000 names \(clip\) for 3 classes"):
-        tasks.ImageNet(str(made.imagenet(tmp_path))).samples()
+        tasks.ImageNet(str(image_datasets.imagenet(tmp_path))).samples()
 
 
 def test_folders_can_be_the_names(tmp_path: Path) -> None:
-    found = tasks.ImageNet(str(made.imagenet(tmp_path)), names="folders").samples()
+    found = tasks.ImageNet(str(image_datasets.imagenet(tmp_path)), names="folders").samples()
 
     assert {sample.data["name"] for sample in found} == {"n01440764", "n02510455", "n09999999"}
 
 
 def test_birds_are_described_before_the_image(tmp_path: Path) -> None:
-    task = tasks.Birds(str(made.birds(tmp_path)))
+    task = tasks.Birds(str(image_datasets.birds(tmp_path)))
 
     assert prompt(task, task.samples()[4]) == [
         "Description of three toed woodpecker: It has black and white stripes throughout the body and a yellow crown. "
@@ -276,7 +276,7 @@ def test_birds_are_described_before_the_image(tmp_path: Path) -> None:
 
 
 def test_birds_without_descriptions_name_both_kinds(tmp_path: Path) -> None:
-    task = tasks.Birds(str(made.birds(tmp_path)), with_descriptions=False)
+    task = tasks.Birds(str(image_datasets.birds(tmp_path)), with_descriptions=False)
 
     question = "Question:what is the name of the woodpecker in the picture, three toed or downy? Answer:"
     assert prompt(task, task.samples()[0]) == ["[0.png]", question]
@@ -312,7 +312,7 @@ def test_a_missing_dataset_says_which_files_and_where_they_are_published(tmp_pat
 
 
 def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
-    made.karpathy(tmp_path)
+    image_datasets.karpathy(tmp_path)
     for image in (tmp_path / "val2014").iterdir():
         image.unlink()
     (tmp_path / "val2014").rmdir()
@@ -322,14 +322,14 @@ def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
-    made.write(tmp_path / "items.json", [{"id": 1, "images": []}])
+    image_datasets.write(tmp_path / "items.json", [{"id": 1, "images": []}])
 
     with pytest.raises(UserError, match=r"items\.json is not as its authors publish it: KeyError: 'given'"):
         tasks.Raven(str(tmp_path)).samples()
 
 
 def test_a_template_that_names_something_else_says_what_it_may(tmp_path: Path) -> None:
-    task = tasks.Vqav2(str(made.vqav2(tmp_path)), template="Q: {query} A:")
+    task = tasks.Vqav2(str(image_datasets.vqav2(tmp_path)), template="Q: {query} A:")
 
     with pytest.raises(UserError, match=r"it may use \{question\}"):
         prompt(task, task.samples()[0])
@@ -349,7 +349,7 @@ def test_what_guessing_gets_in_other_data_is_an_option(tmp_path: Path) -> None:
 
 
 def test_websrc_page_that_is_missing_fails_its_sample(tmp_path: Path) -> None:
-    task = tasks.WebSrc(str(made.websrc(tmp_path)))
+    task = tasks.WebSrc(str(image_datasets.websrc(tmp_path)))
     first = task.samples()[0]
     Path(first.data["page"]).unlink()
 

@@ -12,14 +12,14 @@ import yaml
 from kosmos_lit import tasks
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Scoring, rate
+from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Scoring, candidate_scores
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.runner import Evaluation
 from kosmos_lit.inference.generate import ScoredCandidate, encode_prompt, score
 from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import published
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.tasks.language_files import DATASETS, write_lines
+from tests.kosmos_lit.tasks.language_datasets import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import LATENTS, random_images, tiny_model
 
 
@@ -224,7 +224,7 @@ def test_scoring_rules_are_these(scoring: Scoring, values: list[float]) -> None:
     conditional = [scored("größe", -1.0, -1.0, -1.0), scored("it", -3.5)]  # 7 and 2 bytes
     alone = [scored("größe", -2.0), scored("it", -4.0)] if scoring == "unconditional" else []
 
-    assert rate([*conditional, *alone], scoring) == pytest.approx(values)
+    assert candidate_scores([*conditional, *alone], scoring) == pytest.approx(values)
 
 
 def test_unconditional_scoring_asks_for_the_candidates_twice(folders: dict[str, str]) -> None:

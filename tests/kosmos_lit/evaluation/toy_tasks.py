@@ -17,7 +17,7 @@ from kosmos_lit.inference.config import GenerationConfig
 WORDS = "the cat sat on mat a red square and blue circle jackdaws love my big sphinx of quartz".split()
 
 
-def draw(folder: Path, n: int, side: int = 17) -> list[Path]:
+def draw_images(folder: Path, n: int, side: int = 17) -> list[Path]:
     """Write n images of noise, no two alike."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(n)]
@@ -26,10 +26,10 @@ def draw(folder: Path, n: int, side: int = 17) -> list[Path]:
     return paths
 
 
-class Rounds(Task):
+class TwoRounds(Task):
     """First compares, then writes with the winner in the prompt; every third sample compares only."""
 
-    title, headline, chance = "Rounds", "accuracy", 0.5
+    title, main_metric, chance = "TwoRounds", "accuracy", 0.5
 
     def __init__(self, path: str, n: int = 7, max_new_tokens: int = 5, **options: int) -> None:
         """Take the size.
@@ -75,7 +75,7 @@ class Rounds(Task):
         return Outcome(prediction=scored[best].text, target=sample.data["label"], scores=scores, data=data)
 
 
-class Dying(Rounds):
+class Crashing(TwoRounds):
     """Ends its process at the sample s4 as long as there is a file `die` in its folder, which says how."""
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:

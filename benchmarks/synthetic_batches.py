@@ -1,10 +1,10 @@
-"""Made micro-batches: random ids and images in documents of real lengths, packed as the stream packs them.
+"""Synthetic micro-batches: random ids and images in documents of real lengths, packed as the stream packs them.
 
     text           <s> and ids: of a row's length, or of some hundred positions, cut where a row ends
     caption        <s> <image> L slots </image> and a log-normal number of text tokens, 17 in the median, as in LAION
     interleaved    390 positions in the median with two images, each behind some text
 
-An image is no target; everything else is, with </s> behind a document's last token.
+Images are no targets; every other position has one, and a document's last token has </s>.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 CAPTION, INTERLEAVED, TEXT = 17, 390, 300
 """Medians: text tokens of a caption, positions of a page, tokens of a short text."""
 SPREAD = 0.6
-"""Standard deviation of the logarithm of a caption's and a short text's length; pages vary by half of it."""
+"""Standard deviation of the log length of captions and short texts; half of it for pages."""
 POOL = 16
-"""Times as many documents as are needed, to pack from."""
+"""The packer chooses among this many times the documents needed."""
 Array = NDArray[np.int64]
 
 
@@ -34,36 +34,36 @@ class Document:
     """A document of n positions."""
 
     kind: str
-    """The kind of its corpus."""
+    """Its corpus kind."""
     tokens: Array
     """(n,)"""
     targets: Array
-    """(n,): what each position predicts, or IGNORE."""
+    """(n,): the token that each position predicts, or IGNORE."""
     first_slots: tuple[int, ...]
-    """Where its images' latents begin."""
+    """First latent slot of each image."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """What documents are made of."""
+class SyntheticBatches:
+    """Draws documents, packs them into rows, and collates micro-batches."""
 
     special: SpecialTokens
     n_latents: int
-    side: int
-    """Of the images, in pixels."""
+    image_size: int
+    """In pixels."""
     seq_len: int
 
     def lengths(self, kind: str, n: int, draw: np.random.Generator, *, short_text: bool = False) -> Array:
-        """Return the positions of n documents of a kind."""
+        """Return the lengths of n documents of a kind, in positions."""
         T, image = self.seq_len, self.n_latents + 2
         if kind == "text" and not short_text:
             return np.full(n, T)
-        drawn_from = {"text": (TEXT, SPREAD), "caption": (CAPTION, SPREAD), "interleaved": (INTERLEAVED, SPREAD / 2)}
-        median, spread = drawn_from[kind]
-        drawn = np.rint(draw.lognormal(np.log(median), spread, n)).astype(np.int64)
+        parameters = {"text": (TEXT, SPREAD), "caption": (CAPTION, SPREAD), "interleaved": (INTERLEAVED, SPREAD / 2)}
+        median, spread = parameters[kind]
+        lengths = np.rint(draw.lognormal(np.log(median), spread, n)).astype(np.int64)
         if kind == "caption":
-            return np.clip(drawn, 1, T - image - 1) + image + 1
-        return np.clip(drawn, 2 * image + 4 if kind == "interleaved" else 2, T)
+            return np.clip(lengths, 1, T - image - 1) + image + 1
+        return np.clip(lengths, 2 * image + 4 if kind == "interleaved" else 2, T)
 
     def document(self, kind: str, length: int, draw: np.random.Generator) -> Document:
         """Return a document of `length` positions."""
@@ -71,7 +71,7 @@ class Made:
         tokens = draw.integers(4, self.special.mask, length)
         tokens[0] = BOS
         n_text = length - 1 - n_images * (L + 2)
-        # A caption's image comes first, a page's images each behind some of its text.
+        # A caption's image comes first; text precedes each image of a page.
         before = [0] * n_images if kind == "caption" else [n_text * (i + 1) // (n_images + 1) for i in range(n_images)]
         starts = [1 + i * (L + 2) + text for i, text in enumerate(before)]
         targets = np.append(tokens[1:], EOS)
@@ -80,7 +80,7 @@ class Made:
             targets[start - 1 : start + L + 1] = IGNORE
             if start + L + 2 < length:
                 targets[start + L + 1] = tokens[start + L + 2]
-        for start in starts:  # an image that follows another at once is no target either
+        for start in starts:  # again, as the loop above gives a target to an image that follows another directly
             targets[start - 1] = IGNORE
         return Document(kind, tokens, targets, tuple(start + 1 for start in starts))
 
@@ -88,23 +88,23 @@ class Made:
         """Return rows of whole documents; short texts are cut where a row ends."""
         T = self.seq_len
         sample = self.lengths(kind, 64, draw, short_text=short_text)
-        wanted = POOL * max(1, round(n_rows * T / sample.mean()))
-        lengths = self.lengths(kind, wanted, draw, short_text=short_text)
+        n_documents = POOL * max(1, round(n_rows * T / sample.mean()))
+        lengths = self.lengths(kind, n_documents, draw, short_text=short_text)
         if kind == "text":
             ends = np.union1d(np.cumsum(lengths), np.arange(1, n_rows + 1) * T)
             cut = np.diff(ends[ends <= n_rows * T], prepend=0)
             row_of = (np.cumsum(cut) - 1) // T
             return [[self.document(kind, n, draw) for n in cut[row_of == row].tolist()] for row in range(n_rows)]
         row_of = (exact_fill if lengths.mean() * CROWDED <= T else best_fit)(lengths, T)
-        chosen = draw.choice(row_of.max(), n_rows, replace=False)  # the last row is not full
-        return [[self.document(kind, n, draw) for n in lengths[row_of == row].tolist()] for row in chosen]
+        selected = draw.choice(row_of.max(), n_rows, replace=False)  # the last row is not full
+        return [[self.document(kind, n, draw) for n in lengths[row_of == row].tolist()] for row in selected]
 
     def batch(self, rows: Sequence[Sequence[Document]], n_step_targets: int | None = None) -> KosmosBatch:
-        """Return rows of documents, one behind the other, as the loader hands them over.
+        """Collate rows of documents as the loader does.
 
         Args:
-            rows: B rows, each of documents of one kind; they are padded to the row length.
-            n_step_targets: the loss's denominator; None: the batch's own targets.
+            rows: B rows, each of documents of one kind; padded to the row length.
+            n_step_targets: the denominator of the loss; None: the targets of the batch.
         """
         (B, T), draw = (len(rows), self.seq_len), np.random.default_rng(len(rows))
         tokens, targets, positions = (np.full((B, T), value) for value in (PAD, IGNORE, 0))
@@ -123,7 +123,7 @@ class Made:
                 lengths.append(T - at)
                 positions[number, at:] = np.arange(T - at)
         loss_at = np.flatnonzero(targets.ravel() != IGNORE)
-        images = draw.integers(0, 256, (len(slots), 3, self.side, self.side), dtype=np.uint8)
+        images = draw.integers(0, 256, (len(slots), 3, self.image_size, self.image_size), dtype=np.uint8)
         return KosmosBatch(
             tokens=torch.from_numpy(tokens), targets=torch.from_numpy(targets), positions=torch.from_numpy(positions),
             lengths=tuple(lengths), loss_at=torch.from_numpy(loss_at), images=torch.from_numpy(images),
@@ -135,5 +135,5 @@ class Made:
 
 
 def n_targets(rows: Sequence[Sequence[Document]]) -> int:
-    """Return how many positions of the documents have a target."""
+    """Count the positions with a target."""
     return sum(int((document.targets != IGNORE).sum()) for row in rows for document in row)

@@ -17,7 +17,7 @@ from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from tests.kosmos_lit.tasks import images_on_disk as made
+from tests.kosmos_lit.tasks import image_datasets
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
 SHORT = {"settings": GenerationConfig(max_new_tokens=5)}
@@ -25,22 +25,22 @@ BEAM = {"settings": GenerationConfig(n_beams=2, max_new_tokens=5)}
 NAMES = {"settings": GenerationConfig(n_beams=2, max_new_tokens=32)}
 
 TASKS: dict[str, Callable[[Path], Task]] = {
-    "coco_caption_2": lambda f: tasks.CocoCaption(str(made.karpathy(f)), n_shots=2, measures=[], **BEAM),
-    "flickr30k": lambda f: tasks.Flickr30k(str(made.karpathy(f, "flickr30k")), measures=[], **BEAM),
-    "vqav2_2": lambda f: tasks.Vqav2(str(made.vqav2(made.vqav2(f), "train2014")), n_shots=2, **SHORT),
-    "vizwiz": lambda f: tasks.VizWiz(str(made.vizwiz(f)), **SHORT),
-    "raven_iq50": lambda f: tasks.Raven(str(made.raven(f)), no="No"),
-    "rendered_sst2_4": lambda f: tasks.RenderedSst2(str(made.rendered(f)), n_shots=4),
-    "rendered_sst2_cot": lambda f: tasks.RenderedSst2ChainOfThought(str(made.rendered(f)), **SHORT),
-    "hateful_memes": lambda f: tasks.HatefulMemes(str(made.memes(f))),
-    "websrc": lambda f: tasks.WebSrc(str(made.websrc(f)), **SHORT),
-    "websrc_without_text": lambda f: tasks.WebSrc(str(made.websrc(f)), with_text=False, **SHORT),
-    "imagenet": lambda f: tasks.ImageNet(str(made.imagenet(f)), names=str(f / "names.txt"), **BEAM),
+    "coco_caption_2": lambda f: tasks.CocoCaption(str(image_datasets.karpathy(f)), n_shots=2, metrics=[], **BEAM),
+    "flickr30k": lambda f: tasks.Flickr30k(str(image_datasets.karpathy(f, "flickr30k")), metrics=[], **BEAM),
+    "vqav2_2": lambda f: tasks.Vqav2(str(image_datasets.vqav2(image_datasets.vqav2(f), "train2014")), n_shots=2, **SHORT),
+    "vizwiz": lambda f: tasks.VizWiz(str(image_datasets.vizwiz(f)), **SHORT),
+    "raven_iq50": lambda f: tasks.Raven(str(image_datasets.raven(f)), no="No"),
+    "rendered_sst2_4": lambda f: tasks.RenderedSst2(str(image_datasets.rendered(f)), n_shots=4),
+    "rendered_sst2_cot": lambda f: tasks.RenderedSst2ChainOfThought(str(image_datasets.rendered(f)), **SHORT),
+    "hateful_memes": lambda f: tasks.HatefulMemes(str(image_datasets.memes(f))),
+    "websrc": lambda f: tasks.WebSrc(str(image_datasets.websrc(f)), **SHORT),
+    "websrc_without_text": lambda f: tasks.WebSrc(str(image_datasets.websrc(f)), with_text=False, **SHORT),
+    "imagenet": lambda f: tasks.ImageNet(str(image_datasets.imagenet(f)), names=str(f / "names.txt"), **BEAM),
     "imagenet_constrained": lambda f: tasks.ImageNet(
-        str(made.imagenet(f)), names=str(f / "names.txt"), constrained=True, **NAMES
+        str(image_datasets.imagenet(f)), names=str(f / "names.txt"), constrained=True, **NAMES
     ),
-    "birds": lambda f: tasks.Birds(str(made.birds(f)), with_descriptions=False, **SHORT),
-    "birds_with_descriptions": lambda f: tasks.Birds(str(made.birds(f)), **SHORT),
+    "birds": lambda f: tasks.Birds(str(image_datasets.birds(f)), with_descriptions=False, **SHORT),
+    "birds_with_descriptions": lambda f: tasks.Birds(str(image_datasets.birds(f)), **SHORT),
 }
 METRICS = {
     "coco_caption_2": "exact_match", "flickr30k": "exact_match", "vqav2_2": "vqa_accuracy", "vizwiz": "vqa_accuracy",
@@ -94,7 +94,7 @@ def test_the_rationale_is_in_the_second_prompt(model: Kosmos, kosmos_tokenizer: 
 
 def test_what_each_caption_is_worth_lies_beside_it(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
-    task = tasks.CocoCaption(str(made.karpathy(tmp_path / "data")), measures=["cider"], tokens="plain", **SHORT)
+    task = tasks.CocoCaption(str(image_datasets.karpathy(tmp_path / "data")), metrics=["cider"], tokens="plain", **SHORT)
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"coco": task}), tmp_path / "out")["coco"]
 
@@ -105,7 +105,9 @@ def test_what_each_caption_is_worth_lies_beside_it(model: Kosmos, kosmos_tokeniz
 
 
 def test_a_figure_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    task = tasks.HatefulMemes(str(made.memes(tmp_path / "data")), max_samples=1)  # of one class, so without an area
+    task = tasks.HatefulMemes(
+        str(image_datasets.memes(tmp_path / "data")), max_samples=1
+    )  # of one class, so without an area
 
     evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"memes": task}), tmp_path / "out")
 
@@ -114,7 +116,7 @@ def test_a_figure_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: T
 
 
 def test_answers_for_the_server_lie_beside_the_results(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    made.vqav2(tmp_path / "data", "test-dev2015", 3, answered=False)
+    image_datasets.vqav2(tmp_path / "data", "test-dev2015", 3, answered=False)
     task = tasks.Vqav2(str(tmp_path / "data"), split="test-dev2015", **SHORT)
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"vqa": task}), tmp_path / "out")["vqa"]
@@ -135,7 +137,7 @@ def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tok
 
 
 def test_all_images_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    task = tasks.Raven(str(made.raven(tmp_path / "data", givens=[3, 3, 3])))
+    task = tasks.Raven(str(image_datasets.raven(tmp_path / "data", givens=[3, 3, 3])))
 
     config = EvalConfig(tasks={"raven": task}, image_control="shuffled")
     entry = evaluate(model, kosmos_tokenizer, config, tmp_path / "out")["raven"]

@@ -26,11 +26,11 @@ def prompt(task: Task, sample: Sample, shots: Sequence[Sample] = ()) -> list[str
     return readable(requests(task, sample, shots)[0].parts)
 
 
-def wrote(text: str) -> Continuation:
+def continuation(text: str) -> Continuation:
     return Continuation(text, (), "end")
 
 
-def finds(**probabilities: float) -> tuple[ScoredCandidate, ...]:
+def candidates(**probabilities: float) -> tuple[ScoredCandidate, ...]:
     """Return candidates with their probabilities, some of them of two tokens."""
     return tuple(ScoredCandidate(text, (math.log(p) - 0.5, 0.5)) for text, p in probabilities.items())
 
