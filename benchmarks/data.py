@@ -2,11 +2,12 @@
 
     python -m benchmarks.data [--pairs 1024] [--rounds 9] [--folder runs/bench_data] [--json figures.json]
 
-Caption pairs are made (see data_made.py): photographs' statistics, LAION's lengths of captions, img2dataset's three files a
-pair. They are read once before, so that the file cache is warm. The sides (see data_sides.py) take turns on the same tars,
-each with one thread a process; a figure is the median over the rounds, a ratio the median of the rounds' ratios, ours over
-the other's. With no worker the measure is CPU time, as a machine may have other work to do; with two workers it is the
-clock. Rows have 2048 positions, images 224 pixels and 64 slots; the others' batches hold as many pairs as a row of ours.
+The caption pairs are generated (data_inputs.py): photographs' statistics, LAION's lengths of captions, img2dataset's three
+files a pair. They are read once beforehand, so that the file cache is warm. The pipelines (data_pipelines.py) take turns on
+the same tars, with one thread a process. A figure is the median over the rounds, a ratio the median of the rounds' ratios,
+ours over the other's. Without workers the measure is CPU time, as a machine may have other work to do; with two workers it
+is wall-clock time. Rows have 2048 positions, images 224 pixels and 64 slots; the others' batches hold as many pairs as one
+of our rows.
 
 Then texts, which have no images; and how long a fresh process takes, its imports done, from opening the index of a corpus
 to the first batch, at row 0 and at row 1,000,000.
@@ -30,8 +31,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.data_made import SHAPES, Inputs, make
-from benchmarks.data_sides import Count, MissingError, Task, energon, ours, webdataset, webdataset_own_decoder
+from benchmarks.data_inputs import SHAPES, Inputs, make
+from benchmarks.data_pipelines import Count, MissingError, Task, energon, ours, webdataset, webdataset_own_decoder
 from kosmos_lit.checks.machine import machine
 
 ROOT = Path(__file__).parents[1]
@@ -45,8 +46,8 @@ FIRST_BATCH = """
 import sys, time
 from pathlib import Path
 import torch
-from benchmarks.data_made import Inputs
-from benchmarks.data_sides import ours
+from benchmarks.data_inputs import Inputs
+from benchmarks.data_pipelines import ours
 torch.set_num_threads(1)
 begun = time.monotonic()
 next(ours(Inputs(Path(sys.argv[1])).data("many"), int(sys.argv[2]), int(sys.argv[3])))

@@ -98,12 +98,12 @@ class Blocklist:
         images = corpus.document_images(document)
         digests: tuple[str, ...] = ()
         if len(self._entries["key"]) or len(self._entries["url"]) or (images and len(self._entries["digest"])):
-            shard, labels = corpus.labels(document)
-            digests = labels.digests
-            for name in (labels.key, f"{shard.name}:{labels.key}"):
+            shard, identifiers = corpus.identifiers(document)
+            digests = identifiers.digests
+            for name in (identifiers.key, f"{shard.name}:{identifiers.key}"):
                 if self._has("key", name):
                     return f"key {name}"
-            for url in labels.urls:
+            for url in identifiers.urls:
                 if self._has("url", url):
                     return f"URL {url}"
         if len(self._entries["url"]):

@@ -34,7 +34,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.sources import SOURCES, Labels
+from datamodules.sources import SOURCES, Identifiers
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import Tokenizer
 
@@ -135,9 +135,9 @@ class IndexedCorpus:
 
     def _changed(self, shards: Iterable[int]) -> list[Path]:
         assert self.manifest is not None
-        known, may_be_gone = self.manifest["shards"], not self.manifest["images"]  # text is in the index
+        known, may_be_missing = self.manifest["shards"], not self.manifest["images"]  # text is in the index
         sizes = ((i, _size(os.path.join(self.folder, known[i]["path"]))) for i in shards)
-        return [self.shards[i] for i, n in sizes if n != known[i]["bytes"] and not (n is None and may_be_gone)]
+        return [self.shards[i] for i, n in sizes if n != known[i]["bytes"] and not (n is None and may_be_missing)]
 
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
         """Return a document's ids, one marker per image, without <s> and </s>."""
@@ -149,7 +149,7 @@ class IndexedCorpus:
         start, end = (int(x) for x in self.image_offsets[document : document + 2])
         return [
             StoredImage(
-                *split_place(int(self.image_places[i])), int(self.image_lengths[i]), int(self.image_positions[i]),
+                *unpack_place(int(self.image_places[i])), int(self.image_lengths[i]), int(self.image_positions[i]),
                 self._image_path(i),
             )
             for i in range(start, end)
@@ -186,20 +186,20 @@ class IndexedCorpus:
 
     def shard_and_name(self, document: int) -> tuple[str, str]:
         """Return the path of a document's shard, and its name there: a key, a URL, a line."""
-        shard, record = split_place(int(self.records[document]))
+        shard, record = unpack_place(int(self.records[document]))
         path = self.shards[shard]
         try:
             return str(path), self.source.record_name(path, record)
         except OSError:
             return str(path), f"record {record}"  # the shard has moved: its documents keep their numbers
 
-    def labels(self, document: int) -> tuple[Path, Labels]:
+    def identifiers(self, document: int) -> tuple[Path, Identifiers]:
         """Return a document's shard, and the names by which it is known.
 
         Raises: OSError if the shard is gone or has changed.
         """
-        shard, record = split_place(int(self.records[document]))
-        return self.shards[shard], self.source.labels(self.shards[shard], record)
+        shard, record = unpack_place(int(self.records[document]))
+        return self.shards[shard], self.source.identifiers(self.shards[shard], record)
 
     def image_url(self, image: StoredImage) -> str | None:
         """Return the URL that the shard keeps with an image, if it keeps one.
@@ -257,14 +257,14 @@ def shards_key(shards: Iterable[dict[str, Any]]) -> list[list[Any]]:
     return [[s["path"].rpartition("/")[2], s["bytes"]] for s in shards]
 
 
-def place(shard: int, at: int) -> int:
+def pack_place(shard: int, at: int) -> int:
     """Pack a shard number and a place in it into one number."""
     assert 0 <= at < 1 << PLACE_BITS, at
     assert 0 <= shard < 1 << (64 - PLACE_BITS), shard
     return shard << PLACE_BITS | at
 
 
-def split_place(packed: int) -> tuple[int, int]:
+def unpack_place(packed: int) -> tuple[int, int]:
     """Undo `place`."""
     return packed >> PLACE_BITS, packed & ((1 << PLACE_BITS) - 1)
 

@@ -49,7 +49,7 @@ class Tally:
     """Records that became a document."""
     broken: Counter[str] = field(default_factory=Counter)
     """Records that should have been readable and were not, by reason."""
-    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     """Sound records that the rules leave out, by reason."""
     notes: Counter[str] = field(default_factory=Counter)
     """What was noticed below the level of records, by reason: dead links, small images ..."""
@@ -58,7 +58,7 @@ class Tally:
     on_broken: OnBroken | None = field(default=None, compare=False)
     """Gets every broken record."""
 
-    def miss(self, reason: str, key: str, detail: str = "", *, file: str = "") -> None:
+    def count_broken(self, reason: str, key: str, detail: str = "", *, file: str = "") -> None:
         """Count a broken record.
 
         Args:
@@ -72,11 +72,11 @@ class Tally:
         place = ", ".join(filter(None, (file, key)))
         self._count(self.broken, reason, f"{place}: {detail}" if detail else place)
 
-    def leave(self, reason: str, place: object) -> None:
+    def count_skipped(self, reason: str, place: object) -> None:
         """Count a record left out by rule."""
-        self._count(self.left_out, reason, place)
+        self._count(self.skipped, reason, place)
 
-    def note(self, reason: str, place: object) -> None:
+    def add_note(self, reason: str, place: object) -> None:
         """Count something noticed inside a record."""
         self._count(self.notes, reason, place)
 
@@ -86,23 +86,23 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         self.documents += other.documents
-        for mine, its in ((self.broken, other.broken), (self.left_out, other.left_out), (self.notes, other.notes)):
+        for mine, its in ((self.broken, other.broken), (self.skipped, other.skipped), (self.notes, other.notes)):
             mine.update(its)
         for reason, place in other.examples.items():
             self.examples.setdefault(reason, place)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; `dataclasses.asdict` does not keep a Counter."""
-        counters = {name: dict(getattr(self, name)) for name in ("broken", "left_out", "notes", "examples")}
+        counters = {name: dict(getattr(self, name)) for name in ("broken", "skipped", "notes", "examples")}
         return {"documents": self.documents} | counters
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Tally:
-        counters = {k: Counter(data[k]) for k in ("broken", "left_out", "notes")}
+        counters = {k: Counter(data[k]) for k in ("broken", "skipped", "notes")}
         return cls(**(data | counters))
 
     @property
     def broken_share(self) -> float:
         """Broken records among all."""
         broken = self.broken.total()
-        return broken / max(1, broken + self.documents + self.left_out.total())
+        return broken / max(1, broken + self.documents + self.skipped.total())

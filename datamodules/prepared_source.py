@@ -14,7 +14,7 @@ from datamodules.mixture.history import contents
 from datamodules.mixture.shares import NamedSource
 from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.split import Split
-from datamodules.prepare.index import check_same, identify, prepare_corpus
+from datamodules.prepare.index import check_identity, index_identity, prepare_corpus
 from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.stream import PackedSource
@@ -108,7 +108,7 @@ class PreparedSource:
             files = matches(patterns)
         else:
             files = []
-        check_same(self.corpus, identify(config.format, tokenizer, config.read, files, folder), shards=bool(files))
+        check_identity(self.corpus, index_identity(config.format, tokenizer, config.read, files, folder), shards=bool(files))
 
     def _packed(self, plan: RowPlan) -> PackedSource:
         return PackedSource(self.name, self.kind, self.corpus, plan)

@@ -28,15 +28,15 @@ def caption_prompts(
     """Yield `prompt` with the image of each caption pair; pairs whose image cannot be decoded are skipped."""
     numbers = list(islice(documents, MAX_PROMPTS // 4))
     for first in range(0, len(numbers), BATCH_SIZE):
-        images, answers = [], []
+        images, targets = [], []
         for document in numbers[first : first + BATCH_SIZE]:
             decoded = _decoded_images(corpus, document, image_size)
             if decoded is not None:
                 images.append(decoded[0])
-                answers.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
-        if n := len(answers):
+                targets.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
+        if n := len(targets):
             yield PromptBatch(
-                prompts=[prompt] * n, images=_stack(images, image_size), n_images=[1] * n, answers=answers,
+                prompts=[prompt] * n, images=_stack(images, image_size), n_images=[1] * n, targets=targets,
                 tasks=["caption"] * n,
             )  # fmt: skip
 
@@ -71,13 +71,13 @@ def example_prompts(
 
 
 def _example_batch(examples: Sequence[tuple[Ids, list[Pixels], str]], options: RenderOptions) -> PromptBatch:
-    tokens, images_of, answers = zip(*examples, strict=True)
+    tokens, images_of, targets = zip(*examples, strict=True)
     return PromptBatch(
         prompts=[_readable(ids, options.tokenizer) for ids in tokens],
         images=_stack([image for decoded in images_of for image in decoded], options.image_size),
         n_images=[len(decoded) for decoded in images_of],
-        answers=answers,
-        tasks=["instruct"] * len(answers),
+        targets=targets,
+        tasks=["instruct"] * len(targets),
         tokens=tokens,
     )
 

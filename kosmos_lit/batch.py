@@ -90,7 +90,7 @@ class PromptBatch(_Movable):
     """(N, 3, H, W) uint8: the images of all prompts, in order."""
     n_images: Sequence[int]
     """B numbers of images; they sum to N."""
-    answers: Sequence[str]
+    targets: Sequence[str]
     """B continuations that count as right."""
     tasks: Sequence[str]
     """B names of the tasks that the questions belong to."""

@@ -73,7 +73,7 @@ def probe(data: bytes) -> ImageInfo:
     """
     image = _open(data)
     info = ImageInfo(*image.size, image.format or "?")
-    if not _ends_well(data, info.format):
+    if not _has_end_marker(data, info.format):
         _load(image)
     return info
 
@@ -90,10 +90,10 @@ def decode(data: bytes, size: int, fit: Fit, out: Pixels | None = None) -> Pixel
     if pixels is None:
         out[:] = decode_plain(data, size, fit)
     elif fit == "crop":
-        out[:] = _cropped(pixels, size)
+        out[:] = _resize_and_crop(pixels, size)
     else:
         fits = pixels.shape[:2] == (size, size)
-        out[:] = pixels.transpose(2, 0, 1) if fits else _fitted(Image.fromarray(pixels), size, fit)
+        out[:] = pixels.transpose(2, 0, 1) if fits else _fit_square(Image.fromarray(pixels), size, fit)
     return out
 
 
@@ -104,7 +104,7 @@ def decode_plain(data: bytes, size: int, fit: Fit) -> Pixels:
 
     Raises: ImageError as `probe` does, or if its pixels cannot be decoded.
     """
-    return _fitted(open_rgb(data), size, fit)
+    return _fit_square(open_rgb(data), size, fit)
 
 
 def load(image: ImageLike, size: int, fit: Fit) -> Pixels:
@@ -130,14 +130,14 @@ def load(image: ImageLike, size: int, fit: Fit) -> Pixels:
         case Image.Image():
             _check_size(*image.size)
             _load(image)
-            upright = _to_rgb(_upright(image))
+            upright = _to_rgb(_apply_orientation(image))
         case _:
-            upright = Image.fromarray(np.ascontiguousarray(_array_of(image).transpose(1, 2, 0)))
+            upright = Image.fromarray(np.ascontiguousarray(_to_pixels(image).transpose(1, 2, 0)))
             _check_size(*upright.size)
-    return _fitted(upright, size, fit)
+    return _fit_square(upright, size, fit)
 
 
-def _array_of(image: npt.ArrayLike) -> Pixels:
+def _to_pixels(image: npt.ArrayLike) -> Pixels:
     try:
         pixels = np.asarray(image)
     except (TypeError, ValueError, RuntimeError) as error:  # uneven lists, tensors on another device
@@ -150,7 +150,7 @@ def _array_of(image: npt.ArrayLike) -> Pixels:
     return pixels
 
 
-def several(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+def as_list(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     """Return images as they are, and a lone one as a list of one."""
     lone = isinstance(images, str | bytes | os.PathLike | Image.Image) or getattr(images, "ndim", None) == 3
     return [images] if lone else images  # type: ignore[list-item, return-value]
@@ -163,10 +163,10 @@ def open_rgb(data: bytes) -> Image.Image:
     """
     image = _open(data)
     _load(image)
-    return _to_rgb(_upright(image))
+    return _to_rgb(_apply_orientation(image))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError):  # a broken EXIF block says nothing about the pixels
@@ -204,7 +204,7 @@ def _load(image: Image.Image) -> None:
 
 # ---- JPEGs, fast
 
-_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+_ORIENTATIONS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
     4: lambda x: x[::-1],
@@ -236,13 +236,13 @@ def _jpeg_pixels(data: bytes) -> Pixels | None:
         if "premature end of data segment" in str(error):  # Pillow would paint the rest gray
             raise ImageError("image cannot be decoded", str(error)) from error
         return None  # most remarks are on something harmless, such as bytes between two segments
-    if _surely_upright(data):
+    if _has_no_exif(data):
         return pixels
-    turn = _TURNS.get(_orientation(_open(data)))
+    turn = _ORIENTATIONS.get(_orientation(_open(data)))
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
-def _surely_upright(data: bytes) -> bool:
+def _has_no_exif(data: bytes) -> bool:
     """Whether no APP1 segment, where EXIF and XMP are kept, comes before a JPEG's pixels."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 3 < len(data):
@@ -260,7 +260,7 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def _ends_well(data: bytes, format_: str) -> bool:
+def _has_end_marker(data: bytes, format_: str) -> bool:
     match format_:
         case "JPEG":
             return data.endswith(b"\xff\xd9")
@@ -290,7 +290,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # ---- making square
 
 
-def _planes(pixels: Pixels) -> Pixels:
+def _channels_first(pixels: Pixels) -> Pixels:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -301,16 +301,16 @@ def _middle(width: int, height: int, size: int) -> tuple[int, int, int, int]:
     return wide, tall, round((wide - size) / 2), round((tall - size) / 2)
 
 
-def _fitted(image: Image.Image, size: int, fit: Fit) -> Pixels:
+def _fit_square(image: Image.Image, size: int, fit: Fit) -> Pixels:
     wide, tall, left, top = (size, size, 0, 0) if fit == "square" else _middle(*image.size, size)
     if fit == "crop" and wide != image.width:
         image = image.resize((wide, image.height), Image.Resampling.BICUBIC)
     if image.size != (wide, tall):
         image = image.resize((wide, tall), Image.Resampling.BICUBIC)
-    return _planes(np.asarray(image.crop((left, top, left + size, top + size))))
+    return _channels_first(np.asarray(image.crop((left, top, left + size, top + size))))
 
 
-def _cropped(pixels: Pixels, size: int) -> Pixels:
+def _resize_and_crop(pixels: Pixels, size: int) -> Pixels:
     """Return what `_fitted` does with fit `crop`, from (H, W, 3), as a view of what was computed."""
     import torch  # preparing a corpus opens images too, and has no need of torch
 

@@ -15,7 +15,7 @@ from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
-from kosmos_lit.images import ImageError, ImageLike, several
+from kosmos_lit.images import ImageError, ImageLike, as_list
 from kosmos_lit.images import load as load_image
 from kosmos_lit.inference.results import ScoredCandidate
 from kosmos_lit.layers.block import Block
@@ -217,7 +217,7 @@ class Kosmos(nn.Module):
         Raises: UserError naming the image that cannot be read.
         """
         size = self.config.vision.image_size
-        sources = several(images)
+        sources = as_list(images)
         pixels = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
         for number, image in enumerate(sources):
             try:

@@ -12,7 +12,7 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.cli import main
 from kosmos_lit.tokenizer import Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.running import tiny_run
 
 
@@ -30,7 +30,7 @@ def _one_thread() -> None:
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece tokenizer of 211 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    made.write_jsonl(folder / "sentences.jsonl", made.sentences(307))
+    sample_data.write_jsonl(folder / "sentences.jsonl", sample_data.sentences(307))
     train_tokenizer([str(folder / "sentences.jsonl")], 211, folder / "tokenizer")
     return folder / "tokenizer"
 
@@ -42,9 +42,9 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Raw files of every format, all of them sound; `made.write_raw` says what there is."""
+    """Raw files of every format, all of them sound; see `sample_data.write_raw`."""
     folder = tmp_path_factory.mktemp("raw")
-    made.write_raw(folder)
+    sample_data.write_raw(folder)
     return folder
 
 
@@ -54,7 +54,7 @@ def corpora(raw: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("corpora")
     return {
         name: prepare_corpus(format=format_, inputs=[str(raw / p)], tokenizer=tokenizer_folder, output=folder / name)
-        for name, (format_, p) in made.INPUTS.items()
+        for name, (format_, p) in sample_data.INPUTS.items()
     }
 
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from benchmarks import data as benchmark
-from benchmarks.data_made import Inputs, make
-from benchmarks.data_sides import MissingError
+from benchmarks.data_inputs import Inputs, make
+from benchmarks.data_pipelines import MissingError
 
 
 @pytest.fixture(scope="module")

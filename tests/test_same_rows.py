@@ -23,7 +23,7 @@ from kosmos_lit.batch import CORPORA, DIGEST_MASK, KosmosBatch
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.kosmos_lit.tiny_kosmos import LATENTS, SIDE, TOWER, shaken, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("same_rows")]  # one worker: its runs are made once
@@ -61,7 +61,7 @@ def opened(files: Files) -> tuple[Stream, RenderOptions]:
     """Open the data: all four kinds."""
     tokenizer = Tokenizer.load(files.tokenizer)
     corpora = {name: IndexedCorpus(folder, tokenizer) for name, folder in files.corpora.items()}
-    stream = made.stream(corpora, tokenizer.special, ratio=RATIO, seq_len=SEQ_LEN, n_latents=LATENTS)
+    stream = sample_data.stream(corpora, tokenizer.special, ratio=RATIO, seq_len=SEQ_LEN, n_latents=LATENTS)
     bad = dict.fromkeys(CORPORA, 0.1)
     return stream, RenderOptions(tokenizer=tokenizer, image_size=SIDE, fit="crop", n_latents=LATENTS, max_bad_share=bad)
 

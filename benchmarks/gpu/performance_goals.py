@@ -16,8 +16,8 @@ import torch
 
 from benchmarks import data as loader_benchmark
 from benchmarks import generation, images, loop
-from benchmarks.data_made import make
-from benchmarks.data_sides import rendering
+from benchmarks.data_inputs import make
+from benchmarks.data_pipelines import rendering
 from benchmarks.gpu import components
 from benchmarks.gpu.bench import SHARES, STEP_TOKENS, Bench, Results, TrainStep, attempts, measured
 from benchmarks.gpu.reference import check_agreement, reference_rate

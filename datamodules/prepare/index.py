@@ -20,8 +20,8 @@ from datamodules.corpus import VERSION, IndexedCorpus, read_manifest, shards_key
 from datamodules.io.locks import locked
 from datamodules.io.paths import expand
 from datamodules.io.pool import run_all
-from datamodules.prepare.join import join, join_surveys
-from datamodules.prepare.shard import Task, images_file, index_shard, survey_shard, token_dtype
+from datamodules.prepare.join import join, join_image_lists
+from datamodules.prepare.shard import Task, images_file, index_shard, list_shard_images, token_dtype
 from datamodules.sources import SOURCES, ReadOptions
 from kosmos_lit.errors import UserError
 from kosmos_lit.files import remove_leftovers, write_atomically
@@ -32,7 +32,7 @@ PARTS_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unfinished:
+class PendingShards:
     """What a part of a preparation waits for when its own shards are done."""
 
     part: tuple[int, int]
@@ -95,7 +95,7 @@ def prepare_part(
     options: ReadOptions | None = None,
     workers: int = 1,
     max_bad_share: float = 0.1,
-) -> IndexedCorpus | Unfinished:
+) -> IndexedCorpus | PendingShards:
     """Do part i of n of what `prepare_corpus` does: shards i, i + n, ... of the sorted ones; the last part joins all.
 
     Parts may run at the same time, on machines that share the folder, or one after another. A crawl has two passes: a part
@@ -113,7 +113,7 @@ def prepare_part(
     options = options or ReadOptions()
     files = expand(inputs, f"prepare corpus ({format})")
     vocabulary = Tokenizer.load(tokenizer)
-    identity = identify(format, vocabulary, options, files, output)
+    identity = index_identity(format, vocabulary, options, files, output)
     if (corpus := _finished(output, identity)) is not None:
         return corpus
     tasks = [
@@ -125,25 +125,25 @@ def prepare_part(
     ]  # fmt: skip
     own = tasks[number - 1 :: n_parts]
 
-    def unfinished(pass_: str, place: Callable[[Task], Path]) -> Unfinished | None:
-        missing = [task for task in tasks if not place(task).exists()]
+    def unfinished(pass_: str, folder_of: Callable[[Task], Path]) -> PendingShards | None:
+        missing = [task for task in tasks if not folder_of(task).exists()]
         parts = sorted({task.shard % n_parts + 1 for task in missing})
         paths = tuple(task.path for task in missing)
-        return Unfinished(part=part, pass_=pass_, shards=paths, parts=tuple(parts)) if missing else None
+        return PendingShards(part=part, pass_=pass_, shards=paths, parts=tuple(parts)) if missing else None
 
     with locked(output, part) as alone:
         with alone():
             if (corpus := _finished(output, identity)) is not None:  # made by the process that was waited for
                 return corpus
             _check_parts(output, identity, may_drop=n_parts == 1)
-            remove_leftovers(output / "parts", {path.name for task in own for path in (task.part, task.survey)})
-        if SOURCES[format].needs_survey:
-            run_all(survey_shard, [t for t in own if not t.survey.exists()], workers, "listing images", "images")
+            remove_leftovers(output / "parts", {path.name for task in own for path in (task.part, task.image_list)})
+        if SOURCES[format].needs_image_list:
+            run_all(list_shard_images, [t for t in own if not t.image_list.exists()], workers, "listing images", "images")
             with alone():
-                if (waits := unfinished("images", lambda task: task.survey)) is not None:
+                if (waits := unfinished("images", lambda task: task.image_list)) is not None:
                     return waits
                 if not images_file(output).exists():
-                    join_surveys(output, tasks)
+                    join_image_lists(output, tasks)
         run_all(index_shard, [t for t in own if not t.part.exists()], workers, f"indexing {format}", "documents")
         with alone():
             if read_manifest(output) is None:
@@ -158,12 +158,12 @@ def _finished(output: Path, identity: dict[str, Any]) -> IndexedCorpus | None:
     if read_manifest(output) is None:
         return None
     corpus = IndexedCorpus(output)
-    check_same(corpus, identity)
+    check_identity(corpus, identity)
     shutil.rmtree(output / "parts", ignore_errors=True)
     return corpus
 
 
-def identify(
+def index_identity(
     format: str, tokenizer: Tokenizer, options: ReadOptions, files: Sequence[Path], output: Path
 ) -> dict[str, Any]:
     """Return what an index in `output` is made of, as its manifest keeps it."""
@@ -185,7 +185,7 @@ def identify(
     }
 
 
-def check_same(corpus: IndexedCorpus, identity: dict[str, Any], *, shards: bool = True) -> None:
+def check_identity(corpus: IndexedCorpus, identity: dict[str, Any], *, shards: bool = True) -> None:
     """Make sure that an index is of the given format, tokenizer, options and (if asked) shards.
 
     Raises: UserError naming every difference.

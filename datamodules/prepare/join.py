@@ -20,23 +20,23 @@ from datamodules.prepare.report import report
 from datamodules.prepare.shard import IMAGES, Task, images_file, read_tally
 from datamodules.quarantine import LEDGER
 from datamodules.sources import SOURCES
-from datamodules.sources.base import SURVEY
+from datamodules.sources.base import LISTED_IMAGE
 from kosmos_lit.errors import UserError
 from kosmos_lit.files import atomic_file, remove_leftovers, write_atomically
 
 
-def join_surveys(output: Path, tasks: Sequence[Task]) -> None:
+def join_image_lists(output: Path, tasks: Sequence[Task]) -> None:
     """Write one list of all shards' images, sorted by URL; of equal URLs the first usable one.
 
     It is made by ranges of the URLs' hashes, each small enough for memory.
     """
-    surveys = [task.survey / IMAGES for task in tasks]
+    surveys = [task.image_list / IMAGES for task in tasks]
     total = sum(len(np.load(path, mmap_mode="r")) for path in surveys)
     n_ranges = -(-total // SLICE) or 1
     bounds = [(i << 64) // n_ranges for i in range(n_ranges + 1)]
-    with atomic_file(images_file(output)) as path, closing(ColumnWriter(path, SURVEY)) as writer:
+    with atomic_file(images_file(output)) as path, closing(ColumnWriter(path, LISTED_IMAGE)) as writer:
         for low, high in pairwise(bounds):
-            rows = np.concatenate([np.empty(0, SURVEY), *(_between(path, low, high) for path in surveys)])
+            rows = np.concatenate([np.empty(0, LISTED_IMAGE), *(_between(path, low, high) for path in surveys)])
             rows = rows[np.lexsort((rows["offset"], rows["shard"], rows["verdict"], rows["url"]))]
             first = np.ones(len(rows), dtype=bool)
             first[1:] = rows["url"][1:] != rows["url"][:-1]
@@ -58,7 +58,7 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
     """
     source = SOURCES[identity["format"]]
     tally = _sum_tallies(task.part for task in tasks)
-    images = _sum_tallies(task.survey for task in tasks) if source.needs_survey else Tally()
+    images = _sum_tallies(task.image_list for task in tasks) if source.needs_image_list else Tally()
     if not tally.documents:
         raise UserError(f"{output}: no document in {len(tasks)} shards: {report(tally, images)}")
     remove_leftovers(output)
@@ -81,7 +81,7 @@ def join(output: Path, tasks: Sequence[Task], identity: dict[str, Any], token_dt
 
 def _join_ledgers(output: Path, tasks: Sequence[Task]) -> None:
     """Write the broken records of all shards into one file, in their order; none if there are none."""
-    ledgers = [folder / LEDGER for task in tasks for folder in (task.survey, task.part)]
+    ledgers = [folder / LEDGER for task in tasks for folder in (task.image_list, task.part)]
     ledgers = [path for path in ledgers if path.exists() and path.stat().st_size]
     if not ledgers:
         (output / LEDGER).unlink(missing_ok=True)

@@ -12,10 +12,10 @@ def report(tally: Tally, images: Tally) -> str:
     lines = []
     for title, counter, examples in (
         ("broken", tally.broken, tally.examples),
-        ("left out", tally.left_out, tally.examples),
+        ("left out", tally.skipped, tally.examples),
         ("noticed", tally.notes, tally.examples),
         ("images broken", images.broken, images.examples),
-        ("images left out", images.left_out, images.examples),
+        ("images left out", images.skipped, images.examples),
     ):
         lines += [f"  {title:<18}{n:>12,}  {r} (first: {examples[r]})" for r, n in sorted(counter.items())]
     return "\n".join(lines)

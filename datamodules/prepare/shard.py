@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.corpus import COLUMNS, place
+from datamodules.corpus import COLUMNS, pack_place
 from datamodules.document import Document, ImageRef, Tally
 from datamodules.io.pool import Progress
 from datamodules.prepare.columns import ColumnWriter, column_writers
@@ -51,15 +51,15 @@ class Task:
         return self.folder / "parts" / f"{self.shard:06d}"
 
     @property
-    def survey(self) -> Path:
+    def image_list(self) -> Path:
         return self.folder / "parts" / f"{self.shard:06d}.images"
 
 
-def survey_shard(task: Task, progress: Progress) -> None:
+def list_shard_images(task: Task, progress: Progress) -> None:
     """List one shard's images, sorted by the hash of their URLs."""
-    with atomic_folder(task.survey) as folder, _counting(task, folder, but=CUT_OFF) as tally:
+    with atomic_folder(task.image_list) as folder, _counting(task, folder, but=CUT_OFF) as tally:
         # That a shard is cut off is for the ledger of the second pass, which finds it again.
-        rows = SOURCES[task.format].survey(task.path, task.shard, task.options, tally)
+        rows = SOURCES[task.format].list_images(task.path, task.shard, task.options, tally)
         _check_share(task, tally)
         np.save(folder / IMAGES, rows[np.argsort(rows["url"], kind="stable")])
     progress(len(rows))
@@ -71,7 +71,7 @@ def index_shard(task: Task, progress: Progress) -> None:
     Raises: UserError if more than the allowed share of its records is broken; nothing is written then.
     """
     tokenizer, source = _tokenizer(task.tokenizer), SOURCES[task.format]
-    images = np.load(images_file(task.folder), mmap_mode="r") if source.needs_survey else None
+    images = np.load(images_file(task.folder), mmap_mode="r") if source.needs_image_list else None
     dtypes = {"tokens": token_dtype(tokenizer)} | COLUMNS | dict(source.columns)
     with atomic_folder(task.part) as folder, _counting(task, folder) as tally:
         with column_writers(folder, dtypes) as columns:
@@ -140,7 +140,7 @@ def _index(
     if len(kept) < len(batch):
         for document, keep in zip(batch, is_kept, strict=True):
             if not keep:
-                tally.leave("no text left after normalisation", document.record)
+                tally.count_skipped("no text left after normalisation", document.record)
         if kept:
             _index(kept, shard, tokenizer, columns, tally)
         return
@@ -151,8 +151,8 @@ def _index(
     columns["tokens"].append(tokens)
     columns["token_offsets"].append(length)
     columns["image_offsets"].append(n_images)
-    columns["records"].append(np.array([place(shard, document.record) for document in batch], dtype=np.uint64))
-    columns["image_places"].append(np.array([place(i.shard, i.offset) for i in images], dtype=np.uint64))
+    columns["records"].append(np.array([pack_place(shard, document.record) for document in batch], dtype=np.uint64))
+    columns["image_places"].append(np.array([pack_place(i.shard, i.offset) for i in images], dtype=np.uint64))
     columns["image_lengths"].append(np.array([i.length for i in images], dtype=np.int64))
     columns["image_positions"].append(markers - np.repeat(np.cumsum(length) - length, n_images))
     if "supervised" in columns:
@@ -168,11 +168,13 @@ def _note_odd_characters(batch: Sequence[Document], file: str, tally: Tally) -> 
         for part in document.parts:
             if isinstance(part, str):
                 if "\0" in part:
-                    tally.note("text with zero bytes, indexed as unknown characters", f"{file}, record {document.record}")
+                    tally.add_note(
+                        "text with zero bytes, indexed as unknown characters", f"{file}, record {document.record}"
+                    )
                 try:
                     part.encode()
                 except UnicodeEncodeError:
-                    tally.note('text with halves of characters, indexed as "?"', f"{file}, record {document.record}")
+                    tally.add_note('text with halves of characters, indexed as "?"', f"{file}, record {document.record}")
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +184,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def _check_share(task: Task, tally: Tally) -> None:
     broken = tally.broken.total()
-    sound = tally.documents + tally.left_out.total()
+    sound = tally.documents + tally.skipped.total()
     if broken and (not sound or (broken + sound >= MIN_RECORDS and tally.broken_share > task.max_bad_share)):
         reasons = ", ".join(f"{n} x {r} (first: {tally.examples[r]})" for r, n in tally.broken.most_common(3))
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datamodules.sources.base import Labels, ReadOptions, Source
+from datamodules.sources.base import Identifiers, ReadOptions, Source
 from datamodules.sources.img2dataset import Img2Dataset
 from datamodules.sources.instruct import Instruct
 from datamodules.sources.jsonl import Jsonl
@@ -12,4 +12,4 @@ from datamodules.sources.warc import Warc
 SOURCES: dict[str, Source] = {s.format: s for s in (Jsonl(), Parquet(), Img2Dataset(), Warc(), Instruct())}
 """The formats that `prepare` and the configs name."""
 
-__all__ = ["SOURCES", "Labels", "ReadOptions", "Source"]
+__all__ = ["SOURCES", "Identifiers", "ReadOptions", "Source"]

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from datamodules.document import Document, Tally
 from kosmos_lit.errors import UserError
 
-SURVEY = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("verdict", "u1")])
+LISTED_IMAGE = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("verdict", "u1")])
 """One image that a crawl holds: hash of its URL, where its record lies, and an index into `VERDICTS`."""
 TURN_TEMPLATE = "Question: {user} Answer: {assistant}"
 """The prompt of the paper's evaluations; its instruction tuning's own template is not known."""
 CUT_OFF = "shard cut off or corrupt"
 """Reason of a shard that cannot be read to its end."""
-VERDICTS = ("usable", "image too small", "image of one colour", "broken image", "not a raster image")
+IMAGE_STATUSES = ("usable", "image too small", "image of one colour", "broken image", "not a raster image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ReadOptions:
             raise UserError(f"turn_template must hold {{user}} once and end with {{assistant}}, got {self.turn_template!r}")
 
 
-class Labels(NamedTuple):
+class Identifiers(NamedTuple):
     """The names by which a document is known outside of an index."""
 
     key: str
@@ -70,7 +70,7 @@ class Source(ABC):
     row; `intact`: those that do not are left out."""
     columns: ClassVar[Mapping[str, str]] = {}
     """What an index of this format has beside the usual columns, with dtypes (see `corpus`)."""
-    needs_survey: ClassVar[bool] = False
+    needs_image_list: ClassVar[bool] = False
     """Whether all shards' images must be listed before documents can be read."""
 
     @abstractmethod
@@ -92,20 +92,20 @@ class Source(ABC):
         for document in self.documents(path, 0, options, tally, None):
             yield from (part for part in document.parts if isinstance(part, str))
 
-    def survey(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
+    def list_images(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
         """List a shard's images as `SURVEY` rows; none where documents name their own."""
-        return np.empty(0, SURVEY)
+        return np.empty(0, LISTED_IMAGE)
 
     def record_name(self, path: Path, record: int) -> str:
         """Return the name under which a person finds a record in its shard."""
         return str(record)
 
-    def labels(self, path: Path, record: int) -> Labels:
+    def identifiers(self, path: Path, record: int) -> Identifiers:
         """Return a record's names, for a blocklist.
 
         Raises: OSError if the file does not hold the record.
         """
-        return Labels(self.record_name(path, record))
+        return Identifiers(self.record_name(path, record))
 
     def image_url(self, path: Path, offset: int, length: int) -> str | None:
         """Return the URL that the shard keeps with an image, if it keeps one.

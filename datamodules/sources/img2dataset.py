@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import CUT_OFF, Labels, ReadOptions, Source
+from datamodules.sources.base import CUT_OFF, Identifiers, ReadOptions, Source
 from datamodules.sources.tar import Member, TarError, TarReader
 from kosmos_lit.images import ImageError, probe
 
@@ -47,23 +47,23 @@ class Img2Dataset(Source):
                     if document is not None:
                         yield document
         except TarError as error:
-            tally.miss(CUT_OFF, f"byte {error.at}", error.what, file=path.name)
+            tally.count_broken(CUT_OFF, f"byte {error.at}", error.what, file=path.name)
         except OSError as error:
-            tally.miss(CUT_OFF, "", str(error), file=path.name)
+            tally.count_broken(CUT_OFF, "", str(error), file=path.name)
 
     def record_name(self, path: Path, record: int) -> str:
         with TarReader(path, LOOK) as tar:
             return _sample_from(tar, path, record)[0]
 
-    def labels(self, path: Path, record: int) -> Labels:
+    def identifiers(self, path: Path, record: int) -> Identifiers:
         """Return the key, and URL and hash out of KEY.json; one that cannot be read says nothing."""
         with TarReader(path, LOOK) as tar:
             key, sample = _sample_from(tar, path, record)
             if "json" not in sample:  # writers that sort a sample's members put it before KEY.png
                 sample = _sample_around(tar, record)
             if "json" not in sample or sample["json"].size > MAX_JSON:
-                return Labels(key)
-            return Labels(key, *_origin(tar.read(sample["json"].offset, sample["json"].size)))
+                return Identifiers(key)
+            return Identifiers(key, *_origin(tar.read(sample["json"].offset, sample["json"].size)))
 
 
 def _sample_from(tar: TarReader, path: Path, record: int) -> tuple[str, Sample]:
@@ -93,23 +93,23 @@ def _sample_around(tar: TarReader, record: int) -> Sample:
 def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, tally: Tally) -> Document | None:
     image = next((sample[e] for e in sample if e in IMAGES), None)
     if image is None:
-        tally.miss("no image", key, file=file)
+        tally.count_broken("no image", key, file=file)
         return None
     try:
         caption = _caption(tar, sample)
     except (ValueError, RecursionError) as error:
-        tally.miss("caption cannot be read", key, str(error), file=file)
+        tally.count_broken("caption cannot be read", key, str(error), file=file)
         return None
     if caption is None:
-        tally.miss("no caption", key, file=file)
+        tally.count_broken("no caption", key, file=file)
         return None
     if not caption:
-        tally.leave("empty caption", f"{file}, {key}")
+        tally.count_skipped("empty caption", f"{file}, {key}")
         return None
     try:
         probe(tar.read(image.offset, image.size))
     except ImageError as error:
-        tally.miss(error.reason, key, str(error), file=file)
+        tally.count_broken(error.reason, key, str(error), file=file)
         return None
     return Document(image.header, (ImageRef(shard, image.offset, image.size), caption))
 

@@ -46,11 +46,11 @@ class JsonLines(Source):
                         yield self.read(_parsed(line, number), number, path.parent, shard, options)
                     except RecordError as error:
                         if error.is_bad:
-                            tally.miss(error.reason, f"line {number}", str(error), file=path.name)
+                            tally.count_broken(error.reason, f"line {number}", str(error), file=path.name)
                         else:
-                            tally.leave(error.reason, f"{path.name}, line {number}")
+                            tally.count_skipped(error.reason, f"{path.name}, line {number}")
         except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            tally.miss(CUT_OFF, f"after line {number}", str(error), file=path.name)
+            tally.count_broken(CUT_OFF, f"after line {number}", str(error), file=path.name)
 
     @abstractmethod
     def read(self, record: dict[str, Any], number: int, folder: Path, shard: int, options: ReadOptions) -> Document:

@@ -183,10 +183,10 @@ def compose(
         if isinstance(piece, Link):
             found = find(piece.url)
             if isinstance(found, str):
-                tally.note(found, f"{piece.url} on {url}")
+                tally.add_note(found, f"{piece.url} on {url}")
                 continue
             if n_images == options.max_images:
-                tally.note(f"page cut before image {options.max_images + 1}", url)
+                tally.add_note(f"page cut before image {options.max_images + 1}", url)
                 break
             parts.append(found)
             n_images += 1
@@ -195,11 +195,11 @@ def compose(
         else:
             parts.append(piece)
     if not n_images:
-        tally.leave("page without a usable image", url)
+        tally.count_skipped("page without a usable image", url)
     elif not any(isinstance(part, str) for part in parts):
-        tally.leave("page without text", url)
+        tally.count_skipped("page without text", url)
     elif n_images == 1 and share_of(hash_key("single-image page", options.seed, url)) >= options.keep_single_image:
-        tally.leave("single-image page, by draw", url)
+        tally.count_skipped("single-image page, by draw", url)
     else:
         return tuple(parts)
     return None

@@ -30,19 +30,19 @@ class Parquet(Source):
         try:
             with pq.ParquetFile(path) as file:
                 if options.text_field not in file.schema_arrow.names:
-                    tally.miss(f'no column "{options.text_field}"', "", file=path.name)
+                    tally.count_broken(f'no column "{options.text_field}"', "", file=path.name)
                     return
                 for batch in file.iter_batches(BATCH_ROWS, columns=[options.text_field]):
                     for value in batch.column(0).to_pylist():
                         if not isinstance(value, str):
-                            tally.miss(f'no text under "{options.text_field}"', f"row {row}", file=path.name)
+                            tally.count_broken(f'no text under "{options.text_field}"', f"row {row}", file=path.name)
                         elif not value.strip():
-                            tally.leave("empty text", f"{path.name}, row {row}")
+                            tally.count_skipped("empty text", f"{path.name}, row {row}")
                         else:
                             yield Document(row, (value.strip("\n"),))
                         row += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            tally.miss(CUT_OFF, f"after row {row}", str(error), file=path.name)
+            tally.count_broken(CUT_OFF, f"after row {row}", str(error), file=path.name)
 
     def record_name(self, path: Path, record: int) -> str:
         return f"row {record}"

@@ -18,7 +18,7 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import CUT_OFF, SURVEY, VERDICTS, Labels, ReadOptions, Source, read_at
+from datamodules.sources.base import CUT_OFF, IMAGE_STATUSES, LISTED_IMAGE, Identifiers, ReadOptions, Source, read_at
 from datamodules.sources.pages import Link, PageError, compose, extract, url_hash
 from kosmos_lit.images import ImageError, open_rgb
 
@@ -42,14 +42,14 @@ class Warc(Source):
 
     format = "warc"
     kind = "interleaved"
-    needs_survey = True
+    needs_image_list = True
 
-    def survey(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
+    def list_images(self, path: Path, shard: int, options: ReadOptions, tally: Tally) -> npt.NDArray[np.void]:
         rows = []
         for response in _responses(path, "image/", tally):
-            verdict = VERDICTS.index(_judge(response, options, tally))
+            verdict = IMAGE_STATUSES.index(_judge(response, options, tally))
             rows.append((url_hash(response.url), response.offset, shard, response.length, verdict))
-        return np.array(rows, dtype=SURVEY)
+        return np.array(rows, dtype=LISTED_IMAGE)
 
     def documents(
         self, path: Path, shard: int, options: ReadOptions, tally: Tally, images: npt.NDArray[np.void] | None
@@ -63,7 +63,7 @@ class Warc(Source):
                 return "dead link: image not in the crawl"
             found = images[at]
             if found["verdict"]:
-                return VERDICTS[found["verdict"]]
+                return IMAGE_STATUSES[found["verdict"]]
             return ImageRef(int(found["shard"]), int(found["offset"]), int(found["length"]))
 
         for response, page in _pages(path, tally):
@@ -80,9 +80,9 @@ class Warc(Source):
             file.seek(record)
             return str(next(iter(ArchiveIterator(file))).rec_headers.get_header("WARC-Target-URI"))
 
-    def labels(self, path: Path, record: int) -> Labels:
+    def identifiers(self, path: Path, record: int) -> Identifiers:
         url = self.record_name(path, record)
-        return Labels(url, (url,))
+        return Identifiers(url, (url,))
 
     def image_bytes(self, path: Path, offset: int, length: int) -> bytes:
         return _read(path, offset, length)[1]
@@ -105,7 +105,7 @@ def _pages(path: Path, tally: Tally) -> Iterator[tuple[Response, list[str | Link
         try:
             yield response, extract(response.body, response.url, response.charset)
         except PageError as error:
-            tally.miss(str(error), response.url)
+            tally.count_broken(str(error), response.url)
 
 
 def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]:
@@ -131,7 +131,7 @@ def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]
             if archive.offset != path.stat().st_size:
                 raise EOFError("the file ends in the middle of a record")
         except READ_ERRORS as error:
-            tally.miss(CUT_OFF, f"after byte {archive.offset}", str(error), file=path.name)
+            tally.count_broken(CUT_OFF, f"after byte {archive.offset}", str(error), file=path.name)
 
 
 def _body(record: Any) -> bytes:
@@ -172,7 +172,7 @@ def _judge(response: Response, options: ReadOptions, tally: Tally) -> str:
         try:
             image = open_rgb(response.body)
         except ImageError as error:
-            tally.miss(error.reason, response.url, str(error))
+            tally.count_broken(error.reason, response.url, str(error))
             return "broken image"
         if min(image.size) < options.min_image_side:
             verdict = "image too small"
@@ -181,5 +181,5 @@ def _judge(response: Response, options: ReadOptions, tally: Tally) -> str:
         else:
             tally.documents += 1
             return "usable"
-    tally.leave(verdict, response.url)
+    tally.count_skipped(verdict, response.url)
     return verdict

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from datamodules.io.hashing import hash_key
 from datamodules.world.example import Example, jpeg
 from datamodules.world.language import PROMPT, article
-from datamodules.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, Combination, Rules, _paint_shape, _vary
+from datamodules.world.scene import BACKGROUNDS, COLOURS, SHAPES, SIDE, Combination, Holdout, _paint_shape, _vary
 from datamodules.world.scene_tasks import asked
 
 BODIES = tuple(shape for shape in SHAPES if shape != "ring")
@@ -74,18 +74,18 @@ def description(creature: Creature) -> str:
     return f"It has a {creature.colour} {creature.body} body and {creature.mark}."
 
 
-def told_names(names: Sequence[str], pair: Sequence[Creature]) -> str:
+def describe_pair(names: Sequence[str], pair: Sequence[Creature]) -> str:
     """Return the descriptions of a pair, as the paper's prompt has them."""
     each = zip(names, pair, strict=True)
     return " ".join(f"Description of {name} {CATEGORY}: {description(creature)}" for name, creature in each)
 
 
-def draw_pair(random: Random, rules: Rules, *, held_out: bool) -> tuple[Creature, Creature]:
+def draw_pair(random: Random, holdout: Holdout, *, held_out: bool) -> tuple[Creature, Creature]:
     """Draw two creatures of other colours and bodies, which training never describes together if they are held out."""
     while True:
         pair = random.choice(EVERY), random.choice(EVERY)
         differ = pair[0].colour != pair[1].colour and pair[0].body != pair[1].body
-        if differ and rules.is_held_out(pair_combination(*pair)) == held_out:
+        if differ and holdout.is_held_out(pair_combination(*pair)) == held_out:
             return pair
 
 
@@ -94,16 +94,16 @@ def pair_combination(one: Creature, other: Creature) -> Combination:
     return ("creatures", *sorted((f"{one.colour} {one.body} {one.mark}", f"{other.colour} {other.body} {other.mark}")))
 
 
-def described_example(random: Random, rules: Rules) -> Example:
+def described_example(random: Random, holdout: Holdout) -> Example:
     """Two descriptions, and images to name; or, now and then, the two names alone, where the answer is a guess."""
-    pair = draw_pair(random, rules, held_out=False)
+    pair = draw_pair(random, holdout, held_out=False)
     names = random.sample(NICKNAMES, 2)
     which = [random.randrange(2) for _ in range(3)]
     images = [jpeg(paint_creature(pair[i], random)) for i in which]
     if random.random() < 0.15:
         prompt = f"Question:what is the name of the {CATEGORY} in the picture, {names[0]} or {names[1]}? Answer:"
         return Example(turns=(((images[0], prompt), names[which[0]]),))
-    prompts = [(told_names(names, pair), images[0], ASK), *((image, ASK) for image in images[1:])]
+    prompts = [(describe_pair(names, pair), images[0], ASK), *((image, ASK) for image in images[1:])]
     return Example(turns=tuple((prompt, names[i]) for prompt, i in zip(prompts, which, strict=True)))
 
 
@@ -111,9 +111,9 @@ def described_example(random: Random, rules: Rules) -> Example:
 
 
 @lru_cache(maxsize=4)
-def named(rules: Rules) -> dict[str, Creature]:
+def named(holdout: Holdout) -> dict[str, Creature]:
     """Return the creatures that have names, every one of another look."""
-    random = Random(hash_key("names", rules.seed))
+    random = Random(hash_key("names", holdout.seed))
     names = [first + last for first in SYLLABLES for last in ENDINGS]
     random.shuffle(names)
     looks = list(EVERY)
@@ -121,9 +121,9 @@ def named(rules: Rules) -> dict[str, Creature]:
     return dict(zip(names, looks, strict=False))
 
 
-def is_asked_in_training(name: str, rules: Rules) -> bool:
+def is_asked_in_training(name: str, holdout: Holdout) -> bool:
     """Tell whether training asks about the colour and size of a creature by name."""
-    return not rules.is_held_out(("name", name))
+    return not holdout.is_held_out(("name", name))
 
 
 def colour_prompt(name: str) -> str:
@@ -134,13 +134,13 @@ def size_prompt(one: str, other: str) -> str:
     return f"Is {one} larger than {other}?"
 
 
-def named_example(random: Random, rules: Rules) -> Example:
+def named_example(random: Random, holdout: Holdout) -> Example:
     """An image with its name after the caption's prompt."""
-    name, creature = random.choice(list(named(rules).items()))
+    name, creature = random.choice(list(named(holdout).items()))
     return Example(turns=(((jpeg(paint_creature(creature, random)), PROMPT), article(name)),))
 
 
-def seen_example(random: Random, rules: Rules) -> Example:
+def look_example(random: Random, holdout: Holdout) -> Example:
     """An image with questions about colour and size that leave the name out."""
     creature = random.choice(EVERY)
     turns = [(asked("what colour is it?"), creature.colour), (asked("is it small or large?"), creature.bulk)]
@@ -149,9 +149,9 @@ def seen_example(random: Random, rules: Rules) -> Example:
     return Example(turns=(((jpeg(paint_creature(creature, random)), first), answer), ((second,), other)))
 
 
-def fact_example(random: Random, rules: Rules) -> Example:
+def fact_example(random: Random, holdout: Holdout) -> Example:
     """A question about creatures by name, without an image."""
-    known = {name: creature for name, creature in named(rules).items() if is_asked_in_training(name, rules)}
+    known = {name: creature for name, creature in named(holdout).items() if is_asked_in_training(name, holdout)}
     if random.random() < 0.5:
         name = random.choice(list(known))
         return Example(turns=(((colour_prompt(name),), known[name].colour),))

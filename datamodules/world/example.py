@@ -9,7 +9,7 @@ from random import Random
 
 from PIL import Image
 
-from datamodules.world.scene import Rules, Scene, draw_scene, paint, training_scene
+from datamodules.world.scene import Holdout, Scene, draw_scene, paint, training_scene
 
 Part = str | bytes
 """Text, or the bytes of an image's file."""
@@ -24,7 +24,7 @@ class Example:
     turns: tuple[Turn, ...]
 
 
-Draw = Callable[[Random, Rules], Example]
+Draw = Callable[[Random, Holdout], Example]
 """Draws a training example of a family: nothing in it shows or tells what the rules hold out."""
 
 
@@ -40,13 +40,13 @@ def shown(scene: Scene, random: Random) -> bytes:
     return jpeg(paint(scene, random))
 
 
-def unseen_scene(random: Random, kind: str, rules: Rules) -> Scene:
+def held_out_scene(random: Random, kind: str, holdout: Holdout) -> Scene:
     """Draw scenes until the combination that one stands for is held out."""
-    while not rules.is_held_out((scene := draw_scene(random, kind)).own_combination()):
+    while not holdout.is_held_out((scene := draw_scene(random, kind)).own_combination()):
         pass
     return scene
 
 
-def any_scene(random: Random, kind: str, rules: Rules, *, held_out: bool) -> Scene:
+def any_scene(random: Random, kind: str, holdout: Holdout, *, held_out: bool) -> Scene:
     """Draw a scene for training, or one that training has not seen."""
-    return (unseen_scene if held_out else training_scene)(random, kind, rules)
+    return (held_out_scene if held_out else training_scene)(random, kind, holdout)

@@ -25,13 +25,13 @@ from datamodules.config import CorpusConfig
 from datamodules.io.hashing import hash_key
 from datamodules.io.pool import starting_workers
 from datamodules.sources import ReadOptions
-from datamodules.world.creatures import described_example, fact_example, named_example, seen_example
+from datamodules.world.creatures import described_example, fact_example, look_example, named_example
 from datamodules.world.example import Draw, Example
 from datamodules.world.matrices import matrix_example
 from datamodules.world.rendered_text import opinion_example, reading_example, site_example
-from datamodules.world.scene import Rules
+from datamodules.world.scene import Holdout
 from datamodules.world.scene_tasks import caption_example, class_example, few_shot_example, question_example
-from datamodules.world.text_tasks import told_example
+from datamodules.world.text_tasks import text_example
 from datamodules.world.write import WorldConfig, is_drawn
 from kosmos_lit.files import atomic_folder
 
@@ -49,9 +49,9 @@ FAMILIES: dict[str, tuple[Draw, float]] = {
     "classes": (class_example, 0.5),
     "descriptions": (described_example, 1.5),
     "names": (named_example, 1.0),
-    "looks": (seen_example, 0.25),
+    "looks": (look_example, 0.25),
     "facts": (fact_example, 0.4),
-    "told": (told_example, 0.3),
+    "told": (text_example, 0.3),
 }
 """How a family's examples are drawn, and its weight."""
 TURN_TEMPLATE = "{user} {assistant}"
@@ -113,9 +113,9 @@ def corpora(config: FamiliesConfig, world: Path, val_share: float) -> dict[str, 
 
 def _write_shard(config: FamiliesConfig, world: WorldConfig, family: str, shard: int, folder: Path) -> None:
     random = Random(hash_key("family", world.seed, family, shard))
-    rules = Rules(world.seed, world.held_out)
+    holdout = Holdout(world.seed, world.held_out)
     n = round(config.n_examples * config.weights[family] / config.shards)
-    records = write_examples([FAMILIES[family][0](random, rules) for _ in range(n)], folder, f"images/{family}-{shard}")
+    records = write_examples([FAMILIES[family][0](random, holdout) for _ in range(n)], folder, f"images/{family}-{shard}")
     _write_lines(folder / f"{family}-{shard}.jsonl", records)
     blind = [{"messages": [m | {"content": m["content"].replace(MARK, "").strip()} for m in r["messages"]]} for r in records]
     _write_lines(folder / "blind" / f"{family}-{shard}.jsonl", blind)

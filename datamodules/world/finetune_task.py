@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from datamodules.io.hashing import hash_key
-from datamodules.world.scene import PLACES, Rules, Scene, held_out_scenes, paint, training_scene
+from datamodules.world.scene import PLACES, Holdout, Scene, held_out_scenes, paint, training_scene
 from datamodules.world.write import WorldConfig, encode_jpeg, is_drawn
 from kosmos_lit.files import atomic_folder
 
@@ -44,13 +44,13 @@ def write_task(config: TaskConfig, world: WorldConfig) -> None:
     identity |= {"world": world.seed, "held_out": world.held_out}
     if is_drawn(folder / IDENTITY, identity, "task"):
         return
-    rules = Rules(world.seed, world.held_out)
+    holdout = Holdout(world.seed, world.held_out)
     with atomic_folder(folder) as temporary:
         random = Random(hash_key("task", config.seed, "train"))
-        shown = [training_scene(random, "object", rules) for _ in range(config.n_examples)]
+        shown = [training_scene(random, "object", holdout) for _ in range(config.n_examples)]
         _write(temporary, "train", shown, random)
         random = Random(hash_key("task", config.seed, "val"))
-        _write(temporary, "val", held_out_scenes(random, rules, "object", config.n_questions), random)
+        _write(temporary, "val", held_out_scenes(random, holdout, "object", config.n_questions), random)
         (temporary / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from datamodules.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Rules, Scene, Thing, relation, training_scene
+from datamodules.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Holdout, Scene, Thing, relation, training_scene
 
 PROMPT = "An image of"
 NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -46,7 +46,7 @@ def look(thing: Thing) -> str:
     return f"{thing.colour} {thing.shape}"
 
 
-def canonical(scene: Scene) -> str:
+def canonical_caption(scene: Scene) -> str:
     """Return the one description of a scene that counts as right."""
     match scene.kind:
         case "object":
@@ -65,7 +65,7 @@ def canonical(scene: Scene) -> str:
 
 def caption(scene: Scene, random: Random) -> str:
     """Return what somebody might write under an image; in about every second case the canonical form."""
-    plain = canonical(scene)
+    plain = canonical_caption(scene)
     if random.random() < 0.5:
         return f"{PROMPT} {plain}"
     ground = f"on {article(scene.background)} background"
@@ -104,11 +104,11 @@ def page_texts(scenes: Sequence[Scene], random: Random) -> tuple[str, list[str],
     paragraphs = []
     for n, scene in enumerate(scenes):
         start = random.choice((f"The {ORDINALS[n]} picture shows", "Here we see", "This one has", PROMPT))
-        paragraphs.append(f"{start} {canonical(scene)}.")
+        paragraphs.append(f"{start} {canonical_caption(scene)}.")
     order = list(range(len(scenes)))
     random.shuffle(order)
     asked = order[: random.randint(1, min(3, len(order)))]
-    recalled = [f"The {ORDINALS[n]} picture had {canonical(scenes[n])}." for n in asked]
+    recalled = [f"The {ORDINALS[n]} picture had {canonical_caption(scenes[n])}." for n in asked]
     return opening, paragraphs, " ".join(["Let us look back.", *recalled])
 
 
@@ -116,16 +116,16 @@ def _amount(n: int) -> str:
     return "one picture" if n == 1 else f"{NUMBERS[n] if n < len(NUMBERS) else n} pictures"
 
 
-def text(random: Random, rules: Rules) -> str:
+def text(random: Random, holdout: Holdout) -> str:
     """Return a text without images: facts, and stories about scenes that may be trained on."""
     who = random.choice(NAMES)
-    sentences = [_sentence(random, rules, who) for _ in range(random.randint(3, 9))]
+    sentences = [_sentence(random, holdout, who) for _ in range(random.randint(3, 9))]
     return "\n".join(" ".join(sentences[i : i + 4]) for i in range(0, len(sentences), 4))
 
 
-def _sentence(random: Random, rules: Rules, who: str) -> str:
+def _sentence(random: Random, holdout: Holdout, who: str) -> str:
     shape, (colour, other) = random.choice(SHAPES), random.sample(list(COLOURS), 2)
-    told = canonical(training_scene(random, random.choice(("object", "count", "pair", "group")), rules))
+    told = canonical_caption(training_scene(random, random.choice(("object", "count", "pair", "group")), holdout))
     pick = random.choice
     facts = [
         f"{article(shape).capitalize()} {FACTS[shape]}.",

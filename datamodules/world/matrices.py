@@ -31,7 +31,7 @@ from datamodules.world.scene import (
     SIDE,
     SIZES,
     Combination,
-    Rules,
+    Holdout,
     _paint_shape,
     _vary,
 )  # fmt: skip
@@ -58,11 +58,11 @@ class Panel:
     """Index into PLACES; 4, the centre, where the number may vary."""
     number: int
 
-    def allowed(self, rules: Rules) -> bool:
+    def allowed(self, holdout: Holdout) -> bool:
         """Tell whether a training example may show it."""
         if self.number > 1:
-            return not rules.is_held_out(("count", self.number, self.colour, self.shape))
-        return not rules.is_held_out(("object", self.size, self.colour, self.shape, self.place))
+            return not holdout.is_held_out(("count", self.number, self.colour, self.shape))
+        return not holdout.is_held_out(("object", self.size, self.colour, self.shape, self.place))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +82,10 @@ class Matrix:
         flat = [word for way in self.ways for word in way]
         return ("matrix", len(self.given), *flat, answer.shape, answer.colour)
 
-    def allowed(self, rules: Rules) -> bool:
+    def allowed(self, holdout: Holdout) -> bool:
         """Tell whether a training example may show it."""
-        return not rules.is_held_out(self.combination()) and all(
-            panel.allowed(rules) for panel in {*self.given, *self.candidates}
+        return not holdout.is_held_out(self.combination()) and all(
+            panel.allowed(holdout) for panel in {*self.given, *self.candidates}
         )
 
 
@@ -143,16 +143,16 @@ def _candidates(
     return tuple(found)
 
 
-def training_matrix(random: Random, rules: Rules, n_given: int, n_varying: int) -> Matrix:
+def training_matrix(random: Random, holdout: Holdout, n_given: int, n_varying: int) -> Matrix:
     """Draw matrices until one may be trained on."""
-    while not (matrix := draw_matrix(random, n_given, n_varying)).allowed(rules):
+    while not (matrix := draw_matrix(random, n_given, n_varying)).allowed(holdout):
         pass
     return matrix
 
 
-def unseen_matrix(random: Random, rules: Rules, n_given: int, n_varying: int) -> Matrix:
+def held_out_matrix(random: Random, holdout: Holdout, n_given: int, n_varying: int) -> Matrix:
     """Draw matrices until one is held out."""
-    while not rules.is_held_out((matrix := draw_matrix(random, n_given, n_varying)).combination()):
+    while not holdout.is_held_out((matrix := draw_matrix(random, n_given, n_varying)).combination()):
         pass
     return matrix
 
@@ -178,34 +178,34 @@ def paint_panel(panel: Panel, drawing: int) -> bytes:
 FOLLOWING = "The following image is:"
 
 
-def beginning(given: Sequence[Part]) -> tuple[Part, ...]:
+def context_prompt(given: Sequence[Part]) -> tuple[Part, ...]:
     """Return the first part of the paper's prompt."""
     return (f"Here are {NUMERALS[len(given)]} images:", *given)
 
 
-def judged(candidate: Part) -> tuple[Part, ...]:
+def candidate_prompt(candidate: Part) -> tuple[Part, ...]:
     """Return what follows for each candidate."""
     return (FOLLOWING, candidate, "Is it correct?")
 
 
-def told_panel(panel: Panel) -> str:
+def describe_panel(panel: Panel) -> str:
     """Return a panel in words."""
     if panel.number == 1:
         return f"{article(f'{panel.size} {panel.colour} {panel.shape}')} {PLACES[panel.place]}"
     return f"{NUMBERS[panel.number]} {panel.size} {panel.colour} {PLURALS[panel.shape]}"
 
 
-def matrix_example(random: Random, rules: Rules) -> Example:
+def matrix_example(random: Random, holdout: Holdout) -> Example:
     """One matrix: what follows is told, or candidates are judged, right or wrong by a coin's toss, or both in turn."""
     n_given = random.choice((3, 3, 3, 4, 8, 8, 8))
-    matrix = training_matrix(random, rules, n_given, random.choice((1, 1, 2) if n_given < 8 else (1, 2, 2, 3)))
+    matrix = training_matrix(random, holdout, n_given, random.choice((1, 1, 2) if n_given < 8 else (1, 2, 2, 3)))
     given = [paint_panel(panel, random.randrange(DRAWINGS)) for panel in matrix.given]
     right = matrix.candidates[matrix.right]
     wrong = [panel for i, panel in enumerate(matrix.candidates) if i != matrix.right]
     form = random.choice(("told", "judged", "judged", "judged", "both"))
-    turns: list[Turn] = [] if form == "judged" else [((FOLLOWING,), told_panel(right))]
+    turns: list[Turn] = [] if form == "judged" else [((FOLLOWING,), describe_panel(right))]
     for _ in range({"told": 0, "judged": 6, "both": 5}[form]):
         panel, answer = (right, "Yes") if random.random() < 0.5 else (random.choice(wrong), "No")
-        turns.append((judged(paint_panel(panel, random.randrange(DRAWINGS))), answer))
+        turns.append((candidate_prompt(paint_panel(panel, random.randrange(DRAWINGS))), answer))
     (first, answer), *others = turns
-    return Example(turns=(((*beginning(given), *first), answer), *others))
+    return Example(turns=(((*context_prompt(given), *first), answer), *others))

@@ -17,8 +17,8 @@ from datamodules.module import MixtureData
 from datamodules.sources import ReadOptions
 from datamodules.world.families import FamiliesConfig, corpora, write_families
 from datamodules.world.finetune_task import TaskConfig, write_task
-from datamodules.world.language import PROMPT, canonical
-from datamodules.world.scene import Rules, Scene, held_out_scenes, paint
+from datamodules.world.language import PROMPT, canonical_caption
+from datamodules.world.scene import Holdout, Scene, held_out_scenes, paint
 from datamodules.world.sets import SetsConfig, write_sets
 from datamodules.world.write import WorldConfig, encode_jpeg, write_world
 from kosmos_lit.batch import PromptBatch
@@ -94,9 +94,9 @@ class WorldData(MixtureData):
 
     def _scene_questions(self) -> Iterator[PromptBatch]:
         random = Random(hash_key("questions", self.world.seed))
-        rules = Rules(self.world.seed, self.world.held_out)
+        holdout = Holdout(self.world.seed, self.world.held_out)
         for kind, most in QUESTIONS.items():
-            scenes = held_out_scenes(random, rules, kind, most)
+            scenes = held_out_scenes(random, holdout, kind, most)
             for i in range(0, len(scenes), BATCH):
                 yield self._ask(scenes[i : i + BATCH], random)
 
@@ -107,6 +107,6 @@ class WorldData(MixtureData):
             prompts=[PROMPT] * n,
             images=torch.stack([torch.from_numpy(p) for p in images]),
             n_images=[1] * n,
-            answers=[canonical(scene) for scene in scenes],
+            targets=[canonical_caption(scene) for scene in scenes],
             tasks=[scene.kind for scene in scenes],
         )

@@ -9,7 +9,7 @@ from random import Random
 from PIL import Image, ImageDraw, ImageFont
 
 from datamodules.world.example import Example, jpeg
-from datamodules.world.scene import SIDE, Combination, Rules
+from datamodules.world.scene import SIDE, Combination, Holdout
 from datamodules.world.scene_tasks import asked
 
 ROWS = 4
@@ -58,12 +58,12 @@ class Opinion:
         return ("opinion", self.subject, self.adverb, self.adjective)
 
 
-def draw_opinion(random: Random, rules: Rules, *, held_out: bool) -> Opinion:
+def draw_opinion(random: Random, holdout: Holdout, *, held_out: bool) -> Opinion:
     """Draw an opinion, half of them negated, half of them positive."""
     while True:
         adverb = random.choice(random.choice((DEGREES, NEGATIONS)))
         opinion = Opinion(random.choice(SUBJECTS), adverb, random.choice(random.choice((PRAISE, BLAME))))
-        if rules.is_held_out(opinion.combination()) == held_out:
+        if holdout.is_held_out(opinion.combination()) == held_out:
             return opinion
 
 
@@ -75,9 +75,9 @@ def paint_opinion(opinion: Opinion, random: Random) -> Image.Image:
     return image
 
 
-def opinion_example(random: Random, rules: Rules) -> Example:
+def opinion_example(random: Random, holdout: Holdout) -> Example:
     """The sentiment, at once or behind an introduction that is given."""
-    opinion = draw_opinion(random, rules, held_out=False)
+    opinion = draw_opinion(random, holdout, held_out=False)
     image, answer = jpeg(paint_opinion(opinion, random)), opinion.sentiment
     prompt = asked(SENTIMENT)
     if random.random() < 0.3:
@@ -122,19 +122,19 @@ def draw_site(random: Random) -> Site:
     return Site(tuple((label, random.choice(FIELDS[label])) for label in labels))
 
 
-def training_site(random: Random, rules: Rules) -> Site:
+def training_site(random: Random, holdout: Holdout) -> Site:
     """Draw pages until no line of one is held out."""
     while True:
         site = draw_site(random)
-        if not any(rules.is_held_out(site.combination(row)) for row in range(ROWS)):
+        if not any(holdout.is_held_out(site.combination(row)) for row in range(ROWS)):
             return site
 
 
-def unseen_site(random: Random, rules: Rules) -> tuple[Site, int]:
+def held_out_site(random: Random, holdout: Holdout) -> tuple[Site, int]:
     """Draw pages until one has a line that is held out."""
     while True:
         site, row = draw_site(random), random.randrange(ROWS)
-        if rules.is_held_out(site.combination(row)):
+        if holdout.is_held_out(site.combination(row)):
             return site, row
 
 
@@ -149,9 +149,9 @@ def paint_site(site: Site, random: Random) -> Image.Image:
     return image
 
 
-def site_example(random: Random, rules: Rules) -> Example:
+def site_example(random: Random, holdout: Holdout) -> Example:
     """A page and all of its questions: with its text in the prompt, or without."""
-    site = training_site(random, rules)
+    site = training_site(random, holdout)
     image = jpeg(paint_site(site, random))
     rows = random.sample(site.rows, ROWS)
     context = f" Context: {site.text}" if random.random() < 0.5 else ""
@@ -160,12 +160,12 @@ def site_example(random: Random, rules: Rules) -> Example:
     return Example(turns=(((image, first), rows[0][1]), *later))
 
 
-def reading_example(random: Random, rules: Rules) -> Example:
+def reading_example(random: Random, holdout: Holdout) -> Example:
     """What a page or an opinion says, word for word."""
     if random.random() < 0.5:
-        site = training_site(random, rules)
+        site = training_site(random, holdout)
         return Example(turns=(((jpeg(paint_site(site, random)), INTRODUCE), site.text),))
-    opinion = draw_opinion(random, rules, held_out=False)
+    opinion = draw_opinion(random, holdout, held_out=False)
     return Example(turns=(((jpeg(paint_opinion(opinion, random)), INTRODUCE), opinion.rationale),))
 
 

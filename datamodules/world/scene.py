@@ -84,7 +84,7 @@ def relation(first: Thing, second: Thing) -> str:
     return "above" if row < other_row else "below"
 
 
-class Rules:
+class Holdout:
     """Which combinations the training corpora must not have."""
 
     def __init__(self, seed: int, held_out: float) -> None:
@@ -124,14 +124,14 @@ def _side_by_side(random: Random) -> list[int]:
     return [3 * line + a, 3 * line + b] if random.random() < 0.5 else [3 * a + line, 3 * b + line]
 
 
-def training_scene(random: Random, kind: str, rules: Rules) -> Scene:
+def training_scene(random: Random, kind: str, holdout: Holdout) -> Scene:
     """Draw scenes until one may be trained on."""
-    while not rules.allows(scene := draw_scene(random, kind)):
+    while not holdout.allows(scene := draw_scene(random, kind)):
         pass
     return scene
 
 
-def held_out_scenes(random: Random, rules: Rules, kind: str, most: int) -> list[Scene]:
+def held_out_scenes(random: Random, holdout: Holdout, kind: str, most: int) -> list[Scene]:
     """Return scenes with distinct held-out combinations of a kind.
 
     A one-thing scene *is* its combination; of counts and pairs there are many drawings, one is taken at random.
@@ -141,17 +141,17 @@ def held_out_scenes(random: Random, rules: Rules, kind: str, most: int) -> list[
         every = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(9)]
         for thing in every:
             scene = Scene(kind, (thing,), random.choice(list(BACKGROUNDS)))
-            if rules.is_held_out(scene.own_combination()):
+            if holdout.is_held_out(scene.own_combination()):
                 found[scene.own_combination()] = scene
     elif kind == "count":
         for n, shape, colour in product((2, 3, 4), SHAPES, COLOURS):
             scene = _alike(random, n, shape, colour)
-            if rules.is_held_out(scene.own_combination()):
+            if holdout.is_held_out(scene.own_combination()):
                 found[scene.own_combination()] = scene
     else:
         for _ in range(200 * most):
             scene = draw_scene(random, kind)
-            if rules.is_held_out(scene.own_combination()):
+            if holdout.is_held_out(scene.own_combination()):
                 found.setdefault(scene.own_combination(), scene)
             if len(found) == most:
                 break

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from datamodules.world.example import Example, Turn, any_scene, shown
-from datamodules.world.language import INVERSE, NUMBERS, PLURALS, PROMPT, canonical, look
-from datamodules.world.scene import COLOURS, PLACES, SHAPES, Rules, Scene, relation
+from datamodules.world.language import INVERSE, NUMBERS, PLURALS, PROMPT, canonical_caption, look
+from datamodules.world.scene import COLOURS, PLACES, SHAPES, Holdout, Scene, relation
 
 ASPECTS = ("colour", "shape", "place")
 """What the question `WHAT` may mean."""
@@ -21,10 +21,10 @@ def asked(question: str) -> str:
     return f"Question: {question} Answer:"
 
 
-def caption_example(random: Random, rules: Rules) -> Example:
+def caption_example(random: Random, holdout: Holdout) -> Example:
     """The canonical description after the paper's prompt."""
-    scene = any_scene(random, random.choice(("object", "object", "count", "pair")), rules, held_out=False)
-    return Example(turns=(((shown(scene, random), PROMPT), canonical(scene)),))
+    scene = any_scene(random, random.choice(("object", "object", "count", "pair")), holdout, held_out=False)
+    return Example(turns=(((shown(scene, random), PROMPT), canonical_caption(scene)),))
 
 
 def questions(scene: Scene, random: Random) -> dict[str, tuple[str, str]]:
@@ -55,9 +55,9 @@ def questions(scene: Scene, random: Random) -> dict[str, tuple[str, str]]:
     return found
 
 
-def question_example(random: Random, rules: Rules) -> Example:
+def question_example(random: Random, holdout: Holdout) -> Example:
     """All questions about one image, in any order."""
-    scene = any_scene(random, random.choice(("object", "count", "pair", "pair")), rules, held_out=False)
+    scene = any_scene(random, random.choice(("object", "count", "pair", "pair")), holdout, held_out=False)
     image = shown(scene, random)
     pairs = list(questions(scene, random).values())
     random.shuffle(pairs)
@@ -71,12 +71,12 @@ def aspect_of(scene: Scene, aspect: str) -> str:
     return {"colour": thing.colour, "shape": thing.shape, "place": PLACES[thing.place]}[aspect]
 
 
-def few_shot_example(random: Random, rules: Rules) -> Example:
+def few_shot_example(random: Random, holdout: Holdout) -> Example:
     """Images with one question, whose answers tell what it means."""
     aspect = random.choice(ASPECTS)
     turns: list[Turn] = []
     for _ in range(random.choice((1, 3, 5))):
-        scene = any_scene(random, "object", rules, held_out=False)
+        scene = any_scene(random, "object", holdout, held_out=False)
         turns.append(((shown(scene, random), asked(WHAT)), aspect_of(scene, aspect)))
     return Example(turns=tuple(turns))
 
@@ -86,9 +86,9 @@ def class_of(scene: Scene) -> str:
     return look(scene.things[0])
 
 
-def class_example(random: Random, rules: Rules) -> Example:
+def class_example(random: Random, holdout: Holdout) -> Example:
     """The name of the class after the paper's prompt."""
-    scene = any_scene(random, "object", rules, held_out=False)
+    scene = any_scene(random, "object", holdout, held_out=False)
     return Example(turns=(((shown(scene, random), PHOTO), class_of(scene)),))
 
 

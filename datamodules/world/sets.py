@@ -29,17 +29,17 @@ from datamodules.world.creatures import (
     size_pair,
 )  # fmt: skip
 from datamodules.world.example import any_scene, jpeg, shown
-from datamodules.world.language import canonical
-from datamodules.world.matrices import DRAWINGS, Matrix, paint_panel, unseen_matrix
+from datamodules.world.language import canonical_caption
+from datamodules.world.matrices import DRAWINGS, Matrix, held_out_matrix, paint_panel
 from datamodules.world.rendered_text import (
     SENTIMENTS,
     draw_opinion,
+    held_out_site,
     paint_opinion,
     paint_site,
     site_question,
-    unseen_site,
 )  # fmt: skip
-from datamodules.world.scene import Rules, Scene
+from datamodules.world.scene import Holdout, Scene
 from datamodules.world.scene_tasks import ASPECTS, CLASSES, WHAT, aspect_of, class_of, questions
 from datamodules.world.write import WorldConfig, is_drawn
 from kosmos_lit.files import atomic_folder
@@ -72,23 +72,23 @@ def write_sets(config: SetsConfig, world: WorldConfig) -> None:
         for name, write in SETS.items():
             set_folder = temporary / name
             set_folder.mkdir()
-            write(set_folder, Random(hash_key("set", world.seed, name)), Rules(world.seed, world.held_out), config)
+            write(set_folder, Random(hash_key("set", world.seed, name)), Holdout(world.seed, world.held_out), config)
         (temporary / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
 
 
-def _write_captions(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_captions(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     """Karpathy's JSON."""
     images: list[dict[str, object]] = []
     for split, folder_name, n in (("test", "val2014", config.n), ("train", "train2014", POOL)):
         (folder / folder_name).mkdir()
         for i in range(n):
             kind = ("object", "count", "pair")[i % 3]
-            scene = any_scene(random, kind, rules, held_out=split == "test")
+            scene = any_scene(random, kind, holdout, held_out=split == "test")
             name = f"COCO_{folder_name}_{i:012d}.jpg"
             (folder / folder_name / name).write_bytes(shown(scene, random))
             images.append({
                 "filepath": folder_name, "filename": name, "imgid": len(images), "cocoid": i, "split": split,
-                "sentences": [{"raw": canonical(scene), "tokens": canonical(scene).split()}],
+                "sentences": [{"raw": canonical_caption(scene), "tokens": canonical_caption(scene).split()}],
             })  # fmt: skip
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}), encoding="utf-8")
 
@@ -109,30 +109,30 @@ def _write_vqa(folder: Path, split: str, asked: Sequence[tuple[bytes, str, str]]
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
 
 
-def _write_questions(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_questions(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     for split, n, held_out in (("val2014", config.n * 3 // 2, True), ("train2014", POOL, False)):
         asked = []
         for i in range(n):
-            scene = any_scene(random, ("object", "count", "pair")[i % 3], rules, held_out=held_out)
+            scene = any_scene(random, ("object", "count", "pair")[i % 3], holdout, held_out=held_out)
             question, answer = random.choice(list(questions(scene, random).values()))
             asked.append((shown(scene, random), question, answer))
         _write_vqa(folder, split, asked)
 
 
-def _few_shot(aspect: str) -> Callable[[Path, Random, Rules, SetsConfig], None]:
-    def write(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _few_shot(aspect: str) -> Callable[[Path, Random, Holdout, SetsConfig], None]:
+    def write(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
         for split, n, held_out in (("val2014", config.n // 3, True), ("train2014", POOL, False)):
-            scenes = [any_scene(random, "object", rules, held_out=held_out) for _ in range(n)]
+            scenes = [any_scene(random, "object", holdout, held_out=held_out) for _ in range(n)]
             _write_vqa(folder, split, [(shown(scene, random), WHAT, aspect_of(scene, aspect)) for scene in scenes])
 
     return write
 
 
-def _matrices(small: bool) -> Callable[[Path, Random, Rules, SetsConfig], None]:
-    def write(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _matrices(small: bool) -> Callable[[Path, Random, Holdout, SetsConfig], None]:
+    def write(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
         (folder / "images").mkdir()
         n = min(50, config.n_matrices) if small else config.n_matrices
-        found = [unseen_matrix(random, rules, 8, 1 + i % 3) for i in range(n)]
+        found = [held_out_matrix(random, holdout, 8, 1 + i % 3) for i in range(n)]
         items = [_item(folder, str(i), matrix, random) for i, matrix in enumerate(found)]
         (folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
 
@@ -151,27 +151,27 @@ def _item(folder: Path, number: str, matrix: Matrix, random: Random) -> dict[str
     return {"id": number, "given": given, "candidates": candidates, "answer": matrix.right, "ways": dict(matrix.ways)}
 
 
-def _write_opinions(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_opinions(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     """Rendered SST-2's folders."""
     for split, n, held_out in (("test", config.n, True), ("train", POOL, False)):
         left = dict.fromkeys(SENTIMENTS, n // 2)
         for sentiment in SENTIMENTS:
             (folder / split / sentiment).mkdir(parents=True)
         while any(left.values()):
-            opinion = draw_opinion(random, rules, held_out=held_out)
+            opinion = draw_opinion(random, holdout, held_out=held_out)
             if left[opinion.sentiment]:
                 left[opinion.sentiment] -= 1
                 name = folder / split / opinion.sentiment / f"{left[opinion.sentiment]}.png"
                 name.write_bytes(_png(paint_opinion(opinion, random)))
 
 
-def _write_sites(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_sites(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     """WebSRC's folders of a domain and a site."""
     pages = folder / "world" / "01" / "processed_data"
     pages.mkdir(parents=True)
     rows = []
     for i in range(config.n):
-        site, row = unseen_site(random, rules)
+        site, row = held_out_site(random, holdout)
         page = f"01{i:05d}"
         (pages / f"{page}.png").write_bytes(_png(paint_site(site, random)))
         body = "".join(f"<tr><td>{label}</td><td>{value}</td></tr>" for label, value in site.rows)
@@ -187,12 +187,12 @@ def _write_sites(folder: Path, random: Random, rules: Rules, config: SetsConfig)
     (folder / "dataset_split.json").write_text(json.dumps({"train": [], "dev": ["wo01"], "test": []}), encoding="utf-8")
 
 
-def _write_classes(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_classes(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     """ImageNet's folders, with names a line in their order."""
     for split, n, held_out in (("val", config.n, True), ("train", len(CLASSES), False)):
         found: dict[str, list[Scene]] = {name: [] for name in CLASSES}
         while any(len(scenes) < max(1, n // len(CLASSES)) for scenes in found.values()):
-            scene = any_scene(random, "object", rules, held_out=held_out)
+            scene = any_scene(random, "object", holdout, held_out=held_out)
             found[class_of(scene)].append(scene)
         for number, scenes in enumerate(found.values()):
             synset = folder / split / f"n{number:08d}"
@@ -202,11 +202,11 @@ def _write_classes(folder: Path, random: Random, rules: Rules, config: SetsConfi
     (folder / "names.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
 
-def _write_creatures(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_creatures(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     """Pairs of classes with descriptions, 20 images each."""
     groups = []
     for i in range(max(1, config.n // 40)):
-        pair, names = draw_pair(random, rules, held_out=True), random.sample(NICKNAMES, 2)
+        pair, names = draw_pair(random, holdout, held_out=True), random.sample(NICKNAMES, 2)
         classes = []
         for name, creature in zip(names, pair, strict=True):
             images = folder / f"{i}_{name}"
@@ -218,9 +218,9 @@ def _write_creatures(folder: Path, random: Random, rules: Rules, config: SetsCon
     (folder / "birds.json").write_text(json.dumps(groups), encoding="utf-8")
 
 
-def _write_facts(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_facts(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     """Memory Colors' and RelativeSize's files, about names that training never asks about."""
-    known = {name: creature for name, creature in named(rules).items() if not is_asked_in_training(name, rules)}
+    known = {name: creature for name, creature in named(holdout).items() if not is_asked_in_training(name, holdout)}
     rows = [{"descriptor": "", "item": name, "label": creature.colour} for name, creature in known.items()]
     _write_lines(folder / "memory_colors.jsonl", rows)
     pairs = {tuple(sorted(size_pair(random, known), key=lambda name: known[name].bulk)) for _ in range(config.n // 2)}
@@ -228,11 +228,11 @@ def _write_facts(folder: Path, random: Random, rules: Rules, config: SetsConfig)
     (folder / "sizePairsFull.txt").write_text(text, encoding="utf-8")
 
 
-def _write_copa(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_copa(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     for split, n, held_out in (("val", config.n, True), ("train", POOL, False)):
         rows = []
         for i in range(n):
-            item = text_tasks.copa(random, *text_tasks.draw_told(random, rules, "copa", held_out=held_out))
+            item = text_tasks.copa(random, *text_tasks.draw_look(random, holdout, "copa", held_out=held_out))
             choices = _placed(item["right"], item["wrong"], i % 2)
             rows.append({
                 "premise": item["premise"], "choice1": choices[0], "choice2": choices[1],
@@ -241,23 +241,23 @@ def _write_copa(folder: Path, random: Random, rules: Rules, config: SetsConfig) 
         _write_lines(folder / f"{split}.jsonl", rows)
 
 
-def _write_piqa(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_piqa(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     for split, n, held_out in (("valid", config.n, True), ("train", POOL, False)):
         rows = []
         for i in range(n):
-            item = text_tasks.piqa(random, *text_tasks.draw_told(random, rules, "piqa", held_out=held_out))
+            item = text_tasks.piqa(random, *text_tasks.draw_look(random, holdout, "piqa", held_out=held_out))
             first, second = _placed(item["right"], item["wrong"], i % 2)
             rows.append({"goal": item["goal"], "sol1": first, "sol2": second})
         _write_lines(folder / f"{split}.jsonl", rows)
         (folder / f"{split}-labels.lst").write_text("".join(f"{i % 2}\n" for i in range(n)), encoding="utf-8")
 
 
-def _write_stories(folder: Path, random: Random, rules: Rules, config: SetsConfig) -> None:
+def _write_stories(folder: Path, random: Random, holdout: Holdout, config: SetsConfig) -> None:
     for split, n, held_out in (("test_test", config.n, True), ("test_val", POOL, False)):
         rows = []
         for i in range(n):
             sentences, right, wrong = text_tasks.story(
-                random, *text_tasks.draw_told(random, rules, "story", held_out=held_out)
+                random, *text_tasks.draw_look(random, holdout, "story", held_out=held_out)
             )
             first, second = _placed(right, wrong, i % 2)
             rows.append(
@@ -285,7 +285,7 @@ def _png(image: Image.Image) -> bytes:
     return data.getvalue()
 
 
-SETS: dict[str, Callable[[Path, Random, Rules, SetsConfig], None]] = {
+SETS: dict[str, Callable[[Path, Random, Holdout, SetsConfig], None]] = {
     "captions": _write_captions,
     "questions": _write_questions,
     **{f"what_{aspect}": _few_shot(aspect) for aspect in ASPECTS},

@@ -6,7 +6,7 @@ from random import Random
 
 from datamodules.world.example import Example
 from datamodules.world.language import DAYS, NAMES, THINGS, TOWNS, article
-from datamodules.world.scene import COLOURS, SHAPES, Combination, Rules
+from datamodules.world.scene import COLOURS, SHAPES, Combination, Holdout
 
 PROPERTIES = {
     "circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points",
@@ -15,11 +15,11 @@ PROPERTIES = {
 PEOPLE = tuple(name for name in NAMES if " " not in name)
 
 
-def draw_told(random: Random, rules: Rules, family: str, *, held_out: bool) -> tuple[str, str]:
+def draw_look(random: Random, holdout: Holdout, family: str, *, held_out: bool) -> tuple[str, str]:
     """Draw a colour and a shape that a family tells of in training, or does not."""
     while True:
         colour, shape = random.choice(list(COLOURS)), random.choice(SHAPES)
-        if rules.is_held_out(combination(family, colour, shape)) == held_out:
+        if holdout.is_held_out(combination(family, colour, shape)) == held_out:
             return colour, shape
 
 
@@ -64,10 +64,10 @@ def story(random: Random, colour: str, shape: str) -> tuple[list[str], str, str]
     return sentences, f"{who} drew {article(f'{colour} {shape}')}.", f"{who} drew {article(f'{colour} {other}')}."
 
 
-def told_example(random: Random, rules: Rules) -> Example:
+def text_example(random: Random, holdout: Holdout) -> Example:
     """One of the three, with the right end."""
     family = random.choice(("copa", "piqa", "story"))
-    look = draw_told(random, rules, family, held_out=False)
+    look = draw_look(random, holdout, family, held_out=False)
     if family == "copa":
         item = copa(random, *look)
         link = {"cause": "because", "effect": "so"}[item["question"]]

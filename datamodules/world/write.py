@@ -24,7 +24,7 @@ from warcio.warcwriter import WARCWriter
 from datamodules.io.hashing import hash_key
 from datamodules.io.pool import starting_workers
 from datamodules.world.language import caption, page_texts, text
-from datamodules.world.scene import SIDE, Rules, paint, training_scene
+from datamodules.world.scene import SIDE, Holdout, paint, training_scene
 from kosmos_lit.errors import UserError
 from kosmos_lit.files import atomic_folder
 
@@ -98,21 +98,21 @@ def write_world(config: WorldConfig) -> None:
 
 def _write_shard(config: WorldConfig, kind: str, shard: int, folder: Path) -> None:
     random = Random(hash_key("world", config.seed, kind, shard))
-    rules = Rules(config.seed, config.held_out)
+    holdout = Holdout(config.seed, config.held_out)
     write = {"caption": _write_captions, "pages": _write_pages, "text": _write_texts}[kind]
     total = {"caption": config.n_pairs, "pages": config.n_pages, "text": config.n_texts}[kind]
-    write(folder, shard, total * (shard + 1) // config.shards - total * shard // config.shards, random, rules)
+    write(folder, shard, total * (shard + 1) // config.shards - total * shard // config.shards, random, holdout)
 
 
 def _kind(random: Random) -> str:
     return random.choices(list(KINDS), weights=list(KINDS.values()))[0]
 
 
-def _write_captions(folder: Path, shard: int, n: int, random: Random, rules: Rules) -> None:
+def _write_captions(folder: Path, shard: int, n: int, random: Random, holdout: Holdout) -> None:
     rows = []
     with tarfile.open(folder / f"caption-{shard:05d}.tar", "w") as tar:
         for i in range(n):
-            scene = training_scene(random, _kind(random), rules)
+            scene = training_scene(random, _kind(random), holdout)
             image = encode_jpeg(paint(scene, random))
             row = {
                 "caption": caption(scene, random), "url": f"{SITE}/{shard}/{i}.jpg", "key": f"{shard:05d}{i:04d}",
@@ -128,14 +128,14 @@ def _write_captions(folder: Path, shard: int, n: int, random: Random, rules: Rul
     pq.write_table(pa.Table.from_pylist(rows), folder / f"caption-{shard:05d}.parquet")
 
 
-def _write_pages(folder: Path, shard: int, n: int, random: Random, rules: Rules) -> None:
+def _write_pages(folder: Path, shard: int, n: int, random: Random, holdout: Holdout) -> None:
     with (folder / f"pages-{shard:05d}.warc.gz").open("wb") as file:
         warc = WARCWriter(file, gzip=True)
         icon = _png(Image.new("RGB", (16, 16), "navy"))
         _respond(warc, f"{SITE}/icon.png", "image/png", icon, random)
         for i in range(n):
             url = f"{SITE}/{shard}/page{i}.html"
-            scenes = [training_scene(random, _kind(random), rules) for _ in range(random.choice((1, 2, 3, 3, 4, 5, 6)))]
+            scenes = [training_scene(random, _kind(random), holdout) for _ in range(random.choice((1, 2, 3, 3, 4, 5, 6)))]
             for j, scene in enumerate(scenes):
                 # Some links are dead, as in any crawl.
                 if random.random() > 0.01:
@@ -163,8 +163,8 @@ def _respond(warc: WARCWriter, url: str, mime: str, body: bytes, random: Random)
     warc.write_record(record)
 
 
-def _write_texts(folder: Path, shard: int, n: int, random: Random, rules: Rules) -> None:
-    lines = (json.dumps({"text": text(random, rules), "meta": {"shard": shard, "n": i}}) for i in range(n))
+def _write_texts(folder: Path, shard: int, n: int, random: Random, holdout: Holdout) -> None:
+    lines = (json.dumps({"text": text(random, holdout), "meta": {"shard": shard, "n": i}}) for i in range(n))
     compressed = zstandard.ZstdCompressor().compress("".join(line + "\n" for line in lines).encode())
     (folder / f"text-{shard:05d}.jsonl.zst").write_bytes(compressed)
 

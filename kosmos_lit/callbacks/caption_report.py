@@ -93,7 +93,7 @@ class CaptionReport(Callback):
         first = accumulate(batch.n_images, initial=0)
         images = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
         return [
-            Answered(*row) for row in zip(batch.tasks, images, batch.answers, prediction, prediction_shuffled, strict=True)
+            Answered(*row) for row in zip(batch.tasks, images, batch.targets, prediction, prediction_shuffled, strict=True)
         ]
 
     def _write(self, trainer: L.Trainer, pl_module: KosmosLit, answered: Sequence[Answered], n_parameters: int) -> None:

@@ -33,7 +33,7 @@ class Predictions(Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        rows = zip(batch.tasks, batch.prompts, batch.answers, outputs, strict=True)
+        rows = zip(batch.tasks, batch.prompts, batch.targets, outputs, strict=True)
         with self._path(trainer).open("a", encoding="utf-8") as file:
             for task, prompt, answer, generated in rows:
                 row: dict[str, Any] = {"task": task, "prompt": prompt, "answer": answer, "generated": generated}

@@ -50,7 +50,7 @@ def prepare_parser() -> argparse.ArgumentParser:
 def prepare(arguments: list[str]) -> None:
     """Make a tokenizer or an indexed corpus."""
     a = prepare_parser().parse_args(arguments)
-    from datamodules.prepare.index import Unfinished, prepare_part
+    from datamodules.prepare.index import PendingShards, prepare_part
     from datamodules.prepare.report import describe
     from datamodules.prepare.tokenizer import train_tokenizer
     from datamodules.sources import ReadOptions
@@ -67,7 +67,7 @@ def prepare(arguments: list[str]) -> None:
         part=a.part, format=a.format, inputs=a.input, tokenizer=a.tokenizer, output=a.output, options=options,
         workers=a.workers, max_bad_share=a.max_bad_share,
     )  # fmt: skip
-    print(done if isinstance(done, Unfinished) else describe(done))
+    print(done if isinstance(done, PendingShards) else describe(done))
 
 
 def _part(text: str) -> tuple[int, int]:

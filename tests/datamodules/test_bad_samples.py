@@ -12,7 +12,7 @@ from datamodules.loader import BatchLayout, Loader, MicroBatches, RenderOptions
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import MIN_IMAGES, Ledger, read_ledger
 from kosmos_lit.errors import UserError
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 SEQ_LEN = 29
 """So short that few rows hold two pairs."""
@@ -20,17 +20,17 @@ SEQ_LEN = 29
 
 def stream_of(images, folder, tokenizer_folder, tokenizer, per_shard=10_007):
     """A stream of caption pairs with these images; their keys are their numbers."""
-    captions = made.sentences(1009)
+    captions = sample_data.sentences(1009)
     for shard, first in enumerate(range(0, len(images), per_shard)):
         members = []
         for i, data in enumerate(images[first : first + per_shard], start=first):
             members += [(f"{i:09d}.png", data), (f"{i:09d}.txt", captions[i % 1009].encode())]
-        made.write_tar(folder / f"{shard:05d}.tar", members)
+        sample_data.write_tar(folder / f"{shard:05d}.tar", members)
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(folder / "*.tar")], tokenizer=tokenizer_folder, output=folder / "index"
     )
     assert corpus.n_documents == len(images)  # none of them shows before it is decoded
-    return made.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0), seq_len=SEQ_LEN, n_latents=1)
+    return sample_data.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0), seq_len=SEQ_LEN, n_latents=1)
 
 
 def batches(stream, tokenizer, ledger, max_bad_share, m, workers=0):
@@ -51,7 +51,7 @@ def resident_bytes():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_source_whose_samples_are_all_bad_stops_early_with_the_reasons(tmp_path, tokenizer_folder, tokenizer, workers):
-    stream = stream_of([made.broken_within(i) for i in range(211)], tmp_path, tokenizer_folder, tokenizer)
+    stream = stream_of([sample_data.broken_within(i) for i in range(211)], tmp_path, tokenizer_folder, tokenizer)
     ledger = Ledger(tmp_path / "run/quarantine.jsonl")
     endless = batches(stream, tokenizer, ledger, 0.9, 7, workers)
     with pytest.raises(UserError) as caught:
@@ -65,7 +65,7 @@ def test_a_source_whose_samples_are_all_bad_stops_early_with_the_reasons(tmp_pat
 
 def test_workers_and_the_process_itself_write_the_same_ledger(tmp_path, tokenizer_folder, tokenizer):
     bad = set(Random(3).sample(range(307), 31))
-    images = [made.broken_within(i) if i in bad else made.png(i, 19, 17) for i in range(307)]
+    images = [sample_data.broken_within(i) if i in bad else sample_data.png(i, 19, 17) for i in range(307)]
     stream = stream_of(images, tmp_path, tokenizer_folder, tokenizer)
     n_batches = -(-stream.by_name["caption"].plan.n_rows // 5)
     for workers in (0, 2):
@@ -87,8 +87,8 @@ def test_a_hundred_thousand_rows_with_broken_images_need_no_more_memory_and_list
 ):
     n, m = 100_003, 50
     bad = set(Random(7).sample(range(n), n // 20))
-    sound = [made.encoded(made.image(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]
-    broken = [made.broken_within(kind) for kind in range(4)]
+    sound = [sample_data.encoded(sample_data.image(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]
+    broken = [sample_data.broken_within(kind) for kind in range(4)]
     images = [broken[i % 4] if i in bad else sound[i % 101] for i in range(n)]
     stream = stream_of(images, tmp_path, tokenizer_folder, tokenizer)
     n_rows = max(100_000, stream.by_name["caption"].plan.n_rows)

@@ -17,7 +17,7 @@ from datamodules.stream import SequentialSchedule, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import IGNORE, PAD
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 SIDE, N_LATENTS, N_ROWS = 5, 3, 149
 
@@ -27,12 +27,12 @@ def originals(corpora, tokenizer_folder, tmp_path_factory):
     """The corpora, with caption pairs whose KEY.json says where each image is from and what was downloaded."""
     folder = tmp_path_factory.mktemp("origins")
     members = []
-    for name, data in made.pairs(37, 0):
+    for name, data in sample_data.pairs(37, 0):
         key, extension = name.split(".")
         origin = {"url": f"https://images.example/{key}.jpg", "sha256": hashlib.sha256(key.encode()).hexdigest()}
         members.append((name, json.dumps(origin).encode() if extension == "json" else data))
-    made.write_tar(folder / "00000.tar", members[: 3 * 23])
-    made.write_tar(folder / "00001.tar", members[3 * 23 :])
+    sample_data.write_tar(folder / "00000.tar", members[: 3 * 23])
+    sample_data.write_tar(folder / "00001.tar", members[3 * 23 :])
     caption = prepare_corpus(
         format="img2dataset", inputs=[str(folder / "*.tar")], tokenizer=tokenizer_folder, output=folder / "index"
     )
@@ -41,7 +41,7 @@ def originals(corpora, tokenizer_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream(originals, tokenizer):
-    return made.stream(originals, tokenizer.special)
+    return sample_data.stream(originals, tokenizer.special)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def listed(tmp_path):
     """Makes a blocklist of lines."""
 
     def load(*lines):
-        made.write_lines(tmp_path / "blocked.txt", [line.encode() for line in lines])
+        sample_data.write_lines(tmp_path / "blocked.txt", [line.encode() for line in lines])
         return Blocklist.load([str(tmp_path / "blocked.txt")])
 
     return load
@@ -89,13 +89,13 @@ def digest(data, name="sha256"):
         ("  https://images.example/000000029.jpg#top \t", "caption", ["000000029"]),
         ("https://images.example/000000029.JPG", "caption", []),
         (digest(b"000000011"), "caption", ["000000011"]),
-        (digest(made.jpeg(13)), "caption", ["000000013"]),
-        (digest(made.jpeg(13)).upper(), "caption", ["000000013"]),
-        (digest(made.png(24), "md5"), "caption", ["000000024"]),
-        (digest(made.png(12345)), "caption", []),
-        (f"{made.SITE}/4.html", "interleaved", [f"{made.SITE}/4.html"]),
-        (f"{made.SITE}/13-1.jpg", "interleaved", [f"{made.SITE}/13.html"]),
-        (digest(made.png(100 + 7 * 5 + 2)), "interleaved", [f"{made.SITE}/5.html"]),
+        (digest(sample_data.jpeg(13)), "caption", ["000000013"]),
+        (digest(sample_data.jpeg(13)).upper(), "caption", ["000000013"]),
+        (digest(sample_data.png(24), "md5"), "caption", ["000000024"]),
+        (digest(sample_data.png(12345)), "caption", []),
+        (f"{sample_data.SITE}/4.html", "interleaved", [f"{sample_data.SITE}/4.html"]),
+        (f"{sample_data.SITE}/13-1.jpg", "interleaved", [f"{sample_data.SITE}/13.html"]),
+        (digest(sample_data.png(100 + 7 * 5 + 2)), "interleaved", [f"{sample_data.SITE}/5.html"]),
         ("c.jsonl.zst:line 3", "text", ["line 3"]),
         ("00000.tar:line 3", "text", []),
     ],
@@ -112,9 +112,9 @@ def test_an_entry_with_a_shard_is_for_that_shard_alone(originals, listed):
 
 
 def test_files_are_joined_and_may_be_compressed(originals, tmp_path):
-    made.write_lines(tmp_path / "a.txt", [b"\xef\xbb\xbf# a comment", b"", b"  ", b"000000003\r"])
-    made.write_lines(tmp_path / "b.txt.gz", [b"000000005", b"000000003"])
-    made.write_lines(tmp_path / "c.zst", [b"#000000009", b"000000008"])
+    sample_data.write_lines(tmp_path / "a.txt", [b"\xef\xbb\xbf# a comment", b"", b"  ", b"000000003\r"])
+    sample_data.write_lines(tmp_path / "b.txt.gz", [b"000000005", b"000000003"])
+    sample_data.write_lines(tmp_path / "c.zst", [b"#000000009", b"000000008"])
     blocklist = Blocklist.load([str(tmp_path / "?.txt*"), str(tmp_path / "c.zst")])
     assert len(blocklist) == 3
     assert blocked(blocklist, originals["caption"]) == ["000000003", "000000005", "000000008"]
@@ -130,11 +130,11 @@ def test_a_key_json_before_a_large_image_and_behind_extended_headers_is_read(tmp
     big = np.random.default_rng(0).integers(0, 256, (131, 257, 3), dtype=np.uint8)  # noise: above 64 KiB as PNG
     members = []
     for n in range(5):
-        data = made.encoded(made.Image.fromarray(np.roll(big, n, 0)), "PNG")
+        data = sample_data.encoded(sample_data.Image.fromarray(np.roll(big, n, 0)), "PNG")
         assert len(data) > 1 << 16
         origin = json.dumps({"url": f"https://images.example/{n}"}).encode()
         members += [(f"{n}.json", origin), (f"{n}.png", data), (f"{n}.txt", b"some noise")]
-    made.write_tar(tmp_path / "a.tar", members, mtime=1.5)  # fractions of a second need a header of their own
+    sample_data.write_tar(tmp_path / "a.tar", members, mtime=1.5)  # fractions of a second need a header of their own
     assert (tmp_path / "a.tar").read_bytes().count(b"PaxHeader") == len(members)
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(tmp_path / "a.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
@@ -165,14 +165,14 @@ def refusal(*patterns):
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path):
-    made.write_lines(tmp_path / "a.txt", [b"fine", b"", b"caf\xe9"])
+    sample_data.write_lines(tmp_path / "a.txt", [b"fine", b"", b"caf\xe9"])
     assert f"blocklist {tmp_path / 'a.txt'}, line 3: it is not UTF-8" in refusal(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 def test_a_list_that_is_cut_off_is_named(tmp_path, ending):
     path = tmp_path / f"a.txt.{ending}"
-    made.write_lines(path, [f"{n:09d}".encode() for n in range(997)])
+    sample_data.write_lines(path, [f"{n:09d}".encode() for n in range(997)])
     path.write_bytes(path.read_bytes()[:-7])
     assert f"blocklist {path} cannot be read after line" in refusal(str(path))
 
@@ -188,7 +188,7 @@ def test_a_list_whose_files_are_empty_is_refused(tmp_path):
 
 @pytest.mark.parametrize("entry", ["line 17", "row 0"])
 def test_a_name_that_every_file_has_is_refused_without_a_shard(tmp_path, entry):
-    made.write_lines(tmp_path / "a.txt", [b"fine", entry.encode()])
+    sample_data.write_lines(tmp_path / "a.txt", [b"fine", entry.encode()])
     assert f"line 2: every file has a '{entry}'; say of which shard" in refusal(str(tmp_path / "a.txt"))
 
 
@@ -196,11 +196,12 @@ def test_a_name_that_every_file_has_is_refused_without_a_shard(tmp_path, entry):
 
 
 ENTRIES = (
-    "000000007", "https://images.example/000000029.jpg", digest(made.jpeg(13)), f"{made.SITE}/4.html",
-    f"{made.SITE}/13-1.jpg", "c.jsonl.zst:line 3", "a.jsonl:line 5", "b.jsonl.gz:line 2",
+    "000000007", "https://images.example/000000029.jpg", digest(sample_data.jpeg(13)), f"{sample_data.SITE}/4.html",
+    f"{sample_data.SITE}/13-1.jpg", "c.jsonl.zst:line 3", "a.jsonl:line 5", "b.jsonl.gz:line 2",
 )  # fmt: skip
 NAMES = {
-    "000000007", "000000029", "000000013", f"{made.SITE}/4.html", f"{made.SITE}/13.html", "line 3", "line 5", "line 2",
+    "000000007", "000000029", "000000013", f"{sample_data.SITE}/4.html", f"{sample_data.SITE}/13.html",
+    "line 3", "line 5", "line 2",
 }  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def test_blocked_documents_are_in_the_ledger_and_in_the_batch_but_not_in_the_bud
     samples = list(read_ledger(ledger.path))
     assert {s.key for s in samples} == NAMES
     assert {s.reason for s in samples} == {"blocked"}
-    assert f"image's hash {digest(made.jpeg(13))}" in {s.detail for s in samples}
+    assert f"image's hash {digest(sample_data.jpeg(13))}" in {s.detail for s in samples}
     assert {pair for batch in read for pair in batch.bad} == {(n, "blocked") for n in ("text", "caption", "interleaved")}
     lines = ledger.path.read_text().splitlines()
     assert len(lines) == sum(len(batch.bad) for batch in read)
@@ -310,7 +311,7 @@ def test_a_shard_that_is_gone_is_named_where_names_are_looked_up(stream, tokeniz
     class Moved:
         document_images = stream.by_name["caption"].corpus.document_images
 
-        def labels(self, document):
+        def identifiers(self, document):
             raise FileNotFoundError(2, "No such file", str(tmp_path / "gone.tar"))
 
     with pytest.raises(UserError, match=rf"row {row.number}: a document cannot be compared .*gone\.tar"):

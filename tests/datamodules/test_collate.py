@@ -11,7 +11,7 @@ from datamodules.quarantine import Ledger, read_ledger
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import decode
 from kosmos_lit.tokenizer import IGNORE, PAD
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 SIDE = 11
 N_HOLLOW = 7
@@ -19,7 +19,7 @@ N_HOLLOW = 7
 
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer):
-    return made.stream(corpora, tokenizer.special)
+    return sample_data.stream(corpora, tokenizer.special)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +27,12 @@ def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
     """A stream of caption pairs of which seven images have sound headers and cannot be decoded."""
     folder = tmp_path_factory.mktemp("hollow")
     keys = [f"{i:09d}.png" for i in range(0, 2 * N_HOLLOW, 2)]
-    members = [(n, made.hollow_png() if n in keys else d) for n, d in made.pairs(31, 0)]
-    made.write_tar(folder / "00000.tar", members)
+    members = [(n, sample_data.hollow_png() if n in keys else d) for n, d in sample_data.pairs(31, 0)]
+    sample_data.write_tar(folder / "00000.tar", members)
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(folder / "*.tar")], tokenizer=tokenizer_folder, output=folder / "index"
     )
-    return made.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0))
+    return sample_data.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0))
 
 
 def joined(decoded, tokenizer, n_latents=3):
@@ -160,7 +160,7 @@ def test_bad_images_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_p
         row = decoded[sample.row].row
         [(image, n)] = [(i, n) for i, n in zip(row.images, row.image_segments, strict=True) if i.offset == sample.offset]
         assert corpus.shard_and_name(row.segments[n].document) == (sample.shard, sample.key)
-        assert corpus.image_bytes(image) == made.hollow_png()
+        assert corpus.image_bytes(image) == sample_data.hollow_png()
         assert (sample.source, sample.reason, sample.split) == ("caption", "image cannot be decoded", None)
 
 

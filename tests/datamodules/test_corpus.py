@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.index import PROBE, sparse_index
-from datamodules.corpus import MANIFEST, IndexedCorpus, place, read_manifest, split_place
+from datamodules.corpus import MANIFEST, IndexedCorpus, pack_place, read_manifest, unpack_place
 from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.errors import UserError
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.running import ROOT
 
 
@@ -24,14 +24,14 @@ def copy(corpora, tmp_path):
 
 
 def other_tokenizer(tmp_path):
-    made.write_jsonl(tmp_path / "other.jsonl", made.sentences(101, 3))
+    sample_data.write_jsonl(tmp_path / "other.jsonl", sample_data.sentences(101, 3))
     return train_tokenizer([str(tmp_path / "other.jsonl")], 101, tmp_path / "other")
 
 
 @given(st.integers(0, 2**24 - 1), st.integers(0, 2**40 - 1))
 def test_a_place_is_a_shard_and_an_offset(shard, at):
-    assert split_place(place(shard, at)) == (shard, at)
-    assert place(shard, at) < 2**64
+    assert unpack_place(pack_place(shard, at)) == (shard, at)
+    assert pack_place(shard, at) < 2**64
 
 
 def test_a_tokenizer_that_made_the_index_opens_it(corpora, tokenizer):
@@ -90,18 +90,18 @@ def test_a_shard_that_has_moved_leaves_its_documents_numbers(corpora, tmp_path):
 
 
 def test_shards_that_move_along_with_their_index_are_found(tokenizer_folder, tmp_path):
-    made.write_tar(tmp_path / "here/raw/0.tar", made.pairs(3, 0))
+    sample_data.write_tar(tmp_path / "here/raw/0.tar", sample_data.pairs(3, 0))
     prepare_corpus(
         format="img2dataset", inputs=[str(tmp_path / "here/raw/*.tar")], tokenizer=tokenizer_folder,
         output=tmp_path / "here/index",
     )  # fmt: skip
     (tmp_path / "here").rename(tmp_path / "there")
     corpus = IndexedCorpus(tmp_path / "there/index")
-    assert corpus.image_bytes(corpus.document_images(0)[0]) == made.png(0)
+    assert corpus.image_bytes(corpus.document_images(0)[0]) == sample_data.png(0)
 
 
 def test_a_shard_that_has_become_shorter_is_noticed(tokenizer_folder, tmp_path):
-    made.write_tar(tmp_path / "0.tar", made.pairs(3, 0))
+    sample_data.write_tar(tmp_path / "0.tar", sample_data.pairs(3, 0))
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(tmp_path / "*.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
@@ -139,7 +139,7 @@ def test_a_manifest_of_before_still_opens(copy, corpora):
 
 def test_every_shard_that_is_gone_is_counted_among_many(tokenizer_folder, tmp_path, monkeypatch):
     for n in range(7):
-        made.write_tar(tmp_path / f"raw/{n}.tar", made.pairs(1, n))
+        sample_data.write_tar(tmp_path / f"raw/{n}.tar", sample_data.pairs(1, n))
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(tmp_path / "raw/*.tar")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
@@ -153,7 +153,7 @@ def test_every_shard_that_is_gone_is_counted_among_many(tokenizer_folder, tmp_pa
 
 def test_text_that_has_changed_is_refused_and_text_that_is_gone_is_not(tokenizer_folder, tmp_path):
     for n in range(3):
-        made.write_lines(tmp_path / f"raw/{n}.jsonl", [json.dumps({"text": f"line {n}"}).encode()])
+        sample_data.write_lines(tmp_path / f"raw/{n}.jsonl", [json.dumps({"text": f"line {n}"}).encode()])
     corpus = prepare_corpus(
         format="jsonl", inputs=[str(tmp_path / "raw/*")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )

@@ -14,7 +14,7 @@ from datamodules.corpus import StoredImage
 from datamodules.stream import Row, Segment, Stream
 from kosmos_lit.batch import DIGEST_MASK
 from kosmos_lit.tokenizer import IGNORE
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 NUMBERS = st.integers(0, 2**40)
 A, B = Segment(11, 0, 3, 0, 5), Segment(7, 2, 4, 5, 2)
@@ -71,7 +71,7 @@ def _moved(parts, n, name):
 @given(row=rows(), n=st.integers(1, 1000))
 def test_a_row_that_differs_in_anything_has_another_digest(what, row, n):
     other = OTHER[what](row, n)
-    if made.plain(other) != made.plain(row):
+    if sample_data.plain(other) != sample_data.plain(row):
         assert other.digest() != row.digest()
 
 
@@ -100,7 +100,7 @@ def test_digests_stay_what_they_were(segments, digest):
 
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer) -> Stream:
-    return made.stream(corpora, tokenizer.special)
+    return sample_data.stream(corpora, tokenizer.special)
 
 
 def test_no_two_rows_of_a_stream_have_the_same_digest(stream):

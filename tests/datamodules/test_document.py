@@ -5,10 +5,10 @@ from datamodules.document import Tally
 
 def filled() -> Tally:
     tally = Tally(documents=3)
-    tally.miss("broken reason", "line 5")
-    tally.miss("broken reason", "line 7")
-    tally.leave("rule", "line 11")
-    tally.note("dead link", "line 13")
+    tally.count_broken("broken reason", "line 5")
+    tally.count_broken("broken reason", "line 7")
+    tally.count_skipped("rule", "line 11")
+    tally.add_note("dead link", "line 13")
     return tally
 
 
@@ -27,7 +27,7 @@ def test_the_broken_share_is_of_all_records_and_not_of_notes():
 def test_adding_tallies_adds_every_counter():
     both = filled()
     both.add(filled())
-    assert (both.documents, both.broken, both.left_out, both.notes) == (
+    assert (both.documents, both.broken, both.skipped, both.notes) == (
         6, {"broken reason": 4}, {"rule": 2}, {"dead link": 2},
     )  # fmt: skip
 

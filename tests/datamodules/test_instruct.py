@@ -20,7 +20,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.images import decode
 from kosmos_lit.inference.generate import encode_prompt
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, made_folder, unigram
 
 LATENTS, SEQ_LEN = 3, 211
@@ -28,7 +28,7 @@ OPTIONS = {
     "seq_len": SEQ_LEN, "n_latents": LATENTS, "image_size": 7, "global_batch_rows": 4, "micro_batch_rows": 2,
     "num_workers": 0, "seed": 5,
 }  # fmt: skip
-RECORDS = made.examples(19, 0) + made.examples(13, 19)
+RECORDS = sample_data.examples(19, 0) + sample_data.examples(13, 19)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_examples_longer_than_a_row_are_dropped_and_counted(build, caplog):
         data = build(seq_len=48)
     plans = [data.prepared["instruct"].train.plan, data.prepared["instruct"].val.plan]
     n_long = sum(sum(plan.totals.dropped.values()) for plan in plans)
-    planned = [document for plan in plans for document in made.documents_of(plan)]
+    planned = [document for plan in plans for document in sample_data.documents_of(plan)]
     assert n_long > 0
     assert len(planned) == len(RECORDS) - n_long
     assert re.search(r"instruct: \d+ train documents are dropped: .*; the first: .*Rows have 48 positions", caplog.text)
@@ -138,7 +138,7 @@ def test_examples_longer_than_a_row_are_dropped_and_counted(build, caplog):
 
 def test_rows_that_no_example_fits_are_refused(examples):
     with pytest.raises(UserError, match=r"none of 32 documents fits rows of 11 positions; .*; raise"):
-        made.plan("instruct", examples, 11, LATENTS, 0)
+        sample_data.plan("instruct", examples, 11, LATENTS, 0)
 
 
 def test_a_file_may_be_held_out_as_a_whole(build):
@@ -146,7 +146,7 @@ def test_a_file_may_be_held_out_as_a_whole(build):
     corpus = data.prepared["instruct"].corpus
     assert {corpus.shard_and_name(d)[0][-2:] for d in data.prepared["instruct"].held_out()} == {"gz"}
     assert len(list(data.prepared["instruct"].held_out())) == 13
-    assert made.documents_of(data.prepared["instruct"].train.plan) == list(range(19))
+    assert sample_data.documents_of(data.prepared["instruct"].train.plan) == list(range(19))
 
 
 def test_a_held_out_file_that_was_not_prepared_is_named(build):
@@ -163,7 +163,9 @@ def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
     record = RECORDS[kind]
     text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
     read = encode_prompt(text, len(record.get("images", [])), tokenizer, LATENTS)
-    stream = made.stream({"instruct": examples}, tokenizer.special, ratio=(0, 0, 0, 1), seq_len=SEQ_LEN, n_latents=LATENTS)
+    stream = sample_data.stream(
+        {"instruct": examples}, tokenizer.special, ratio=(0, 0, 0, 1), seq_len=SEQ_LEN, n_latents=LATENTS
+    )
     rows = [stream.row(i) for i in range(stream.by_name["instruct"].plan.n_rows)]
     row, segment = next((r, s) for r in rows for s in r.segments if s.document == document)
     n, place = len(read.tokens), slice(segment.position, segment.position + segment.length)
@@ -194,7 +196,7 @@ WRITTEN = [
 @pytest.mark.parametrize("pieces", [byte_level, partial(byte_level, add_prefix_space=True), byte_fallback, unigram])
 def test_an_answer_follows_its_prompt_with_the_ids_of_the_whole_text(tmp_path, pieces):
     folder = made_folder(tmp_path, pieces())
-    made.write_examples(tmp_path / "x.jsonl", TALKS)
+    sample_data.write_examples(tmp_path / "x.jsonl", TALKS)
     inputs = [str(tmp_path / "x.jsonl")]
     corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
     tokenizer = Tokenizer.load(folder)
@@ -203,7 +205,7 @@ def test_an_answer_follows_its_prompt_with_the_ids_of_the_whole_text(tmp_path, p
 
 def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
     folder = made_folder(tmp_path, byte_level())
-    made.write_examples(tmp_path / "x.jsonl", TALKS)
+    sample_data.write_examples(tmp_path / "x.jsonl", TALKS)
     inputs = [str(tmp_path / "x.jsonl")]
     corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
     tokenizer = Tokenizer.load(folder)
@@ -219,7 +221,7 @@ def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
 def test_prompts_of_predict_are_the_tokens_of_the_row_up_to_the_last_answer(data, tokenizer):
     batches = list(data.predict_dataloader())
     corpus = data.prepared["instruct"].corpus
-    prompts = [(ids, answer) for batch in batches for ids, answer in zip(batch.tokens, batch.answers, strict=True)]
+    prompts = [(ids, answer) for batch in batches for ids, answer in zip(batch.tokens, batch.targets, strict=True)]
     for document, (ids, answer) in zip(data.prepared["instruct"].held_out(), prompts, strict=True):
         stored = corpus.document_tokens(document)
         assert stored[: len(ids)].tolist() == ids.tolist()
@@ -231,7 +233,7 @@ def test_prompts_of_predict_are_the_tokens_of_the_row_up_to_the_last_answer(data
 def test_prompts_without_room_for_an_answer_are_skipped(data, caplog, monkeypatch):
     monkeypatch.setattr(data, "seq_len", 101)
     with caplog.at_level("INFO"):
-        n_prompts = sum(len(batch.answers) for batch in data.predict_dataloader())
+        n_prompts = sum(len(batch.targets) for batch in data.predict_dataloader())
     n_held_out = len(list(data.prepared["instruct"].held_out()))
     assert n_prompts < n_held_out
     assert f"{n_held_out - n_prompts} prompts are skipped: they leave less than 64 of 101 positions" in caplog.text
@@ -253,8 +255,8 @@ def test_images_are_read_batch_by_batch(data, monkeypatch):
     assert len(read) == len(first.images)
     later = list(batches)
     assert len(read) == len(first.images) + sum(len(batch.images) for batch in later) > len(first.images)
-    assert len(first.answers) == 2
-    assert sum(len(batch.answers) for batch in later) == len(list(data.prepared["instruct"].held_out())) - 2
+    assert len(first.targets) == 2
+    assert sum(len(batch.targets) for batch in later) == len(list(data.prepared["instruct"].held_out())) - 2
 
 
 # ---- indexes

@@ -12,14 +12,14 @@ from datamodules.stream import SequentialSchedule, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import IGNORE
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 G = 12
 
 
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer):
-    return made.stream(corpora, tokenizer.special)
+    return sample_data.stream(corpora, tokenizer.special)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from datamodules.sources import ReadOptions
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import ImageError
 from kosmos_lit.tokenizer import IGNORE
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 OPTIONS = {
     "seq_len": 101, "n_latents": 3, "image_size": 7, "global_batch_rows": 12, "micro_batch_rows": 3, "num_workers": 0,
@@ -21,7 +21,7 @@ OPTIONS = {
 def corpus_configs(raw, corpora):
     return {
         name: CorpusConfig(format=format_, input=[str(raw / p)], index=str(corpora[name].folder), val_share=0.3)
-        for name, (format_, p) in made.INPUTS.items()
+        for name, (format_, p) in sample_data.INPUTS.items()
     }
 
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_kind_of_data_is_refused_before_the_first_row(bu
 def test_training_and_validation_share_no_document(build):
     data = ready(build)
     for source in data.prepared.values():
-        train, val = set(made.documents_of(source.train.plan)), set(made.documents_of(source.val.plan))
+        train, val = set(sample_data.documents_of(source.train.plan)), set(sample_data.documents_of(source.val.plan))
         assert train
         assert val == set(source.held_out())
         assert not train & val
@@ -167,7 +167,7 @@ def test_validation_is_the_same_for_every_seed(build):
 def test_validation_takes_at_most_val_rows_of_each_corpus(build):
     data = ready(build)
     corpora = [c for batch in data.val_dataloader() for c in batch.corpus.tolist() if c >= 0]
-    counts = [data.prepared[name].val.plan.n_rows for name in made.INPUTS]
+    counts = [data.prepared[name].val.plan.n_rows for name in sample_data.INPUTS]
     assert corpora == [c for c, n_rows in enumerate(counts) for _ in range(min(2, n_rows))]
 
 
@@ -249,6 +249,6 @@ def test_a_module_describes_how_often_its_corpora_are_read(build):
 
 def test_prompts_are_about_held_out_captions(build, tokenizer):
     data = ready(build)
-    answers = [answer for batch in data.predict_dataloader() for answer in batch.answers]
+    targets = [answer for batch in data.predict_dataloader() for answer in batch.targets]
     source = data.prepared["caption"]
-    assert answers == [tokenizer.decode(source.corpus.document_tokens(d).tolist()) for d in source.held_out()]
+    assert targets == [tokenizer.decode(source.corpus.document_tokens(d).tolist()) for d in source.held_out()]

@@ -13,7 +13,7 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.prepared_source import PreparedSource, prepare_source
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 LAYOUT = RowLayout(seq_len=47, n_latents=3, seed=5)
 
@@ -22,8 +22,8 @@ LAYOUT = RowLayout(seq_len=47, n_latents=3, seed=5)
 def config(tokenizer_folder, tmp_path):
     """An index of three files of text."""
     for n in range(3):
-        lines = [json.dumps({"text": text}).encode() for text in made.sentences(7, 7 * n)]
-        made.write_lines(tmp_path / f"raw/{n}.jsonl", lines)
+        lines = [json.dumps({"text": text}).encode() for text in sample_data.sentences(7, 7 * n)]
+        sample_data.write_lines(tmp_path / f"raw/{n}.jsonl", lines)
     config = CorpusConfig(
         format="jsonl", input=[str(tmp_path / "raw/*.jsonl")], index=str(tmp_path / "index"), val_share=0.0
     )
@@ -47,7 +47,7 @@ def test_a_rank_opens_no_file_whose_name_is_in_the_index(config, open_source, mo
 
 
 def test_a_file_that_is_new_since_the_index_was_made_is_refused(config, open_source, tmp_path):
-    made.write_lines(tmp_path / "raw/3.jsonl", [b'{"text": "new"}'])
+    sample_data.write_lines(tmp_path / "raw/3.jsonl", [b'{"text": "new"}'])
     with pytest.raises(UserError, match=r"its shards differ: 3 there, 4 here; new \['3\.jsonl'\], gone \[\]"):
         open_source(config)
 
@@ -75,5 +75,5 @@ def test_held_out_documents_are_the_rows_of_validation(config, open_source, tmp_
     if "val_input" in changes:
         changes = {"val_input": [str(tmp_path / "raw" / name) for name in changes["val_input"]]}
     source = open_source(replace(config, **changes))
-    assert set(source.held_out()) == set(made.documents_of(source.val.plan)) != set()
+    assert set(source.held_out()) == set(sample_data.documents_of(source.val.plan)) != set()
     assert open_source(config).val is None

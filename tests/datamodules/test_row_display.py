@@ -7,15 +7,15 @@ import pytest
 from datamodules.row_display import describe_row, readable_row
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokenizer import EOS
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer):
-    return made.stream(corpora, tokenizer.special)
+    return sample_data.stream(corpora, tokenizer.special)
 
 
-@pytest.fixture(scope="module", params=made.INPUTS)
+@pytest.fixture(scope="module", params=sample_data.INPUTS)
 def row(request, stream):
     return next(row for row in map(stream.row, range(31)) if CORPORA[row.corpus] == request.param)
 
@@ -48,8 +48,8 @@ def test_described_images_of_captions_are_their_bytes_in_the_shard(stream):
 
 
 def test_the_hash_of_a_described_image_is_that_of_the_original(stream):
-    originals = {hashlib.sha256(d).hexdigest() for _, d in made.pairs(23, 0) + made.pairs(19, 23)}
-    originals |= {hashlib.sha256(d).hexdigest() for _, _, d in made.crawl(18, 0)}
+    originals = {hashlib.sha256(d).hexdigest() for _, d in sample_data.pairs(23, 0) + sample_data.pairs(19, 23)}
+    originals |= {hashlib.sha256(d).hexdigest() for _, _, d in sample_data.crawl(18, 0)}
     digests = {i["sha256"] for n in range(31) for i in describe_row(stream.row(n), stream)["images"]}
     assert digests
     assert digests <= originals

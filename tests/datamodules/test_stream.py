@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from datamodules.stream import SequentialSchedule, inputs_and_targets, render
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 SPECIAL = SpecialTokens.after(101)
 IMAGE, END = SPECIAL.image, SPECIAL.image_end
@@ -17,7 +17,7 @@ IMAGE, END = SPECIAL.image, SPECIAL.image_end
 
 @pytest.fixture(scope="module")
 def stream(corpora, tokenizer):
-    return made.stream(corpora, tokenizer.special)
+    return sample_data.stream(corpora, tokenizer.special)
 
 
 def rendered(stored, start, end, n_latents, answers=None):
@@ -33,7 +33,7 @@ def rows_of(stream, name, epoch):
 
 def only(corpora, tokenizer, name, **options):
     ratio = [int(name == n) for n in CORPORA]
-    return made.stream(corpora, tokenizer.special, ratio=ratio, **options)
+    return sample_data.stream(corpora, tokenizer.special, ratio=ratio, **options)
 
 
 def test_an_image_is_read_as_marker_slots_and_end_and_is_never_a_target():
@@ -79,16 +79,16 @@ def test_an_image_right_behind_an_answer_leaves_its_eos():
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 97), min_size=1, max_size=7))
 def test_a_row_is_the_same_however_it_is_reached(corpora, tokenizer, stream, numbers):
-    fresh = made.stream(corpora, tokenizer.special)
-    assert [made.plain(fresh.row(n)) for n in numbers] == [made.plain(stream.row(n)) for n in numbers]
+    fresh = sample_data.stream(corpora, tokenizer.special)
+    assert [sample_data.plain(fresh.row(n)) for n in numbers] == [sample_data.plain(stream.row(n)) for n in numbers]
 
 
 def test_a_stream_reads_the_same_rows_in_a_process_that_is_spawned(stream):
     other = pickle.loads(pickle.dumps(stream))
-    assert [made.plain(other.row(n)) for n in range(23)] == [made.plain(stream.row(n)) for n in range(23)]
+    assert [sample_data.plain(other.row(n)) for n in range(23)] == [sample_data.plain(stream.row(n)) for n in range(23)]
 
 
-@pytest.mark.parametrize("name", made.INPUTS)
+@pytest.mark.parametrize("name", sample_data.INPUTS)
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, epoch):
     rows = rows_of(only(corpora, tokenizer, name), name, epoch)
@@ -101,10 +101,10 @@ def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, ep
     assert {row.epoch for row in rows} == {epoch}
 
 
-@pytest.mark.parametrize("name", made.INPUTS)
+@pytest.mark.parametrize("name", sample_data.INPUTS)
 def test_an_epoch_is_a_permutation_of_the_one_before(corpora, tokenizer, name):
     stream = only(corpora, tokenizer, name)
-    first, second = ([made.plain(row)[4:] for row in rows_of(stream, name, epoch)] for epoch in (0, 1))
+    first, second = ([sample_data.plain(row)[4:] for row in rows_of(stream, name, epoch)] for epoch in (0, 1))
     assert sorted(map(repr, first)) == sorted(map(repr, second))
     assert first != second
 
@@ -168,7 +168,7 @@ def test_every_segment_of_a_row_begins_with_bos(stream):
 
 
 def test_another_seed_gives_another_stream(corpora, tokenizer, stream):
-    other = made.stream(corpora, tokenizer.special, seed=11)
+    other = sample_data.stream(corpora, tokenizer.special, seed=11)
     assert [other.row(i).tokens.tolist() for i in range(13)] != [stream.row(i).tokens.tolist() for i in range(13)]
 
 

@@ -25,7 +25,7 @@ def test_moving_a_batch_keeps_everything_else():
 
 
 def test_moving_questions_moves_the_images():
-    batch = PromptBatch(prompts=["a", "b"], images=random_images(3), n_images=[1, 2], answers=["c", "d"], tasks=["t", "t"])
+    batch = PromptBatch(prompts=["a", "b"], images=random_images(3), n_images=[1, 2], targets=["c", "d"], tasks=["t", "t"])
     moved = batch.to("meta")
     assert (moved.images.device.type, moved.prompts, moved.n_images) == ("meta", ["a", "b"], [1, 2])
 

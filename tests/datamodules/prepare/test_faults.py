@@ -15,7 +15,7 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import LEDGER
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import LEADING, TRAILING
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 
 @pytest.fixture
@@ -59,14 +59,14 @@ def corrupt_header(data, last):
 @pytest.mark.parametrize("damage", [cut_in_data, cut_in_header, without_end, corrupt_header])
 def test_a_damaged_tar_gives_the_pairs_before_and_one_line_in_the_ledger(prepare, tmp_path, damage):
     path = tmp_path / "raw/a.tar"
-    made.write_tar(path, [member for member in made.pairs(29, 0) if not member[0].endswith("json")])
+    sample_data.write_tar(path, [member for member in sample_data.pairs(29, 0) if not member[0].endswith("json")])
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1].offset
     path.write_bytes(damage(path.read_bytes(), last))
     corpus = prepare("img2dataset")
     assert corpus.n_documents == (29 if damage is without_end else 28)
     assert [line["reason"] for line in ledger(corpus.folder)] == ["shard cut off or corrupt"]
-    assert corpus.image_bytes(corpus.document_images(27)[0]) == made.jpeg(27)
+    assert corpus.image_bytes(corpus.document_images(27)[0]) == sample_data.jpeg(27)
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
@@ -74,7 +74,7 @@ def test_a_compressed_file_with_changed_bytes_gives_the_texts_before_and_one_lin
     """Two compressed stretches one after another, of which the second is changed in its middle."""
     stretches = []
     for n in range(2):
-        made.write_jsonl(tmp_path / f"stretch.jsonl.{ending}", made.texts(211, n))
+        sample_data.write_jsonl(tmp_path / f"stretch.jsonl.{ending}", sample_data.texts(211, n))
         stretches.append((tmp_path / f"stretch.jsonl.{ending}").read_bytes())
     middle = len(stretches[1]) // 2
     changed = stretches[1][:middle] + Random(5).randbytes(101) + stretches[1][middle + 101 :]
@@ -88,7 +88,7 @@ def test_a_compressed_file_with_changed_bytes_gives_the_texts_before_and_one_lin
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_shard_that_may_not_be_read_is_named(prepare, tmp_path):
-    made.write_tar(tmp_path / "raw/a.tar", made.pairs(3, 0))
+    sample_data.write_tar(tmp_path / "raw/a.tar", sample_data.pairs(3, 0))
     (tmp_path / "raw/a.tar").chmod(0)
     with pytest.raises(UserError, match=r"a\.tar: 1 of 1 records are broken .* Permission denied"):
         prepare("img2dataset")
@@ -110,7 +110,7 @@ def test_a_shard_that_cannot_be_read_is_named(prepare, tmp_path, format_, name, 
 
 def test_links_and_names_that_climb_out_of_a_tar_reach_nothing(prepare, tmp_path):
     secret = tmp_path / "secret.jpg"
-    secret.write_bytes(made.jpeg(5))
+    secret.write_bytes(sample_data.jpeg(5))
     (tmp_path / "raw").mkdir()
     with tarfile.open(tmp_path / "raw/a.tar", "w") as tar:
         for kind, target in ((tarfile.SYMTYPE, str(secret)), (tarfile.LNKTYPE, "../secret.jpg")):
@@ -119,10 +119,12 @@ def test_links_and_names_that_climb_out_of_a_tar_reach_nothing(prepare, tmp_path
             tar.addfile(link)
     extra = tmp_path / "raw/b.tar"
     names = ("../../evil", "/abs/evil", "a/../../x")
-    made.write_tar(extra, [(f"{n}.{e}", d) for n in names for e, d in (("jpg", made.jpeg(7)), ("txt", b"the cat"))])
+    sample_data.write_tar(
+        extra, [(f"{n}.{e}", d) for n in names for e, d in (("jpg", sample_data.jpeg(7)), ("txt", b"the cat"))]
+    )
     before = {path for path in tmp_path.rglob("*") if "index" not in path.parts}
     corpus = prepare("img2dataset")
-    assert [corpus.image_bytes(corpus.document_images(d)[0]) for d in range(corpus.n_documents)] == [made.jpeg(7)] * 3
+    assert [corpus.image_bytes(corpus.document_images(d)[0]) for d in range(corpus.n_documents)] == [sample_data.jpeg(7)] * 3
     assert {path for path in tmp_path.rglob("*") if "index" not in path.parts} == before
     assert not any(path.name.startswith("evil") for path in tmp_path.rglob("*"))
 
@@ -132,8 +134,8 @@ def test_links_and_names_that_climb_out_of_a_tar_reach_nothing(prepare, tmp_path
 
 def test_names_of_control_tokens_in_a_text_never_become_control_ids(prepare, tmp_path, tokenizer):
     spelled = [f"the {name} cat {name}" for name in (*LEADING, *TRAILING, "</image>", "<s><image></s>")]
-    made.write_jsonl(tmp_path / "raw/a.jsonl", spelled)
-    made.write_tar(tmp_path / "pairs/a.tar", [("x.jpg", made.jpeg(1)), ("x.txt", " ".join(spelled).encode())])
+    sample_data.write_jsonl(tmp_path / "raw/a.jsonl", spelled)
+    sample_data.write_tar(tmp_path / "pairs/a.tar", [("x.jpg", sample_data.jpeg(1)), ("x.txt", " ".join(spelled).encode())])
     text = prepare("jsonl")
     pairs = prepare("img2dataset", inputs=[str(tmp_path / "pairs/*")], output=tmp_path / "pairs-index")
     controls = {tokenizer.id_of(name) for name in (*LEADING, *TRAILING)} - {tokenizer.id_of("<unk>")}
@@ -143,7 +145,7 @@ def test_names_of_control_tokens_in_a_text_never_become_control_ids(prepare, tmp
 
 def test_halves_of_characters_and_zero_bytes_are_indexed_as_said_and_counted(prepare, tmp_path, tokenizer):
     lines = [rb'{"text": "a \ud800 cat"}', rb'{"text": "a \u0000 cat"}', rb'{"text": "a dog"}']
-    made.write_lines(tmp_path / "raw/a.jsonl", lines)
+    sample_data.write_lines(tmp_path / "raw/a.jsonl", lines)
     corpus = prepare("jsonl")
     assert corpus.manifest["tally"]["notes"] == {
         'text with halves of characters, indexed as "?"': 1, "text with zero bytes, indexed as unknown characters": 1,
@@ -154,32 +156,34 @@ def test_halves_of_characters_and_zero_bytes_are_indexed_as_said_and_counted(pre
 
 
 def test_a_line_that_is_not_utf_8_is_in_the_ledger_and_its_neighbours_are_indexed(prepare, tmp_path, tokenizer):
-    made.write_lines(tmp_path / "raw/a.jsonl", [b'{"text": "one cat"}', b'{"text": "\xff\xfe"}', b'{"text": "a dog"}'])
+    sample_data.write_lines(
+        tmp_path / "raw/a.jsonl", [b'{"text": "one cat"}', b'{"text": "\xff\xfe"}', b'{"text": "a dog"}']
+    )
     corpus = prepare("jsonl", max_bad_share=0.5)
     assert corpus.n_documents == 2
     assert [(line["key"], line["reason"]) for line in ledger(corpus.folder)] == [("line 2", "line is not UTF-8")]
 
 
 def test_empty_and_blank_documents_are_left_out_and_counted(prepare, tmp_path):
-    made.write_jsonl(tmp_path / "raw/a.jsonl", ["", " \n\t ", "\u200b", "the cat"])
+    sample_data.write_jsonl(tmp_path / "raw/a.jsonl", ["", " \n\t ", "\u200b", "the cat"])
     corpus = prepare("jsonl")
     assert corpus.n_documents == 1
-    assert corpus.manifest["tally"]["left_out"] == {"empty text": 2, "no text left after normalisation": 1}
+    assert corpus.manifest["tally"]["skipped"] == {"empty text": 2, "no text left after normalisation": 1}
     assert not (corpus.folder / LEDGER).exists()
 
 
 def test_a_page_of_images_alone_is_left_out_and_counted(prepare, tmp_path):
-    shown = [(f"{made.SITE}/{n}.png", "image/png", made.png(n)) for n in range(2)]
-    bare = (f"{made.SITE}/bare.html", "text/html", made.page("0.png", "1.png"))
-    made.write_warc(tmp_path / "raw/a.warc.gz", [*shown, bare, *made.crawl(1, 0)])
+    shown = [(f"{sample_data.SITE}/{n}.png", "image/png", sample_data.png(n)) for n in range(2)]
+    bare = (f"{sample_data.SITE}/bare.html", "text/html", sample_data.page("0.png", "1.png"))
+    sample_data.write_warc(tmp_path / "raw/a.warc.gz", [*shown, bare, *sample_data.crawl(1, 0)])
     corpus = prepare("warc")
     assert corpus.n_documents == 1
-    assert corpus.manifest["tally"]["left_out"] == {"page without text": 1}
+    assert corpus.manifest["tally"]["skipped"] == {"page without text": 1}
 
 
 def test_a_document_of_ten_megabytes_is_indexed_whole(prepare, tmp_path, tokenizer):
-    long = " ".join(made.sentences(997, 3) * 277)
-    made.write_jsonl(tmp_path / "raw/a.jsonl.zst", ["the cat", long, "a dog"])
+    long = " ".join(sample_data.sentences(997, 3) * 277)
+    sample_data.write_jsonl(tmp_path / "raw/a.jsonl.zst", ["the cat", long, "a dog"])
     corpus = prepare("jsonl")
     assert len(long) > 10_000_000
     assert corpus.n_documents == 3
@@ -192,7 +196,7 @@ def test_a_folder_without_locks_is_refused_in_one_line(prepare, tmp_path, monkey
     def lockf(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    made.write_tar(tmp_path / "raw/a.tar", made.pairs(3, 0))
+    sample_data.write_tar(tmp_path / "raw/a.tar", sample_data.pairs(3, 0))
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with pytest.raises(UserError, match=r"index: its file system cannot keep other processes out .*No locks available"):
         prepare("img2dataset")

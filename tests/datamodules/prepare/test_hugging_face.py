@@ -12,7 +12,7 @@ from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, EOS, Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
 from tests.running import TINY
 
@@ -24,9 +24,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def texts(tmp_path):
-    written = [text for n in range(3) for text in made.texts(23, n)]
+    written = [text for n in range(3) for text in sample_data.texts(23, n)]
     for n in range(3):
-        made.write_jsonl(tmp_path / f"raw/{n}.jsonl", written[23 * n : 23 * n + 23])
+        sample_data.write_jsonl(tmp_path / f"raw/{n}.jsonl", written[23 * n : 23 * n + 23])
     return written
 
 
@@ -45,7 +45,7 @@ def test_documents_are_the_texts_byte_for_byte(texts, folder, tmp_path, workers)
 
 
 def test_an_image_in_a_page_has_our_marker(raw, folder, tmp_path):
-    format_, pattern = made.INPUTS["caption"]
+    format_, pattern = sample_data.INPUTS["caption"]
     corpus = prepare_corpus(format=format_, inputs=[str(raw / pattern)], tokenizer=folder, output=tmp_path / "index")
     ids = corpus.document_tokens(0)
     assert ids[0] == Tokenizer.load(folder).special.image

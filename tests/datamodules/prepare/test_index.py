@@ -12,7 +12,7 @@ from datamodules.prepare.report import describe
 from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.sources import ReadOptions
 from kosmos_lit.errors import UserError
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 N_SHARDS = 3
 
@@ -21,7 +21,7 @@ N_SHARDS = 3
 def shards(tmp_path):
     """A folder of three JSONL shards of 23 texts each."""
     for n in range(N_SHARDS):
-        made.write_jsonl(tmp_path / f"raw/{n}.jsonl", made.texts(23, n))
+        sample_data.write_jsonl(tmp_path / f"raw/{n}.jsonl", sample_data.texts(23, n))
     return tmp_path / "raw"
 
 
@@ -89,13 +89,13 @@ def spoil(path, n):
 
 def test_each_corpus_has_the_documents_of_its_files(corpora):
     counts = {name: corpus.manifest["documents"] for name, corpus in corpora.items()}
-    assert counts == {"text": made.N_TEXTS, "caption": made.N_PAIRS, "interleaved": made.N_PAGES}
+    assert counts == {"text": sample_data.N_TEXTS, "caption": sample_data.N_PAIRS, "interleaved": sample_data.N_PAGES}
     assert counts == {name: corpus.n_documents for name, corpus in corpora.items()}
 
 
 def test_each_corpus_has_the_images_of_its_files(corpora):
-    n_shown = sum((2, 3, 5)[n % 3] for n in range(made.N_PAGES))
-    assert [corpora[n].manifest["images"] for n in corpora] == [0, made.N_PAIRS, n_shown]
+    n_shown = sum((2, 3, 5)[n % 3] for n in range(sample_data.N_PAGES))
+    assert [corpora[n].manifest["images"] for n in corpora] == [0, sample_data.N_PAIRS, n_shown]
 
 
 def test_tokens_are_counted_without_images(corpora, tokenizer):
@@ -105,14 +105,14 @@ def test_tokens_are_counted_without_images(corpora, tokenizer):
 
 
 def test_texts_are_stored_in_the_order_of_their_files(corpora, tokenizer):
-    stored = [tokenizer.decode(corpora["text"].document_tokens(d).tolist()) for d in range(made.N_TEXTS)]
-    assert stored == made.texts(17, 1) + made.texts(13, 2) + made.texts(11, 3)
+    stored = [tokenizer.decode(corpora["text"].document_tokens(d).tolist()) for d in range(sample_data.N_TEXTS)]
+    assert stored == sample_data.texts(17, 1) + sample_data.texts(13, 2) + sample_data.texts(11, 3)
 
 
 def test_captions_are_an_image_and_then_their_text(corpora, tokenizer):
-    stored = [corpora["caption"].document_tokens(d).tolist() for d in range(made.N_PAIRS)]
+    stored = [corpora["caption"].document_tokens(d).tolist() for d in range(sample_data.N_PAIRS)]
     assert {ids.index(tokenizer.special.image) for ids in stored} == {0}
-    assert [tokenizer.decode(ids) for ids in stored] == made.sentences(23, 0) + made.sentences(19, 23)
+    assert [tokenizer.decode(ids) for ids in stored] == sample_data.sentences(23, 0) + sample_data.sentences(19, 23)
 
 
 def test_a_pages_images_stand_between_its_texts(corpora, tokenizer):
@@ -120,25 +120,25 @@ def test_a_pages_images_stand_between_its_texts(corpora, tokenizer):
     at = [i for i, id_ in enumerate(ids) if id_ == tokenizer.special.image]
     assert [i.position for i in corpora["interleaved"].document_images(0)] == at
     texts = [tokenizer.decode(part) for part in (ids[: at[0]], ids[at[0] : at[1]], ids[at[1] :])]
-    assert texts == ["A page.", *made.sentences(2, 0)]
+    assert texts == ["A page.", *sample_data.sentences(2, 0)]
 
 
 def test_captions_images_are_the_original_bytes(corpora):
     corpus = corpora["caption"]
-    members = made.pairs(23, 0) + made.pairs(19, 23)
+    members = sample_data.pairs(23, 0) + sample_data.pairs(19, 23)
     assert hashes(corpus) == [sha256(data).hexdigest() for name, data in members if name.endswith(("jpg", "png"))]
 
 
 def test_crawled_images_are_the_original_bytes(corpora):
     corpus = corpora["interleaved"]
-    records = made.crawl(11, 0) + made.crawl(7, 11)
+    records = sample_data.crawl(11, 0) + sample_data.crawl(7, 11)
     assert hashes(corpus) == [sha256(body).hexdigest() for _, mime, body in records if mime.startswith("image")]
 
 
 def test_a_pages_images_may_lie_in_another_shard(tokenizer_folder, tmp_path):
-    records = made.crawl(5, 0)
-    made.write_warc(tmp_path / "a.warc.gz", [r for r in records if r[1].startswith("text")])
-    made.write_warc(tmp_path / "b.warc", [r for r in records if r[1].startswith("image")])
+    records = sample_data.crawl(5, 0)
+    sample_data.write_warc(tmp_path / "a.warc.gz", [r for r in records if r[1].startswith("text")])
+    sample_data.write_warc(tmp_path / "b.warc", [r for r in records if r[1].startswith("image")])
     corpus = prepare_corpus(
         format="warc", inputs=[str(tmp_path / "*.warc*")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
@@ -152,11 +152,11 @@ def test_parquet_and_jsonl_of_the_same_texts_are_indexed_alike(raw, tokenizer_fo
         format="parquet", inputs=[str(raw / "table/*.parquet")], tokenizer=tokenizer_folder, output=tmp_path / "index"
     )
     stored = [tokenizer.decode(corpus.document_tokens(d).tolist()) for d in range(corpus.n_documents)]
-    assert stored == made.texts(7, 4)
+    assert stored == sample_data.texts(7, 4)
 
 
 def test_a_marker_written_in_a_text_is_no_image(prepare, shards, tokenizer, tmp_path):
-    made.write_jsonl(shards / "x.jsonl", ["a <image> and a </s> and a </doc>"])
+    sample_data.write_jsonl(shards / "x.jsonl", ["a <image> and a </s> and a </doc>"])
     corpus = prepare(inputs=[str(shards / "x.jsonl")])
     stored = corpus.document_tokens(0).tolist()
     assert corpus.manifest["images"] == 0
@@ -165,10 +165,10 @@ def test_a_marker_written_in_a_text_is_no_image(prepare, shards, tokenizer, tmp_
 
 
 def test_a_text_that_normalises_to_nothing_is_left_out(prepare, shards):
-    made.write_jsonl(shards / "x.jsonl", ["\u200b", "the cat"])
+    sample_data.write_jsonl(shards / "x.jsonl", ["\u200b", "the cat"])
     corpus = prepare(inputs=[str(shards / "x.jsonl")])
     assert corpus.n_documents == 1
-    assert corpus.manifest["tally"]["left_out"] == {"no text left after normalisation": 1}
+    assert corpus.manifest["tally"]["skipped"] == {"no text left after normalisation": 1}
 
 
 def test_ids_take_two_bytes_while_they_fit(corpora):
@@ -177,7 +177,7 @@ def test_ids_take_two_bytes_while_they_fit(corpora):
 
 def test_the_report_says_what_was_skipped_and_where(prepare, shards):
     spoil(shards / "1.jsonl", 1)
-    made.write_jsonl(shards / "3.jsonl", ["one", " "])
+    sample_data.write_jsonl(shards / "3.jsonl", ["one", " "])
     shown = describe(prepare())
     assert "jsonl, 4 shards" in shown
     assert "line is not JSON (first: 1.jsonl, line 24)" in shown
@@ -259,7 +259,7 @@ def test_parts_of_other_input_are_not_joined(prepare, shards, monkeypatch, index
         interrupt_at(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             prepare()
-    made.write_jsonl(shards / "0.jsonl", made.texts(29, 7))
+    sample_data.write_jsonl(shards / "0.jsonl", sample_data.texts(29, 7))
     indexed.clear()
     assert prepare().n_documents == 29 + 23 + 23
     assert indexed == [0, 1, 2]
@@ -305,7 +305,7 @@ def refusal(prepare, **changes):
 
 def test_another_tokenizer_is_refused_and_both_are_named(prepare, tokenizer, tmp_path):
     prepare()
-    made.write_jsonl(tmp_path / "other.jsonl", made.sentences(101, 3))
+    sample_data.write_jsonl(tmp_path / "other.jsonl", sample_data.sentences(101, 3))
     other = train_tokenizer([str(tmp_path / "other.jsonl")], 101, tmp_path / "other")
     message = refusal(prepare, tokenizer=tmp_path / "other")
     assert tokenizer.fingerprint in message
@@ -326,7 +326,7 @@ def test_other_options_are_refused_and_both_are_named(prepare):
 
 def test_other_shards_are_refused_and_named(prepare, shards):
     prepare()
-    made.write_jsonl(shards / "new.jsonl", made.texts(5, 0))
+    sample_data.write_jsonl(shards / "new.jsonl", sample_data.texts(5, 0))
     (shards / "0.jsonl").unlink()
     assert "its shards differ: 3 there, 3 here; new ['new.jsonl'], gone ['0.jsonl']" in refusal(prepare)
 
@@ -356,7 +356,7 @@ def test_a_few_broken_records_are_counted_and_do_not_stop(prepare, shards):
 
 
 def test_a_small_shard_is_not_judged_by_its_share(prepare, shards):
-    made.write_jsonl(shards / "3.jsonl", ["one sound text"])
+    sample_data.write_jsonl(shards / "3.jsonl", ["one sound text"])
     spoil(shards / "3.jsonl", 3)
     assert prepare().n_documents == 3 * 23 + 1
 
@@ -367,7 +367,7 @@ def test_a_shard_of_which_nothing_can_be_read_is_too_broken_however_small(prepar
 
 
 def test_a_corpus_without_documents_is_refused_and_says_why(prepare, shards, tmp_path):
-    made.write_jsonl(shards / "x.jsonl", [" ", " "])
+    sample_data.write_jsonl(shards / "x.jsonl", [" ", " "])
     message = refusal(prepare, inputs=[str(shards / "x.jsonl")])
     assert "no document in 1 shards" in message
     assert "empty text" in message

@@ -14,13 +14,13 @@ import pytest
 from datamodules.corpus import COLUMNS, MANIFEST, IndexedCorpus, read_manifest
 from datamodules.prepare import index
 from datamodules.prepare.columns import ColumnWriter
-from datamodules.prepare.index import Unfinished, prepare_corpus, prepare_part
+from datamodules.prepare.index import PendingShards, prepare_corpus, prepare_part
 from datamodules.prepare.report import describe
 from datamodules.quarantine import LEDGER, BadSample
 from datamodules.sources.tar import TarReader
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.running import run, start
 
 N_SHARDS = 5
@@ -31,7 +31,7 @@ def pairs(tmp_path_factory):
     """Five tars of seven pairs."""
     folder = tmp_path_factory.mktemp("pairs")
     for n in range(N_SHARDS):
-        made.write_tar(folder / f"{n}.tar", made.pairs(7, 7 * n))
+        sample_data.write_tar(folder / f"{n}.tar", sample_data.pairs(7, 7 * n))
     return folder
 
 
@@ -39,10 +39,10 @@ def pairs(tmp_path_factory):
 def pages(tmp_path_factory):
     """Three crawls; the images of a page lie in another one."""
     folder = tmp_path_factory.mktemp("pages")
-    records = made.crawl(7, 0)
+    records = sample_data.crawl(7, 0)
     shown = [r for r in records if r[1].startswith("image")]
     for n in range(3):
-        made.write_warc(folder / f"{n}.warc.gz", [*shown[n::3], *[r for r in records if r not in shown][n::3]])
+        sample_data.write_warc(folder / f"{n}.warc.gz", [*shown[n::3], *[r for r in records if r not in shown][n::3]])
     return folder
 
 
@@ -69,7 +69,7 @@ def whole_pairs(pairs, tokenizer_folder, tmp_path_factory):
 def test_parts_make_the_index_that_one_run_makes(pairs, whole_pairs, tokenizer_folder, tmp_path):
     folder = given(pairs, tokenizer_folder, tmp_path / "index")
     for number in (2, 3):
-        assert isinstance(prepare_part(part=(number, 3), **folder), Unfinished)
+        assert isinstance(prepare_part(part=(number, 3), **folder), PendingShards)
         assert read_manifest(tmp_path / "index") is None
     made_here = prepare_part(part=(1, 3), **folder)
     assert isinstance(made_here, IndexedCorpus)
@@ -229,10 +229,19 @@ def test_a_run_that_dies_at_any_step_can_be_gone_on_with(kind, request, tokenize
 
 def damaged(folder):
     """Three shards with every kind of damage; returns what the ledger must say, in order."""
-    ill = [("ill.jpg", b"<html>"), ("ill.txt", b"words"), ("lone.txt", b"words"), ("../../\udcff.jpg", made.jpeg(3)[:-99])]
-    made.write_tar(folder / "0.tar", [*made.pairs(23, 0), *ill, ("../../\udcff.txt", b"words"), *made.pairs(2, 50)])
-    made.write_tar(folder / "1.tar", made.pairs(23, 100))
-    made.write_tar(folder / "2.tar", [*made.pairs(23, 200), ("bad.png", made.hollow_png()[:-12]), ("bad.txt", b"words")])
+    ill = [
+        ("ill.jpg", b"<html>"),
+        ("ill.txt", b"words"),
+        ("lone.txt", b"words"),
+        ("../../\udcff.jpg", sample_data.jpeg(3)[:-99]),
+    ]
+    sample_data.write_tar(
+        folder / "0.tar", [*sample_data.pairs(23, 0), *ill, ("../../\udcff.txt", b"words"), *sample_data.pairs(2, 50)]
+    )
+    sample_data.write_tar(folder / "1.tar", sample_data.pairs(23, 100))
+    sample_data.write_tar(
+        folder / "2.tar", [*sample_data.pairs(23, 200), ("bad.png", sample_data.hollow_png()[:-12]), ("bad.txt", b"words")]
+    )
     with TarReader(folder / "2.tar") as tar:
         last = list(tar.members())[-1]
     os.truncate(folder / "2.tar", last.offset)
@@ -276,14 +285,14 @@ def test_parts_and_processes_make_the_same_ledger(tokenizer_folder, tmp_path):
 
 
 def test_a_crawls_broken_images_and_its_cut_are_in_the_ledger_once(tokenizer_folder, tmp_path):
-    broken = (f"{made.SITE}/x.png", "image/png", b"no image")
-    made.write_warc(tmp_path / "raw/a.warc.gz", [broken, *made.crawl(23, 0)])
+    broken = (f"{sample_data.SITE}/x.png", "image/png", b"no image")
+    sample_data.write_warc(tmp_path / "raw/a.warc.gz", [broken, *sample_data.crawl(23, 0)])
     path = tmp_path / "raw/a.warc.gz"
     path.write_bytes(path.read_bytes()[:-57])
     prepare_corpus(**given(tmp_path / "raw", tokenizer_folder, tmp_path / "index"))
     found = ledger(tmp_path / "index")
     assert [(b.key.partition(" ")[0], b.reason) for b in found] == [
-        (f"{made.SITE}/x.png", "not an image"), ("after", "shard cut off or corrupt"),
+        (f"{sample_data.SITE}/x.png", "not an image"), ("after", "shard cut off or corrupt"),
     ]  # fmt: skip
 
 
@@ -323,7 +332,7 @@ def test_a_column_written_in_pieces_is_the_file_of_the_whole(tmp_path, lengths):
 def test_no_more_files_are_open_than_a_shell_allows(tokenizer_folder, tmp_path):
     """Room for 25 files, of which joining 41 parts must not want one each."""
     for n in range(41):
-        made.write_jsonl(tmp_path / f"raw/{n:03d}.jsonl", [f"the cat sees {n}"])
+        sample_data.write_jsonl(tmp_path / f"raw/{n:03d}.jsonl", [f"the cat sees {n}"])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     n_open = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 25, hard))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from datamodules.prepare.tokenizer import MAX_SENTENCE_BYTES, _cut, train_tokenizer
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import LEADING, MODEL_FILE, TRAILING, UNK, Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 CONTROLS = [*LEADING, *TRAILING]
 quick = settings(deadline=None, max_examples=100)
@@ -46,7 +46,7 @@ def test_a_tokenizer_has_as_many_pieces_as_asked(tokenizer):
 
 
 def test_a_tokenizer_made_the_same_way_is_reused(tmp_path):
-    made.write_jsonl(tmp_path / "a.jsonl", made.sentences(53))
+    sample_data.write_jsonl(tmp_path / "a.jsonl", sample_data.sentences(53))
     first = train_tokenizer([str(tmp_path / "*.jsonl")], 101, tmp_path / "t")
     written = (tmp_path / "t" / MODEL_FILE).stat().st_mtime_ns
     second = train_tokenizer([str(tmp_path / "*.jsonl")], 101, tmp_path / "t")
@@ -55,7 +55,7 @@ def test_a_tokenizer_made_the_same_way_is_reused(tmp_path):
 
 
 def test_a_tokenizer_of_another_size_is_not_replaced(tmp_path):
-    made.write_jsonl(tmp_path / "a.jsonl", made.sentences(53))
+    sample_data.write_jsonl(tmp_path / "a.jsonl", sample_data.sentences(53))
     train_tokenizer([str(tmp_path / "*.jsonl")], 101, tmp_path / "t")
     with pytest.raises(UserError, match="already holds a tokenizer"):
         train_tokenizer([str(tmp_path / "*.jsonl")], 97, tmp_path / "t")
@@ -63,7 +63,7 @@ def test_a_tokenizer_of_another_size_is_not_replaced(tmp_path):
 
 
 def test_other_files_in_a_tokenizers_folder_are_kept(tmp_path):
-    made.write_jsonl(tmp_path / "t/a.jsonl", made.sentences(53))
+    sample_data.write_jsonl(tmp_path / "t/a.jsonl", sample_data.sentences(53))
     train_tokenizer([str(tmp_path / "t/*.jsonl")], 101, tmp_path / "t")
     assert (tmp_path / "t/a.jsonl").exists()
 
@@ -75,14 +75,14 @@ def test_every_format_teaches_the_tokenizer(raw, tmp_path):
 
 
 def test_too_little_text_for_a_size_says_how_much_is_possible(tmp_path):
-    made.write_jsonl(tmp_path / "a.jsonl", made.sentences(3))
+    sample_data.write_jsonl(tmp_path / "a.jsonl", sample_data.sentences(3))
     with pytest.raises(UserError, match=r"5003 pieces out of 1 files: the text is enough for at most \d+"):
         train_tokenizer([str(tmp_path / "*.jsonl")], 5003, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 
 def test_a_size_without_room_for_text_is_refused(tmp_path):
-    made.write_jsonl(tmp_path / "a.jsonl", made.sentences(3))
+    sample_data.write_jsonl(tmp_path / "a.jsonl", sample_data.sentences(3))
     with pytest.raises(UserError, match="--vocab-size 3 is too small"):
         train_tokenizer([str(tmp_path / "*.jsonl")], 3, tmp_path / "t")
 

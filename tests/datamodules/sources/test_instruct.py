@@ -8,15 +8,15 @@ from datamodules.document import ImageRef, Tally
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.instruct import prompt_text
 from kosmos_lit.errors import UserError
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 
 def read(folder, *records, **options):
     """Read records from a file beside which images a.png, b.png and c.png lie."""
     for i, name in enumerate("abc"):
-        (folder / f"{name}.png").write_bytes(made.png(i))
+        (folder / f"{name}.png").write_bytes(sample_data.png(i))
     lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
-    made.write_lines(folder / "x.jsonl", lines)
+    sample_data.write_lines(folder / "x.jsonl", lines)
     tally = Tally()
     return list(SOURCES["instruct"].documents(folder / "x.jsonl", 3, ReadOptions(**options), tally, None)), tally
 
@@ -196,6 +196,6 @@ def test_whatever_json_a_line_holds_it_is_an_example_or_counted_as_broken(tmp_pa
 def test_an_image_that_has_changed_is_not_read(tmp_path):
     [document], _ = read(tmp_path, {"images": ["a.png"], "prompt": "x", "completion": "y"})
     ref = document.parts[0]
-    (tmp_path / "a.png").write_bytes(made.png(0) + b"more")
+    (tmp_path / "a.png").write_bytes(sample_data.png(0) + b"more")
     with pytest.raises(OSError, match="it has changed since it was prepared"):
         SOURCES["instruct"].image_bytes(tmp_path / ref.path, ref.offset, ref.length)

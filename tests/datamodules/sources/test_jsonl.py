@@ -6,7 +6,7 @@ import zstandard
 
 from datamodules.document import Tally
 from datamodules.sources import SOURCES, ReadOptions
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 
 def read(path, **options):
@@ -24,9 +24,9 @@ def line(text):
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".ndjson", ".jsonl.gz", ".jsonl.zst"])
 def test_every_ending_gives_the_same_documents(tmp_path, ending):
-    made.write_jsonl(tmp_path / f"a{ending}", made.texts(7, 0))
+    sample_data.write_jsonl(tmp_path / f"a{ending}", sample_data.texts(7, 0))
     documents, tally = read(tmp_path / f"a{ending}")
-    assert texts(documents) == made.texts(7, 0)
+    assert texts(documents) == sample_data.texts(7, 0)
     assert [d.record for d in documents] == [1, 2, 3, 4, 5, 6, 7]
     assert tally == Tally()
 
@@ -46,7 +46,7 @@ def test_every_ending_gives_the_same_documents(tmp_path, ending):
     ],
 )
 def test_a_broken_line_is_counted_by_its_reason_and_the_next_one_read(tmp_path, bad, reason):
-    made.write_lines(tmp_path / "a.jsonl", [line("first"), bad, line("third")])
+    sample_data.write_lines(tmp_path / "a.jsonl", [line("first"), bad, line("third")])
     documents, tally = read(tmp_path / "a.jsonl")
     assert texts(documents) == ["first", "third"]
     assert tally.broken == {reason: 1}
@@ -55,14 +55,14 @@ def test_a_broken_line_is_counted_by_its_reason_and_the_next_one_read(tmp_path, 
 
 @pytest.mark.parametrize("empty", ["", " \t ", "\n\n"])
 def test_an_empty_text_is_left_out_and_not_broken(tmp_path, empty):
-    made.write_jsonl(tmp_path / "a.jsonl", ["first", empty, "third"])
+    sample_data.write_jsonl(tmp_path / "a.jsonl", ["first", empty, "third"])
     documents, tally = read(tmp_path / "a.jsonl")
     assert [d.record for d in documents] == [1, 3]
-    assert (tally.left_out, tally.broken) == ({"empty text": 1}, {})
+    assert (tally.skipped, tally.broken) == ({"empty text": 1}, {})
 
 
 def test_blank_lines_are_no_records_but_count_as_lines(tmp_path):
-    made.write_lines(tmp_path / "a.jsonl", [line("first"), b"", b"  ", line("fourth")])
+    sample_data.write_lines(tmp_path / "a.jsonl", [line("first"), b"", b"  ", line("fourth")])
     documents, tally = read(tmp_path / "a.jsonl")
     assert [d.record for d in documents] == [1, 4]
     assert tally == Tally()
@@ -85,13 +85,13 @@ def test_a_byte_order_mark_does_not_cost_the_first_line(tmp_path):
 
 
 def test_the_text_field_can_be_named(tmp_path):
-    made.write_lines(tmp_path / "a.jsonl", [b'{"content": "mine", "text": "not mine"}'])
+    sample_data.write_lines(tmp_path / "a.jsonl", [b'{"content": "mine", "text": "not mine"}'])
     assert texts(read(tmp_path / "a.jsonl", text_field="content")[0]) == ["mine"]
 
 
 def test_lines_longer_than_a_chunk_are_read_whole(tmp_path):
     long = "wide " * 700_001
-    made.write_jsonl(tmp_path / "a.jsonl.zst", ["first", long, "third"])
+    sample_data.write_jsonl(tmp_path / "a.jsonl.zst", ["first", long, "third"])
     assert texts(read(tmp_path / "a.jsonl.zst")[0]) == ["first", long, "third"]
 
 
@@ -99,11 +99,11 @@ def test_lines_longer_than_a_chunk_are_read_whole(tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
 def test_a_compressed_file_that_is_cut_off_is_counted_once(tmp_path, ending, share):
     path = tmp_path / f"a.jsonl{ending}"
-    made.write_jsonl(path, made.texts(997, 0))
+    sample_data.write_jsonl(path, sample_data.texts(997, 0))
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     documents, tally = read(path)
     assert tally.broken["shard cut off or corrupt"] == tally.broken.total() == 1
-    assert texts(documents) == made.texts(997, 0)[: len(documents)]
+    assert texts(documents) == sample_data.texts(997, 0)[: len(documents)]
 
 
 def test_lines_before_the_cut_are_read(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from datamodules.document import ImageRef, Tally
 from datamodules.sources import ReadOptions, pages
 from datamodules.sources.pages import Link, PageError, compose, extract, url_hash
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 URL = "https://pages.example/news/today.html"
 
@@ -180,7 +180,7 @@ def test_a_page_of_five_images_is_not_cut():
 def test_a_page_without_images_or_without_text_is_left_out(page, reason):
     document, tally = composed(*page)
     assert document is None
-    assert tally.left_out == {reason: 1}
+    assert tally.skipped == {reason: 1}
 
 
 def test_about_half_of_the_pages_with_a_single_image_are_kept():
@@ -212,4 +212,8 @@ def test_what_is_no_url_has_a_hash():
 
 
 def test_the_tests_own_pages_are_read_as_meant():
-    assert extract(made.page("one", "a.png", "two"), URL, None) == ["one", Link("https://pages.example/news/a.png"), "two"]
+    assert extract(sample_data.page("one", "a.png", "two"), URL, None) == [
+        "one",
+        Link("https://pages.example/news/a.png"),
+        "two",
+    ]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.sources.tar import BLOCK, WINDOW, Member, TarError, TarReader
-from tests.datamodules import made
+from tests.datamodules import sample_data
 
 quick = settings(deadline=None, max_examples=200)
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -168,7 +168,7 @@ def test_a_size_that_is_no_number_is_an_error(archive, size):
     assert "size" in broken_at(archive)[1].what
 
 
-@pytest.mark.parametrize("data", [b"", b"no tar", b"\x1f\x8b" + b"gzip? " * 997, made.jpeg(3) * 3])
+@pytest.mark.parametrize("data", [b"", b"no tar", b"\x1f\x8b" + b"gzip? " * 997, sample_data.jpeg(3) * 3])
 def test_what_is_no_tar_is_an_error(archive, data):
     archive.write_bytes(data)
     members, _ = broken_at(archive)

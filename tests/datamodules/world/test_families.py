@@ -9,12 +9,12 @@ from datamodules.document import Document, Tally
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.world import creatures, rendered_text, scene_tasks, text_tasks
 from datamodules.world.families import FAMILIES, TURN_TEMPLATE, FamiliesConfig, write_families
-from datamodules.world.language import canonical, look
-from datamodules.world.scene import COLOURS, SHAPES, Rules
+from datamodules.world.language import canonical_caption, look
+from datamodules.world.scene import COLOURS, SHAPES, Holdout
 from datamodules.world.write import WorldConfig
 from kosmos_lit.errors import UserError
 
-RULES = Rules(3, 0.28)
+RULES = Holdout(3, 0.28)
 
 
 def config(folder, **changes):
@@ -101,7 +101,7 @@ def test_no_caption_of_the_families_tells_of_a_held_out_scene(families):
     told_of = {record["messages"][1]["content"] for record in records(families, "captions")}
     random = Random(7)
     kinds = ("object", "count", "pair") * 997
-    unseen = {canonical(scene_tasks.any_scene(random, kind, RULES, held_out=True)) for kind in kinds}
+    unseen = {canonical_caption(scene_tasks.any_scene(random, kind, RULES, held_out=True)) for kind in kinds}
     assert len(unseen) > 300
     assert not told_of & unseen
 

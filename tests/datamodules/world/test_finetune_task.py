@@ -7,7 +7,7 @@ from datamodules.document import Tally
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.world.finetune_task import TaskConfig, question, write_task
 from datamodules.world.language import caption, text
-from datamodules.world.scene import Rules, training_scene
+from datamodules.world.scene import Holdout, training_scene
 from datamodules.world.write import WorldConfig
 from kosmos_lit.errors import UserError
 
@@ -34,10 +34,10 @@ def test_every_line_is_an_example_with_its_image(folder):
 
 
 def test_the_answer_is_what_the_image_shows():
-    random, rules = Random(5), Rules(3, 0.28)
+    random, holdout = Random(5), Holdout(3, 0.28)
     asked = set()
     for _ in range(53):
-        scene = training_scene(random, "object", rules)
+        scene = training_scene(random, "object", holdout)
         words, answer = question(scene, random)
         asked.add(words)
         assert answer in caption_of(scene)
@@ -45,15 +45,15 @@ def test_the_answer_is_what_the_image_shows():
 
 
 def caption_of(scene):
-    from datamodules.world.language import canonical
+    from datamodules.world.language import canonical_caption
 
-    return canonical(scene)
+    return canonical_caption(scene)
 
 
 def test_no_corpus_of_the_world_asks_such_a_question():
-    random, rules = Random(7), Rules(3, 0.28)
-    said = [text(random, rules) for _ in range(101)]
-    said += [caption(training_scene(random, "object", rules), random) for _ in range(101)]
+    random, holdout = Random(7), Holdout(3, 0.28)
+    said = [text(random, holdout) for _ in range(101)]
+    said += [caption(training_scene(random, "object", holdout), random) for _ in range(101)]
     assert not any(words in line for line in said for words in ("what colour", "what shape", "where is"))
 
 

@@ -14,14 +14,14 @@ from datamodules.world.matrices import (
     Matrix,
     Panel,
     draw_matrix,
+    held_out_matrix,
     matrix_example,
     paint_panel,
     training_matrix,
-    unseen_matrix,
 )  # fmt: skip
-from datamodules.world.scene import SIDE, Rules
+from datamodules.world.scene import SIDE, Holdout
 
-RULES = Rules(3, 0.28)
+RULES = Holdout(3, 0.28)
 CASES = [(n_given, n_varying) for n_given in (3, 4, 8) for n_varying in (1, 2, 3)]
 
 
@@ -95,7 +95,7 @@ def test_matrices_of_training_show_and_ask_nothing_that_is_held_out() -> None:
 
 def test_matrices_of_the_set_are_held_out() -> None:
     random = Random(7)
-    assert all(RULES.is_held_out(unseen_matrix(random, RULES, 8, 2).combination()) for _ in range(31))
+    assert all(RULES.is_held_out(held_out_matrix(random, RULES, 8, 2).combination()) for _ in range(31))
 
 
 def test_a_candidate_is_as_often_right_as_wrong_in_training() -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from datamodules import WorldData
-from datamodules.world.language import PROMPT, canonical
-from datamodules.world.scene import COLOURS, PLACES, SHAPES, SIZES, Rules, Scene, Thing
+from datamodules.world.language import PROMPT, canonical_caption
+from datamodules.world.scene import COLOURS, PLACES, SHAPES, SIZES, Holdout, Scene, Thing
 from datamodules.world.write import WorldConfig
 
 SEED = 3
@@ -28,7 +28,7 @@ def batches(tmp_path_factory):
 @pytest.fixture(scope="module")
 def questions(batches):
     """All questions, as (prompt, answer, task, image)."""
-    return [q for b in batches for q in zip(b.prompts, b.answers, b.tasks, b.images, strict=True)]
+    return [q for b in batches for q in zip(b.prompts, b.targets, b.tasks, b.images, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ def test_no_question_is_asked_twice(questions):
 
 
 def test_every_held_out_object_and_count_is_asked_about(questions):
-    rules = Rules(SEED, 0.28)
+    holdout = Holdout(SEED, 0.28)
     things = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(len(PLACES))]
     scenes = [Scene("object", (t,)) for t in things]
     scenes += [Scene("count", (Thing(s, c, "small", 0),) * n) for s in SHAPES for c in COLOURS for n in (2, 3, 4)]
-    held_out = {canonical(s) for s in scenes if rules.is_held_out(s.own_combination())}
+    held_out = {canonical_caption(s) for s in scenes if holdout.is_held_out(s.own_combination())}
     assert {answer for _, answer, task, _ in questions if task in ("object", "count")} == held_out
 
 
@@ -67,7 +67,7 @@ def test_questions_images_are_of_the_models_size_and_differ(questions):
 
 def test_a_batch_of_questions_has_an_image_each(batches):
     for batch in batches:
-        assert len(batch.images) == sum(batch.n_images) == len(batch.prompts) == len(batch.answers)
+        assert len(batch.images) == sum(batch.n_images) == len(batch.prompts) == len(batch.targets)
 
 
 def test_the_world_is_drawn_prepared_and_mixed(data):

@@ -5,7 +5,7 @@ import pytest
 from datamodules.world.scene import (
     PLACES,
     SIDE,
-    Rules,
+    Holdout,
     Scene,
     Thing,
     draw_scene,
@@ -16,7 +16,7 @@ from datamodules.world.scene import (
 )
 
 KINDS = ("object", "count", "pair", "group", "word")
-RULES = Rules(0, 0.28)
+RULES = Holdout(0, 0.28)
 
 
 def scenes(kind, n=101):

@@ -9,8 +9,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from datamodules.world import creatures, rendered_text, text_tasks
-from datamodules.world.language import canonical
-from datamodules.world.scene import COLOURS, SHAPES, SIZES, Rules, Scene, Thing
+from datamodules.world.language import canonical_caption
+from datamodules.world.scene import COLOURS, SHAPES, SIZES, Holdout, Scene, Thing
 from datamodules.world.scene_tasks import ASPECTS, any_scene, class_of, questions
 from datamodules.world.sets import SETS, SetsConfig, write_sets
 from datamodules.world.write import WorldConfig
@@ -19,7 +19,7 @@ from kosmos_lit.evaluation.requests import Generate, LogLikelihood
 from kosmos_lit.evaluation.task import Sample, Task
 from kosmos_lit.inference.results import Continuation, ScoredCandidate
 
-RULES = Rules(3, 0.28)
+RULES = Holdout(3, 0.28)
 OVERLAY = Path(__file__).parents[3] / "configs" / "eval" / "world.yaml"
 TASKS = list(yaml.safe_load(OVERLAY.read_text(encoding="utf-8"))["eval"]["tasks"])
 PATH = "${data.init_args.world.path}"
@@ -125,7 +125,7 @@ def test_a_constant_answer_to_each_kind_of_question_gets_no_more_than_the_chance
 
 def unseen_objects() -> set[str]:
     scenes = [Scene("object", (Thing(s, c, z, p),)) for s in SHAPES for c in COLOURS for z in SIZES for p in range(9)]
-    return {canonical(scene) for scene in scenes if RULES.is_held_out(scene.own_combination())}
+    return {canonical_caption(scene) for scene in scenes if RULES.is_held_out(scene.own_combination())}
 
 
 def test_captions_of_things_are_of_combinations_that_training_does_not_have(tasks: dict[str, Task]) -> None:
@@ -169,7 +169,7 @@ def test_opinions_of_the_set_are_held_out() -> None:
 def test_what_is_told_in_the_sets_is_held_out(family: str) -> None:
     random = Random(13)
     for _ in range(31):
-        assert RULES.is_held_out(text_tasks.combination(family, *text_tasks.draw_told(random, RULES, family, held_out=True)))
+        assert RULES.is_held_out(text_tasks.combination(family, *text_tasks.draw_look(random, RULES, family, held_out=True)))
 
 
 def test_classes_have_as_many_images_each(world: Path) -> None:

@@ -9,8 +9,8 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.sources import SOURCES, ReadOptions
 from datamodules.sources.jsonl import lines
 from datamodules.world import language, write
-from datamodules.world.language import canonical
-from datamodules.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Rules, Scene, Thing
+from datamodules.world.language import canonical_caption
+from datamodules.world.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Holdout, Scene, Thing
 from datamodules.world.write import WorldConfig, write_world
 from kosmos_lit.errors import UserError
 
@@ -83,16 +83,16 @@ def test_every_scene_that_is_drawn_or_told_may_be_trained_on(monkeypatch, tmp_pa
     scenes = []
     original = write.training_scene
 
-    def noticed(random, kind_, rules):
-        scenes.append(original(random, kind_, rules))
+    def noticed(random, kind_, holdout):
+        scenes.append(original(random, kind_, holdout))
         return scenes[-1]
 
     for module in (write, language):
         monkeypatch.setattr(module, "training_scene", noticed)
     write._write_shard(config(tmp_path, shards=1), kind, 0, tmp_path)
-    rules = Rules(3, 0.28)
+    holdout = Holdout(3, 0.28)
     assert len(scenes) >= {"caption": 61, "pages": 23, "text": 97}[kind]
-    assert not any(rules.is_held_out(c) for scene in scenes for c in scene.combinations())
+    assert not any(holdout.is_held_out(c) for scene in scenes for c in scene.combinations())
 
 
 @pytest.mark.parametrize("kind", ["caption", "pages", "text"])
@@ -107,11 +107,11 @@ def test_no_scene_is_drawn_or_told_but_for_the_training_scenes(monkeypatch, tmp_
 
 
 def held_out_descriptions():
-    rules = Rules(3, 0.28)
+    holdout = Holdout(3, 0.28)
     things = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(len(PLACES))]
     scenes = [Scene("object", (t,)) for t in things]
     scenes += [Scene("count", (Thing(s, c, "small", 0),) * n) for s in SHAPES for c in COLOURS for n in (2, 3, 4)]
-    return [canonical(s) for s in scenes if rules.is_held_out(s.own_combination())]
+    return [canonical_caption(s) for s in scenes if holdout.is_held_out(s.own_combination())]
 
 
 def test_there_are_enough_held_out_descriptions():
@@ -127,9 +127,9 @@ def test_no_held_out_description_stands_in_the_training_corpora(told, corpus):
 
 
 def test_descriptions_that_may_be_trained_on_do_stand_there(told):
-    rules = Rules(3, 0.28)
+    holdout = Holdout(3, 0.28)
     things = [Thing(s, c, z, p) for s in SHAPES for c in COLOURS for z in SIZES for p in range(len(PLACES))]
-    allowed = [canonical(s) for t in things if rules.allows(s := Scene("object", (t,)))]
+    allowed = [canonical_caption(s) for t in things if holdout.allows(s := Scene("object", (t,)))]
     for corpus in told.values():
         assert any(description in t for t in corpus for description in allowed)
 

@@ -67,7 +67,7 @@ def questions(*n_images: int) -> PromptBatch:
     n = len(n_images)
     return PromptBatch(
         prompts=["x"] * n, images=torch.stack(images) if images else torch.zeros(0, 3, 11, 11, dtype=torch.uint8),
-        n_images=n_images, answers=["y"] * n, tasks=["object"] * n,
+        n_images=n_images, targets=["y"] * n, tasks=["object"] * n,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from kosmos_lit.evaluation.requests import Parts
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.images import Fit
 from kosmos_lit.tokenizer import EOS, IGNORE, Ids, Tokenizer
-from tests.datamodules import made
+from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
 from tests.kosmos_lit.tiny_kosmos import SIDE, tiny_model
 
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("examples")
     (path / "p").mkdir()
     for number, name in enumerate((A, B, C)):
-        (path / name).write_bytes(made.png(number) if name.suffix == ".png" else made.jpeg(number))
+        (path / name).write_bytes(sample_data.png(number) if name.suffix == ".png" else sample_data.jpeg(number))
     records = [
         {
             "images": [str(part) for part in parts if isinstance(part, Path)],
@@ -83,7 +83,7 @@ def trained(folder: Path, vocabulary: Path, tmp_path_factory: pytest.TempPathFac
 def rows_of(corpus: IndexedCorpus, name: str, tokenizer: Tokenizer) -> dict[int, tuple[Ids, Ids, Row]]:
     """Return for each document its tokens and targets, and its row."""
     ratio = [float(name == kind) for kind in ("text", "caption", "interleaved", "instruct")]
-    stream = made.stream({name: corpus}, tokenizer.special, ratio=ratio, seq_len=SEQ_LEN, n_latents=LATENTS)
+    stream = sample_data.stream({name: corpus}, tokenizer.special, ratio=ratio, seq_len=SEQ_LEN, n_latents=LATENTS)
     documents: dict[int, tuple[Ids, Ids, Row]] = {}
     for number in range(9):
         row = stream.row(number)
@@ -109,12 +109,12 @@ def test_a_prompt_with_its_answer_is_the_row_of_an_example(trained: IndexedCorpu
 
 
 def test_a_prompt_is_the_row_of_a_page(vocabulary: Path, tmp_path: Path) -> None:
-    tokenizer, site = Tokenizer.load(vocabulary), made.SITE
+    tokenizer, site = Tokenizer.load(vocabulary), sample_data.SITE
     names = ["1.png", "2.png", "3.png"]
-    random_images = [(f"{site}/{name}", "image/png", made.png(int(name[0]))) for name in names]
+    random_images = [(f"{site}/{name}", "image/png", sample_data.png(int(name[0]))) for name in names]
     texts = ["The moon finds &lt;/s&gt; it.", "two boats", "A letter in quiz.", "His hat."]
-    page = made.page(*texts[:2], names[0], texts[2], *names[1:], texts[3])
-    made.write_warc(tmp_path / "a.warc.gz", [*random_images, (f"{site}/p.html", "text/html; charset=utf-8", page)])
+    page = sample_data.page(*texts[:2], names[0], texts[2], *names[1:], texts[3])
+    sample_data.write_warc(tmp_path / "a.warc.gz", [*random_images, (f"{site}/p.html", "text/html; charset=utf-8", page)])
     inputs = [str(tmp_path / "a.warc.gz")]
     corpus = prepare_corpus(format="warc", inputs=inputs, tokenizer=vocabulary, output=tmp_path / "index")
 
