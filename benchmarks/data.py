@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.data_inputs import SHAPES, Inputs, make
 from benchmarks.data_pipelines import Count, MissingError, Task, energon, ours, webdataset, webdataset_own_decoder
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 
 ROOT = Path(__file__).parents[1]
 FAR = 1_000_000
@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     inputs = make(a.folder, a.pairs, a.texts, a.documents)
-    figures: dict[str, Any] = {"machine": machine(torch.device("cpu")), "rounds": a.rounds}
+    figures: dict[str, Any] = {"machine": describe_device(torch.device("cpu")), "rounds": a.rounds}
     print(figures["machine"])
     figures["memory"] = memory(inputs, 20)  # first: what the others take would hide it
     show([figures["memory"]])

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts
 from kosmos_lit.evaluation.requests import LogLikelihood
@@ -201,7 +201,8 @@ def main() -> None:
     torch.set_num_threads(a.threads)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    about = f"{machine(torch.device('cpu'))}, {a.threads} threads, {sum(p.numel() for p in model.parameters()):,} parameters"
+    n = sum(p.numel() for p in model.parameters())
+    about = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {n:,} parameters"
     print(about)
     print("set        samples  pairs   engine /s   alone /s   ratio  by CPU    differ by")
     with tempfile.TemporaryDirectory() as folder:

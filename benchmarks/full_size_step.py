@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 
 ROOT = Path(__file__).parents[1]
 ROWS, POSITIONS = 2, 128
@@ -48,7 +48,7 @@ def measure(folder: Path) -> dict[str, object]:
         "step_seconds": round(ROWS * POSITIONS * (1 - float(row["padding"])) / float(row["tokens_per_second"]), 1),
         "all_seconds": round(seconds, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        "machine": machine(torch.device("cpu")),
+        "machine": describe_device(torch.device("cpu")),
     }
 
 

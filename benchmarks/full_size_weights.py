@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 
 ROOT = Path(__file__).parents[1]
 TENSORS = "model.safetensors"
@@ -74,7 +74,7 @@ def main() -> int:
             seconds, peak = run(verb, *rest)
             print(f"{verb}: {seconds:.0f} s, peak {peak:.1f} GB")
         equal = is_equal(theirs, back)
-    print("every tensor came back bit by bit" if equal else "TENSORS DIFFER", f"({machine(torch.device('cpu'))})")
+    print("every tensor came back bit by bit" if equal else "TENSORS DIFFER", f"({describe_device(torch.device('cpu'))})")
     return 0 if equal else 1
 
 

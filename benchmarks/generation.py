@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.inference.generate import GenerationConfig, Prompt, generate
 from kosmos_lit.model import Kosmos
@@ -118,7 +118,9 @@ def main() -> None:
     model = make_model(a.size)
     other = to_transformers(model)
     n = sum(p.numel() for p in model.parameters())
-    print(f"{machine(torch.device('cpu'))}; {torch.get_num_threads()} threads, transformers {transformers.__version__}")
+    print(
+        f"{describe_device(torch.device('cpu'))}; {torch.get_num_threads()} threads, transformers {transformers.__version__}"
+    )
     print(f"{a.size}: {n:,} parameters, float32; prompts of {N_WORDS + N_LATENTS + 3} positions, {a.new_tokens} new tokens, "
           f"median of {a.runs}")  # fmt: skip
     print("batch beams   ours tok/s   theirs tok/s   ratio   ratio by CPU time   tokens")

@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.images import ImageError, decode
 
 SIDE = 224
@@ -148,7 +148,7 @@ def main() -> None:
     }
     lines = [compare(name, data, a.rounds) for name, data in (cases | of_tars(a.tar, 10 * a.images)).items()]
 
-    where = f"one thread of {machine(torch.device('cpu'))}"
+    where = f"one thread of {describe_device(torch.device('cpu'))}"
     columns = list(lines[0])
     widths = [max(len(str(line[c])) for line in [dict(zip(columns, columns, strict=True)), *lines]) for c in columns]
     print(where)

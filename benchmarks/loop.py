@@ -38,7 +38,7 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.step import show
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.cli.trainer import NOISE, KosmosCLI
 from kosmos_lit.lit import KosmosLit
 
@@ -189,7 +189,8 @@ def run(folder: Path, models: Sequence[str], n_steps: int, n_rounds: int, *, pro
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     results: dict[str, Any] = {
-        "machine": machine(torch.device("cpu")), "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
+        "machine": describe_device(torch.device("cpu")),
+        "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
     }  # fmt: skip
     print("; ".join(f"{name} {value}" for name, value in results.items()), flush=True)
     for name in models:

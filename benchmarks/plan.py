@@ -29,7 +29,7 @@ from datamodules.corpus import COLUMNS, MANIFEST, PLACE_BITS, VERSION, IndexedCo
 from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.pack import CROWDED, Array, best_fit, exact_fill
 from datamodules.packing.split import Split
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 
 SEQ_LEN, N_LATENTS, MEDIAN, SIGMA, MOST = 2048, 64, 17, 0.6, 512
 LAYOUT = RowLayout(seq_len=SEQ_LEN, n_latents=N_LATENTS, seed=0)
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.open:
         print(json.dumps(open_and_read(options.open, options.row)))
         return
-    print(machine(torch.device("cpu")))
+    print(describe_device(torch.device("cpu")))
     report_padding(options.index)
     with tempfile.TemporaryDirectory() as temporary:
         report_scale(options.folder or Path(temporary), options.documents, options.workers)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.synthetic_batches import Document, SyntheticBatches, n_targets
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
@@ -278,7 +278,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     reference = TrainLoop(make_transformers(model), transformers_loss, step.padded, step.n_targets)
     kernel = reference.model.config.text_config._attn_implementation
     results: dict[str, Any] = {
-        "machine": machine(torch.device("cpu")), "transformers": transformers.__version__,
+        "machine": describe_device(torch.device("cpu")), "transformers": transformers.__version__,
         "attention in transformers": kernel,
         "size": a.size, "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": a.vocab,
         "positions of a row": a.seq_len, "rows": dict(zip(KINDS, a.rows, strict=True)), "short text": a.short_text,

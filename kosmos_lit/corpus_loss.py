@@ -12,7 +12,7 @@ from kosmos_lit.batch import CORPORA, KosmosBatch
 
 
 class CorpusLoss(Metric):
-    """Token-mean loss of each corpus and of all of them, in nats a supervised token and in bits a byte of text.
+    """Token-mean loss of each corpus and of all together, in nats per supervised token and in bits per byte of text.
 
     Bits per byte compare runs with different tokenizers; nats per token do not.
     """
@@ -30,16 +30,16 @@ class CorpusLoss(Metric):
     def update(self, nll: Tensor, batch: KosmosBatch) -> None:
         """Add a batch; `nll` is (S,) nats in the order of `batch.loss_at`."""
         rows = batch.corpus[batch.loss_at // batch.tokens.shape[1]]  # (S,)
-        # Empty sums follow the module's dtype; what is added up must not.
+        # Lightning casts the states with the module, and bfloat16 sums would lose tokens.
         self.nll = self.nll.double().index_add(0, rows, nll.detach().double())
         self.tokens = self.tokens.double().index_add(0, rows, torch.ones_like(rows, dtype=torch.float64))
         self.bytes = self.bytes.double().index_add(0, batch.corpus.clamp(min=0), batch.n_bytes.double())
 
     def compute(self) -> dict[str, Tensor]:
         """Return `loss`, and `loss/CORPUS` and `bits_per_byte/CORPUS` for the corpora that occurred."""
-        found = {"loss": self.nll.sum() / self.tokens.sum()}
+        metrics = {"loss": self.nll.sum() / self.tokens.sum()}
         for i, name in enumerate(CORPORA):
             if self.tokens[i] > 0:
-                found[f"loss/{name}"] = self.nll[i] / self.tokens[i]
-                found[f"bits_per_byte/{name}"] = self.nll[i] / math.log(2) / self.bytes[i]
-        return found
+                metrics[f"loss/{name}"] = self.nll[i] / self.tokens[i]
+                metrics[f"bits_per_byte/{name}"] = self.nll[i] / math.log(2) / self.bytes[i]
+        return metrics

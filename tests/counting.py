@@ -1,4 +1,4 @@
-"""Callbacks that tell what a run does."""
+"""Callbacks that record what a run does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.sharding.shards import local
+from kosmos_lit.sharding.shards import local_shard
 from kosmos_lit.tokenizer import IGNORE, PAD
 
 
@@ -52,24 +52,25 @@ class CountReading(Callback):
 
 
 class Witness(Callback):
-    """Writes into the run's folder the weights that training starts from, and what each rank holds of them.
+    """Writes the weights that training starts from, and the size of each rank's shards, into the run's folder.
 
-    `start.pt`: the whole weights. `held-RANK.json`: elements of trained parameters, all of the model's, and dtypes.
+    `start.pt`: the full weights. `held-RANK.json`: a rank's elements of trained and of frozen parameters and of the
+    optimizer's state, and their dtypes.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        state = trainer.strategy.lightning_module_state_dict()  # all ranks ask
+        state = trainer.strategy.lightning_module_state_dict()  # a collective
         if trainer.is_global_zero:
             torch.save(state, Path(trainer.default_root_dir) / "start.pt")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         parameters = list(pl_module.parameters())
-        kept = [v for values in trainer.optimizers[0].state.values() for v in values.values()]
-        about = {
-            "trained": sum(local(p).numel() for p in parameters if p.requires_grad),
-            "frozen": sum(local(p).numel() for p in parameters if not p.requires_grad),
-            "state": sum(local(v).numel() for v in kept if v.ndim),
-            "dtypes": sorted({str(t.dtype) for t in [*parameters, *kept]}),
+        state = [v for values in trainer.optimizers[0].state.values() for v in values.values()]
+        counts = {
+            "trained": sum(local_shard(p).numel() for p in parameters if p.requires_grad),
+            "frozen": sum(local_shard(p).numel() for p in parameters if not p.requires_grad),
+            "state": sum(local_shard(v).numel() for v in state if v.ndim),
+            "dtypes": sorted({str(t.dtype) for t in [*parameters, *state]}),
         }
         path = Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json"
-        path.write_text(json.dumps(about), encoding="utf-8")
+        path.write_text(json.dumps(counts), encoding="utf-8")

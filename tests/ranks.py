@@ -1,4 +1,4 @@
-"""Several commands one after the other in the same processes, each process a rank: their imports are paid for once."""
+"""Several commands in turn in the same processes, one process a rank, so that imports run once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.running import ROOT
 
 
 def on_ranks(n: int, commands: Sequence[Sequence[str]], folder: Path, limit: float = 1200) -> str:
-    """Run `python main.py ...` for each command on n ranks, and return what they wrote; all must end well."""
+    """Run `python main.py ...` for each command on n ranks; return the output of all ranks. All must succeed."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,7 +30,7 @@ def on_ranks(n: int, commands: Sequence[Sequence[str]], folder: Path, limit: flo
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
     end = time.monotonic() + limit
     try:
-        # One that fails leaves the others waiting for it.
+        # A failed rank leaves the others waiting in a collective.
         while any(r.poll() is None for r in ranks) and not any(r.poll() for r in ranks) and time.monotonic() < end:
             time.sleep(0.05)
     finally:
@@ -38,9 +38,9 @@ def on_ranks(n: int, commands: Sequence[Sequence[str]], folder: Path, limit: flo
             if r.poll() is None:
                 r.kill()
             r.wait()
-    said = "".join(log.read_text() for log in logs)
-    assert [r.returncode for r in ranks] == [0] * n, said
-    return said
+    output = "".join(log.read_text() for log in logs)
+    assert [r.returncode for r in ranks] == [0] * n, output
+    return output
 
 
 def _main() -> None:

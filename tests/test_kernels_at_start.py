@@ -1,4 +1,4 @@
-"""What is wrong with a run's attention is said before its first step."""
+"""Mistakes in a run's attention end it before its first step."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def leaky(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The training steps that were begun."""
-    begun: list[int] = []
+    """Batch indexes of the training steps that start."""
+    started: list[int] = []
     step = KosmosLit.training_step
 
     def counted(self: KosmosLit, batch: Any, batch_idx: int) -> Tensor:
-        begun.append(batch_idx)
+        started.append(batch_idx)
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(KosmosLit, "training_step", counted)
-    return begun
+    return started
 
 
-def test_a_run_whose_kernel_leaks_does_not_begin(
+def test_a_run_whose_kernel_leaks_does_not_start(
     tmp_path: Path, tiny_world: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(attention, "attend", leaky)
@@ -47,7 +47,7 @@ def test_a_run_whose_kernel_leaks_does_not_begin(
     assert main(tiny_run("fit", tmp_path, tiny_world)) == 2
 
     error = capsys.readouterr().err
-    assert "error: attention leaks: the losses of document 1 of row 0 move by up to" in error
+    assert "error: attention leaks: the losses of document 1 of row 0 change by up to" in error
     assert "decoder.attention_kernel: auto, torch.float32, cpu" in error
     assert not steps
 
@@ -94,10 +94,10 @@ def test_the_check_draws_no_random_number(tmp_path: Path, tiny_world: Path, monk
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks for it
 def test_a_fused_run_has_the_losses_of_a_plain_one(tmp_path: Path, tiny_world: Path) -> None:
     runs = []
-    for fuses in ("false", "true"):
-        more = [f"--model.kosmos.decoder.compile={fuses}", "--trainer.max_steps=3", "--model.optimizer.total_steps=6"]
+    for compiles in ("false", "true"):
+        more = [f"--model.kosmos.decoder.compile={compiles}", "--trainer.max_steps=3", "--model.optimizer.total_steps=6"]
         more += [f"--model.kosmos.{part}=0" for part in DROPOUT]
-        assert main(tiny_run("fit", tmp_path / fuses, tiny_world, *more)) == 0
-        runs.append([float(loss) for loss in losses(tmp_path / fuses).values()])
+        assert main(tiny_run("fit", tmp_path / compiles, tiny_world, *more)) == 0
+        runs.append([float(loss) for loss in losses(tmp_path / compiles).values()])
     assert len(runs[0]) == 3
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)  # fp32, sums in another order

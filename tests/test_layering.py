@@ -24,7 +24,8 @@ LAYOUT = """
     tasks
     evaluation
     lit
-    sharding checks costs lora init_from checkpoint corpus_loss
+    resume
+    sharding checks costs lora init_from checkpoint corpus_loss trainer_internals
     inference
     weights
     model

@@ -1,4 +1,4 @@
-"""A step is the same rows, and the same gradient, however they are shared out."""
+"""A step has the same rows and gradient for any number of ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_accumulation_does_not_change_a_step(plain: Path, tmp_path: Path, tiny_w
     assert_close(plain, tmp_path)
 
 
-def test_workers_change_nothing(trained: Path, tmp_path: Path, tiny_world: Path) -> None:
+def test_loader_workers_do_not_change_losses(trained: Path, tmp_path: Path, tiny_world: Path) -> None:
     assert main(tiny_run("fit", tmp_path, tiny_world, "--data.num_workers=2")) == 0
 
     assert losses(tmp_path) == losses(trained)
@@ -109,7 +109,7 @@ def test_ranks_do_not_change_a_step_of_a_part_where_most_rows_have_no_image(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks(plain: Path, tmp_path: Path, tiny_world: Path) -> None:
+def test_a_run_resumes_on_another_number_of_ranks(plain: Path, tmp_path: Path, tiny_world: Path) -> None:
     one_rank = [*NO_DROPOUT, "--trainer.max_steps=3", "--data.micro_batch_rows=4"]
     two_ranks = [*NO_DROPOUT, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"]
     assert main(tiny_run("fit", tmp_path, tiny_world, *one_rank)) == 0

@@ -30,12 +30,12 @@ PARTS = ["vision", "decoder.layers.0", "connector.x_attn", "decoder.embed_tokens
 FROZEN = [f"--model.freeze={json.dumps(PARTS)}"]
 TEXTS = ["--data.ratio.text=0.9", "--data.ratio.caption=0.1", "--data.ratio.interleaved=0"]
 BF16 = ["--trainer.precision=bf16-mixed"]
-WHOLE_UNITS = "--trainer.strategy.init_args.reshard_after_forward=false"
-AGAIN = "--model.kosmos.decoder.recompute=full"
-LATE_SUM = "--trainer.strategy.init_args.sync_every_micro_batch=false"
+KEEP_GATHERED = "--trainer.strategy.init_args.reshard_after_forward=false"
+RECOMPUTE = "--model.kosmos.decoder.recompute=full"
+SYNC_ONCE = "--trainer.strategy.init_args.sync_every_micro_batch=false"
 FUSED = ["--model.kosmos.decoder.compile=true", "--model.kosmos.decoder.recompute=selective"]
 COMPILED = ["fsdp-fused", "fsdp1-fused"] if shutil.which("gcc") else []
-"""Runs that need a C compiler; as a run on GPUs has it by default."""
+"""Runs with torch.compile, the default on GPUs; they need a C compiler."""
 
 
 def sharded(strategy: str, ranks: int, *more: str) -> list[str]:
@@ -45,7 +45,7 @@ def sharded(strategy: str, ranks: int, *more: str) -> list[str]:
 
 
 class Runs:
-    """Runs on one world, each in a folder of its own."""
+    """Runs on one world, each in its own folder."""
 
     def __init__(self, folder: Path, world: Path) -> None:
         self.folder, self.world = folder, world
@@ -65,7 +65,7 @@ class Runs:
         (folder / "run.yaml").write_text(yaml.safe_dump({"trainer": trainer}), encoding="utf-8")
 
     def command(self, name: str, *more: str, verb: str = "fit") -> list[str]:
-        """Return a run's arguments; of the tower its last block trains."""
+        """Return a run's arguments; of the tower only the last block trains."""
         common = ["-c", str(self.folder / "run.yaml"), *NO_DROPOUT, "--model.kosmos.vision.trainable=last_block"]
         return tiny_run(verb, self.folder / name, self.world, *common, *more)
 
@@ -81,11 +81,11 @@ class Runs:
     def start(self, name: str) -> dict[str, Tensor]:
         return torch.load(self.folder / name / "start.pt", weights_only=True)  # type: ignore[no-any-return]
 
-    def held(self, name: str) -> list[dict[str, Any]]:
+    def contents(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(path.read_text()) for path in sorted((self.folder / name).glob("held-*.json"))]
 
     def column(self, name: str, column: str) -> list[float]:
-        """Return a logged figure at each step."""
+        """Return a logged metric at each step."""
         [path] = (self.folder / name).glob("csv/*/metrics.csv")
         with path.open() as file:
             return [float(row[column]) for row in csv.DictReader(file) if row[column]]
@@ -102,22 +102,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Runs:
     two = {
         "fsdp": sharded("fsdp", 2),
         "fsdp1": sharded("fsdp1", 2),
-        "fsdp-late": sharded("fsdp", 2, WHOLE_UNITS, LATE_SUM, short),
-        "fsdp1-whole": sharded("fsdp1", 2, WHOLE_UNITS, short),
+        "fsdp-late": sharded("fsdp", 2, KEEP_GATHERED, SYNC_ONCE, short),
+        "fsdp1-whole": sharded("fsdp1", 2, KEEP_GATHERED, short),
         "fsdp-lora": sharded("fsdp", 2, *LORA, *TEXTS, short),
         "fsdp1-lora": sharded("fsdp1", 2, *LORA, *TEXTS, short),
         "fsdp-frozen": sharded("fsdp", 2, *FROZEN, *TEXTS, short),
         "fsdp1-frozen": sharded("fsdp1", 2, *FROZEN, *TEXTS, short),
-        "fsdp-again": sharded("fsdp", 2, AGAIN, short),
-        "fsdp1-again": sharded("fsdp1", 2, AGAIN, short),
+        "fsdp-again": sharded("fsdp", 2, RECOMPUTE, short),
+        "fsdp1-again": sharded("fsdp1", 2, RECOMPUTE, short),
         "fsdp-bf16": sharded("fsdp", 2, *BF16, short),
         "fsdp1-bf16": sharded("fsdp1", 2, *BF16, short),
         "one-then-fsdp": sharded("fsdp", 2, f"--ckpt_path={r.checkpoint('one', HALF)}"),
         "fsdp-then-fsdp1": sharded("fsdp1", 2, f"--ckpt_path={r.checkpoint('fsdp', HALF)}"),
     }
     two |= {name: sharded(name.removesuffix("-fused"), 2, *FUSED, short) for name in COMPILED}
-    asked = [r.command(f"{s}-says", *sharded(s, 2, r.last("one")), verb="predict") for s in ("fsdp", "fsdp1")]
-    on_ranks(2, [*(r.command(name, *flags) for name, flags in two.items()), *asked], r.folder / "two")
+    predictions = [r.command(f"{s}-predict", *sharded(s, 2, r.last("one")), verb="predict") for s in ("fsdp", "fsdp1")]
+    on_ranks(2, [*(r.command(name, *flags) for name, flags in two.items()), *predictions], r.folder / "two")
     four = {
         "fsdp-4": sharded("fsdp", 4),
         "fsdp1-4": sharded("fsdp1", 4, short),
@@ -127,12 +127,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Runs:
     only = {"fsdp-1": sharded("fsdp", 1, short), "fsdp1-1": sharded("fsdp1", 1, short)}
     on_ranks(1, [r.command(name, *flags) for name, flags in only.items()], r.folder / "only")
     assert main(r.command("fsdp-4-then-one", *alone, f"--ckpt_path={r.checkpoint('fsdp-4', HALF)}")) == 0
-    assert main(r.command("one-says", *alone, r.last("one"), verb="predict")) == 0
+    assert main(r.command("one-predict", *alone, r.last("one"), verb="predict")) == 0
     return r
 
 
 def single(name: str) -> str:
-    """Return the run on one rank, without sharding, that another one must be equal to."""
+    """Return the name of the unsharded run that a sharded one must equal."""
     return next((f"one-{kind}" for kind in ("lora", "frozen", "bf16") if kind in name), "one")
 
 
@@ -144,30 +144,32 @@ RESUMED = ["one-then-fsdp", "fsdp-then-fsdp1", "fsdp1-then-fsdp-4", "fsdp-4-then
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXACT, "fsdp-bf16", "fsdp1-bf16"])
 def test_first_weights_are_the_single_process_s_bit_by_bit(runs: Runs, name: str) -> None:
-    wanted, found = runs.start(single(name)), runs.start(name)
+    expected, actual = runs.start(single(name)), runs.start(name)
 
-    assert list(found) == list(wanted)
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXACT, *RESUMED])
 def test_steps_are_the_single_process_s(runs: Runs, name: str) -> None:
-    wanted = single(name)
+    expected = single(name)
     steps = max(int(step) for step in runs.column(name, "step"))
     for column in ("train/loss", "grad_norm"):
-        found = runs.column(name, column)
+        actual = runs.column(name, column)
         # fp32 sums in another order: measured 5e-7 in a loss of 5, 1e-7 in the norm
-        assert found == pytest.approx(runs.column(wanted, column)[steps - len(found) : steps], rel=2e-6), column
-    if wanted == "one":
-        assert min(runs.column(wanted, "grad_norm")) < 1.0 < max(runs.column(wanted, "grad_norm")), "clipped in some steps"
+        assert actual == pytest.approx(runs.column(expected, column)[steps - len(actual) : steps], rel=2e-6), column
+    if expected == "one":
+        assert min(runs.column(expected, "grad_norm")) < 1.0 < max(runs.column(expected, "grad_norm")), (
+            "clipped in some steps"
+        )
     # Adam at up to 3e-3 turns them into 2.5e-6 after 20 steps
-    assert distance(runs.state(name, steps), runs.state(wanted, steps)) < 2e-5
-    [there] = load_checkpoint(runs.checkpoint(name, steps))["optimizer_states"]
-    [here] = load_checkpoint(runs.checkpoint(wanted, steps))["optimizer_states"]
-    assert there["param_groups"] == here["param_groups"]
-    for index, values in here["state"].items():
-        assert distance(there["state"][index], values) < 1e-6
+    assert distance(runs.state(name, steps), runs.state(expected, steps)) < 2e-5
+    [actual_state] = load_checkpoint(runs.checkpoint(name, steps))["optimizer_states"]
+    [expected_state] = load_checkpoint(runs.checkpoint(expected, steps))["optimizer_states"]
+    assert actual_state["param_groups"] == expected_state["param_groups"]
+    for index, values in expected_state["state"].items():
+        assert distance(actual_state["state"][index], values) < 1e-6
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -177,15 +179,17 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-4", "fsdp-lora", "fsdp1", "fsdp1-4", "fsdp1-lora"])
-def test_each_rank_holds_its_share_of_what_trains_and_of_the_optimizer_s_state(runs: Runs, name: str) -> None:
-    [whole], held = runs.held(single(name)), runs.held(name)
+def test_each_rank_holds_its_part_of_what_trains_and_of_the_optimizer_s_state(runs: Runs, name: str) -> None:
+    [full], contents = runs.contents(single(name)), runs.contents(name)
 
     for part in ("trained", "state"):
-        assert sum(h[part] for h in held) == whole[part]
-        assert max(h[part] for h in held) < (0.7 if "lora" in name else 1.2 / len(held)) * whole[part]  # small, so uneven
+        assert sum(h[part] for h in contents) == full[part]
+        assert (
+            max(h[part] for h in contents) < (0.7 if "lora" in name else 1.2 / len(contents)) * full[part]
+        )  # small, so uneven
     tower = sum(t.numel() for key, t in runs.start(name).items() if is_frozen_in_tower(key, name))
-    rest = whole["frozen"] - tower
-    assert sum(h["frozen"] - tower for h in held) == rest
+    n_frozen_outside_tower = full["frozen"] - tower
+    assert sum(h["frozen"] - tower for h in contents) == n_frozen_outside_tower
 
 
 def is_frozen_in_tower(key: str, name: str) -> bool:
@@ -212,7 +216,7 @@ def test_frozen_tensors_stay_bit_by_bit_and_all_others_move(runs: Runs, name: st
 def test_bf16_arithmetic_has_float32_weights_and_state(runs: Runs, name: str) -> None:
     end = runs.state(name, HALF)
 
-    assert {dtype for h in runs.held(name) for dtype in h["dtypes"]} == {"torch.float32"}
+    assert {dtype for h in runs.contents(name) for dtype in h["dtypes"]} == {"torch.float32"}
     matrices = [t for key, t in end.items() if key.startswith("net.decoder.layers") and t.ndim == 2]
     assert all((t != t.bfloat16().float()).float().mean() > 0.9 for t in matrices)  # more bits than bf16 has
     # bf16 has 8 bits: measured 1e-3 in a loss of 5
@@ -222,10 +226,10 @@ def test_bf16_arithmetic_has_float32_weights_and_state(runs: Runs, name: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp1"])
 def test_a_sharded_model_writes_the_single_process_s_answers(runs: Runs, strategy: str) -> None:
-    said = [(runs.folder / f"{name}-says" / "predictions.jsonl").read_text() for name in (strategy, "one")]
+    answers = [(runs.folder / f"{name}-predict" / "predictions.jsonl").read_text() for name in (strategy, "one")]
 
-    assert said[0] == said[1]
-    assert len(set(said[0].splitlines())) > 3
+    assert answers[0] == answers[1]
+    assert len(set(answers[0].splitlines())) > 3
 
 
 @pytest.mark.slow
@@ -240,7 +244,7 @@ def test_ranks_that_do_not_divide_a_step_are_named_before_the_model_is_built(tmp
 
 
 @pytest.mark.slow
-def test_a_model_that_the_first_rank_cannot_build_ends_all_ranks_with_one_message(tmp_path: Path, tiny_world: Path) -> None:
+def test_a_model_that_rank_0_cannot_build_ends_all_ranks_with_one_message(tmp_path: Path, tiny_world: Path) -> None:
     end = run(tiny_run("fit", tmp_path, tiny_world, *sharded("fsdp", 2, "--model.init_from=nowhere")))
 
     assert end.returncode == 2
@@ -248,7 +252,7 @@ def test_a_model_that_the_first_rank_cannot_build_ends_all_ranks_with_one_messag
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("flags", "expected"),
     [
         (["--trainer.precision=16-mixed"], "trainer.precision is 16-mixed, but configs/trainer/fsdp.yaml needs 32-true"),
         (["--trainer.precision=bf16-true"], "trainer.precision is bf16-true, but configs/trainer/fsdp.yaml needs 32-true"),
@@ -258,13 +262,13 @@ def test_a_model_that_the_first_rank_cannot_build_ends_all_ranks_with_one_messag
         (["--trainer.strategy=nonsense"], "invalid strategy name"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_ranks_start(
-    tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str], flags: list[str], wanted: str
+def test_invalid_settings_are_refused_before_ranks_start(
+    tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
 ) -> None:
     code = main(tiny_run("fit", tmp_path, tiny_world, *sharded("fsdp", 2), *flags))
 
     assert code == 2
-    assert wanted in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy(), FSDPStrategy()])

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks.synthetic_batches import SyntheticBatches
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.peaks import peak_flops
@@ -221,7 +221,7 @@ class Record:
     def __init__(self, path: Path | None, bench: Bench) -> None:
         self.path, self.bench = path, bench
         self.contents: dict[str, Any] = {
-            "machine": machine(bench.device), "tiny": bench.tiny, "steps": bench.n_steps, "results": bench.results,
+            "machine": describe_device(bench.device), "tiny": bench.tiny, "steps": bench.n_steps, "results": bench.results,
             "errors": {},
         }  # fmt: skip
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kosmos_lit.batch import PromptBatch
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.errors import UserError
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.lit import KosmosLit
@@ -79,7 +79,7 @@ class CaptionReport(Callback):
         assert isinstance(pl_module, KosmosLit)
         self._train_seconds += time.monotonic() - self._started
         self._started = 0.0
-        with pl_module.whole_net() as net:
+        with pl_module.full_net() as net:
             answered = [a for batch in _questions(trainer) for a in self._ask(pl_module, batch)]
             n_parameters = sum(p.numel() for p in net.parameters())
         if trainer.is_global_zero:
@@ -89,7 +89,8 @@ class CaptionReport(Callback):
         batch = batch.to(pl_module.device)
         blind = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
         settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
-        prediction, prediction_shuffled = pl_module.answer(batch, settings), pl_module.answer(blind, settings)
+        prediction = pl_module.generate_texts(batch, settings)
+        prediction_shuffled = pl_module.generate_texts(blind, settings)
         first = accumulate(batch.n_images, initial=0)
         images = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
         return [
@@ -118,7 +119,7 @@ class CaptionReport(Callback):
             "steps": trainer.global_step,
             "seed": pl_module.seed,
             "parameters": n_parameters,
-            "machine": machine(pl_module.device),
+            "machine": describe_device(pl_module.device),
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")

@@ -60,7 +60,7 @@ class EvaluateTasks(Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: KosmosLit) -> tuple[dict[str, float], list[str]]:
         folder = Path(self.config.folder or Path(trainer.default_root_dir) / "eval")
         model_info = {"checkpoint": None, "step": trainer.global_step, "precision": str(trainer.precision)}
-        with pl_module.whole_net() as net, trainer.precision_plugin.val_step_context():
+        with pl_module.full_net() as net, trainer.precision_plugin.val_step_context():
             evaluation = Evaluation(
                 net, pl_module.tokenizer, self.config, folder / f"step={trainer.global_step:08d}",
                 model_info=model_info, ranks=TrainerRanks(trainer), samples=self._samples, replace=True, quiet=True,

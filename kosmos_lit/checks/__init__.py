@@ -1,1 +1,1 @@
-"""What is looked at before the first step: device, kernels, memory, leaks between documents."""
+"""Checks before the first training step: device, memory, and attention between documents."""

@@ -1,35 +1,86 @@
-"""What a run asks of its device, said before the first step."""
+"""The device of a run: its description, and the checks and settings before the first step."""
 
 from __future__ import annotations
 
+import os
+import platform
+from pathlib import Path
+
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from kosmos_lit.checks.cpu import settle
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel
 
 
-def computed_in(precision: object) -> torch.dtype:
-    """Return what matrices and attention are computed in under a trainer's precision."""
-    found = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-    return found.get(str(precision).split("-")[0], torch.float32)
-
-
 def check_device(trainer: L.Trainer, config: DecoderConfig, row_len: int, *, trains: bool) -> None:
-    """Make sure that the run's device can do what the config asks for, and share out a CPU's cores.
+    """Make sure that the run's device supports what the config asks for, and set the threads of a CPU run.
 
-    Raises: UserError saying what a kernel or 8 bits lack there, and what would work.
+    Raises: UserError naming what a kernel or 8-bit training lacks on the device, and what would work.
     """
-    device, dtype = trainer.strategy.root_device, computed_in(trainer.precision)
+    device, dtype = trainer.strategy.root_device, compute_dtype(trainer.precision)
     check_kernel(config.attention_kernel, device, dtype, config.head_dim, config.attention_dropout_rate if trains else 0.0)
     if config.fp8 and trains:
         check_fp8(device, dtype, {"decoder.dim": config.dim, "decoder.ffn_dim": config.ffn_dim}, row_len)
     if device.type == "cpu":
-        settle(trainer.num_devices, dtype)
+        configure_cpu(trainer.num_devices, dtype)
 
 
-def fuses(config: DecoderConfig, device: torch.device) -> bool:
-    """Return whether torch.compile is to fuse the layers of a run on that device."""
+def compute_dtype(precision: object) -> torch.dtype:
+    """Return the dtype of matrix products and attention under a trainer's precision."""
+    dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return dtypes.get(str(precision).split("-")[0], torch.float32)
+
+
+def uses_compile(config: DecoderConfig, device: torch.device) -> bool:
+    """Return whether torch.compile fuses the layers of a run on that device."""
     return device.type == "cuda" if config.compile is None else config.compile
+
+
+# ---- CPU
+
+
+def configure_cpu(n_processes: int, dtype: torch.dtype) -> None:
+    """Divide the cores among this machine's processes, and warn if the run's precision makes it slower."""
+    # OMP_NUM_THREADS is the user's choice, or Lightning's for processes that it starts; Slurm sets none. Loader processes
+    # have one thread each by PyTorch's default.
+    if n_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_process(n_processes, os.cpu_count() or 1, torch.get_num_threads()))
+    if dtype == torch.bfloat16 and not has_bf16_instructions():
+        rank_zero_warn(
+            "trainer.precision: this CPU has no instructions for bfloat16 (AVX512_BF16 or AMX), so bf16-mixed is slower "
+            "than 32-true on it"
+        )
+
+
+def threads_per_process(n_processes: int, n_cores: int, n_current: int) -> int:
+    """Return a process's share of a machine's cores, at most its current number of threads."""
+    return max(1, min(n_current, n_cores // n_processes))
+
+
+def has_bf16_instructions() -> bool:
+    """Return whether this CPU has instructions for products in bfloat16; True where PyTorch cannot tell."""
+    # Private functions of torch that come and go between versions.
+    probes = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    available = [probe for probe in probes if probe is not None]
+    is_x86 = torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT", "NO AVX"))
+    return not available or not is_x86 or any(probe() for probe in available)
+
+
+# ---- description
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a device's name and the versions of torch and Python, to stand beside what was measured on it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {os.cpu_count()} cores"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,4 +1,4 @@
-"""Whether a step fits a device, and what would: said before the first one."""
+"""Whether a training step fits its device, and which changes would make it fit; checked before the first step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from kosmos_lit.config import KosmosConfig, Recompute
 from kosmos_lit.costs.memory import GB, MicroBatch, Setting, bytes_of, estimate, skeleton
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.strategy import Sharded
+from kosmos_lit.sharding.strategy import ShardedStrategy
 
-WORLDS = (2, 4, 8, 16, 32, 64)
-"""Numbers of ranks among which one is looked for that is enough."""
+WORLD_SIZES = (2, 4, 8, 16, 32, 64)
+"""World sizes that are suggested for sharding."""
 
 
-class Rows(Protocol):
-    """What a data module knows of its micro-batches."""
+class BatchSizes(Protocol):
+    """Batch sizes of a data module."""
 
     seq_len: int
     """Positions in a row."""
@@ -29,89 +29,94 @@ class Rows(Protocol):
     micro_batch_rows: int
 
     def largest_micro_batch(self) -> tuple[int, int]:
-        """Return about how many images and supervised tokens a micro-batch holds at most."""
+        """Return estimates of the most images and supervised tokens in a micro-batch."""
 
 
-def check_trainer(trainer: L.Trainer, data: Rows, config: KosmosConfig, freeze: Sequence[str]) -> None:
-    """Raises: UserError if no step of a run fits its devices, before anything is allocated."""
+def check_step_memory(trainer: L.Trainer, data: BatchSizes, config: KosmosConfig, freeze: Sequence[str]) -> None:
+    """Make sure that a step of a run fits its device, before anything is allocated.
+
+    Raises: UserError as `check_memory` does.
+    """
     strategy = trainer.strategy
     device = strategy.root_device
     images, targets = data.largest_micro_batch()
     setting = Setting(
         batch=MicroBatch(rows=data.micro_batch_rows, seq_len=data.seq_len, n_images=images, n_targets=targets),
         device="cuda" if device.type == "cuda" else "cpu", precision=str(trainer.precision),
-        strategy="fsdp" if isinstance(strategy, Sharded) else "ddp" if trainer.world_size > 1 else "one",
+        strategy="fsdp" if isinstance(strategy, ShardedStrategy) else "ddp" if trainer.world_size > 1 else "one",
         world_size=trainer.world_size, n_micro_batches=trainer.accumulate_grad_batches, freeze=tuple(freeze),
         reshards=getattr(strategy, "reshard_after_forward", True),
         sums_every_micro_batch=getattr(strategy, "sync_every_micro_batch", True),
     )  # fmt: skip
-    check_fits(config, setting, memory_of(device), data.global_batch_rows // trainer.world_size)
+    check_memory(config, setting, device_memory(device), data.global_batch_rows // trainer.world_size)
 
 
-def memory_of(device: torch.device) -> float:
-    """Return the bytes of a device, or of this machine."""
+def device_memory(device: torch.device) -> float:
+    """Return a GPU's memory in bytes, or that of this machine for any other device."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def fitting(config: KosmosConfig, setting: Setting, needed: float, available: float, rows: int) -> list[str]:
-    """Return what could be changed for a step to fit into `available` bytes: one thing if one is enough, else several.
+def remedies(config: KosmosConfig, setting: Setting, needed: float, available: float, rows: int) -> list[str]:
+    """Return changes with which a step would fit into `available` bytes, the least costly first.
 
     Args:
         config: the model.
-        setting: that does not fit.
-        needed: bytes that it takes.
+        setting: of the run whose step does not fit.
+        needed: bytes that its step takes.
         available: bytes of a device.
-        rows: of a step on one rank: micro-batches must divide it.
+        rows: rows of a step on one rank; micro-batches must divide them.
     """
     m, slope = setting.batch.rows, 0.0
+    # Memory is linear in the rows of a micro-batch, so two estimates give all smaller ones without running each.
     smaller = [n for n in range(m - 1, 0, -1) if rows % n == 0]
     if smaller:
         least = estimate(config, replace(setting, batch=setting.batch.with_rows(smaller[-1]))).needed
         slope = (needed - least) / (m - smaller[-1])
-    found, recomputes = [], False
-    for change, model, changed in _changes(config, setting):
-        again = model.decoder.recompute != config.decoder.recompute
-        if again and recomputes:
-            continue  # to compute less again is enough
-        whole = estimate(model, changed).needed if change else needed
-        if whole <= available:
-            found.append(change)
-            break  # each of the next costs more, and seconds to try
-        if fits := next((n for n in smaller if whole - slope * (m - n) <= available), None):
-            found.append(f"micro_batch_rows {fits}" + (f" with {change}" if change else ""))
-            recomputes = again
-    return found
+    suggestions, has_recompute = [], False
+    for change, model, changed in _alternatives(config, setting):
+        recomputes = model.decoder.recompute != config.decoder.recompute
+        if recomputes and has_recompute:
+            continue  # the cheaper kind of recompute is enough
+        unreduced = estimate(model, changed).needed if change else needed
+        if unreduced <= available:
+            suggestions.append(change)
+            break  # the next alternatives cost more, and each estimate takes seconds
+        if fits := next((n for n in smaller if unreduced - slope * (m - n) <= available), None):
+            suggestions.append(f"micro_batch_rows {fits}" + (f" with {change}" if change else ""))
+            has_recompute = recomputes
+    return suggestions
 
 
-def _changes(config: KosmosConfig, setting: Setting) -> Iterator[tuple[str, KosmosConfig, Setting]]:
-    """Yield what may help beside smaller micro-batches, and what it makes of model and setting; first nothing at all."""
+def _alternatives(config: KosmosConfig, setting: Setting) -> Iterator[tuple[str, KosmosConfig, Setting]]:
+    """Yield alternatives beside smaller micro-batches: description, model and setting; first the unchanged run."""
     yield "", config, setting
     choices = get_args(Recompute)  # from none to full
     for recompute in choices[choices.index(config.decoder.recompute) + 1 :]:
         decoder = replace(config.decoder, recompute=recompute)
         yield f"decoder.recompute {recompute}", replace(config, decoder=decoder), setting
     if setting.strategy != "fsdp":
-        W = next((n for n in WORLDS if n >= setting.world_size), setting.world_size)
+        W = next((n for n in WORLD_SIZES if n >= setting.world_size), setting.world_size)
         yield f"configs/trainer/fsdp.yaml on {W} devices", config, replace(setting, strategy="fsdp", world_size=W)
 
 
-def check_fits(config: KosmosConfig, setting: Setting, available: float, rows: int) -> None:
-    """Make sure that a step fits a device: on a GPU all of it; on a CPU, which can swap, what any batch needs.
+def check_memory(config: KosmosConfig, setting: Setting, available: float, rows: int) -> None:
+    """Make sure that a step fits a device: on a GPU all of it; on a CPU, which can swap, the weights and their state.
 
-    A GPU that holds a step's tensors, but not what an allocator loses beside them, gets a warning.
+    A GPU whose memory holds a step's tensors, but not the allocator's estimated loss beside them, gives a warning.
 
     Args:
         config: the model.
         setting: of the run.
         available: bytes of a device.
-        rows: of a step on one rank.
+        rows: rows of a step on one rank.
 
-    Raises: UserError saying what is needed, what is there, and what would fit.
+    Raises: UserError naming the bytes needed, the bytes available, and changes that would fit.
     """
     if setting.device == "cpu":
         net = skeleton(config, setting.freeze)
+        # Weights, and for what trains a gradient and AdamW's two moments.
         needed = bytes_of(net.parameters()) + 3 * bytes_of(p for p in net.parameters() if p.requires_grad)
         if needed > available:
             raise UserError(
@@ -123,12 +128,12 @@ def check_fits(config: KosmosConfig, setting: Setting, available: float, rows: i
     if memory.needed <= available:
         return
     batch = setting.batch
-    what = (
+    shortfall = (
         f"a step needs {memory.needed / GB:.1f} GB of a device that has {available / GB:.1f} GB "
         f"(micro-batches of {batch.rows} rows of {batch.seq_len} positions with up to {batch.n_images} images)"
     )
-    if memory.total <= available:  # what it has to spare is an estimate too
-        rank_zero_warn(f"{what}: it may run out of memory; `main.py plan` says more")
+    if memory.total <= available:  # only the reserve beside the tensors, itself an estimate, does not fit
+        rank_zero_warn(f"{shortfall}: it may run out of memory; `main.py plan` shows the parts")
         return
-    ways = "; or ".join(fitting(config, setting, memory.needed, available, rows)) or "a smaller model, or more devices"
-    raise UserError(f"{what}; what would fit: {ways}")
+    changes = "; or ".join(remedies(config, setting, memory.needed, available, rows)) or "a smaller model, or more devices"
+    raise UserError(f"{shortfall}; what would fit: {changes}")

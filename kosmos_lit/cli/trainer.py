@@ -39,7 +39,7 @@ from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluatedLit
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.fsdp import check_strategy
-from kosmos_lit.sharding.strategy import Sharded, check_precision
+from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
 
 BASE = Path(__file__).parents[2] / "configs" / "base.yaml"
 LINKS = {
@@ -190,8 +190,8 @@ class KosmosCLI(LightningCLI):
         """
         wanted = self._get(self.config_init, "trainer")
         check_strategy(wanted.strategy)
-        if isinstance(wanted.strategy, Sharded):
-            check_precision(wanted.precision, wanted.strategy.yaml)
+        if isinstance(wanted.strategy, ShardedStrategy):
+            check_precision(wanted.precision, wanted.strategy.config_file)
         evaluation = self._get(self.config_init, "eval")
         if self.subcommand == "fit" and evaluation.every_n_steps is not None:
             if not evaluation.enabled_tasks:

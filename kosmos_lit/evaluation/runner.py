@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kosmos_lit.checks.machine import machine
+from kosmos_lit.checks.device import describe_device
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.image_control import shuffle_images
@@ -191,7 +191,8 @@ class Evaluation:
         }  # fmt: skip
         evaluation = {
             "model": self.model_info | {"weights": self.fingerprint["weights"]}, "image_control": self.config.image_control,
-            "machine": machine(_device(self.scheduler.model)), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": describe_device(_device(self.scheduler.model)),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "tasks": read_metrics(self.folder).get("tasks", {}) | {name: entry},
         }  # fmt: skip
         failed_keys = [result.key for result in results if result.failure is not None]

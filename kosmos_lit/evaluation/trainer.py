@@ -17,8 +17,9 @@ from kosmos_lit.evaluation.progress import metrics_table
 from kosmos_lit.evaluation.results import METRICS
 from kosmos_lit.evaluation.runner import Evaluation
 from kosmos_lit.lit import KosmosLit
-from kosmos_lit.sharding.strategy import NET, Sharded
+from kosmos_lit.sharding.strategy import NET, ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
+from kosmos_lit.trainer_internals import attached_trainer
 from kosmos_lit.weights.keys import check_shapes, shapes_of
 
 
@@ -87,9 +88,9 @@ class EvaluatedLit(KosmosLit):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises: UserError naming missing and unexpected tensors of the checkpoint."""
         super().on_load_checkpoint(checkpoint)
-        data = self._data
+        data: object = self._data if attached_trainer(self) is not None else None
         # The sharded strategy checks the tensors when it loads them; here they may be shards already.
-        if self._trainer is not None and isinstance(data, EvaluationData) and not isinstance(self._strategy, Sharded):
+        if isinstance(data, EvaluationData) and not isinstance(self._strategy, ShardedStrategy):
             tensors = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
             check_shapes(shapes_of(tensors), shapes_of(self.net.state_dict()), str(data.model_info["checkpoint"]))
 
@@ -99,7 +100,7 @@ class EvaluatedLit(KosmosLit):
         if not isinstance(data, EvaluationData):
             return
         whole_net = ExitStack()
-        net = whole_net.enter_context(self.whole_net())
+        net = whole_net.enter_context(self.full_net())
         model_info = data.model_info | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
         evaluation = Evaluation(net, self.tokenizer, data.config, data.folder, model_info=model_info, ranks=ranks)

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from kosmos_lit.checks.memory import memory_of
+from kosmos_lit.checks.memory import device_memory
 from kosmos_lit.costs.peaks import Precision, peak_flops
 from kosmos_lit.errors import UserError
 from kosmos_lit.preflight.estimates import Device
@@ -54,7 +54,7 @@ def find_device(
     given = None if memory is None else parse_bytes(memory)
     operations = None if peak is None else peak * 1e12
     if on_cpu and name is None:
-        return Device("cpu", given or memory_of(torch.device("cpu")), operations, share)
+        return Device("cpu", given or device_memory(torch.device("cpu")), operations, share)
     if name is None and given is not None:
         return Device("given", given, operations, share)
     chosen = name or "h100"

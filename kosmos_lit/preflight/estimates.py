@@ -11,7 +11,7 @@ from torch import nn
 
 from datamodules.forecast import SourceForecast, TypicalForecast, forecast, largest_micro_batch, last_step
 from kosmos_lit.batch import CORPORA
-from kosmos_lit.checks.memory import fitting
+from kosmos_lit.checks.memory import remedies
 from kosmos_lit.costs.flops import Flops, ModelFlops, Work
 from kosmos_lit.costs.memory import Memory, MicroBatch, Setting, estimate, skeleton
 from kosmos_lit.errors import UserError
@@ -141,7 +141,7 @@ def estimates(run: Run, device: Device) -> Estimates:
         if device.memory is not None and not run.on_cpu and memory.needed > device.memory:
             assert run.data is not None
             rows = run.data.global_batch_rows // run.world_size
-            ways = fitting(run.kosmos, setting_of(run, batch, n_micro or 1), memory.needed, device.memory, rows)
+            ways = remedies(run.kosmos, setting_of(run, batch, n_micro or 1), memory.needed, device.memory, rows)
     return Estimates(
         device=device, world_size=run.world_size, steps=steps, end=end, n_micro_batches=n_micro, batch=batch,
         parameters=_parameters(net) if net is not None else [], memory=memory, fitting=ways,

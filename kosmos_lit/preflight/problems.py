@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
-from kosmos_lit.checks.device import computed_in
+from kosmos_lit.checks.device import compute_dtype
 from kosmos_lit.errors import UserError
 from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel
@@ -144,7 +144,7 @@ def _kernel(run: Run, found: Estimates) -> Iterator[str]:
         return  # what is installed there is not known here, and it takes what there is
     device = torch.device("cpu" if run.on_cpu else "cuda")
     try:
-        check_kernel(c.attention_kernel, device, computed_in(run.precision), c.head_dim, c.attention_dropout_rate)
+        check_kernel(c.attention_kernel, device, compute_dtype(run.precision), c.head_dim, c.attention_dropout_rate)
     except UserError as error:
         yield str(error)
 

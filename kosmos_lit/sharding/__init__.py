@@ -1,1 +1,1 @@
-"""Fully sharded training: strategies for Lightning, and who holds which piece of a tensor."""
+"""Fully sharded training: strategies for Lightning, and the shards of a module's tensors."""

@@ -1,4 +1,4 @@
-"""Lightning's two strategies for fully sharded training, FSDP2 and FSDP1, with this model's units."""
+"""Lightning's FSDP2 and FSDP1 strategies with this model's units."""
 
 from __future__ import annotations
 
@@ -22,60 +22,61 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp import MixedPrecision as Fsdp1Precision
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.strategy import Sharded, check_precision
+from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
 
 if TYPE_CHECKING:
     from kosmos_lit.model import Kosmos
 
-ASKED = ("loss", "nll")
-"""What a sharded model is asked for, beside its forward, by all ranks together."""
+FORWARD_METHODS = ("loss", "nll")
+"""Methods of the model that all ranks call together and that gather its weights as `forward` does."""
 
 
-class Fsdp2Strategy(Sharded, ModelParallelStrategy):
+class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
     """FSDP2 on Lightning's ModelParallelStrategy; all ranks are data-parallel."""
 
-    yaml = "configs/trainer/fsdp.yaml"
+    config_file = "configs/trainer/fsdp.yaml"
 
     def __init__(self, reshard_after_forward: bool = True, sync_every_micro_batch: bool = True) -> None:
         """Choose between memory and traffic.
 
         Args:
-            reshard_after_forward: Whether a block's weights are freed between forward and backward pass (ZeRO-3), and
-                come together twice a micro-batch, or stay (ZeRO-2).
-            sync_every_micro_batch: Whether gradients are summed over ranks after each micro-batch of a step, or after
-                the last one alone: less traffic, but until then each rank holds the whole float32 gradient.
+            reshard_after_forward: Whether a block's weights are freed between forward and backward pass (ZeRO-3) and
+                gathered twice a micro-batch, or stay gathered (ZeRO-2).
+            sync_every_micro_batch: Whether gradients are reduced over ranks after each micro-batch of a step, or only
+                after the last one: less traffic, but until then each rank holds the full float32 gradient.
         """
         super().__init__(save_distributed_checkpoint=False)
         self.reshard_after_forward, self.sync_every_micro_batch = reshard_after_forward, sync_every_micro_batch
 
     def setup_environment(self) -> None:
+        # Lightning's default makes each node one tensor-parallel group.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def _cut(self, net: Kosmos) -> None:
+    def _apply_fsdp(self, net: Kosmos) -> None:
         mesh = self.device_mesh["data_parallel"]
         for block in net.decoder.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=self._policy())
-        fully_shard(net, mesh=mesh, reshard_after_forward=False, ignored_params=frozen_in_tower(net))
-        for method in ASKED:
+        fully_shard(net, mesh=mesh, reshard_after_forward=False, ignored_params=frozen_tower_parameters(net))
+        for method in FORWARD_METHODS:
             register_fsdp_forward_method(net, method)
         net.to_empty(device=self.root_device)
 
     def _policy(self) -> MixedPrecisionPolicy:
         if self.precision_plugin.precision != "bf16-mixed":
             return MixedPrecisionPolicy()
-        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=_casts(self.root_device))
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=_casts_inputs(self.root_device))
 
     def _units(self) -> list[FSDPModule]:
         return [module for module in self.net.modules() if isinstance(module, FSDPModule)]
 
-    def _settle(self) -> None:
+    def _reshard(self) -> None:
         for unit in self._units():
             unit.reshard()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Let a step's micro-batches but the last one keep their gradients, if that was asked for."""
+        """Skip the reduction of gradients for all but a step's last micro-batch, unless `sync_every_micro_batch`."""
         root = cast(FSDPModule, self.net)
         root.set_requires_gradient_sync(self.sync_every_micro_batch)
         try:
@@ -84,31 +85,31 @@ class Fsdp2Strategy(Sharded, ModelParallelStrategy):
             root.set_requires_gradient_sync(True)
 
 
-class Fsdp1Strategy(Sharded, FSDPStrategy):
-    """FSDP1 on Lightning's FSDPStrategy, which this one lets run on CPUs too."""
+class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
+    """FSDP1 on Lightning's FSDPStrategy, extended to CPUs."""
 
-    yaml = "configs/trainer/fsdp1.yaml"
+    config_file = "configs/trainer/fsdp1.yaml"
 
     def __init__(self, reshard_after_forward: bool = True) -> None:
         """Choose between memory and traffic.
 
         Args:
             reshard_after_forward: Whether a block's weights are freed between forward and backward pass (FULL_SHARD), or
-                stay (SHARD_GRAD_OP).
+                stay gathered (SHARD_GRAD_OP).
         """
         super().__init__(sharding_strategy="FULL_SHARD" if reshard_after_forward else "SHARD_GRAD_OP")
         self._root: FullyShardedDataParallel | None = None
-        self._is_inside = False  # of the root's forward, where its weights are together
+        self._is_in_root = False  # whether the root's forward is running, with its weights gathered
 
     @property  # type: ignore[override]
     def precision_plugin(self) -> Precision:
-        """The same as in a single process: Lightning's own for FSDP knows GPUs only, and refuses to clip by norm."""
+        """The plugin of a single process: Lightning's own for FSDP supports GPUs only, and refuses to clip by norm."""
         return self._precision_plugin or Precision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, FSDPPrecision):
-            check_precision(plugin.precision, self.yaml)
+            check_precision(plugin.precision, self.config_file)
             device = "cuda" if isinstance(self.accelerator, CUDAAccelerator) else "cpu"
             plugin = Precision() if plugin.precision == "32-true" else MixedPrecision("bf16-mixed", device)
         self._precision_plugin = plugin
@@ -117,30 +118,31 @@ class Fsdp1Strategy(Sharded, FSDPStrategy):
         gpu = self.root_device.index if self.root_device.type == "cuda" else self.root_device
         return FullyShardedDataParallel(
             module, sharding_strategy=self.sharding_strategy, device_id=gpu, use_orig_params=True,
-            param_init_fn=partial(_give_memory, device=self.root_device), **kwargs
+            param_init_fn=partial(_materialise, device=self.root_device), **kwargs
         )  # fmt: skip
 
-    def _cut(self, net: Kosmos) -> None:
-        """Blocks alone: the root is the LightningModule, whose steps Lightning sends through its forward."""
+    def _apply_fsdp(self, net: Kosmos) -> None:
+        """Shard the blocks. The root is the LightningModule, whose steps Lightning runs through its forward."""
         mixed = None
         if self.precision_plugin.precision == "bf16-mixed":
-            mixed = Fsdp1Precision(torch.bfloat16, torch.float32, cast_forward_inputs=_casts(self.root_device))
+            mixed = Fsdp1Precision(torch.bfloat16, torch.float32, cast_forward_inputs=_casts_inputs(self.root_device))
         for index, block in enumerate(net.decoder.layers):
             net.decoder.layers[index] = self._unit(block, mixed_precision=mixed)
         for module in net.modules():
             if any(t.is_meta for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
-                _give_memory(module, self.root_device)
+                _materialise(module, self.root_device)
 
-        for method in ASKED:
+        for method in FORWARD_METHODS:
             setattr(net, method, self._through_root(getattr(net, method)))
 
     def _through_root(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a method of the model that can be called from anywhere: for Lightning's own steps the root is there."""
+        """Return a method of the model that gathers the root's weights if no forward of the root is running."""
 
         def call(*args: Any) -> Any:
-            if self._is_inside or self._root is None:
+            if self._is_in_root or self._root is None:
                 return method(*args)
             module = cast(nn.Module, self.lightning_module)
+            # FSDP1 gathers in `forward` alone: the root's forward is this method for one call.
             module.forward = method
             try:
                 return self._root(*args)
@@ -150,43 +152,50 @@ class Fsdp1Strategy(Sharded, FSDPStrategy):
         return call
 
     def _enter(self, *_: Any) -> None:
-        self._is_inside = True
+        self._is_in_root = True
 
     def _leave(self, *_: Any) -> None:
-        self._is_inside = False
+        self._is_in_root = False
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self._root is None or self._root.module is not model:
-            model.to(self.root_device)  # what holds the metrics
+            model.to(self.root_device)  # buffers of the metrics
             model.register_forward_pre_hook(self._enter)
             model.register_forward_hook(self._leave, always_call=True)
-            self._root = self._unit(model, ignored_states=frozen_in_tower(self.net))
+            self._root = self._unit(model, ignored_states=frozen_tower_parameters(self.net))
         return self._root
 
 
 def check_strategy(strategy: Strategy | str | None) -> None:
-    """Take a strategy, its name or its class's path.
+    """Refuse Lightning's own sharded strategies, which do not know this model's units.
 
-    Raises: UserError if it is one of Lightning's that leave it to the model to be shared out.
+    Args:
+        strategy: a strategy, its name, or its class's path.
+
+    Raises: UserError naming the overlays to use instead.
     """
     name = strategy.rpartition(".")[2] if isinstance(strategy, str) else type(strategy).__name__
-    theirs = name.startswith("fsdp") or name in (FSDPStrategy.__name__, ModelParallelStrategy.__name__)
-    if theirs or (isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, Sharded)):
+    is_lightnings = name.startswith("fsdp") or name in (FSDPStrategy.__name__, ModelParallelStrategy.__name__)
+    if is_lightnings or (
+        isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy)
+    ):
         raise UserError(
-            f"trainer.strategy: {name} does not know this model's units; use -c {Fsdp2Strategy.yaml}, or "
-            f"-c {Fsdp1Strategy.yaml}"
+            f"trainer.strategy: {name} does not know this model's units; use -c {Fsdp2Strategy.config_file}, or "
+            f"-c {Fsdp1Strategy.config_file}"
         )
 
 
-def frozen_in_tower(net: Kosmos) -> set[nn.Parameter]:
-    """Return the parameters that every rank keeps whole."""
+def frozen_tower_parameters(net: Kosmos) -> set[nn.Parameter]:
+    """Return the tower's frozen parameters, which are replicated on every rank."""
     return {parameter for parameter in net.vision.parameters() if not parameter.requires_grad}
 
 
-def _casts(device: torch.device) -> bool:
-    """Return whether what enters a block is cast to its weights' type: a CPU's LayerNorm takes no two types."""
+def _casts_inputs(device: torch.device) -> bool:
+    """Return whether a block's input is cast to its weights' dtype."""
+    # A CPU's LayerNorm takes one dtype for input and weights.
     return device.type == "cpu"
 
 
-def _give_memory(module: nn.Module, device: torch.device) -> None:
+def _materialise(module: nn.Module, device: torch.device) -> None:
+    """Allocate a module's own tensors on a device, uninitialised."""
     module.to_empty(device=device, recurse=False)

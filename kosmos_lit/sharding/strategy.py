@@ -1,19 +1,19 @@
-"""Training whose weights, gradients and optimizer state are shared out among ranks (ZeRO-3 or ZeRO-2).
+"""Training with weights, gradients and optimizer state sharded over ranks (ZeRO-3 or ZeRO-2).
 
-Units, in both strategies: one for each decoder block, and the root, which is everything else that trains. A unit's weights
-come together for its forward and its backward pass; the root's stay together from one to the other. The tied embedding is
-used at both ends, and how often a rank calls tower and connector depends on its images: in the root, no such call is a
-collective that other ranks would have to make too. Frozen tensors of the tower stay whole on each rank.
+Units, in both strategies: each decoder block, and the root with everything else that trains. A block's weights are gathered
+for its forward and for its backward pass; the root's stay gathered from one to the other. The tied embedding is used at both
+ends, and the number of a rank's calls of tower and connector depends on its images: in the root, no such call is a
+collective. Frozen tensors of the tower are replicated.
 
-Weights: the first rank builds the model as a single process does; the others build its outline on the meta device. Units are
-cut while they are empty, then each rank gets its piece of the first one's tensors. So initial weights are those of a single
-process bit by bit, whatever the strategy and the number of ranks, and only one rank reads files or draws numbers.
+Weights: rank 0 builds the model as a single process does, the others build it on the meta device. The units are sharded
+while they are empty; then rank 0 broadcasts its tensors. So initial weights equal a single process's bit by bit for any
+strategy and world size, and only rank 0 reads files or draws random numbers.
 
 Arithmetic in bf16-mixed: master weights, optimizer state, the sum of gradients over ranks and micro-batches and the residual
-stream are float32, matrices work in bfloat16, as autocast has it in a single process. Blocks' weights travel in bfloat16:
-those of their LayerNorms are rounded too, which is the one difference. On CPUs a block takes bfloat16 (`fsdp.py`).
+stream are float32; matrix products are bfloat16, as under autocast in a single process. Blocks' weights are gathered in
+bfloat16, which rounds those of their LayerNorms too: the one difference. On CPUs a block's input is bfloat16 (`fsdp.py`).
 
-Checkpoints are single files, as a single process writes them: each can be resumed on any number of ranks, sharded or not.
+Checkpoints are the single files that a single process writes; any number of ranks resumes them, sharded or not.
 """
 
 from __future__ import annotations
@@ -33,67 +33,68 @@ from torch.optim import Optimizer
 
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.shards import ShardedTensors, plain, tensors_of
+from kosmos_lit.sharding.shards import ShardedTensors, named_tensors, original_name
 
 if TYPE_CHECKING:
     from kosmos_lit.model import Kosmos
 
 NET = "net."
-"""Where the model lies in the LightningModule."""
+"""Prefix of the model's tensors in the LightningModule's state dict."""
 
 
-class Sharded(ParallelStrategy):
-    """What the two strategies share: sending weights out, and checkpoints."""
+class ShardedStrategy(ParallelStrategy):
+    """Base of both strategies: broadcast of initial weights, and checkpoints."""
 
-    yaml: ClassVar[str]
-    """The config that chooses it."""
+    config_file: ClassVar[str]
+    """Path of the overlay that selects the strategy."""
     net: Kosmos
 
-    def distribute(self, build: Callable[[], Kosmos], outline: Callable[[], Kosmos]) -> Kosmos:
-        """Return the model with its weights shared out: all ranks must call it.
+    def shard_model(self, build: Callable[[], Kosmos], outline: Callable[[], Kosmos]) -> Kosmos:
+        """Return the model with its weights sharded. Collective: all ranks must call it.
 
         Args:
-            build: makes the whole model; the first rank calls it.
+            build: makes the full model; called on rank 0.
             outline: makes the same model on the meta device.
 
-        Raises: whatever `build` raises, on all ranks; UserError if weights are not finite or the precision is not one that
-        keeps float32 weights; RuntimeError if a rank does not get what the first one sends.
+        Raises: UserError or RuntimeError on all ranks if `build` fails; UserError if weights are not finite, or if the
+        precision keeps no float32 weights.
         """
-        check_precision(self.precision_plugin.precision, self.yaml)
+        check_precision(self.precision_plugin.precision, self.config_file)
         self._outline = outline
-        source = build_on_rank_zero(build)
+        full_tensors = build_on_rank_zero(build)
         self.net = net = outline()
-        self._shapes = {name: tensor.shape for name, tensor in tensors_of(net).items()}
-        self._saved = list(net.state_dict())
-        self._cut(net)
+        self._shapes = {name: tensor.shape for name, tensor in named_tensors(net).items()}
+        self._state_names = list(net.state_dict())
+        self._apply_fsdp(net)
         shards = ShardedTensors(net, self._shapes, self.root_device)
-        self._wanted: Tensor | None = shards.fill(source)
+        self._expected_checksums: Tensor | None = shards.broadcast(full_tensors)
         return net
 
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
-        self._settle()
+        self._reshard()
+        # Anew: FSDP1 shards the root in `setup`.
         self._shards = ShardedTensors(self.net, self._shapes, self.root_device)
-        if self._wanted is not None:
-            self._shards.check(self._wanted, f"{self.yaml}, after the weights were sent out")
-            self._wanted = None  # from now on they train
+        if self._expected_checksums is not None:
+            self._shards.check(self._expected_checksums, f"{self.config_file}, after the broadcast of the weights")
+            self._expected_checksums = None  # training changes the weights; a second setup must not compare
 
     @abstractmethod
-    def _cut(self, net: Kosmos) -> None:
-        """Share out an outline's tensors, and give them memory."""
+    def _apply_fsdp(self, net: Kosmos) -> None:
+        """Shard a model on the meta device, and allocate its shards."""
 
-    def _settle(self) -> None:
-        """Free what a pass without gradient has left together."""
+    def _reshard(self) -> None:
+        """Free weights that a pass without gradient has left gathered."""
 
-    def whole(self) -> Kosmos:
-        """Return a copy of the model, in evaluation mode, whole on every rank: all of them must ask.
+    def gather_model(self) -> Kosmos:
+        """Return a full copy of the model on every rank, in evaluation mode. Collective: all ranks must call it.
 
-        Its parts can be called by each rank on its own; writing answers takes a rank as many calls as its longest one.
+        Each rank can call the copy on its own: generation takes ranks different numbers of forward passes.
         """
-        self._settle()
-        copy, here = self._outline().to_empty(device=self.root_device), tensors_of(self.net)
-        for name, tensor in tensors_of(copy).items():
-            tensor.copy_(self._shards.gather(name, here[name]))
+        self._reshard()
+        copy, sharded = self._outline().to_empty(device=self.root_device), named_tensors(self.net)
+        for name, tensor in named_tensors(copy).items():
+            tensor.copy_(self._shards.gather(name, sharded[name]))
         return copy.requires_grad_(False).eval()
 
     # ---- checkpoints
@@ -103,38 +104,41 @@ class Sharded(ParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole weights on the first rank, and nothing on others: all of them must ask."""
-        self._settle()
-        here, state = tensors_of(self.net), {}
-        for name in self._saved:
-            whole = self._shards.gather(name, here[name])
+        """Return the full weights on rank 0, and nothing on other ranks. Collective: all ranks must call it."""
+        self._reshard()
+        tensors, state = named_tensors(self.net), {}
+        for name in self._state_names:
+            full = self._shards.gather(name, tensors[name])
             if self.is_global_zero:
-                state[NET + name] = whole.cpu()
+                state[NET + name] = full.cpu()  # one tensor at a time is full on the device
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole state on the first rank as a single process has it, and nothing on others: all must ask."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
-        found, state = optimizer.state_dict(), {}
+        """Return the full state on rank 0 as a single process has it, and nothing on other ranks. Collective."""
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # LightningOptimizer wraps torch's
+        sharded, state = optimizer.state_dict(), {}
         for index, (name, _) in enumerate(self._trained(optimizer)):
-            wholes = {k: self._shards.gather(name, v) if v.ndim else v for k, v in found["state"].get(index, {}).items()}
-            if self.is_global_zero and wholes:
-                state[index] = {key: whole.cpu() for key, whole in wholes.items()}
-        return {"state": state, "param_groups": found["param_groups"]} if self.is_global_zero else {}
+            values = sharded["state"].get(index, {})
+            full = {key: self._shards.gather(name, value) if value.ndim else value for key, value in values.items()}
+            if self.is_global_zero and full:
+                state[index] = {key: value.cpu() for key, value in full.items()}
+        return {"state": state, "param_groups": sharded["param_groups"]} if self.is_global_zero else {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        # Past Lightning's sharded strategies, which may write a folder of shards instead of one file.
         ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint as a window on its file, of which each rank then reads its own pieces."""
+        """Return a checkpoint whose tensors are mapped from its file, so that each rank reads its own slices only."""
         return load_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Raises: UserError naming tensors that are missing, surplus, or of another shape."""
-        self._settle()
+        self._reshard()
         state = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
-        there, here = {n: t.shape for n, t in state.items()}, {n: self._shapes[n] for n in self._saved}
-        if wrong := sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n)):
+        actual = {name: tensor.shape for name, tensor in state.items()}
+        expected = {name: self._shapes[name] for name in self._state_names}
+        if wrong := sorted(n for n in actual.keys() | expected.keys() if actual.get(n) != expected.get(n)):
             raise UserError(f"the checkpoint's tensors are not this model's: {len(wrong)} differ, {wrong[0]} for one")
         self._shards.load(state)
 
@@ -142,54 +146,57 @@ class Sharded(ParallelStrategy):
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             trained = list(self._trained(optimizer))
             state = {
-                index: {key: self._piece(trained[index], whole) for key, whole in wholes.items()}
-                for index, wholes in saved["state"].items()
+                index: {key: self._shard_like(trained[index], value) for key, value in values.items()}
+                for index, values in saved["state"].items()
             }
             optimizer.load_state_dict(saved | {"state": state})
 
     def _trained(self, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of an optimizer with their names, in its order."""
-        names = {id(parameter): plain(name) for name, parameter in self.net.named_parameters()}
+        """Yield the names and parameters of an optimizer, in its order."""
+        names = {id(parameter): original_name(name) for name, parameter in self.net.named_parameters()}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield names[id(parameter)], parameter
 
-    def _piece(self, trained: tuple[str, nn.Parameter], whole: Tensor) -> Tensor:
+    def _shard_like(self, trained: tuple[str, nn.Parameter], full: Tensor) -> Tensor:
+        """Return this rank's shard of an optimizer's value, in the form of its parameter."""
         name, parameter = trained
-        if not whole.ndim:  # a number of steps
-            return whole
-        piece = self._shards.own(name, whole).to(self.root_device, copy=True)
+        if not full.ndim:  # AdamW's step count
+            return full
+        shard = self._shards.local_slice(name, full).to(self.root_device, copy=True)
         if not isinstance(parameter, DTensor):
-            return piece.view(parameter.shape)
-        piece = piece.view(parameter.to_local().shape)
+            return shard.view(parameter.shape)
+        shard = shard.view(parameter.to_local().shape)
         mesh, placements = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(piece, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+        return DTensor.from_local(shard, mesh, placements, shape=parameter.shape, stride=parameter.stride())
 
 
-def check_precision(precision: Any, yaml: str) -> None:
-    """Raises: UserError if it is none that keeps float32 weights and needs no scaling of the loss."""
+def check_precision(precision: Any, config_file: str) -> None:
+    """Raises: UserError unless the precision keeps float32 weights and needs no loss scaling."""
     if precision not in (None, 32, "32", "32-true", "bf16", "bf16-mixed"):
-        raise UserError(f"trainer.precision is {precision}, but {yaml} needs 32-true, or bf16-mixed: float32 master weights")
+        raise UserError(
+            f"trainer.precision is {precision}, but {config_file} needs 32-true, or bf16-mixed: float32 master weights"
+        )
 
 
 def build_on_rank_zero(build: Callable[[], Kosmos]) -> dict[str, Tensor] | None:
-    """Return the tensors of a model that the first rank builds, there; None on others. All of them end if it cannot."""
-    source: dict[str, Tensor] | None = None
-    told: list[tuple[str, bool] | None] = [None]
+    """Return the tensors of a model that rank 0 builds, on rank 0; None on other ranks. All ranks end if it fails."""
+    full_tensors: dict[str, Tensor] | None = None
+    errors: list[tuple[str, bool] | None] = [None]
     try:
         if dist.get_rank() == 0:
-            source = tensors_of(build())
-            _check_finite(source)
-    finally:  # an error too is told to the others, who would wait for weights
-        problem = sys.exc_info()[1]
-        if problem is not None:
-            told = [(str(problem), isinstance(problem, UserError))]
-        dist.broadcast_object_list(told, src=0)
-    for message, is_mistake in filter(None, told):
-        if is_mistake:
-            sys.exit(2)  # the first rank says why
-        raise RuntimeError(f"the first rank could not build the model: {message}")
-    return source
+            full_tensors = named_tensors(build())
+            _check_finite(full_tensors)
+    finally:  # `finally`, as the other ranks would wait for the broadcast of the weights forever
+        error = sys.exc_info()[1]
+        if error is not None:
+            errors = [(str(error), isinstance(error, UserError))]
+        dist.broadcast_object_list(errors, src=0)
+    for message, is_user_error in filter(None, errors):
+        if is_user_error:
+            sys.exit(2)  # rank 0 prints the message
+        raise RuntimeError(f"rank 0 could not build the model: {message}")
+    return full_tensors
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -74,7 +74,7 @@ def questions(*n_images: int) -> PromptBatch:
 def lit_that_says(text: str, tower: str) -> KosmosLit:
     lit = KosmosLit(tiny_config(tower))
     lit.net = tiny_model(tower)
-    lit.answer = lambda batch, settings: [text] * len(batch.prompts)  # type: ignore[method-assign, assignment]
+    lit.generate_texts = lambda batch, settings: [text] * len(batch.prompts)  # type: ignore[method-assign, assignment]
     return lit
 
 

@@ -269,7 +269,7 @@ def test_a_plan_prepares_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_run_that_no_device_holds_ends_before_it_begins(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kosmos_lit.checks.memory.memory_of", lambda _: 1000.0)
+    monkeypatch.setattr("kosmos_lit.checks.memory.device_memory", lambda _: 1000.0)
 
     assert main(tiny_run("fit", tmp_path, tiny_world)) == 2
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from kosmos_lit.checks.memory import check_fits, fitting
+from kosmos_lit.checks.memory import check_memory, remedies
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, LoraConfig, VisionConfig
 from kosmos_lit.costs import fusion, memory
 from kosmos_lit.costs.allocations import backward, imagined
@@ -192,7 +192,7 @@ def test_what_is_said_to_fit_fits(small: KosmosConfig) -> None:
     needed = estimate(small, setting).needed
     available = needed * 0.75
 
-    first, *_ = fitting(small, setting, needed, available, rows=24)
+    first, *_ = remedies(small, setting, needed, available, rows=24)
 
     rows = int(first.split()[1])
     assert first == f"micro_batch_rows {rows}"
@@ -206,19 +206,19 @@ def test_a_batch_that_no_device_can_hold_is_refused_with_what_would_fit(small: K
     wanted = estimate(small, setting)
 
     with pytest.raises(UserError, match=r"needs .* GB of a device that has .* GB .*; what would fit: micro_batch_rows \d"):
-        check_fits(small, setting, wanted.total - 1.0, rows=64)
+        check_memory(small, setting, wanted.total - 1.0, rows=64)
     with pytest.warns(UserWarning, match="may run out of memory"):
-        check_fits(small, setting, wanted.needed - 1.0, rows=64)
-    check_fits(small, setting, wanted.needed, rows=64)
+        check_memory(small, setting, wanted.needed - 1.0, rows=64)
+    check_memory(small, setting, wanted.needed, rows=64)
 
 
 def test_a_cpu_is_asked_only_for_what_any_batch_needs(small: KosmosConfig) -> None:
     setting = replace(PAPER, device="cpu", precision="32-true", batch=replace(PAPER.batch, rows=1000))
     weights = sum(4 * p.numel() for p in memory.skeleton(small).parameters())
 
-    check_fits(small, setting, 4 * weights, rows=1000)
+    check_memory(small, setting, 4 * weights, rows=1000)
     with pytest.raises(UserError, match=r"weights, gradients and optimizer state take .* GB, but this machine has"):
-        check_fits(small, setting, weights, rows=1000)
+        check_memory(small, setting, weights, rows=1000)
 
 
 def test_two_estimates_of_a_step_are_the_same(tower: str) -> None:

@@ -1,4 +1,4 @@
-"""What ranks hold of a tensor, on one rank of its own; test_sharding.py has several."""
+"""Shards of tensors in a single rank; test_sharding.py runs several ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.sharding.shards import ShardedTensors, checksum, clip_grad_norm, tensors_of
+from kosmos_lit.sharding.shards import ShardedTensors, checksum, clip_grad_norm, named_tensors
 from kosmos_lit.sharding.strategy import build_on_rank_zero
 from tests.kosmos_lit.tiny_kosmos import normal, tiny_model
 
@@ -24,26 +24,26 @@ def _one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def pieces_of(module: nn.Module) -> ShardedTensors:
-    return ShardedTensors(module, {name: tensor.shape for name, tensor in tensors_of(module).items()}, CPU)
+def sharded(module: nn.Module) -> ShardedTensors:
+    return ShardedTensors(module, {name: tensor.shape for name, tensor in named_tensors(module).items()}, CPU)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
-def test_checksums_of_runs_add_up_to_that_of_the_whole(dtype: torch.dtype) -> None:
-    whole = (normal(101) > 0.3) if dtype == torch.bool else (9 * normal(101)).to(dtype)
+def test_checksums_of_slices_add_up_to_that_of_the_full_tensor(dtype: torch.dtype) -> None:
+    full = (normal(101) > 0.3) if dtype == torch.bool else (9 * normal(101)).to(dtype)
 
-    runs = [checksum(whole[first : first + 17], first) for first in range(0, 101, 17)]
+    slices = [checksum(full[first : first + 17], first) for first in range(0, 101, 17)]
 
-    assert int(torch.stack(runs).sum()) == int(checksum(whole))
+    assert int(torch.stack(slices).sum()) == int(checksum(full))
 
 
-def changed(whole: Tensor, how: str) -> Tensor:
-    other = whole.clone()
+def changed(full: Tensor, how: str) -> Tensor:
+    other = full.clone()
     match how:
         case "last bit":
             other.view(torch.int32)[5] ^= 1
         case "two swapped":
-            other[3], other[4] = whole[4], whole[3]
+            other[3], other[4] = full[4], full[3]
         case "sign of zero":
             other[0] = -0.0
     return other
@@ -51,33 +51,33 @@ def changed(whole: Tensor, how: str) -> Tensor:
 
 @pytest.mark.parametrize("how", ["last bit", "two swapped", "sign of zero"])
 def test_a_checksum_notices(how: str) -> None:
-    whole = normal(11)
-    whole[0] = 0.0
+    full = normal(11)
+    full[0] = 0.0
 
-    assert int(checksum(changed(whole, how))) != int(checksum(whole))
+    assert int(checksum(changed(full, how))) != int(checksum(full))
 
 
 @pytest.mark.usefixtures("_one_rank")
-def test_what_was_sent_is_what_is_held() -> None:
+def test_a_broadcast_copies_every_tensor() -> None:
     source, other = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
     nn.init.normal_(source.weight)
-    shards = pieces_of(other)
+    shards = sharded(other)
 
-    shards.check(shards.fill(tensors_of(source)), "now")
+    shards.check(shards.broadcast(named_tensors(source)), "now")
 
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
 
 
 @pytest.mark.usefixtures("_one_rank")
-def test_a_weight_that_is_not_the_first_rank_s_is_named() -> None:
+def test_a_weight_that_differs_from_rank_0_s_is_named() -> None:
     module = nn.Linear(3, 2)
-    shards = pieces_of(module)
-    wanted = shards.fill(tensors_of(nn.Linear(3, 2)))
+    shards = sharded(module)
+    expected = shards.broadcast(named_tensors(nn.Linear(3, 2)))
     with torch.no_grad():
         module.bias[1] += 1
 
-    with pytest.raises(RuntimeError, match="now: 1 of 2 tensors are not the first rank's, bias for one"):
-        shards.check(wanted, "now")
+    with pytest.raises(RuntimeError, match="now: 1 of 2 tensors differ from rank 0's, bias for one"):
+        shards.check(expected, "now")
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -86,24 +86,24 @@ def test_a_tensor_without_memory_is_named() -> None:
     module.weight = nn.Parameter(module.weight.to("meta"))
 
     with pytest.raises(RuntimeError, match=r"weight has 6 elements, but the ranks hold \[0\] of them"):
-        pieces_of(module)
+        sharded(module)
 
 
 @pytest.mark.usefixtures("_one_rank")
 @pytest.mark.parametrize("limit", [0.5, 1e6, float("inf")])
 def test_clipping_is_torch_s(limit: float) -> None:
-    mine, theirs = [nn.Parameter(normal(3, 2)) for _ in range(2)], [nn.Parameter(normal(3, 2)) for _ in range(2)]
-    for one in (mine[0], theirs[0]):
+    own, torchs = [nn.Parameter(normal(3, 2)) for _ in range(2)], [nn.Parameter(normal(3, 2)) for _ in range(2)]
+    for one in (own[0], torchs[0]):
         one.grad = normal(3, 2, seed=1)
 
-    norm = clip_grad_norm(mine, limit)
+    norm = clip_grad_norm(own, limit)
 
-    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs, limit))
-    torch.testing.assert_close(mine[0].grad, theirs[0].grad, rtol=1e-7, atol=0)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(torchs, limit))
+    torch.testing.assert_close(own[0].grad, torchs[0].grad, rtol=1e-7, atol=0)
 
 
 @pytest.mark.usefixtures("_one_rank")
-def test_weights_that_are_not_finite_are_not_sent(kosmos_tower: str) -> None:
+def test_weights_that_are_not_finite_are_not_broadcast(kosmos_tower: str) -> None:
     model = tiny_model(kosmos_tower)
     with torch.no_grad():
         model.decoder.layers[1].ffn.fc1.bias[3] = float("nan")

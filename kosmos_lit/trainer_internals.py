@@ -1,0 +1,33 @@
+"""Names of Lightning that it does not document, each behind a function; tests/kosmos_lit/test_trainer_internals.py has one
+test for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+
+def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
+    """Return a module's trainer, or None outside a run, where the public `module.trainer` raises."""
+    return module._trainer
+
+
+def loss_scaler(trainer: L.Trainer) -> object | None:
+    """Return the gradient scaler of float16 training, or None for a precision that has none."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def set_batch_progress(trainer: L.Trainer, n_batches: int) -> None:
+    """Set the training loop's counts of micro-batches to `n_batches`, before the first one of a run."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for counts in (progress.current, progress.total):
+        shift = n_batches - counts.ready
+        for name, count in vars(counts).items():  # ready, started, processed, completed
+            setattr(counts, name, count + shift)
+
+
+def lr_schedulers(trainer: L.Trainer) -> list[Any]:
+    """Return the learning-rate schedulers of a run."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]

@@ -1,0 +1,196 @@
+"""Lightning's undocumented names that the model, callbacks and strategies use still exist and mean the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor, nn
+
+from kosmos_lit.sharding.fsdp import Fsdp1Strategy
+from kosmos_lit.trainer_internals import attached_trainer, loss_scaler, lr_schedulers, set_batch_progress
+
+N_STEPS, N_MICRO_BATCHES = 5, 2
+
+
+class Line(L.LightningModule):
+    """Fits one weight, on the data that it carries itself, and records what it sees of the loop."""
+
+    def __init__(self, start: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.start = start
+        self.batch_indexes: list[int] = []
+
+    def on_train_start(self) -> None:
+        if self.start is not None:
+            set_batch_progress(self.trainer, self.start)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.batch_indexes.append(batch_idx)
+        return (self.weight - batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Loader:
+    """Yields a hundred batches."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([torch.ones(3)] * len(self))
+
+    # Lightning warns when it resumes on a loader without state.
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Ones(L.LightningDataModule):
+    def train_dataloader(self) -> Loader:
+        return Loader()
+
+
+def fit(folder: Path, module: Line, checkpoint: Path | None = None, **settings: Any) -> L.Trainer:
+    defaults = {"max_steps": N_STEPS, "accumulate_grad_batches": N_MICRO_BATCHES, "enable_checkpointing": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **(defaults | quiet | settings))
+    trainer.fit(module, datamodule=Ones(), ckpt_path=checkpoint)
+    return trainer
+
+
+def test_trainer_of_a_module_is_none_until_it_is_attached(tmp_path: Path) -> None:
+    module = Line()
+    assert attached_trainer(module) is None
+
+    trainer = fit(tmp_path, module)
+
+    assert attached_trainer(module) is trainer
+
+
+def test_datamodule_is_the_trainers(tmp_path: Path) -> None:
+    assert isinstance(fit(tmp_path, Line()).datamodule, Ones)  # type: ignore[attr-defined]
+
+
+def test_scaler_is_the_gradient_scaler_of_float16_alone() -> None:
+    scaler = object()
+    half = MixedPrecision("16-mixed", "cuda", scaler=scaler)  # type: ignore[arg-type]
+
+    assert loss_scaler(SimpleNamespace(precision_plugin=half)) is scaler  # type: ignore[arg-type]
+    for plugin in (Precision(), MixedPrecision("bf16-mixed", "cpu")):
+        assert loss_scaler(SimpleNamespace(precision_plugin=plugin)) is None  # type: ignore[arg-type]
+
+
+def test_batch_progress_counts_the_micro_batches_of_a_run(tmp_path: Path) -> None:
+    progress = fit(tmp_path, Line()).fit_loop.epoch_loop.batch_progress
+
+    for counts in (progress.current, progress.total):
+        assert vars(counts) == dict.fromkeys(("ready", "started", "processed", "completed"), N_STEPS * N_MICRO_BATCHES)
+
+
+def test_batch_progress_decides_which_micro_batch_a_resumed_run_starts_at(tmp_path: Path) -> None:
+    fit(tmp_path, Line()).save_checkpoint(tmp_path / "end.ckpt")
+    module = Line(start=3 * N_STEPS)
+    fit(tmp_path, module, tmp_path / "end.ckpt", accumulate_grad_batches=3, max_steps=N_STEPS + 1)
+
+    assert module.batch_indexes == [15, 16, 17]
+
+
+def test_lr_scheduler_configs_hold_the_schedulers_of_the_module(tmp_path: Path) -> None:
+    [schedule] = lr_schedulers(fit(tmp_path, Line()))
+
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    assert schedule.base_lrs == [0.1]
+
+
+def test_a_lightning_optimizer_holds_torchs(tmp_path: Path) -> None:
+    module = Line()
+    fit(tmp_path, module)
+    wrapped = module.optimizers()
+
+    assert isinstance(wrapped, LightningOptimizer)
+    assert isinstance(wrapped.optimizer, torch.optim.SGD)
+
+
+def test_monitor_candidates_name_and_rank_checkpoints(tmp_path: Path) -> None:
+    class ByTens(ModelCheckpoint):
+        def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+            return super()._monitor_candidates(trainer) | {"step": torch.tensor(10 * trainer.global_step)}
+
+    callback = ByTens(dirpath=tmp_path, filename="{step}", monitor="step", mode="max", save_top_k=2, every_n_train_steps=1)
+    trainer = fit(tmp_path, Line(), callbacks=[callback], enable_checkpointing=True)
+
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"step=40.ckpt", "step=50.ckpt"}
+    assert callback.format_checkpoint_name(callback._monitor_candidates(trainer)).endswith("step=50.ckpt")
+
+
+def test_data_and_tensor_parallel_size_are_the_mesh_of_model_parallel() -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=3, tensor_parallel_size=1)
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (3, 1)
+
+    default = ModelParallelStrategy()
+    assert (default._data_parallel_size, default._tensor_parallel_size) == ("auto", "auto")
+
+
+def test_precision_plugin_is_stored_in_one_attribute() -> None:
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    assert SingleDeviceStrategy(precision_plugin=plugin)._precision_plugin is plugin
+
+    sharded = Fsdp1Strategy()
+    sharded.accelerator = CPUAccelerator()
+    sharded.precision_plugin = FSDPPrecision("bf16-mixed")
+    assert isinstance(sharded._precision_plugin, MixedPrecision)
+
+
+def test_setup_model_wraps_the_root_of_fsdp1() -> None:
+    class Wrapping(FSDPStrategy):
+        def _setup_model(self, model: nn.Module) -> nn.Module:
+            return nn.Sequential(model)
+
+    strategy, module = Wrapping(parallel_devices=[torch.device("cpu")]), Line()
+    strategy.accelerator = CPUAccelerator()
+    strategy.connect(module)
+    strategy.setup(SimpleNamespace(state=SimpleNamespace(fn="validate")))  # type: ignore[arg-type]
+
+    assert isinstance(strategy.model, nn.Sequential)
+    assert strategy.model[0] is module
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Strategy, "lightning_restore_optimizer"),
+        (Strategy, "lightning_module_state_dict"),
+        (Strategy, "load_model_state_dict"),
+        (Strategy, "load_optimizer_state_dict"),
+        (Strategy, "optimizer_state"),
+        (ParallelStrategy, "block_backward_sync"),
+        (ModelParallelStrategy, "device_mesh"),
+        (FSDPStrategy, "precision_plugin"),
+    ],
+)
+def test_members_that_sharded_strategies_override_or_read_exist(owner: type[Strategy], name: str) -> None:
+    assert hasattr(owner, name)
+
+
+@pytest.mark.parametrize("name", ["forward_context", "val_step_context"])
+def test_a_precision_plugin_has_contexts(name: str) -> None:
+    with getattr(MixedPrecision("bf16-mixed", "cpu"), name)():
+        assert torch.is_autocast_enabled("cpu")
