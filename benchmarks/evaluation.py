@@ -32,7 +32,7 @@ from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.images import load
-from kosmos_lit.inference.generate import score_tokens
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 
@@ -157,8 +157,8 @@ def by_pairs(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[Lo
             paths = [part for part in request.parts if isinstance(part, Path)]
             pixels = np.stack([load(p, SIDE, "square") for p in paths]) if paths else np.zeros((0, 3, SIDE, SIDE), np.uint8)
             ids = encode_answers(request.parts, [candidate], tokenizer)
-            [[log_probs]] = score_tokens(model, [prompt], [ids], torch.from_numpy(pixels), tokenizer)
-            found.append(sum(log_probs))
+            [[log_probs]] = Engine(model, tokenizer).token_log_probs([prompt], [ids], torch.from_numpy(pixels))
+            found.append(sum(token.log_prob for token in log_probs))
     return found
 
 

@@ -23,16 +23,18 @@ import torch
 
 from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
-from kosmos_lit.inference.generate import GenerationConfig, Prompt, generate
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.inference.prompts import Prompt
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, SpecialTokens, expand_images
-from kosmos_lit.weights import to_transformers
+from kosmos_lit.weights.kosmos2 import to_transformers
 
 VOCAB = 65_037
 N_LATENTS, SIDE, N_WORDS = 64, 112, 33
 SIZES = {"tiny": (256, 4), "small": (512, 8), "medium": (768, 12), "large": (1024, 24), "kosmos1": (2048, 24)}
 """Width and layers; heads are 64 wide (32 in `tiny`), as in the paper."""
-SPECIAL = SpecialTokens.after(64_000)
+SPECIAL = SpecialTokens.for_pieces(64_000)
 
 
 def make_model(size: str) -> Kosmos:
@@ -72,7 +74,7 @@ def ours(model: Kosmos, prompts: list[Prompt], images: torch.Tensor, n_beams: in
     """Write with kosmos-lit."""
     vocabulary: Any = SimpleNamespace(special=SPECIAL, vocab_size=VOCAB, extra=(), decode=lambda ids, **_: str(ids))
     settings = GenerationConfig(max_new_tokens=n_new, n_beams=n_beams, allow_control_tokens=True)
-    return [list(made.tokens) for made in generate(model, prompts, images, vocabulary, settings)]
+    return [list(c.tokens) for c in Engine(model, vocabulary).generate_batch(prompts, images, settings)]
 
 
 def theirs(model: Any, prompts: list[Prompt], pixels: torch.Tensor, n_beams: int, n_new: int) -> list[list[int]]:

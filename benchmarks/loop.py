@@ -122,7 +122,7 @@ class Loop:
         lit.configure_model()
         net, c = lit.net.to(device).train(), lit.optimizer_config
         if device.type == "cuda":  # as in a run
-            net.fuse()
+            net.compile_blocks()
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))

@@ -34,9 +34,9 @@ from benchmarks.synthetic_batches import Document, SyntheticBatches, n_targets
 from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.model import Kosmos
+from kosmos_lit.state_dicts.keys import TRANSFORMERS
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
-from kosmos_lit.weights import to_transformers
-from kosmos_lit.weights.keys import TRANSFORMERS
+from kosmos_lit.weights.kosmos2 import to_transformers
 
 KINDS = ("text", "caption", "interleaved")
 SIZES = {"micro": (64, 2, 2), "tiny": (256, 4, 4), "small": (512, 6, 8), "medium": (768, 12, 12)}
@@ -89,7 +89,7 @@ def make_transformers(model: Kosmos) -> Any:
     other: Any = to_transformers(model).train()
     parameters = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        for their_name in TRANSFORMERS.theirs(name):
+        for their_name in TRANSFORMERS.external_names(name):
             parameters[their_name].requires_grad_(parameter.requires_grad)
     return other
 
@@ -271,7 +271,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    synthetic = SyntheticBatches(SpecialTokens.after(a.vocab - 1037), N_LATENTS, a.image_size, a.seq_len)
+    synthetic = SyntheticBatches(SpecialTokens.for_pieces(a.vocab - 1037), N_LATENTS, a.image_size, a.seq_len)
     model = make_model(a.size, a.vocab, a.seq_len, a.image_size)
     step = make_step(model, synthetic, a.rows, a.micro_rows, a.short_text)
     kosmos = TrainLoop(model, kosmos_loss, step.packed, step.n_targets)

@@ -1,19 +1,22 @@
-"""KOSMOS-1 (arXiv 2302.14045) as a Lightning training framework: the model and how it is trained."""
+"""KOSMOS-1 (arXiv 2302.14045) as a Lightning training framework."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kosmos_lit._version import __version__
 
 if TYPE_CHECKING:
+    from kosmos_lit.inference.engine import Engine as Engine
+    from kosmos_lit.inference.engine import load as load
     from kosmos_lit.model import Kosmos as Kosmos
 
-__all__ = ["Kosmos", "__version__"]
+__all__ = ["Engine", "Kosmos", "__version__", "load"]
+
+_MODULES = {"Engine": "kosmos_lit.inference.engine", "load": "kosmos_lit.inference.engine", "Kosmos": "kosmos_lit.model"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the model when it is asked for: the loader's processes and `--help` do without torch."""
-    if name == "Kosmos":
-        from kosmos_lit.model import Kosmos
-
-        return Kosmos
+    """Import a public name at its first use: the loader's processes and `--help` do without torch."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, found again, and compared before they are loaded.
+"""Checkpoints: written atomically, listed, and compared with a run before they are loaded.
 
 A checkpoint holds tensors and plain Python data only, and is read with `weights_only=True`: a file from elsewhere cannot
-run code. Beside weights and optimizer it holds the model's configuration and the tokenizer.
+run code. Beside weights and optimizer state it holds the model's configuration and the tokenizer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ SUFFIX = ".ckpt"
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, forces it to disk, then renames: a kill or a full disk leaves the old files as they were.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a temporary file, syncs it to disk, then renames it: after a kill or on a full disk, old files are untouched.
 
     Lightning's own writer stages in the system's temporary folder and copies, which is not atomic across file systems.
     """
@@ -63,18 +63,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except READ_ERRORS as error:
         raise UserError(f"{path} is no checkpoint that can be read safely: {error}") from error
-    about = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    if not about or "kosmos" not in about or "global_step" not in checkpoint:
+    hparams = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
+    if not hparams or "kosmos" not in hparams or "global_step" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of kosmos-lit: it does not say which model it holds")
     return checkpoint
 
 
 def find_last(folder: Path) -> Path | None:
-    """Return the newest readable checkpoint of a folder by its step, or None if there is none at all.
+    """Return the readable checkpoint of a folder with the highest step, or None if there are no checkpoints.
 
-    What cannot be read is named on stderr.
+    Damaged ones are listed on stderr.
 
-    Raises: UserError if there are checkpoints but none can be read: a run must not start over without being told to.
+    Raises: UserError if there are checkpoints but none can be read: a run must not silently start over.
     """
     steps: list[tuple[int, Path]] = []
     damaged = []
@@ -86,17 +86,28 @@ def find_last(folder: Path) -> Path | None:
     if damaged and not steps:
         raise UserError(f"no checkpoint in {folder} can be read: {'; '.join(damaged)}; delete them to start over")
     for message in damaged:
-        print(f"passed over: {message}", file=sys.stderr)
+        print(f"skipped: {message}", file=sys.stderr)
     return max(steps)[1] if steps else None
 
 
-def check_architecture(checkpoint: Mapping[str, Any], config: KosmosConfig, path: str | Path) -> None:
-    """Make sure that a checkpoint's weights are those of the configured model.
+def check_architecture(
+    saved: KosmosConfig, config: KosmosConfig, path: str | Path, *, ignored: Collection[str] = ()
+) -> None:
+    """Make sure that saved weights are those of the configured model.
 
-    Raises: UserError naming every field that differs.
+    Args:
+        saved: the configuration beside the weights.
+        config: the run's.
+        path: the file or folder of the weights, for the message.
+        ignored: fields of `KosmosConfig.architecture` that may differ.
+
+    Raises: UserError naming every other field that differs.
     """
-    there = KosmosConfig.from_dict(checkpoint["hyper_parameters"]["kosmos"]).architecture()
-    here = config.architecture()
-    wrong = [f"{k} is {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
+    actual, expected = saved.architecture(), config.architecture()
+    wrong = [
+        f"{name} is {actual.get(name)!r} in the checkpoint, {value!r} in the run"
+        for name, value in expected.items()
+        if name not in ignored and actual.get(name) != value
+    ]
     if wrong:
         raise UserError(f"{path} holds a model of another architecture: {'; '.join(wrong)}")

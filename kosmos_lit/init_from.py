@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: from given weights, with parts of them frozen."""
+"""The start of fine-tuning: pretrained weights, and which of them are frozen."""
 
 from __future__ import annotations
 
@@ -9,58 +9,55 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from kosmos_lit.checkpoint import check_architecture
 from kosmos_lit.config import DecoderConfig, KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.layers.init import embedding_std
-from kosmos_lit.lora import merged
-from kosmos_lit.model import Kosmos
-from kosmos_lit.weights.folder import assemble
+from kosmos_lit.lora import merge_adapters
+from kosmos_lit.weights.folder import LoadedModel, build_model
+from kosmos_lit.weights.load import load_model
 
 ROWS = "decoder.embed_tokens.weight"
 
 
-def initialise_from(path: str, config: KosmosConfig, seed: int = 0) -> Kosmos:
-    """Return a model of `config` with the weights and the tokenizer of a checkpoint or an imported folder.
+def from_pretrained(path: str, config: KosmosConfig, seed: int = 0) -> LoadedModel:
+    """Return a model of `config`, in training mode, with the weights of a checkpoint or model folder; and its tokenizer.
 
-    The weights are float32, whatever they are there. The vocabulary may have more rows than there (`seed` draws the others)
-    or fewer, down to the tokenizer's ids; rows may be longer where positions are not learnt. Adapters that are there go on
-    if `config` asks for the same, else they are merged; new ones start at nothing.
+    The weights become float32. The vocabulary may have more rows than the file (`seed` draws the others) or fewer, down to
+    the tokenizer's ids; rows of tokens may be longer where positions are not learnt. Adapters are kept if `config` has the
+    same, else they are merged; new ones start at zero.
 
     Raises: UserError if there is no such model, or it is of another architecture, naming every field that differs.
     """
-    given = Kosmos.load(path)
-    there, here = given.config.architecture(), config.architecture()
-    free = {"lora", "decoder.vocab_size"}
-    wrong = [f"{k} is {there.get(k)!r} there, {v!r} here" for k, v in here.items() if k not in free and there.get(k) != v]
-    if wrong:
-        raise UserError(f"{path} holds a model of another architecture: {'; '.join(wrong)}")
-    n_rows, needed = config.decoder.vocab_size, given.tokenizer.vocab_size if given.tokenizer else 0
-    if n_rows < needed:
-        raise UserError(f"the tokenizer of {path} has {needed} ids, but model.kosmos.decoder.vocab_size is {n_rows}")
-    goes_on = there["lora"] == here["lora"]
-    source = given if goes_on else merged(given)
+    pretrained, tokenizer = load_model(path)
+    check_architecture(pretrained.config, config, path, ignored={"lora", "decoder.vocab_size"})
+    n_rows, n_ids = config.decoder.vocab_size, tokenizer.vocab_size if tokenizer else 0
+    if n_rows < n_ids:
+        raise UserError(f"the tokenizer of {path} has {n_ids} ids, but model.kosmos.decoder.vocab_size is {n_rows}")
+    # Compared as in `architecture`: without the dropout rate, and targets in any order.
+    keeps_adapters = pretrained.config.architecture()["lora"] == config.architecture()["lora"]
+    source = pretrained if keeps_adapters else merge_adapters(pretrained)
     weights = {k: tensor.float() if tensor.is_floating_point() else tensor for k, tensor in source.state_dict().items()}
     weights[ROWS] = _resized(weights[ROWS], config.decoder, seed)
-    model = assemble(config if goes_on else replace(config, lora=None), weights, path, copy=False)
-    model.tokenizer = given.tokenizer
-    if config.lora is not None and not goes_on:
+    model = build_model(config if keeps_adapters else replace(config, lora=None), weights, path, copy=False)
+    if config.lora is not None and not keeps_adapters:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model.adapt(config.lora)
-    return model.train()
+            model.add_lora(config.lora)
+    return LoadedModel(model.train(), tokenizer)
 
 
 def _resized(rows: Tensor, config: DecoderConfig, seed: int) -> Tensor:
-    """Return the first V rows of an embedding, those that are missing drawn as in a new model."""
+    """Return the first V rows of an embedding; missing rows are drawn as in a new model."""
     n_new = config.vocab_size - len(rows)
     if n_new <= 0:
-        return rows if n_new == 0 else rows[:n_new].clone()  # a slice would keep, and save, what was cut off
+        return rows if n_new == 0 else rows[:n_new].clone()  # a slice would keep, and save, the whole storage
     new = torch.randn(n_new, rows.shape[1], generator=torch.Generator().manual_seed(seed))
     return torch.cat([rows, embedding_std(config) * new])
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Let parameters no longer train whose names match a pattern, or lie below one.
+    """Freeze the parameters whose names match a pattern, or lie below one.
 
     `decoder.embed_tokens`, `decoder.layers.[0-9].*` and `*.bias` are patterns; see `fnmatch`.
 
@@ -79,5 +76,5 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter of that name is one that a pattern of `freeze` names."""
+    """Return whether a pattern of `freeze` covers a parameter's name."""
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

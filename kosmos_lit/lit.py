@@ -20,8 +20,10 @@ from kosmos_lit.checks.memory import BatchSizes, check_step_memory
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.corpus_loss import CorpusLoss
 from kosmos_lit.errors import UserError
-from kosmos_lit.inference.generate import GenerationConfig, Prompt, encode_prompt, generate
-from kosmos_lit.init_from import freeze, initialise_from
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.inference.prompts import Prompt, encode_prompt
+from kosmos_lit.init_from import freeze, from_pretrained
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
 from kosmos_lit.resume import check_trained, start_at_step
@@ -111,7 +113,7 @@ class KosmosLit(L.LightningModule):
 
     def _outline(self) -> Kosmos:
         """Return the model on the meta device, without weights."""
-        model = Kosmos.outline(self.config)
+        model = Kosmos.on_meta(self.config)
         freeze(model, self.frozen)
         return model
 
@@ -123,8 +125,7 @@ class KosmosLit(L.LightningModule):
     def _initialised_model(self) -> Kosmos:
         if self.init_from is None:
             return Kosmos.create(self.config, self.seed)
-        model = initialise_from(self.init_from, self.config, self.seed)
-        own = model.tokenizer
+        model, own = from_pretrained(self.init_from, self.config, self.seed)
         if attached_trainer(self) is not None and own is not None and own.fingerprint != self.tokenizer.fingerprint:
             raise UserError(
                 f"model.init_from: {self.init_from} was trained with tokenizer {own.fingerprint}, but the data's is "
@@ -173,7 +174,7 @@ class KosmosLit(L.LightningModule):
         Raises: UserError if a document's tokens or images change another document's losses.
         """
         if uses_compile(self.config.decoder, self.device):
-            self.net.fuse()
+            self.net.compile_blocks()
         self._check_leaks()
         start_at_step(self.trainer, self.optimizer_config, self._rate)
 
@@ -295,7 +296,7 @@ class KosmosLit(L.LightningModule):
         ]
         if batch.tokens is not None:
             prompts = [Prompt.of(ids, tokenizer, n_latents) for ids in batch.tokens]
-        return [generated.text for generated in generate(net, prompts, batch.images, tokenizer, settings)]
+        return [c.text for c in Engine(net, tokenizer).generate_batch(prompts, batch.images, settings)]
 
     def _log_loss(self, prefix: str) -> None:
         metrics: dict[str, Any] = {f"{prefix}/{k}": v.float() for k, v in self.val_loss.compute().items()}

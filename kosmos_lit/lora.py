@@ -1,4 +1,4 @@
-"""What to do with a model's adapters: merge them into the weights, or keep them as a folder of their own."""
+"""A trained model's LoRA adapters: merged into the weights, or in a folder of their own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kosmos_lit.config import LoraConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.layers.lora import ADAPTER, adapted, peft_config
+from kosmos_lit.layers.lora import ADAPTER, adapted_layers, peft_config
 from kosmos_lit.model import Kosmos
-from kosmos_lit.weights.folder import assemble
+from kosmos_lit.weights.folder import build_model
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-"""Of the names in peft's files."""
+"""Before each name in peft's files."""
 READ = {"peft_type", "r", "lora_alpha", "target_modules"}
 HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",  # about the file
@@ -27,57 +27,56 @@ HARMLESS = {
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of ways to start, see `init_lora_weights`
     "megatron_core", "qalora_group_size",  # without `megatron_config` and `use_qalora` nothing reads them
 }  # fmt: skip
-"""Fields of peft's table that say nothing about what a trained adapter computes."""
-NEUTRAL_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is; others (pissa, olora, corda, loftq, lora_ga) change it too."""
+"""Fields of peft's table that do not change what a trained adapter computes."""
+NEUTRAL_INITS = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base weights alone; others (pissa, olora, corda, loftq, lora_ga) do not."""
 
 
 def base_weights(model: Kosmos) -> dict[str, Tensor]:
-    """Return the weights below the adapters by the names of a model without any."""
-    names = [name for name, _ in adapted(model)]
-    found = {}
+    """Return the weights without the adapters, by their names in a model without any."""
+    names = [name for name, _ in adapted_layers(model)]
+    weights = {}
     for name, tensor in model.state_dict().items():
-        owner = next((n for n in names if name.startswith(f"{n}.")), None)
-        if owner is None:
-            found[name] = tensor
-        elif name.startswith(f"{owner}.base_layer."):
-            found[name.replace(".base_layer.", ".")] = tensor
-    return found
+        layer = next((n for n in names if name.startswith(f"{n}.")), None)
+        if layer is None:
+            weights[name] = tensor
+        elif name.startswith(f"{layer}.base_layer."):
+            weights[name.replace(".base_layer.", ".")] = tensor
+    return weights
 
 
 def without_lora(model: Kosmos, weights: Mapping[str, Tensor]) -> Kosmos:
-    """Return a model without adapters that has copies of `weights`, in evaluation mode; each keeps its dtype and device."""
-    return _plain(model, {name: tensor.clone() for name, tensor in weights.items()})
+    """Return a model without adapters, with copies of `weights`, in evaluation mode; each keeps its dtype and device."""
+    return _without_adapters(model, {name: tensor.clone() for name, tensor in weights.items()})
 
 
-def _plain(model: Kosmos, weights: Mapping[str, Tensor]) -> Kosmos:
-    plain = assemble(replace(model.config, lora=None), weights, "the model", copy=False)
-    for name, buffer in model.named_buffers(remove_duplicate=False):  # those of a tower, which no file need hold
-        owner, _, last = name.rpartition(".")
-        setattr(plain.get_submodule(owner), last, buffer.clone())
-    plain.tokenizer = model.tokenizer
-    return plain
+def _without_adapters(model: Kosmos, weights: Mapping[str, Tensor]) -> Kosmos:
+    base = build_model(replace(model.config, lora=None), weights, "the model", copy=False)
+    for name, buffer in model.named_buffers(remove_duplicate=False):  # a tower's, which may be in no state dict
+        owner, _, attribute = name.rpartition(".")
+        setattr(base.get_submodule(owner), attribute, buffer.clone())
+    return base
 
 
-def merged(model: Kosmos) -> Kosmos:
-    """Return a model without adapters that computes the same: W + alpha / rank B A; one that has none as it is.
+def merge_adapters(model: Kosmos) -> Kosmos:
+    """Return a model without adapters that computes the same, W + alpha / rank B A; one without adapters is returned as is.
 
     The sum is taken in float32 at least; every weight keeps its dtype and device.
     """
     if model.config.lora is None:
         return model
-    layers = {f"{name}.weight": layer for name, layer in adapted(model)}
+    layers = {f"{name}.weight": layer for name, layer in adapted_layers(model)}
     weights = {}
     for name, weight in base_weights(model).items():
-        weights[name] = _with_adapter(weight, layers[name]) if name in layers else weight.clone()
-    return _plain(model, weights)
+        weights[name] = _merge(weight, layers[name]) if name in layers else weight.clone()
+    return _without_adapters(model, weights)
 
 
-def _with_adapter(weight: Tensor, layer: Any) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (part[ADAPTER].weight.detach().to(wide) for part in (layer.lora_A, layer.lora_B))
-    found: Tensor = weight.to(wide) + (b @ a) * layer.scaling[ADAPTER]
-    return found.to(weight.dtype)
+def _merge(weight: Tensor, layer: Any) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (part[ADAPTER].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
+    merged: Tensor = weight.to(dtype) + (b @ a) * layer.scaling[ADAPTER]
+    return merged.to(weight.dtype)
 
 
 def save_adapter(model: Kosmos, folder: str | Path) -> None:
@@ -92,7 +91,8 @@ def save_adapter(model: Kosmos, folder: str | Path) -> None:
         raise UserError("save_adapter: the model has no adapter; it was not trained with model.kosmos.lora")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    peft_config(replace(lora, dropout_rate=0.0), (name for name, _ in adapted(model))).save_pretrained(str(folder))
+    names = (name for name, _ in adapted_layers(model))
+    peft_config(replace(lora, dropout_rate=0.0), names).save_pretrained(str(folder))
     weights = {
         key: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
@@ -122,41 +122,42 @@ def load_adapter(base: Kosmos, folder: str | Path) -> Kosmos:
         raise UserError(f"{folder} holds no LoRA adapter: {error}; it needs {CONFIG_FILE} and {WEIGHTS_FILE}") from error
     _check_plain(table, folder / CONFIG_FILE)
     model = without_lora(base, base.state_dict())
-    with torch.random.fork_rng():  # what is drawn here is replaced below
-        model.adapt(lora)
+    with torch.random.fork_rng():  # these draws are replaced below, and must not move the caller's
+        model.add_lora(lora)
     own = {name: (key, tensor.device) for name, tensor in model.state_dict().items() if (key := _key(name)) is not None}
     if wrong := sorted({key for key, _ in own.values()} ^ set(weights)):
         raise UserError(f"{folder}: the adapter is of another model; {len(wrong)} weights differ by name: {wrong[:3]}")
     try:
-        given = {name: weights[key].to(device) for name, (key, device) in own.items()}
-        model.load_state_dict(given, strict=False, assign=True)
+        adapters = {name: weights[key].to(device) for name, (key, device) in own.items()}
+        model.load_state_dict(adapters, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder}: the adapter is of another model: {error}") from error
     return model.eval()
 
 
 def _key(name: str) -> str | None:
-    """Return what peft's files call one of an adapter's weights; None for any other weight."""
+    """Return the name of an adapter's weight in peft's files; None for any other weight."""
     is_adapter = ".lora_A." in name or ".lora_B." in name
     return PREFIX + name.replace(f".{ADAPTER}.", ".") if is_adapter else None
 
 
 def _check_plain(table: Mapping[str, Any], path: Path) -> None:
-    """Make sure that W + alpha / rank B A is all that an adapter computes.
+    """Make sure that an adapter computes W + alpha / rank B A and nothing else.
 
-    Raises: UserError naming each field that asks for something else, with its value.
+    Raises: UserError naming each field that changes more, with its value.
     """
     wrong = {} if table.get("peft_type") == "LORA" else {"peft_type": table.get("peft_type")}
     if isinstance(table["target_modules"], str):
         wrong["target_modules"] = table["target_modules"]
     for name, value in table.items():
         if name == "init_lora_weights":
-            plain = value in NEUTRAL_STARTS
+            is_plain = value in NEUTRAL_INITS
         elif name == "bias":
-            plain = value == "none"
+            is_plain = value == "none"
         else:
-            plain = name in READ | HARMLESS or not value  # null, false, [] and {}: peft's ways to say that it is not used
-        if not plain:
+            # Null, false, [] and {} are peft's ways to leave a feature off. An unknown field with a value is refused.
+            is_plain = name in READ | HARMLESS or not value
+        if not is_plain:
             wrong[name] = value
     if wrong:
         raise UserError(

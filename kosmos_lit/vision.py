@@ -1,6 +1,6 @@
 """The image tower: pixels to one feature vector per patch, through open_clip. The only importer of open_clip.
 
-KOSMOS reads what the last block gives *after* the final LayerNorm, on the class token and all patches, without CLIP's
+Features are the last block's output *after* the final LayerNorm, on the class token and all patches, without CLIP's
 projection, each vector scaled to length 1 (released Kosmos-2 `clip.py`; the paper only says "1,024 feature dimensions").
 """
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from kosmos_lit.config import VisionConfig
 from kosmos_lit.errors import UserError
+from kosmos_lit.state_dicts.clip import load_tower
 
 BLOCK = re.compile(r"(?:.*\.)?(?:resblocks|blocks)\.\d+")
 """Name of a transformer block, in open_clip's own towers and in timm's."""
 PARTS = 4
-"""What is left over of images goes through fused blocks in chunks of this part of the size, the last one padded."""
+"""Compiled blocks take the images beyond whole chunks in chunks of a fourth of the size, the last one padded."""
 
 
 class VisionTower(nn.Module):
@@ -36,9 +37,9 @@ class VisionTower(nn.Module):
         trunk = getattr(self.visual, "trunk", self.visual)
         self._has_tokens = hasattr(trunk, "class_embedding") or hasattr(trunk, "num_prefix_tokens")
         self.width = self._find_width()
-        for parameter, trains in _who_trains(self.visual, config.trainable):
+        for parameter, trains in _trainable(self.visual, config.trainable):
             parameter.requires_grad_(trains and parameter.requires_grad)
-        self._is_fused = False
+        self._is_compiled = False
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def init(self) -> None:
@@ -53,26 +54,26 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) uint8 to features (N, 1 + P, C); towers without a class token give (N, P, C)."""
-        return torch.cat([self._features(some)[:n] for some, n in self._chunks(images)])
+        return torch.cat([self._features(chunk)[:n] for chunk, n in self._chunks(images)])
 
-    def fuse(self) -> None:
-        """Let torch.compile fuse what each transformer block does in training, where chunks then have one of two sizes."""
+    def compile_blocks(self) -> None:
+        """Run each transformer block through torch.compile in training, where chunks then have one of two sizes."""
         for block in self._blocks():
-            block.forward = partial(_fused, block)  # no module around it: parameters keep their names
-        self._is_fused = True
+            block.forward = partial(_forward, block)  # no module around it: parameters keep their names
+        self._is_compiled = True
 
     def _chunks(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Yield chunks, and how many of their images are real: padding gives fused blocks the same shapes every time."""
-        N, chunk, static = len(images), self.config.chunk, self._is_fused and torch.is_grad_enabled()
-        n_whole = N // chunk * chunk
-        part = max(1, chunk // PARTS) if static else chunk
-        for first in (*range(0, n_whole, chunk), *range(n_whole, max(N, 1), part)):
-            some = images[first : first + (chunk if first < n_whole else part)]
-            missing = part - len(some) if static else 0
+        """Yield chunks, and how many of their images are real; padding gives compiled blocks the same shapes every time."""
+        N, size, static = len(images), self.config.chunk, self._is_compiled and torch.is_grad_enabled()
+        n_full = N // size * size
+        part = max(1, size // PARTS) if static else size
+        for first in (*range(0, n_full, size), *range(n_full, max(N, 1), part)):  # no image is one empty chunk
+            chunk = images[first : first + (size if first < n_full else part)]
+            missing = part - len(chunk) if static else 0
             if missing > 0:
-                yield torch.cat([some, some.new_zeros(missing, *some.shape[1:])]), len(some)
+                yield torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]), len(chunk)
             else:
-                yield some, len(some)
+                yield chunk, len(chunk)
 
     def _blocks(self) -> list[nn.Module]:
         """Return the transformer blocks; a convolutional tower has none."""
@@ -86,22 +87,22 @@ class VisionTower(nn.Module):
         return features if length is None else length * F.normalize(features, dim=-1)
 
     def _last_layer(self, pixels: Tensor) -> Tensor:
-        """Map (N, 3, H, W) to what the last layer gives, after its norm if it has one, as (N, tokens, C)."""
+        """Map (N, 3, H, W) to the last layer's output, after its norm if it has one, as (N, tokens, C)."""
         layout: dict[str, Any] = {"output_fmt": "NCHW"}
         if self._has_tokens:
             layout = {"output_fmt": "NLC", "output_extra_tokens": True}
-        found: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
+        outputs: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
             pixels, indices=1, normalize_intermediates=True, intermediates_only=True, **layout
         )
-        features: Tensor = found["image_intermediates"][-1]
-        if not self._has_tokens:  # a convolutional tower: its map's places are the patches
+        features: Tensor = outputs["image_intermediates"][-1]
+        if not self._has_tokens:  # a convolutional tower: the positions of its feature map are the patches
             return features.flatten(2).transpose(1, 2)
-        if prefix := found.get("image_intermediates_prefix"):
+        if prefix := outputs.get("image_intermediates_prefix"):
             features = torch.cat([prefix[-1], features], dim=1)
         return features
 
     def _find_width(self) -> int:
-        """Return C: the width of the last LayerNorm, or for a tower without any, what comes out of it."""
+        """Return C: the width of the last LayerNorm, or for a tower without any, of its output."""
         norms = [m for m in self.visual.modules() if isinstance(m, nn.LayerNorm)]
         if norms:
             return norms[-1].normalized_shape[0]
@@ -110,27 +111,27 @@ class VisionTower(nn.Module):
             return self._last_layer(weight.new_zeros(1, 3, size, size)).shape[-1]
 
     def _mean_std(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Of pixels in [0, 255], (1, 3, 1, 1) float32 each; no buffers, as those follow the weights' dtype."""
-        if device not in self._statistics:
+        """Return mean and deviation of pixels in [0, 255], (1, 3, 1, 1) float32 each."""
+        if device not in self._statistics:  # no buffers: those follow the weights' dtype
             both = torch.tensor([self.config.mean, self.config.std], dtype=torch.float32) * 255  # (2, 3)
             mean, std = both.to(device).view(2, 1, 3, 1, 1)
             self._statistics[device] = mean, std
         return self._statistics[device]
 
 
-def _fused(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a block, as one graph where it trains; elsewhere numbers of images vary, and it runs as it is."""
-    run = _compiled() if torch.is_grad_enabled() else _plainly
+def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a block, compiled in training; in evaluation numbers of images vary, and each would be compiled anew."""
+    run = _compiled() if torch.is_grad_enabled() else _eager
     return run(block, *args, **kwargs)
 
 
-def _plainly(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _eager(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(block).forward(block, *args, **kwargs)
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(_plainly, fullgraph=True, dynamic=False)
+    return torch.compile(_eager, fullgraph=True, dynamic=False)
 
 
 def _build(config: VisionConfig) -> nn.Module:
@@ -143,7 +144,7 @@ def _build(config: VisionConfig) -> nn.Module:
     local = Path(config.pretrained) if config.pretrained is not None and Path(config.pretrained).exists() else None
     try:
         if config.pretrained is None or local:
-            # open_clip builds towers in pairs: the text tower here is as small as can be, and dropped.
+            # open_clip builds towers in pairs: this text tower is as small as can be, and dropped.
             text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
             pair = open_clip.CLIP(table["embed_dim"], table["vision_cfg"], text, quick_gelu=table.get("quick_gelu", False))
         elif isinstance(config.architecture, str) and not config.architecture.endswith(".json"):
@@ -158,8 +159,6 @@ def _build(config: VisionConfig) -> nn.Module:
     visual: nn.Module = pair.visual
     visual.proj = None  # type: ignore[assignment]  # KOSMOS reads features before CLIP's projection
     if local:
-        from kosmos_lit.weights.clip import load_tower
-
         load_tower(visual, local)
     return visual
 
@@ -180,19 +179,20 @@ def describe(config: VisionConfig) -> dict[str, Any]:
                 "has, and a path ending in .json is read as a model config"
             )
     if missing := [key for key in ("embed_dim", "vision_cfg") if not isinstance(table, dict) or key not in table]:
-        lack = ", ".join(missing)
-        raise UserError(f"vision.architecture: {config.architecture} is no open_clip model config: {lack} missing")
+        raise UserError(
+            f"vision.architecture: {config.architecture} is no open_clip model config: {', '.join(missing)} missing"
+        )
     return table
 
 
-def _who_trains(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:
-    """Say for each parameter whether `rule` trains it.
+def _trainable(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:
+    """Return each parameter, and whether `rule` trains it.
 
     `last_block` is the released flag `--no-freeze-layer resblocks.23,ln_post`, for any number of blocks.
     """
     named = list(visual.named_parameters())
     if rule == "last_block":
-        blocks = [found[0] for name, _ in named if (found := re.match(f"{BLOCK.pattern}\\.", name))]
+        blocks = [match[0] for name, _ in named if (match := re.match(f"{BLOCK.pattern}\\.", name))]
         if not blocks:
             raise UserError("vision.trainable: last_block, but the tower has no numbered blocks; use none or all")
         last = (blocks[-1], "ln_post.", "trunk.norm.", "trunk.head.norm.")

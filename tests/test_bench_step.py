@@ -29,7 +29,7 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 VOCAB, SEQ_LEN, IMAGE_SIZE, LATENTS = 1200, 512, 28, 64
-SYNTHETIC = SyntheticBatches(SpecialTokens.after(VOCAB - 1037), LATENTS, IMAGE_SIZE, SEQ_LEN)
+SYNTHETIC = SyntheticBatches(SpecialTokens.for_pieces(VOCAB - 1037), LATENTS, IMAGE_SIZE, SEQ_LEN)
 
 
 @pytest.fixture(scope="module")

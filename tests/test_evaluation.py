@@ -12,9 +12,9 @@ import yaml
 
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
-from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.weights import save_folder
+from kosmos_lit.weights.folder import save_folder
+from kosmos_lit.weights.load import load_model
 from tests.kosmos_lit.evaluation.toy_tasks import draw_images
 from tests.ranks import on_ranks
 from tests.running import TINY, losses, tiny_run
@@ -98,7 +98,7 @@ def test_an_untrained_model_is_said_to_be_one(
 
 def test_weights_without_a_checkpoint_are_evaluated(trained: Path, images: Path, tmp_path: Path) -> None:
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
-    save_folder(Kosmos.load(trained / "checkpoints" / "step=00000006.ckpt"), tmp_path / "model")
+    save_folder(*load_model(trained / "checkpoints" / "step=00000006.ckpt"), tmp_path / "model")
 
     for out, start in (("one", "--ckpt_path=last"), ("other", f"--model.init_from={tmp_path / 'model'}")):
         assert main(asked_of(trained, *tasks, start, f"--eval.folder={tmp_path / out}")) == 0

@@ -25,27 +25,30 @@ LAYOUT = """
     evaluation
     lit
     resume
-    sharding checks costs lora init_from checkpoint corpus_loss trainer_internals
+    sharding checks costs lora init_from corpus_loss trainer_internals
     inference
     weights
+    checkpoint
     model
     vision connector decoder
-    layers
+    layers state_dicts
     ops
-    tokenizer
     batch
+    tokenizer
     images
     config
     errors files terminal _version
 """
-"""Places of kosmos_lit from the top down: a line imports what stands below it, and within a line a place imports itself."""
+"""Places of kosmos_lit from the top down: a line imports what stands below it, and within a line a place imports itself.
+
+`checkpoint` knows files and configurations only, so weights are loaded by it. `batch` speaks of ids, which are the
+tokenizer's. `state_dicts` reads the files of a pretrained tower, which `vision` needs to be built.
+"""
 PEERS = {
     ("init_from", "lora"),
     ("checks", "costs"),
     ("checks", "sharding"),
     ("costs", "init_from"),
-    ("sharding", "checkpoint"),
-    ("lora", "checkpoint"),
 }
 """Arrows between places of one line: how a model is trained is one layer with an order of its own."""
 CONTRACT = {"tokenizer", "batch", "images", "config", "errors", "files", "terminal"}

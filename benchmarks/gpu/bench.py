@@ -167,12 +167,14 @@ class Bench:
         """Return a float32 model in training mode on the device, fused as in a run on a GPU, or plain."""
         model = Kosmos.create(config).to(self.device).train()
         if fused and self.use_compile:
-            model.fuse()
+            model.compile_blocks()
         return model
 
     def synthetic(self) -> SyntheticBatches:
         s = self.sizes
-        return SyntheticBatches(SpecialTokens.after(s.vocab - 128), ConnectorConfig().n_latents, s.image_size, s.seq_len)
+        return SyntheticBatches(
+            SpecialTokens.for_pieces(s.vocab - 128), ConnectorConfig().n_latents, s.image_size, s.seq_len
+        )
 
     def batch(self, shares: Mapping[str, int]) -> KosmosBatch:
         """Return a micro-batch on the device, with the given number of rows of each kind."""

@@ -24,7 +24,7 @@ from benchmarks.gpu.reference import check_agreement, reference_rate
 from datamodules.loader import BatchLayout, Loader, MicroBatches
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.model import Kosmos
-from kosmos_lit.weights import to_transformers
+from kosmos_lit.weights.kosmos2 import to_transformers
 
 PUBLISHED = {"MPT-1.3B": 419.0, "llm.c GPT-2 1.56B": 482.0, "nanochat d24": 494.0}
 """TFLOP/s per GPU with full attention counted: 8 H100 each. llm-foundry's benchmarking README; llm.c's run_gpt2_1558M.sh;

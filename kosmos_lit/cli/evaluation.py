@@ -15,7 +15,7 @@ from kosmos_lit.evaluation.trainer import EvaluationData
 from kosmos_lit.report.evaluation import write_report
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.tokenizer.files import has_tokenizer
-from kosmos_lit.weights import load_tokenizer
+from kosmos_lit.weights.load import load_tokenizer
 
 
 def evaluation_data(

@@ -30,7 +30,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
-from kosmos_lit.checkpoint import WholeCheckpointIO, check_architecture, find_last, load_checkpoint
+from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
 from kosmos_lit.cli.evaluation import evaluation_data
 from kosmos_lit.cli.overlays import config_files, read_yaml, value_at, with_all_named
 from kosmos_lit.config import KosmosConfig
@@ -164,7 +164,8 @@ class KosmosCLI(LightningCLI):
             print(f"{verb}: no --ckpt_path is given, so the model is an untrained one")
         if path:
             wanted = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
-            check_architecture(load_checkpoint(path), wanted, path)
+            saved = KosmosConfig.from_dict(load_checkpoint(path)["hyper_parameters"]["kosmos"])
+            check_architecture(saved, wanted, path)
 
     def instantiate_classes(self) -> None:
         """Keep a module from loading what a checkpoint is about to replace; the run's record still says where it started.
@@ -200,7 +201,7 @@ class KosmosCLI(LightningCLI):
         plugins = wanted.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(p, CheckpointIO) for p in plugins):
-            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             return super().instantiate_trainer(**kwargs)
         except ValueError as error:

@@ -12,6 +12,7 @@ from kosmos_lit.errors import UserError
 
 if TYPE_CHECKING:
     from kosmos_lit.model import Kosmos
+    from kosmos_lit.tokenizer import Tokenizer
 
 
 def prepare_parser() -> argparse.ArgumentParser:
@@ -197,8 +198,8 @@ def generate_parser() -> argparse.ArgumentParser:
 def generate(arguments: list[str]) -> None:
     """Print a model's continuation of a prompt, or how likely given ones are."""
     a = generate_parser().parse_args(arguments)
-    from kosmos_lit.inference.generate import GenerationConfig
-    from kosmos_lit.model import Kosmos
+    from kosmos_lit.inference.config import GenerationConfig
+    from kosmos_lit.inference.engine import load
 
     settings = {
         "max_new_tokens": a.max_new_tokens, "n_beams": a.beams, "length_penalty": a.length_penalty, "beam_stop": a.beam_stop,
@@ -206,11 +207,11 @@ def generate(arguments: list[str]) -> None:
         "no_repeat_ngram_size": a.no_repeat_ngram, "stop": a.stop, "choices": a.choices, "seed": a.seed,
     }  # fmt: skip
     GenerationConfig.from_dict(settings)  # a mistake shows before the model is loaded
-    model = Kosmos.load(a.ckpt_path).to(_device(a.device))
+    engine = load(a.ckpt_path).to(_device(a.device))
     if not a.score:
-        print(model.generate(a.prompt, a.image, **settings))
+        print(engine.generate(a.prompt, a.image, **settings))
         return
-    for s in model.score(a.prompt, a.score, a.image):
+    for s in engine.score(a.prompt, a.score, a.image):
         row = {"text": s.text, "log_prob": s.total, "n_tokens": s.n_tokens, "mean": s.mean}
         print(json.dumps(row, ensure_ascii=False))
 
@@ -228,20 +229,25 @@ def import_parser() -> argparse.ArgumentParser:
 def import_(arguments: list[str]) -> None:
     """Turn weights from elsewhere into a model folder, or those of an image tower into a tower folder."""
     a = import_parser().parse_args(arguments)
-    from kosmos_lit import weights as w
+    from kosmos_lit.weights.clip import CLIP_TYPES, import_tower
+    from kosmos_lit.weights.fairseq import from_fairseq
+    from kosmos_lit.weights.folder import check_new, save_folder
+    from kosmos_lit.weights.kosmos2 import from_transformers
+    from kosmos_lit.weights.load import model_type
 
     if not a.input.exists():
         raise UserError(f"import: no file or folder {a.input}")
     if a.tokenizer is not None and a.format != "fairseq":
         raise UserError("import: --tokenizer is for --format fairseq; other folders bring theirs")
-    w.check_new(a.output)
-    is_clip = a.format == "transformers" and a.input.is_dir() and w.model_type(a.input) in w.CLIP_TYPES
+    check_new(a.output)
+    is_clip = a.format == "transformers" and a.input.is_dir() and model_type(a.input) in CLIP_TYPES
     if is_clip or a.format == "open_clip":
-        print(f"{a.output}: an image tower, used by\n  {w.import_tower(a.input, a.output)}")
+        print(f"{a.output}: an image tower, used by\n  {import_tower(a.input, a.output)}")
         return
-    kosmos = w.from_fairseq(a.input, a.tokenizer) if a.format == "fairseq" else w.from_transformers(a.input)
-    w.save_folder(kosmos, a.output)
-    print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")
+    fairseq = a.format == "fairseq"
+    model, tokenizer = from_fairseq(a.input, a.tokenizer) if fairseq else from_transformers(a.input)
+    save_folder(model, tokenizer, a.output)
+    print(f"{a.output}: {_summary(model, tokenizer)}")
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -259,22 +265,25 @@ def export_parser() -> argparse.ArgumentParser:
 def export(arguments: list[str]) -> None:
     """Write a trained model for use elsewhere."""
     a = export_parser().parse_args(arguments)
-    from kosmos_lit.lora import merged, save_adapter
-    from kosmos_lit.weights import check_new, export_transformers, load_model, save_folder
+    from kosmos_lit.lora import merge_adapters, save_adapter
+    from kosmos_lit.weights.folder import check_new, save_folder
+    from kosmos_lit.weights.kosmos2 import export_transformers
+    from kosmos_lit.weights.load import load_model
 
     check_new(a.output)
-    kosmos = load_model(a.ckpt_path)
+    model, tokenizer = load_model(a.ckpt_path)
     if a.format == "adapter":
-        save_adapter(kosmos, a.output)
+        save_adapter(model, a.output)
         print(f"{a.output}: an adapter; put it on its base with peft or kosmos_lit.lora.load_adapter")
         return
-    kosmos = merged(kosmos)
-    (export_transformers if a.format == "transformers" else save_folder)(kosmos, a.output)
-    print(f"{a.output}: {sum(p.numel() for p in kosmos.parameters()):,} parameters, {_tokenizer_of(kosmos)}")
+    model = merge_adapters(model)
+    (export_transformers if a.format == "transformers" else save_folder)(model, tokenizer, a.output)
+    print(f"{a.output}: {_summary(model, tokenizer)}")
 
 
-def _tokenizer_of(kosmos: Kosmos) -> str:
-    return "no tokenizer" if kosmos.tokenizer is None else f"{kosmos.tokenizer.vocab_size:,} ids"
+def _summary(model: Kosmos, tokenizer: Tokenizer | None) -> str:
+    ids = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} ids"
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters, {ids}"
 
 
 def _device(name: str | None) -> str:

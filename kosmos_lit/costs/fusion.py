@@ -80,7 +80,7 @@ def fused(allocations: Allocations, cuts: dict[Any, Cut]) -> Iterator[None]:
         return part if chosen else lambda module, *args, **kwargs: _run(part, module, args, kwargs, cuts, allocations)
 
     def of_tower() -> Part:
-        return lambda module, *args, **kwargs: _run(vision._plainly, module, args, kwargs, cuts, allocations)
+        return lambda module, *args, **kwargs: _run(vision._eager, module, args, kwargs, cuts, allocations)
 
     def of_loss() -> Part:
         return lambda logits, *_: (logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits))

@@ -116,7 +116,7 @@ def estimate(config: KosmosConfig, setting: Setting) -> Memory:
         allocations = Allocations(setting.device)
         with ExitStack() as stack:
             if net.config.decoder.compile or (net.config.decoder.compile is None and setting.device == "cuda"):
-                net.fuse()
+                net.compile_blocks()
                 stack.enter_context(fused(allocations, _known_cuts(repr(config), setting.precision)))
             stack.enter_context(allocations)
             allocations.enter_weights(net, WEIGHTS)
@@ -147,7 +147,7 @@ def skeleton(config: KosmosConfig, freeze: Sequence[str] = ()) -> Kosmos:
     describe(config.vision)  # what is imported from here on may make tensors of its own: they must not be on meta
     if config.lora is not None:
         import peft  # noqa: F401
-    net = Kosmos.outline(config)
+    net = Kosmos.on_meta(config)
     freeze_parameters(net, list(freeze))
     return net
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kosmos_lit.evaluation.requests import LogLikelihood, Request
 from kosmos_lit.inference.prompts import Prompt
-from kosmos_lit.inference.scoring import places, slot_token
+from kosmos_lit.inference.scoring import cache_capacity, slot_token
 from kosmos_lit.tokenizer import Ids
 
 MIN_SHARED_PREFIX = 16
@@ -51,7 +51,7 @@ class BatchItem:
     ) -> BatchItem:
         """Return the item of one request, whose response has at most `max_new_tokens` tokens."""
         if isinstance(request, LogLikelihood):
-            return cls((index,), "score", prompt, images, candidates, [0] * len(candidates), places(candidates))
+            return cls((index,), "score", prompt, images, candidates, [0] * len(candidates), cache_capacity(candidates))
         return cls((index,), repr(request.settings), prompt, images, [], [], max_new_tokens * request.settings.n_beams)
 
     @property
@@ -94,7 +94,9 @@ def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> li
         n_unscored += [len(rest)] * len(item.candidates)
     prompt = Prompt(items[0].prompt.tokens[:n], slots)
     indices = tuple(index for item in items for index in item.indices)
-    return [BatchItem(indices, "score", prompt, (*prompt_images, *images), candidates, n_unscored, places(candidates))]
+    return [
+        BatchItem(indices, "score", prompt, (*prompt_images, *images), candidates, n_unscored, cache_capacity(candidates))
+    ]
 
 
 def _with_image_numbers(item: BatchItem, images: Mapping[ImageRef, int], n_latents: int) -> Ids:

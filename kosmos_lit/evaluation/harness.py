@@ -23,12 +23,10 @@ from tqdm import tqdm
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.batching import Batch, BatchItem, make_batches
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.generate import generate, token_log_probs
+from kosmos_lit.inference.engine import Engine, load
 from kosmos_lit.inference.prompts import Prompt
-from kosmos_lit.inference.scoring import TokenLogProb, places
-from kosmos_lit.model import Kosmos
+from kosmos_lit.inference.scoring import TokenLogProb, cache_capacity
 from kosmos_lit.tokenizer import BOS, Tokenizer
-from kosmos_lit.weights import load_model
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names that tasks have for the maximum number of new tokens; the first one in this order counts."""
@@ -61,7 +59,7 @@ class HarnessModel(LM):
         self,
         path: str | None = None,
         *,
-        model: Kosmos | None = None,
+        engine: Engine | None = None,
         batch_tokens: int = 16384,
         stride: int | None = None,
         device: str | None = None,
@@ -72,7 +70,7 @@ class HarnessModel(LM):
 
         Args:
             path: A checkpoint of a run, or a folder that `export` or `import` wrote.
-            model: A model with its tokenizer, instead of `path`.
+            engine: A model with its tokenizer, instead of `path`.
             batch_tokens: Largest batch in positions; a single request may have more.
             stride: Tokens from one window of a long text to the next in `loglikelihood_rolling`; None: as many as fit, so
                 that only the last window overlaps with the one before.
@@ -83,24 +81,25 @@ class HarnessModel(LM):
         Raises: UserError if the path has no model, or the model no tokenizer.
         """
         super().__init__()
-        if (path is None) == (model is None):
+        if (path is None) == (engine is None):
             raise UserError("kosmos_lit: give --model_args path=CHECKPOINT_OR_FOLDER")
-        loaded = load_model(path) if path is not None else model
-        assert loaded is not None
-        if loaded.tokenizer is None:
+        if engine is None:
+            assert path is not None
+            engine = load(path)
+        if engine.tokenizer is None:
             raise UserError(f"kosmos_lit: the model {path or ''} comes without a tokenizer; export it with one")
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        self.model = loaded.to(self._device)
-        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.engine = engine.to(self._device)
+        self.tokenizer: Tokenizer = engine.tokenizer
         self.batch_tokens = batch_tokens
-        self.max_length = loaded.config.decoder.max_seq_len
+        self.max_length = engine.model.config.decoder.max_seq_len
         """Positions of a row, <s> included."""
         if stride is not None and not 0 < stride < self.max_length:
             raise UserError(f"kosmos_lit: stride must be from 1 to {self.max_length - 1}, got {stride}")
         self.stride = stride or self.max_length - 1
-        size = loaded.config.vision.image_size
+        size = engine.model.config.vision.image_size
         self._no_images = torch.empty(0, 3, size, size, dtype=torch.uint8)
 
     # ---- the interface of lm_eval
@@ -159,7 +158,7 @@ class HarnessModel(LM):
         for batch in self._batches(items, disable_tqdm):
             prompts = [item.prompt for item in batch]
             first = batch[0].indices[0]  # a batch has one kind, and a kind one setting
-            continuations = generate(self.model, prompts, self._no_images, self.tokenizer, settings[first])
+            continuations = self.engine.generate_batch(prompts, self._no_images, settings[first])
             for item, continuation in zip(batch, continuations, strict=True):
                 [index] = item.indices
                 texts[index] = continuation.text
@@ -224,11 +223,13 @@ class HarnessModel(LM):
         for index, (context, own) in enumerate(by_context.items()):
             candidates = [list(pairs[i][1]) for i in own]
             n_unscored = [0] * len(candidates)
-            items.append(BatchItem((index,), "score", self._prompt(context), (), candidates, n_unscored, places(candidates)))
+            items.append(
+                BatchItem((index,), "score", self._prompt(context), (), candidates, n_unscored, cache_capacity(candidates))
+            )
         log_probs: list[Sequence[TokenLogProb]] = [()] * len(pairs)
         for batch in self._batches(items, disable_tqdm):
             prompts, candidates_of = [item.prompt for item in batch], [item.candidates for item in batch]
-            rows = token_log_probs(self.model, prompts, candidates_of, self._no_images, self.tokenizer)
+            rows = self.engine.token_log_probs(prompts, candidates_of, self._no_images)
             for item, row in zip(batch, rows, strict=True):
                 [index] = item.indices
                 for i, tokens in zip(owners[index], row, strict=True):

@@ -213,7 +213,7 @@ def evaluate(
     """Evaluate a model in this process; return the tasks' entries in `metrics.json` by their names.
 
     Args:
-        model: the model; `model.tokenizer` need not be set.
+        model: the model.
         tokenizer: its tokenizer.
         config: tasks and settings.
         folder: of the results; samples that it has already are not evaluated again.

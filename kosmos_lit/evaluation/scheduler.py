@@ -25,7 +25,7 @@ from kosmos_lit.evaluation.session import SampleSession
 from kosmos_lit.evaluation.task import Sample, Task
 from kosmos_lit.images import Fit, ImageError, Pixels, load
 from kosmos_lit.inference.config import GenerationConfig
-from kosmos_lit.inference.generate import generate, score_tokens
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.inference.results import Continuation, ScoredCandidate
 from kosmos_lit.inference.scoring import slot_token
 from kosmos_lit.inference.trie import ChoiceTrie
@@ -66,7 +66,7 @@ class RequestScheduler:
             share_prefixes: merge log-likelihood requests of one sample whose prompts begin alike; the responses are the same
                 without.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model, tokenizer)
         self.batch_tokens, self.image_fit, self.image_control = batch_tokens, image_fit, image_control
         self.share_prefixes = share_prefixes
 
@@ -245,7 +245,7 @@ class RequestScheduler:
         self, items: Batch, settings: GenerationConfig, images: Tensor, places: Sequence[Sequence[int]]
     ) -> list[Continuation]:
         prompts = [item.prompt for item in items]
-        return generate(self.model, prompts, images, self.tokenizer, settings, shown=_prompt_images(items, places))
+        return self.engine.generate_batch(prompts, images, settings, image_index=_prompt_images(items, places))
 
     def _score(
         self, items: Batch, requests: Sequence[Request], images: Tensor, places: Sequence[Sequence[int]]
@@ -256,14 +256,15 @@ class RequestScheduler:
             [[slot_token(place[slot_token(s)]) if s < 0 else s for s in ids] for ids in item.candidates]
             for item, place in zip(items, places, strict=True)
         ]
-        shown = _prompt_images(items, places)
-        log_probs = score_tokens(self.model, prompts, candidates, images, self.tokenizer, shown=shown, given=n_unscored)
+        image_index = _prompt_images(items, places)
+        scored = self.engine.token_log_probs(prompts, candidates, images, image_index=image_index, n_context=n_unscored)
         responses: list[IndexedResponse] = []
-        for item, rows in zip(items, map(iter, log_probs), strict=True):
+        for item, rows in zip(items, map(iter, scored), strict=True):
             for index in item.indices:
                 request = requests[index]
                 assert isinstance(request, LogLikelihood)
-                responses.append((index, tuple(ScoredCandidate(text, tuple(next(rows))) for text in request.candidates)))
+                log_probs = [tuple(t.log_prob for t in next(rows)) for _ in request.candidates]
+                responses.append((index, tuple(map(ScoredCandidate, request.candidates, log_probs))))
         return responses
 
 

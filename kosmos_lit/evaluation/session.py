@@ -89,5 +89,5 @@ def _record(request: Request, response: Response | None = None) -> dict[str, Any
         settings["choices"] = f"{len(request.settings.choices)} of the task"
     record["settings"] = {"max_new_tokens": request.settings.max_new_tokens} | settings
     if response is not None and not isinstance(response, tuple):
-        record |= {"prediction": response.text, "ended": response.ended}
+        record |= {"prediction": response.text, "finish_reason": response.finish_reason}
     return record

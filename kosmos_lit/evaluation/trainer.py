@@ -18,9 +18,9 @@ from kosmos_lit.evaluation.results import METRICS
 from kosmos_lit.evaluation.runner import Evaluation
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.strategy import NET, ShardedStrategy
+from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.trainer_internals import attached_trainer
-from kosmos_lit.weights.keys import check_shapes, shapes_of
 
 
 class TrainerRanks:

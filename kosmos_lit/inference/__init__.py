@@ -1,1 +1,1 @@
-"""Generation and scoring: settings, prompts, KV cache, logits processors, searches. `inference.generate` joins them."""
+"""Generation and scoring: an `Engine` of model and tokenizer, and its parts."""

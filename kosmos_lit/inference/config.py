@@ -1,4 +1,4 @@
-"""How to write: every setting of generation, with its default. No torch here."""
+"""Every setting of generation, with its default. Free of torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ BEAM_STOPS = get_args(BeamStop)
 class GenerationConfig(BaseConfig):
     """Greedy decoding by default; more beams, or a temperature for sampling.
 
-    Rules act in this order, which is that of transformers: repetition penalty, n-gram limit, choices or forbidden
-    tokens, temperature, top-k, top-p.
+    Logits processors act in the order of transformers: repetition penalty, n-gram limit, choices or forbidden tokens,
+    temperature, top-k, top-p.
     """
 
     max_new_tokens: int = 64
     """Longest continuation in tokens, </s> included."""
     n_beams: int = 1
-    """Width of the beam; 1: one token after another."""
+    """Width of the beam search; 1: no search."""
     length_penalty: float = 1.0
     """A finished beam scores its log-probability / length ** length_penalty, length in tokens, </s> included."""
     beam_stop: BeamStop = "heuristic"
-    """When a beam search ends, n_beams being finished: `heuristic` if the best running one scored as it stands would not
-    displace any; `exact` if it would not at any length either; `first` at once."""
+    """When a beam search with n_beams finished beams ends. `heuristic`: when the best running beam, scored at its present
+    length, would displace none of them; `exact`: when it would displace none at any length; `first`: at once."""
     temperature: float = 0.0
     """0: the likeliest token; above: draws from softmax(logits / temperature)."""
     top_k: int | None = None
@@ -46,9 +46,9 @@ class GenerationConfig(BaseConfig):
     choices: Sequence[str] = ()
     """If any: the continuation is exactly one of these strings."""
     seed: int = 0
-    """Of the draws; they depend on it, on the prompt and on its images, not on what else is in the batch."""
+    """Seed of the draws. They depend on it, on the prompt and on its images, but not on the rest of the batch."""
     allow_control_tokens: bool = False
-    """Whether control tokens other than </s> and </line>, and ids beyond the tokenizer's, may be written."""
+    """Whether control tokens other than </s> and </line>, and ids beyond the tokenizer's, may be generated."""
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -67,12 +67,14 @@ class GenerationConfig(BaseConfig):
         self._check_together()
 
     def _check_together(self) -> None:
-        drawn = self.temperature > 0
+        samples = self.temperature > 0
         for name in ("top_k", "top_p"):
             value = getattr(self, name)
-            self._check(drawn or value is None, f"{name} {value} needs a temperature above 0: without one nothing is drawn")
+            self._check(
+                samples or value is None, f"{name} {value} needs a temperature above 0: without one nothing is drawn"
+            )
         self._check(
-            not drawn or self.n_beams == 1,
+            not samples or self.n_beams == 1,
             f"temperature {self.temperature} and n_beams {self.n_beams} exclude one another: draw, or search",
         )
         for name in ("stop", "no_repeat_ngram_size"):

@@ -1,6 +1,6 @@
-"""What may be written next: pure functions on scores, and the object that applies those that the settings ask for.
+"""Logits processors: pure functions on scores, and the object that applies those of the settings.
 
-They are written to give what transformers' logits processors of the same names give.
+Their results equal those of transformers' logits processors of the same names.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ NEVER = float("-inf")
 
 def penalise_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Divide the positive (R, V) scores of tokens in the (R, S) history by `penalty`, multiply the negative ones."""
-    seen = scores.gather(1, history)
-    return scores.scatter(1, history, torch.where(seen < 0, seen * penalty, seen / penalty))
+    repeated = scores.gather(1, history)
+    return scores.scatter(1, history, torch.where(repeated < 0, repeated * penalty, repeated / penalty))
 
 
 def forbid_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> Tensor:
-    """Forbid the tokens that would repeat a run of `size` tokens of the (R, S) history; </s> never.
+    """Forbid the tokens that would repeat a run of `size` tokens of the (R, S) history; </s> stays allowed.
 
-    Deviation from transformers: a prompt that holds </s> can leave it no way to end.
+    Deviation from transformers: there a prompt that holds </s> can leave a continuation no way to end.
     """
     S = history.shape[1]
     if size > S:
         return scores
     runs = history.unfold(1, size, 1)  # (R, S - size + 1, size)
     repeated = (runs[..., :-1] == history[:, None, S - size + 1 :]).all(-1)
-    row, at = repeated.nonzero(as_tuple=True)
-    ids = runs[row, at, -1]
+    row, start = repeated.nonzero(as_tuple=True)
+    ids = runs[row, start, -1]
     row, ids = row[ids != EOS], ids[ids != EOS]
     return scores.index_put((row, ids), scores.new_tensor(NEVER))
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """Forbid all but the k highest of each row, and what equals the k-th."""
+    """Forbid all but the k highest of each row; those equal to the k-th stay too."""
     least = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
     return scores.masked_fill(scores < least, NEVER)
 
@@ -50,6 +50,7 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
     ascending, ids = scores.sort()
     dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
     dropped[:, -1] = False
+    # From sorted order back to the order of ids.
     return scores.masked_fill(torch.zeros_like(dropped).scatter(1, ids, dropped), NEVER)
 
 
@@ -61,29 +62,29 @@ def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 
 
 class LogitsProcessors:
-    """The rules of one call."""
+    """The logits processors of one call."""
 
     def __init__(
         self, settings: GenerationConfig, tokenizer: Tokenizer, vocab_size: int, device: torch.device
     ) -> None:
-        """Raises: UserError if the choices cannot be told apart or do not fit."""
+        """Raises: UserError if two choices have the same tokens, or one has too many."""
         self.settings = settings
         self.choices = ChoiceTrie(settings.choices, tokenizer, settings.max_new_tokens) if settings.choices else None
         ids = [] if settings.allow_control_tokens else forbidden_ids(tokenizer, vocab_size)
         self.forbidden = torch.tensor(ids, dtype=torch.int64, device=device)
-        """(n,) ids that are never written unless a choice has them."""
+        """(n,) ids that are never generated unless a choice has them."""
         self.need_history = settings.repetition_penalty != 1 or settings.no_repeat_ngram_size is not None
         self.need_scores = self.need_history or self.choices is not None or settings.temperature > 0
-        """Whether it takes more than the likeliest allowed token."""
+        """Whether a step needs scores, and not only the likeliest allowed token."""
         self.n_steps = self.choices.n_steps if self.choices else settings.max_new_tokens
 
-    def apply(self, scores: Tensor, history: Tensor | None, written: Sequence[Sequence[int]]) -> Tensor:
-        """Return (R, V) scores under the rules; the given ones may be overwritten.
+    def apply(self, scores: Tensor, history: Tensor | None, generated: Sequence[Sequence[int]]) -> Tensor:
+        """Return (R, V) processed scores; the argument may be overwritten.
 
         Args:
             scores: (R, V) logits or log-probabilities in float32.
             history: (R, S) prompt and continuation of each row, if `need_history`.
-            written: the R continuations so far.
+            generated: the R continuations so far.
         """
         s = self.settings
         if history is not None and s.repetition_penalty != 1:
@@ -93,7 +94,7 @@ class LogitsProcessors:
         if self.choices is None:
             scores[:, self.forbidden] = NEVER
         else:
-            scores = self._only_choices(scores, written)
+            scores = self._only_choices(scores, generated)
         if s.temperature > 0:
             scores = scores / s.temperature
         if s.top_k is not None:
@@ -102,8 +103,8 @@ class LogitsProcessors:
             scores = keep_top_p(scores, s.top_p)
         return scores
 
-    def _only_choices(self, scores: Tensor, written: Sequence[Sequence[int]]) -> Tensor:
+    def _only_choices(self, scores: Tensor, generated: Sequence[Sequence[int]]) -> Tensor:
         assert self.choices is not None
-        allowed = [(row, id_) for row, ids in enumerate(written) for id_ in self.choices.after(ids)]
-        at = torch.tensor(allowed, dtype=torch.int64, device=scores.device).view(-1, 2).unbind(1)
-        return torch.full_like(scores, NEVER).index_put(at, scores[at])
+        allowed = [(row, id_) for row, ids in enumerate(generated) for id_ in self.choices.next_tokens(ids)]
+        index = torch.tensor(allowed, dtype=torch.int64, device=scores.device).view(-1, 2).unbind(1)
+        return torch.full_like(scores, NEVER).index_put(index, scores[index])

@@ -1,4 +1,4 @@
-"""What generation gives back."""
+"""The results of generation and scoring."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """What a model generated after a prompt."""
 
     text: str
-    """Without the stop string that ended it and what came after; a choice as it was given."""
+    """Without the stop string that ended it and the text after that; a choice exactly as in the settings."""
     tokens: tuple[int, ...]
-    """All ids that were written but </s>."""
-    ended: str
-    """`end`: by </s>; `stop`: by a stop string; `length`: by max_new_tokens."""
+    """All generated ids but </s>."""
+    finish_reason: str
+    """`end`: </s> came; `stop`: a stop string came; `length`: max_new_tokens are reached."""
 
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """How likely a continuation is."""
+    """A candidate with the log-probability of each of its tokens."""
 
     text: str
     log_probs: tuple[float, ...]
@@ -28,7 +28,7 @@ class ScoredCandidate:
 
     @cached_property
     def total(self) -> float:
-        """The logarithm of the continuation's probability."""
+        """The logarithm of the candidate's probability."""
         return sum(self.log_probs)
 
     @property

@@ -8,23 +8,23 @@ from kosmos_lit.tokenizer import Tokenizer
 
 
 class StopStrings:
-    """Looks for stop strings in what tokens say, wherever tokens begin and end."""
+    """Finds stop strings in the text of tokens, across the boundaries of tokens."""
 
     def __init__(self, stop_strings: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._stops, self._tokenizer = tuple(stop_strings), tokenizer
+        self._stop_strings, self._tokenizer = tuple(stop_strings), tokenizer
 
-    def end(self, written: Sequence[int]) -> bool:
-        """Return whether a stop string has been written."""
-        return bool(self._stops) and self._first(self._text(written)) is not None
+    def occurs_in(self, tokens: Sequence[int]) -> bool:
+        """Return whether the tokens' text has a stop string."""
+        return bool(self._stop_strings) and self._first(self._text(tokens)) is not None
 
-    def cut(self, written: Sequence[int]) -> str:
-        """Return what the tokens say before the first stop string."""
-        text = self._text(written)
+    def cut(self, tokens: Sequence[int]) -> str:
+        """Return the tokens' text before the first stop string."""
+        text = self._text(tokens)
         return text[: self._first(text)]
 
-    def _text(self, written: Sequence[int]) -> str:
-        # A vocabulary with grounding tokens writes them; other control tokens are not there to be shown.
-        return self._tokenizer.decode(written, keep_control=bool(self._tokenizer.extra))
+    def _text(self, tokens: Sequence[int]) -> str:
+        # Grounding tokens are part of an answer; in a vocabulary without them, no control token is.
+        return self._tokenizer.decode(tokens, keep_control=bool(self._tokenizer.extra))
 
     def _first(self, text: str) -> int | None:
-        return min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
+        return min((at for stop in self._stop_strings if (at := text.find(stop)) >= 0), default=None)

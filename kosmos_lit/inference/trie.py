@@ -1,4 +1,4 @@
-"""Sequences of tokens that share their beginnings, as a tree."""
+"""Tries: sequences of tokens that share their beginnings."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ class Trie:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def after(self, path: Sequence[int]) -> list[int]:
-        """Return the tokens that may follow a path from the root."""
+    def next_tokens(self, prefix: Sequence[int]) -> list[int]:
+        """Return the tokens that may follow a prefix."""
         node = ROOT
-        for token in path:
+        for token in prefix:
             node = self._child[node, token]
         return self._next[node]
 
     def ancestors(self) -> npt.NDArray[np.bool_]:
-        """Return (n, n) bool: True where a node (first axis) is another or comes after it."""
-        sees = np.eye(len(self), dtype=np.bool_)
+        """Return (n, n) bool: True where a node (first axis) is the other one or descends from it."""
+        attends = np.eye(len(self), dtype=np.bool_)
         for node, parent in enumerate(self.parents):
-            if parent != ROOT:
-                sees[node] |= sees[parent]
-        return sees
+            if parent != ROOT:  # parents come first, so theirs is complete
+                attends[node] |= attends[parent]
+        return attends
 
 
 class ChoiceTrie:
-    """A list of strings, one of which is to be written."""
+    """The choices of a constrained generation: exactly one of these strings is generated."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_new_tokens: int) -> None:
-        """Raises: UserError if two of them read the same in tokens, or one is too long to be written."""
+        """Raises: UserError if two of them have the same tokens, or one has too many."""
         self._text_of: dict[tuple[int, ...], str] = {}
         for text in dict.fromkeys(texts):
             ids = tuple(tokenizer.encode(text).tolist())
@@ -75,14 +75,15 @@ class ChoiceTrie:
                     f"choices: {text!r} has {len(ids)} tokens; with </s> it must take 2 to max_new_tokens = {max_new_tokens}"
                 )
             self._text_of[ids] = text
+        # </s> ends each path: a choice that begins another one can be generated too.
         self._trie = Trie([(*ids, EOS) for ids in self._text_of])
         self.n_steps = 1 + max(len(ids) for ids in self._text_of)
-        """Tokens of the longest, </s> included."""
+        """Tokens of the longest choice, </s> included."""
 
-    def after(self, written: Sequence[int]) -> list[int]:
-        """Return the tokens that may follow what has been written of one of them."""
-        return self._trie.after(written)
+    def next_tokens(self, prefix: Sequence[int]) -> list[int]:
+        """Return the tokens that may follow the beginning of a choice."""
+        return self._trie.next_tokens(prefix)
 
-    def text(self, written: Sequence[int]) -> str:
-        """Return the string that has been written, as it was given."""
-        return self._text_of[tuple(written)]
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the choice of these tokens, spelled as in the settings."""
+        return self._text_of[tuple(tokens)]

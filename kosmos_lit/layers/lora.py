@@ -14,26 +14,26 @@ ADAPTER = "default"
 """The adapter's name in peft, which stands in the names of its weights."""
 
 
-def add_lora(model: nn.Module, config: LoraConfig) -> None:
+def inject_lora(model: nn.Module, config: LoraConfig) -> None:
     """Put adapters beside the matrices that `config.targets` names, and freeze everything else.
 
     A starts Kaiming uniform and B at zero (peft's default), so that a new adapter changes nothing.
-    The image tower has none: its attention reads its matrices past any layer that is put in their place.
+    The image tower gets none: its attention reads its matrices directly, past any layer put in their place.
 
     Raises: UserError if a target is the end of no layer's name.
     """
     from peft import inject_adapter_in_model
 
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("vision.")]
-    ends = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in config.targets}
-    if missing := [target for target, found in ends.items() if not found]:
+    matches = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in config.targets}
+    if missing := [target for target, layers in matches.items() if not layers]:
         raise UserError(f"lora.targets: no matrix of decoder or connector ends with {', '.join(missing)}")
-    names = {name for found in ends.values() for name in found}
+    names = {name for layers in matches.values() for name in layers}
     inject_adapter_in_model(peft_config(config, names), model, ADAPTER)
 
 
 def peft_config(config: LoraConfig, names: Iterable[str]) -> Any:
-    """Return peft's own table for adapters on the layers of these whole names."""
+    """Return peft's own configuration for adapters on the layers of these full names."""
     import peft
 
     return peft.LoraConfig(
@@ -44,8 +44,8 @@ def peft_config(config: LoraConfig, names: Iterable[str]) -> Any:
     )
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield peft's layers by name."""
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield names and peft's layers that stand in place of adapted matrices."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():

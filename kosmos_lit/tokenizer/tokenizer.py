@@ -73,7 +73,7 @@ class Tokenizer:
         self.extra = tuple(extra)
         check_extra(self.extra)
         self.n_pieces = self._pieces.n_pieces
-        self.special = SpecialTokens.behind(self._pieces.n_text)
+        self.special = SpecialTokens.for_text_ids(self._pieces.n_text)
         self.vocab_size = self.special.line_end + 1 + len(self.extra)
         self.fingerprint = hashlib.sha256(self._identity()).hexdigest()[:16]
         """Identifies the vocabulary; an index remembers the one it was made with."""

@@ -53,12 +53,12 @@ class SpecialTokens:
     unk: int = UNK
 
     @classmethod
-    def after(cls, n_pieces: int) -> SpecialTokens:
+    def for_pieces(cls, n_pieces: int) -> SpecialTokens:
         """Return the ids for a SentencePiece model of `n_pieces` pieces, its three control pieces included."""
-        return cls.behind(n_pieces - N_CONTROL_PIECES)
+        return cls.for_text_ids(n_pieces - N_CONTROL_PIECES)
 
     @classmethod
-    def behind(cls, n_text: int) -> SpecialTokens:
+    def for_text_ids(cls, n_text: int) -> SpecialTokens:
         """Return the ids for a vocabulary with `n_text` ids of text."""
         first = n_text + len(LEADING)
         names = ("mask", "doc_end", "image", "image_end", "chunk_end", "line_end")

@@ -1,4 +1,4 @@
-"""A model as a folder: `config.json`, `model.safetensors` and the tokenizer's files. What `import` and `export` write."""
+"""Model folders: `config.json`, `model.safetensors` and the tokenizer's files, as `import` and `export` write them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,83 +19,92 @@ from kosmos_lit._version import __version__
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
+from kosmos_lit.state_dicts.files import SAFETENSORS, read_json, read_tensors
+from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.weights.files import SAFETENSORS, read_json, read_tensors
-from kosmos_lit.weights.keys import check_shapes, shapes_of
 
 CONFIG = "config.json"
 MODEL_TYPE = "kosmos-lit"
 
 
-def assemble(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str, *, copy: bool = True) -> Kosmos:
+class LoadedModel(NamedTuple):
+    """A model, in evaluation mode, and its tokenizer; None where the file has none."""
+
+    model: Kosmos
+    tokenizer: Tokenizer | None
+
+
+def build_model(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str, *, copy: bool = True) -> Kosmos:
     """Return the configured model with these tensors as its weights, in evaluation mode; each keeps its dtype and device.
 
-    With copies of them, as tensors of a file are a window on it: a model must not change or crash when the file is written
-    again. Without `copy`, with the tensors themselves.
+    With `copy`, the weights are copies of them. Tensors of a file are memory-mapped: without a copy, a model changes or
+    crashes when the file is written again.
 
     Raises: UserError listing every missing, surplus and misshapen tensor.
     """
-    model = Kosmos.outline(config)
+    model = Kosmos.on_meta(config)
     check_shapes(shapes_of(tensors), shapes_of(model.state_dict()), where)
     if copy:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     model.load_state_dict(tensors, assign=True)
-    if any(t.is_meta for t in chain(model.parameters(), model.buffers())):  # a tower with buffers that files do not hold
+    if any(t.is_meta for t in chain(model.parameters(), model.buffers())):
+        # A tower with buffers that are in no file: only a real construction computes them.
         model = Kosmos(replace(config, vision=replace(config.vision, pretrained=None)))
         model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def save_folder(kosmos: Kosmos, folder: str | Path) -> None:
-    """Write a model, from which `Kosmos.load(folder)` makes the same one.
+def save_folder(model: Kosmos, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+    """Write a folder from which `load_folder` reads the same model and tokenizer.
 
     Raises: UserError if the folder exists and is not empty, or cannot be written.
     """
     from safetensors.torch import save_file
 
-    config = replace(kosmos.config, vision=replace(kosmos.config.vision.resolved(), pretrained=None))
-    has_tokenizer = kosmos.tokenizer is not None
-    about = {"model_type": MODEL_TYPE, "version": __version__, "has_tokenizer": has_tokenizer, "kosmos": asdict(config)}
+    # Names of local files, for the tower's architecture or weights, mean nothing on another machine.
+    config = replace(model.config, vision=replace(model.config.vision.resolved(), pretrained=None))
+    has_tokenizer = tokenizer is not None
+    table = {"model_type": MODEL_TYPE, "version": __version__, "has_tokenizer": has_tokenizer, "kosmos": asdict(config)}
     with new_folder(folder) as path:
-        (path / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        save_file({name: t.detach().cpu().contiguous() for name, t in kosmos.state_dict().items()}, path / SAFETENSORS)
-        if kosmos.tokenizer is not None:
-            kosmos.tokenizer.save(path)
+        (path / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, path / SAFETENSORS)
+        if tokenizer is not None:
+            tokenizer.save(path)
 
 
-def load_folder(folder: str | Path) -> Kosmos:
-    """Read a model folder of kosmos-lit.
+def load_folder(folder: str | Path) -> LoadedModel:
+    """Return the model and the tokenizer of a folder of kosmos-lit.
 
     Raises: UserError if it is none, or its files do not fit one another.
     """
     path = Path(folder)
-    about = read_json(path / CONFIG)
-    if about.get("model_type") != MODEL_TYPE or not isinstance(about.get("kosmos"), dict):
+    table = read_json(path / CONFIG)
+    if table.get("model_type") != MODEL_TYPE or not isinstance(table.get("kosmos"), dict):
         raise UserError(
             f"{path} is no model folder of kosmos-lit: {CONFIG} with model_type {MODEL_TYPE!r}, {SAFETENSORS} and a "
-            f"tokenizer were expected, but model_type is {about.get('model_type')!r}"
+            f"tokenizer were expected, but model_type is {table.get('model_type')!r}"
         )
-    config = KosmosConfig.from_dict(about["kosmos"])
-    kosmos = assemble(config, read_tensors(path / SAFETENSORS), str(path / SAFETENSORS))
-    if about.get("has_tokenizer", True):
-        give_tokenizer(kosmos, Tokenizer.load(path), str(path))
-    return kosmos
+    config = KosmosConfig.from_dict(table["kosmos"])
+    model = build_model(config, read_tensors(path / SAFETENSORS), str(path / SAFETENSORS))
+    tokenizer = Tokenizer.load(path) if table.get("has_tokenizer", True) else None
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config, str(path))
+    return LoadedModel(model, tokenizer)
 
 
-def give_tokenizer(kosmos: Kosmos, tokenizer: Tokenizer, where: str) -> None:
-    """Let a model know what its ids stand for.
+def check_tokenizer(tokenizer: Tokenizer, config: KosmosConfig, where: str) -> None:
+    """Make sure that a model has an embedding for each of the tokenizer's ids.
 
-    Raises: UserError if it has fewer embeddings than there are ids.
+    Raises: UserError with both counts if it has fewer.
     """
-    rows = kosmos.config.decoder.vocab_size
+    rows = config.decoder.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size:,} ids, but the embedding only {rows:,} rows")
-    kosmos.tokenizer = tokenizer
 
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `folder` when all went well, and is removed otherwise.
+    """Yield a temporary folder that becomes `folder` at the end, or is removed after an error.
 
     Raises: UserError if `folder` exists and is not empty, or cannot be written.
     """
@@ -114,7 +124,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_new(folder: Path) -> None:
-    """Make sure that nothing is lost by writing a folder.
+    """Make sure that writing a folder overwrites nothing.
 
     Raises: UserError if it exists and is not empty.
     """

@@ -1,7 +1,7 @@
-"""Kosmos-2 as `transformers` has it, both ways.
+"""Import and export of Kosmos-2 as `transformers` has it.
 
-Equal in evaluation mode. In training its model drops embeddings out twice in a row (so at rate 1 - 0.9^2 for 0.1), and
-draws nothing in our order; ours drops them out once, as the released code does.
+Both models are equal in evaluation mode. In training, that of transformers applies dropout to embeddings twice in a row (a
+rate of 1 - 0.9^2 for 0.1); ours applies it once, as the released code does.
 """
 
 from __future__ import annotations
@@ -14,77 +14,77 @@ import torch
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD, ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
+from kosmos_lit.state_dicts.files import read_json, read_tensors
+from kosmos_lit.state_dicts.keys import TRANSFORMERS, check_shapes, shapes_of
 from kosmos_lit.tokenizer import BOS, EOS, PAD, Tokenizer
-from kosmos_lit.weights.files import read_json, read_tensors
-from kosmos_lit.weights.folder import assemble, give_tokenizer, new_folder
-from kosmos_lit.weights.keys import TRANSFORMERS, check_shapes, shapes_of
-from kosmos_lit.weights.towers import parse_config, side, strange_settings, tower_architecture, tower_sizes
+from kosmos_lit.weights.folder import LoadedModel, build_model, check_tokenizer, new_folder
+from kosmos_lit.weights.towers import parse_config, square_side, tower_architecture, tower_sizes, unsupported_settings
 
 if TYPE_CHECKING:
     from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 
 MODEL_TYPE = "kosmos-2"
 _POSITION_BUFFERS = ("text_model.model.embed_positions.weights", "vision_model.model.embeddings.position_ids")
-"""Computed, but written to file by earlier versions."""
+"""Computed buffers, which earlier versions of transformers wrote to file."""
 
 
-def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> Kosmos:
-    """Return a Kosmos with the weights of a transformers Kosmos-2: a model in memory (copied), or a folder of one.
+def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> LoadedModel:
+    """Return the model of a transformers Kosmos-2 in memory (copied) or in a folder, and the folder's tokenizer.
 
-    A folder's tokenizer and image statistics come along; a model in memory has none.
+    Mean and deviation of pixels are those of the folder's image processor, or CLIP's.
 
-    Raises: UserError if it is no Kosmos-2, or one with settings that no Kosmos has, or its tensors are not all there.
+    Raises: UserError if it is no Kosmos-2, or one with settings that no Kosmos has, or tensors are missing.
     """
     if isinstance(source, str | Path):
         folder = Path(source)
         config = kosmos_config(_read_config(folder), *_statistics(folder))
-        tensors = read_tensors(folder)
-        kosmos = _assemble(config, tensors, str(folder))
-        give_tokenizer(kosmos, Tokenizer.from_transformers(folder), str(folder))
-        return kosmos
-    return _assemble(kosmos_config(source.config), source.state_dict(), type(source).__name__)
+        model = _build_model(config, read_tensors(folder), str(folder))
+        tokenizer = Tokenizer.from_transformers(folder)
+        check_tokenizer(tokenizer, config, str(folder))
+        return LoadedModel(model, tokenizer)
+    return LoadedModel(_build_model(kosmos_config(source.config), source.state_dict(), type(source).__name__), None)
 
 
-def to_transformers(kosmos: Kosmos) -> Kosmos2ForConditionalGeneration:
+def to_transformers(model: Kosmos) -> Kosmos2ForConditionalGeneration:
     """Return a copy of a Kosmos as transformers' Kosmos-2, in evaluation mode.
 
-    Raises: UserError saying what would be lost, if the model has parts that Kosmos-2 has not.
+    Raises: UserError listing what would be lost, if the model has parts that Kosmos-2 lacks.
     """
     from transformers import Kosmos2ForConditionalGeneration
 
-    config = transformers_config(kosmos.config)
-    ours = {name: tensor.detach().cpu() for name, tensor in kosmos.state_dict().items()}
-    theirs = {name: t.clone() for name, t in TRANSFORMERS.to_theirs(ours).items() if name != TRANSFORMERS.head}
-    dtype = next(iter(theirs.values())).dtype
-    model: Any = Kosmos2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=theirs, dtype=dtype)
-    for name, parameter in model.named_parameters():  # it has turned all of them into one dtype
-        parameter.data = theirs[name]
-    model.eval()
-    return model  # type: ignore[no-any-return]
+    config = transformers_config(model.config)
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    tensors = {name: t.clone() for name, t in TRANSFORMERS.to_external(tensors).items() if name != TRANSFORMERS.head}
+    dtype = next(iter(tensors.values())).dtype
+    kosmos2: Any = Kosmos2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    for name, parameter in kosmos2.named_parameters():  # from_pretrained has cast all of them to one dtype
+        parameter.data = tensors[name]
+    kosmos2.eval()
+    return kosmos2  # type: ignore[no-any-return]
 
 
-def export_transformers(kosmos: Kosmos, folder: str | Path) -> None:
+def export_transformers(model: Kosmos, tokenizer: Tokenizer | None, folder: str | Path) -> None:
     """Write a folder that `AutoModelForImageTextToText` and `AutoProcessor` read.
 
-    Raises: UserError as `to_transformers` does, if the model has no tokenizer, or if the folder is not empty.
+    Raises: UserError as `to_transformers` does, if there is no tokenizer, or if the folder is not empty.
     """
     from transformers import CLIPImageProcessor, Kosmos2Processor
 
     processor_class: Any = Kosmos2Processor
-    if kosmos.tokenizer is None:
+    if tokenizer is None:
         raise UserError("the model has no tokenizer, which an export for transformers needs")
-    model = to_transformers(kosmos)
-    vision, tokenizer = kosmos.config.vision, kosmos.tokenizer
+    kosmos2, vision = to_transformers(model), model.config.vision
     side = {"height": vision.image_size, "width": vision.image_size}
-    images = CLIPImageProcessor(
+    image_processor = CLIPImageProcessor(
         size=side, crop_size=side, do_center_crop=False, image_mean=list(vision.mean), image_std=list(vision.std)
     )
-    n_places = sum(name.startswith("<patch_index_") for name in tokenizer.extra)
-    processor = processor_class(images, tokenizer.to_transformers(), num_patch_index_tokens=n_places)
+    n_patch_tokens = sum(name.startswith("<patch_index_") for name in tokenizer.extra)
+    processor = processor_class(image_processor, tokenizer.to_transformers(), num_patch_index_tokens=n_patch_tokens)
     with new_folder(folder) as path:
-        model.save_pretrained(path)
+        kosmos2.save_pretrained(path)
         processor.save_pretrained(path)
-        # Their processor gives its tokenizer six tags in any case, for which a model without them has no embeddings.
+        # The processor always adds six tags to its tokenizer; a model without them has no embeddings for these. So our own
+        # tokenizer files replace the ones it wrote.
         tokenizer.save_transformers(path)
         tokenizer.save(path)
 
@@ -94,7 +94,7 @@ def kosmos_config(
     mean: tuple[float, float, float] = CLIP_MEAN,
     std: tuple[float, float, float] = CLIP_STD,
 ) -> KosmosConfig:
-    """Return the configuration of the same model here.
+    """Return the Kosmos configuration of the same model.
 
     Raises: UserError naming every setting that no Kosmos has.
     """
@@ -105,17 +105,17 @@ def kosmos_config(
         "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
     }  # fmt: skip
     wrong = [
-        f"text_config.{name} is {getattr(text, name)!r}, only {value!r} is known here"
+        f"text_config.{name} is {getattr(text, name)!r}, only {value!r} is supported"
         for name, value in fixed.items()
         if getattr(text, name) != value
     ]
-    wrong += strange_settings(vision)
+    wrong += unsupported_settings(vision)
     if wrong:
         raise UserError(f"no Kosmos is like this Kosmos-2: {'; '.join(wrong)}")
     return KosmosConfig(
         vision=VisionConfig(
-            architecture=tower_architecture(vision), pretrained=None, image_size=side(vision.image_size), trainable="all",
-            feature_length=1.0, mean=mean, std=std,
+            architecture=tower_architecture(vision), pretrained=None, image_size=square_side(vision.image_size),
+            trainable="all", feature_length=1.0, mean=mean, std=std,
         ),
         connector=ConnectorConfig(
             kind="resampler", n_latents=config.latent_query_num, n_heads=text.attention_heads,
@@ -132,7 +132,7 @@ def kosmos_config(
 def transformers_config(config: KosmosConfig) -> Kosmos2Config:
     """Return the configuration of the same model in transformers.
 
-    Raises: UserError saying what would be lost.
+    Raises: UserError listing what would be lost.
     """
     from transformers import Kosmos2Config
 
@@ -167,18 +167,17 @@ def transformers_config(config: KosmosConfig) -> Kosmos2Config:
     )  # fmt: skip
 
 
-def _assemble(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str) -> Kosmos:
-    with torch.device("meta"):
-        shapes = shapes_of(Kosmos(config).state_dict())
+def _build_model(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str) -> Kosmos:
+    shapes = shapes_of(Kosmos.on_meta(config).state_dict())
     tensors = {name: t for name, t in tensors.items() if name not in _POSITION_BUFFERS}
-    embedding = TRANSFORMERS.theirs("decoder.embed_tokens.weight")[0]
-    head = tensors.pop(str(TRANSFORMERS.head), None)
-    wanted = TRANSFORMERS.wanted(shapes)
-    wanted.pop(str(TRANSFORMERS.head))
-    check_shapes(shapes_of(tensors), wanted, where)
+    embedding = TRANSFORMERS.external_names("decoder.embed_tokens.weight")[0]
+    head = tensors.pop(str(TRANSFORMERS.head), None)  # tied to the embedding: some files have it, some do not
+    expected = TRANSFORMERS.external_shapes(shapes)
+    expected.pop(str(TRANSFORMERS.head))
+    check_shapes(shapes_of(tensors), expected, where)
     if head is not None and not torch.equal(head, tensors[embedding]):
         raise UserError(f"{where}: {TRANSFORMERS.head} differs from {embedding}, and a Kosmos has one matrix for both")
-    return assemble(config, TRANSFORMERS.to_ours(tensors, shapes), where)
+    return build_model(config, TRANSFORMERS.to_kosmos(tensors, shapes), where)
 
 
 def _read_config(folder: Path) -> Kosmos2Config:
@@ -186,21 +185,21 @@ def _read_config(folder: Path) -> Kosmos2Config:
 
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: a folder as transformers writes a Kosmos-2 was expected")
-    about = read_json(folder / "config.json")
-    if about.get("model_type") != MODEL_TYPE:
-        raise UserError(f"{folder}/config.json is of model_type {about.get('model_type')!r}, not {MODEL_TYPE!r}")
-    config: Kosmos2Config = parse_config(Kosmos2Config, about, folder)
+    table = read_json(folder / "config.json")
+    if table.get("model_type") != MODEL_TYPE:
+        raise UserError(f"{folder}/config.json is of model_type {table.get('model_type')!r}, not {MODEL_TYPE!r}")
+    config: Kosmos2Config = parse_config(Kosmos2Config, table, folder)
     return config
 
 
 def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and deviation of the folder's image processor; CLIP's if it has none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
-        about = read_json(folder / name) if (folder / name).is_file() else {}
-        about = about.get("image_processor", about)
-        if not (isinstance(about, dict) and "image_mean" in about and "image_std" in about):
+        table = read_json(folder / name) if (folder / name).is_file() else {}
+        table = table.get("image_processor", table)
+        if not (isinstance(table, dict) and "image_mean" in table and "image_std" in table):
             continue
-        mean, std = about["image_mean"], about["image_std"]
+        mean, std = table["image_mean"], table["image_std"]
         for values in (mean, std):
             if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values)):
                 raise UserError(f"{folder / name}: image_mean {mean} and image_std {std} should be three numbers each")

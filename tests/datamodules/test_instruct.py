@@ -18,7 +18,7 @@ from datamodules.sources.instruct import prompt_text
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.images import decode
-from kosmos_lit.inference.generate import encode_prompt
+from kosmos_lit.inference.prompts import encode_prompt
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, Tokenizer
 from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, made_folder, unigram

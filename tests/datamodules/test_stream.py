@@ -11,7 +11,7 @@ from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 from tests.datamodules import sample_data
 
-SPECIAL = SpecialTokens.after(101)
+SPECIAL = SpecialTokens.for_pieces(101)
 IMAGE, END = SPECIAL.image, SPECIAL.image_end
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import LoraConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS
 from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, shaken, text_doc, tiny_config, tiny_model
@@ -60,7 +61,7 @@ def test_a_fused_model_gives_the_losses_of_a_plain_one_compiled_once(kosmos_towe
     expected = losses(tiny_model(kosmos_tower, **fields).train())
     model = tiny_model(kosmos_tower, vision={"chunk": 4}, **fields).train()
     names = list(model.state_dict())
-    model.fuse()
+    model.compile_blocks()
     # The batches' 3, 2 and 4 images make chunks of 1 and of 4: both sizes are seen, and each document's length.
     assert_same(losses(model), expected)
     torch._dynamo.utils.counters.clear()
@@ -77,7 +78,7 @@ def test_a_fused_model_with_adapters_gives_the_losses_of_a_plain_one(kosmos_towe
     config = replace(tiny_config(kosmos_tower), lora=LoraConfig(rank=2, dropout_rate=0.0))
     models = [shaken(Kosmos.create(config)).train() for _ in range(2)]
     expected = losses(models[0])
-    models[1].fuse()
+    models[1].compile_blocks()
     assert_same(losses(models[1]), expected)
 
 
@@ -88,7 +89,7 @@ def test_a_fused_model_in_16_bits_gives_the_losses_of_a_plain_one(kosmos_tower: 
     for fuses in (False, True):
         model = tiny_model(kosmos_tower).train()
         if fuses:
-            model.fuse()
+            model.compile_blocks()
         with torch.autocast("cpu", torch.bfloat16):
             found.append(losses(model)[: len(BATCHES)])
     # Fused kernels round to bf16 less often: 2^-8 a layer, and means over some 20 tokens
@@ -98,11 +99,11 @@ def test_a_fused_model_in_16_bits_gives_the_losses_of_a_plain_one(kosmos_tower: 
 @needs_compiler
 def test_generation_is_not_compiled(kosmos_tower: str) -> None:
     model = tiny_model(kosmos_tower)
-    tokens = torch.tensor([[BOS, 7, 11, 13]])
-    expected = model.logits(tokens)
-    model.fuse()
+    engine, tokens = Engine(model, None), torch.tensor([[BOS, 7, 11, 13]])
+    expected = engine.logits(tokens)
+    model.compile_blocks()
     torch._dynamo.utils.counters.clear()
-    assert torch.equal(model.logits(tokens), expected)
+    assert torch.equal(engine.logits(tokens), expected)
     assert not torch._dynamo.utils.counters["stats"]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kosmos_lit.checks.leaks import find_leak
 from kosmos_lit.config import KosmosConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.fp8 import LOVELACE
 from kosmos_lit.tokenizer import BOS, Tokenizer
@@ -48,28 +49,28 @@ SETTINGS = [{}, {"n_beams": 3}, {"temperature": 0.8, "top_k": 7}, {"choices": ("
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_a_model_writes_on_the_gpu_what_it_writes_on_the_cpu(
+def test_a_model_generates_the_same_on_gpu_and_cpu(
     config: KosmosConfig, kosmos_tokenizer: Tokenizer, settings: dict[str, Any]
 ) -> None:
-    image, model = torch.arange(3 * 23 * 29, dtype=torch.int64).view(3, 23, 29).to(torch.uint8), Kosmos.create(config, 3)
-    model.tokenizer = kosmos_tokenizer
+    image = torch.arange(3 * 23 * 29, dtype=torch.int64).view(3, 23, 29).to(torch.uint8)
+    engine = Engine(Kosmos.create(config, 3), kosmos_tokenizer)
 
-    on_cpu = model.generate("the <image> sat on", image, max_new_tokens=7, **settings)
-    on_gpu = model.cuda().generate("the <image> sat on", image, max_new_tokens=7, **settings)
+    on_cpu = engine.generate("the <image> sat on", image, max_new_tokens=7, **settings)
+    on_gpu = engine.to("cuda").generate("the <image> sat on", image, max_new_tokens=7, **settings)
 
     assert on_gpu == on_cpu
 
 
 def test_scores_and_logits_are_those_of_the_cpu(config: KosmosConfig, kosmos_tokenizer: Tokenizer) -> None:
-    image, model = torch.full((3, 23, 29), 77, dtype=torch.uint8), Kosmos.create(config, 3)
-    model.tokenizer = kosmos_tokenizer
+    image = torch.full((3, 23, 29), 77, dtype=torch.uint8)
+    engine = Engine(Kosmos.create(config, 3), kosmos_tokenizer)
 
-    on_cpu, logits = model.score("the", ["cat sat", "mat"], image), model.logits([BOS, 7, 11])
-    model.cuda()
+    on_cpu, logits = engine.score("the", ["cat sat", "mat"], image), engine.logits([BOS, 7, 11])
+    engine.to("cuda")
 
-    found = [s.total for s in model.score("the", ["cat sat", "mat"], image)]
-    assert found == pytest.approx([s.total for s in on_cpu], abs=1e-4)  # fp32: sums in another order
-    torch.testing.assert_close(model.logits([BOS, 7, 11]).cpu(), logits, rtol=1e-4, atol=1e-4)
+    totals = [s.total for s in engine.score("the", ["cat sat", "mat"], image)]
+    assert totals == pytest.approx([s.total for s in on_cpu], abs=1e-4)  # fp32: sums in another order
+    torch.testing.assert_close(engine.logits([BOS, 7, 11]).cpu(), logits, rtol=1e-4, atol=1e-4)
 
 
 def on_gpu(config: KosmosConfig, **decoder: Any) -> Kosmos:
@@ -96,7 +97,7 @@ def losses(model: Kosmos) -> list[float]:
 @pytest.mark.parametrize("fields", [{}, {"recompute": "selective"}, {"recompute": "full"}], ids=str)
 def test_a_fused_model_learns_on_the_gpu_as_a_plain_one(config: KosmosConfig, fields: dict[str, str]) -> None:
     plain, fused = on_gpu(config), on_gpu(config, **fields)
-    fused.fuse()
+    fused.compile_blocks()
     assert losses(fused) == pytest.approx(losses(plain), rel=2e-2)  # bf16: 2^-8 a layer, rounded at other places
 
 
@@ -106,7 +107,7 @@ def test_a_model_in_8_bits_learns_on_the_gpu_as_one_in_16(config: KosmosConfig, 
         pytest.skip("products in 8 bits need capability 8.9")
     plain, rounded = on_gpu(config, ffn_dim=128), on_gpu(config, ffn_dim=128, fp8=True)
     if fuses:
-        rounded.fuse()
+        rounded.compile_blocks()
     assert losses(rounded) == pytest.approx(losses(plain), rel=5e-2)  # e4m3: some 4 % of a product, means over 20 tokens
 
 
@@ -116,7 +117,7 @@ def test_no_kernel_leaks_on_the_gpu(config: KosmosConfig, kernel: str, within: s
     model = on_gpu(config, attention_kernel=kernel, document_attention=within)
     with torch.autocast("cuda", torch.bfloat16):
         assert find_leak(model, 61, SPECIAL) is None
-        model.fuse()
+        model.compile_blocks()
         assert find_leak(model, 61, SPECIAL) is None
 
 

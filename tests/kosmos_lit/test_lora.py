@@ -12,7 +12,7 @@ import torch
 
 from kosmos_lit.config import LoraConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.lora import base_weights, load_adapter, merged, save_adapter, without_lora
+from kosmos_lit.lora import base_weights, load_adapter, merge_adapters, save_adapter, without_lora
 from kosmos_lit.model import Kosmos
 from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, normal, shaken, text_doc, tiny_config
 
@@ -61,7 +61,7 @@ def test_a_target_that_is_nowhere_is_named(kosmos_tower):
 
 
 def test_merged_equals_unmerged_and_has_a_plain_models_tensors(adapted, kosmos_tower):
-    plain = merged(adapted)
+    plain = merge_adapters(adapted)
     assert plain.config.lora is None
     assert plain.state_dict().keys() == Kosmos(tiny_config(kosmos_tower)).state_dict().keys()
     torch.testing.assert_close(plain(BATCH), adapted(BATCH), **EXACT)
@@ -72,7 +72,7 @@ def test_the_adapter_matters(adapted, base):
 
 
 def test_a_model_without_adapters_is_merged_already(base):
-    assert merged(base) is base
+    assert merge_adapters(base) is base
 
 
 def test_a_saved_adapter_on_the_base_gives_the_model_again(adapted, base, tmp_path):
@@ -169,7 +169,7 @@ def test_merging_keeps_each_tensor_s_dtype_and_adds_in_float32(adapted):
     model = copy.deepcopy(adapted).bfloat16()
     model.vision.float()
     names = base_weights(model)
-    plain = merged(model).state_dict()
+    plain = merge_adapters(model).state_dict()
     assert {name: tensor.dtype for name, tensor in plain.items()} == {name: t.dtype for name, t in names.items()}
     layer = model.decoder.layers[1].ffn.fc2
     a, b = layer.lora_A.default.weight.float(), layer.lora_B.default.weight.float()
@@ -189,14 +189,14 @@ def test_a_loaded_adapter_leaves_the_base_its_dtype(adapted, base, tmp_path):
 def test_merging_and_loading_stay_on_the_model_s_device(adapted, base, tmp_path):
     save_adapter(adapted, tmp_path)
     elsewhere = torch.device("meta")  # a device that is everywhere
-    made = merged(copy.deepcopy(adapted).to(elsewhere)), load_adapter(copy.deepcopy(base).to(elsewhere), tmp_path)
+    made = merge_adapters(copy.deepcopy(adapted).to(elsewhere)), load_adapter(copy.deepcopy(base).to(elsewhere), tmp_path)
     assert {tensor.device for model in made for tensor in model.state_dict().values()} == {elsewhere}
 
 
 def test_merging_and_loading_share_no_memory_with_the_model(adapted, base, tmp_path):
     save_adapter(adapted, tmp_path)
     before = {tensor.data_ptr() for model in (adapted, base) for tensor in model.state_dict().values()}
-    made = merged(adapted), load_adapter(base, tmp_path)
+    made = merge_adapters(adapted), load_adapter(base, tmp_path)
     assert not before & {tensor.data_ptr() for model in made for tensor in model.state_dict().values()}
 
 

@@ -67,7 +67,7 @@ def test_chunks_change_no_feature(build, chunk):
 )
 def test_fused_blocks_see_two_sizes_of_chunk(build, n, sizes):
     tower = build(chunk=8)
-    tower._is_fused = True
+    tower._is_compiled = True
     chunks = list(tower._chunks(random_images(n)))
     assert [len(some) for some, _ in chunks] == sizes
     assert torch.equal(torch.cat([some[:real] for some, real in chunks]), random_images(n))
@@ -75,7 +75,7 @@ def test_fused_blocks_see_two_sizes_of_chunk(build, n, sizes):
 
 def test_without_gradient_nothing_is_padded(build):
     tower = build(chunk=8)
-    tower._is_fused = True
+    tower._is_compiled = True
     with torch.no_grad():
         assert [len(some) for some, _ in tower._chunks(random_images(11))] == [8, 3]
 

@@ -26,7 +26,7 @@ TOWER = {
     "text_cfg": {"context_length": 3, "vocab_size": 7, "width": 8, "heads": 1, "layers": 1},
 }
 N_PIECES = 61
-SPECIAL = SpecialTokens.after(N_PIECES)
+SPECIAL = SpecialTokens.for_pieces(N_PIECES)
 """Of the tests' tokenizer: 61 pieces, 68 ids; the model has five rows more."""
 
 

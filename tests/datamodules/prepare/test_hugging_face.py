@@ -10,8 +10,8 @@ from datamodules.prepare.index import prepare_corpus
 from datamodules.prepare.tokenizer import train_tokenizer
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
-from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, EOS, Tokenizer
+from kosmos_lit.weights.load import load_tokenizer
 from tests.datamodules import sample_data
 from tests.kosmos_lit.hugging_face_tokenizers import byte_level, made_folder
 from tests.running import TINY
@@ -82,7 +82,7 @@ def test_a_model_learns_writes_and_is_saved_with_it(texts, folder, tmp_path, cap
     assert main(["fit", "-c", str(tmp_path / "run.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
 
     checkpoint = tmp_path / "run/checkpoints/step=00000006.ckpt"
-    tokenizer = Kosmos.load(checkpoint).tokenizer
+    tokenizer = load_tokenizer(checkpoint)
     assert tokenizer is not None
     assert tokenizer.fingerprint == Tokenizer.load(folder).fingerprint
     capsys.readouterr()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+import kosmos_lit
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import VERBS, main
-from kosmos_lit.model import Kosmos
 from tests.running import losses, tiny_run
 
 LAST = Path("checkpoints") / "step=00000006.ckpt"
@@ -117,7 +117,7 @@ def test_generate_scores_candidates_as_the_notebook_does(trained: Path, capsys: 
     assert main(["generate", "--ckpt_path", str(trained / LAST), "--device", "cpu", "--score", *candidates]) == 0
 
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    scored = Kosmos.load(trained / LAST).score("An image of", candidates)
+    scored = kosmos_lit.load(trained / LAST).score("An image of", candidates)
     assert [row["text"] for row in rows] == candidates
     found = [(row["log_prob"], row["n_tokens"], row["mean"]) for row in rows]
     assert found == [(s.total, s.n_tokens, s.mean) for s in scored]

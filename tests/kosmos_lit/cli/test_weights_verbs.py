@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kosmos_lit import Kosmos
 from kosmos_lit.cli import main
 from kosmos_lit.tokenizer import MODEL_FILE, Tokenizer
-from kosmos_lit.weights import export_transformers, from_transformers
+from kosmos_lit.weights.kosmos2 import export_transformers, from_transformers
+from kosmos_lit.weights.load import load_model
 from tests.kosmos_lit.weights import test_fairseq as released
 from tests.kosmos_lit.weights.hostile import Bomb
 from tests.kosmos_lit.weights.test_clip import SIDE as TOWER_SIDE
@@ -56,10 +56,9 @@ def mistake(capsys):
 def theirs(tmp_path_factory, kosmos_vocabulary) -> Path:
     """A folder as transformers has it."""
     tokenizer = Tokenizer(kosmos_vocabulary)
-    kosmos = from_transformers(their_model("wide", vocab_size=tokenizer.vocab_size))
-    kosmos.tokenizer = tokenizer
+    model = from_transformers(their_model("wide", vocab_size=tokenizer.vocab_size)).model
     folder = tmp_path_factory.mktemp("theirs") / "kosmos2"
-    export_transformers(kosmos, folder)
+    export_transformers(model, tokenizer, folder)
     return folder
 
 
@@ -101,7 +100,7 @@ def test_a_folder_of_transformers_goes_in_and_out_bit_by_bit(theirs, tmp_path, s
 def test_import_says_what_it_has_made(theirs, tmp_path, said):
     message = said("import", "--format", "transformers", "--input", theirs, "--output", tmp_path / "ours")
 
-    n = sum(p.numel() for p in Kosmos.load(theirs).parameters())
+    n = sum(p.numel() for p in load_model(theirs).model.parameters())
     assert message == f"{tmp_path}/ours: {n:,} parameters, 68 ids\n"
 
 
@@ -121,7 +120,7 @@ def test_a_released_checkpoint_is_imported(tmp_path, kosmos_vocabulary, said):
     out = tmp_path / "ours"
     said("import", "--format", "fairseq", "--input", file, "--tokenizer", tmp_path / "data", "--output", out)
 
-    assert Kosmos.load(out).config.decoder.vocab_size == released.N_GROUNDED
+    assert load_model(out).model.config.decoder.vocab_size == released.N_GROUNDED
 
 
 @pytest.mark.parametrize("format_", ["transformers", "open_clip"])

@@ -251,7 +251,7 @@ def test_a_gpu_allocates_what_was_estimated(precision: str, rows: int, compiled:
     setting = replace(PAPER, batch=PAPER.batch.with_rows(rows), precision=precision)
     net = Kosmos.create(config).cuda().train()
     if compiled:
-        net.fuse()
+        net.compile_blocks()
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=True)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()

@@ -26,10 +26,11 @@ from kosmos_lit.evaluation.harness import HarnessModel, generation_config, main
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice
 from kosmos_lit.evaluation.requests import Generate
 from kosmos_lit.evaluation.scheduler import RequestScheduler
-from kosmos_lit.inference.generate import GenerationConfig
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, Tokenizer
-from kosmos_lit.weights import save_folder
+from kosmos_lit.weights.folder import save_folder
 from tests.kosmos_lit.tasks.language_datasets import DATASETS, write_lines
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 
@@ -40,15 +41,13 @@ CHOICE |= {"doc_to_target": "{{label}}", "metric_list": [{"metric": "acc"}]}
 
 
 @pytest.fixture(scope="module")
-def model(kosmos_tower: str, kosmos_vocabulary: bytes) -> Kosmos:
-    model = tiny_model(kosmos_tower, max_seq_len=ROOM)
-    model.tokenizer = Tokenizer(kosmos_vocabulary)
-    return model
+def engine(kosmos_tower: str, kosmos_vocabulary: bytes) -> Engine:
+    return Engine(tiny_model(kosmos_tower, max_seq_len=ROOM), Tokenizer(kosmos_vocabulary))
 
 
 @pytest.fixture(scope="module")
-def harness_model(model: Kosmos) -> HarnessModel:
-    return HarnessModel(model=model, device="cpu")
+def harness_model(engine: Engine) -> HarnessModel:
+    return HarnessModel(engine=engine, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +82,7 @@ def log_probs_of(model: Kosmos, context: list[int], rest: list[int]) -> list[flo
     """Return the log-probabilities of `rest` from one forward pass over the full row."""
     row = torch.tensor([BOS, *context, *rest])
     with torch.inference_mode():
-        log_probs = model.logits(row)[:-1].log_softmax(-1)
+        log_probs = Engine(model, None).logits(row)[:-1].log_softmax(-1)
     return log_probs.gather(1, row[1:, None])[len(context) :, 0].tolist()  # type: ignore[no-any-return]
 
 
@@ -105,7 +104,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
     results = {
         r.key: r
-        for some in RequestScheduler(harness_model.model, harness_model.tokenizer).run(task, samples, pool)
+        for some in RequestScheduler(harness_model.engine.model, harness_model.tokenizer).run(task, samples, pool)
         for r in some
     }
     outcomes = [results[sample.key].outcome for sample in samples]
@@ -123,7 +122,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
 def test_candidates_of_a_context_share_its_prefill(harness_model: HarnessModel) -> None:
     read: list[int] = []
-    hook = harness_model.model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
+    hook = harness_model.engine.model.decoder.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[0]))
 
     harness_model.loglikelihood(requests("loglikelihood", *(("the cat sat on", f" {w}") for w in ("it", "mat", "my"))), True)
 
@@ -141,9 +140,9 @@ def test_tokens_are_those_of_the_joined_text(
 ) -> None:
     tokenizer = kosmos_tokenizer if kind == "sentencepiece" else Tokenizer.load(request.getfixturevalue(kind))
     model = tiny_model(kosmos_tower, max_seq_len=ROOM, vocab_size=tokenizer.vocab_size)
-    model.tokenizer = tokenizer
+    harness_model = HarnessModel(engine=Engine(model, tokenizer), device="cpu")
 
-    [(value, _)] = HarnessModel(model=model, device="cpu").loglikelihood(requests("loglikelihood", (context, rest)), True)
+    [(value, _)] = harness_model.loglikelihood(requests("loglikelihood", (context, rest)), True)
 
     joined, before = tokenizer.encode(context + rest).tolist(), tokenizer.encode(context).tolist()
     border = next((i for i, (a, b) in enumerate(zip(joined, before, strict=False)) if a != b), min(len(joined), len(before)))
@@ -158,7 +157,7 @@ def test_a_continuation_is_greedy_if_greedy_decoding_writes_it(harness_model: Ha
     values = harness_model.loglikelihood(requests("loglikelihood", *((context, f" {word}") for word in words)), True)
     ids = harness_model.tokenizer.encode(context).tolist()
     with torch.inference_mode():
-        best = int(harness_model.model.logits([BOS, *ids])[-1].argmax())
+        best = int(harness_model.engine.logits([BOS, *ids])[-1].argmax())
     text = harness_model.tokenizer.name(best)
 
     [(_, is_greedy)] = harness_model.loglikelihood(requests("loglikelihood", (context, text)), True)
@@ -183,7 +182,7 @@ def test_a_long_context_loses_its_beginning_and_says_so(
         [(value, _)] = harness_model.loglikelihood(requests("loglikelihood", (context, " sat")), True)
 
     fitting = ids[-(ROOM - 1 - len(rest)) :]
-    assert value == pytest.approx(sum(log_probs_of(harness_model.model, fitting, rest)), abs=1e-4)
+    assert value == pytest.approx(sum(log_probs_of(harness_model.engine.model, fitting, rest)), abs=1e-4)
     assert "1 contexts lost their beginnings: the model has 211 positions" in caplog.text
 
 
@@ -197,7 +196,7 @@ def test_a_short_text_is_one_row(harness_model: HarnessModel, tmp_path: Path) ->
     results = evaluate(harness_model, tmp_path)
 
     ids = harness_model.tokenizer.encode(text).tolist()
-    bits = -sum(log_probs_of(harness_model.model, [], ids)) / torch.log(torch.tensor(2.0)).item() / len(text.encode())
+    bits = -sum(log_probs_of(harness_model.engine.model, [], ids)) / torch.log(torch.tensor(2.0)).item() / len(text.encode())
     assert results["results"]["made"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
 
 
@@ -207,8 +206,7 @@ def test_windows_score_each_token_of_a_text_once_after_all_context_that_fits(
     kosmos_tower: str, kosmos_tokenizer: Tokenizer, n: int, stride: int | None
 ) -> None:
     model = tiny_model(kosmos_tower, max_seq_len=13)
-    model.tokenizer = kosmos_tokenizer
-    harness_model = HarnessModel(model=model, stride=stride, device="cpu")
+    harness_model = HarnessModel(engine=Engine(model, kosmos_tokenizer), stride=stride, device="cpu")
     ids = list(range(100, 100 + n))
 
     windows = harness_model._windows(ids)
@@ -223,8 +221,7 @@ def test_windows_score_each_token_of_a_text_once_after_all_context_that_fits(
 
 def test_a_long_text_is_the_sum_of_its_windows(kosmos_tower: str, kosmos_tokenizer: Tokenizer) -> None:
     model = tiny_model(kosmos_tower, max_seq_len=31)
-    model.tokenizer = kosmos_tokenizer
-    harness_model = HarnessModel(model=model, stride=11, device="cpu")
+    harness_model = HarnessModel(engine=Engine(model, kosmos_tokenizer), stride=11, device="cpu")
     text = "the cat sat on the mat " * 7
     ids = kosmos_tokenizer.encode(text).tolist()
 
@@ -244,7 +241,7 @@ def test_generation_ends_at_the_tasks_stop_strings(harness_model: HarnessModel, 
     settings = GenerationConfig(max_new_tokens=9)
     texts = [
         a.text
-        for a in RequestScheduler(harness_model.model, harness_model.tokenizer).respond(
+        for a in RequestScheduler(harness_model.engine.model, harness_model.tokenizer).respond(
             [Generate((c,), settings) for c in contexts]
         )
     ]  # type: ignore[union-attr]
@@ -300,7 +297,7 @@ def test_the_harness_cache_replaces_the_model(harness_model: HarnessModel, tmp_p
     rows = [{"context": "the cat", "choices": ["sat", "is red"], "label": 0}]
     put_task(tmp_path, rows, **CHOICE)
     read: list[int] = []
-    hook = harness_model.model.decoder.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    hook = harness_model.engine.model.decoder.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
 
     first = evaluate(harness_model, tmp_path, use_cache=str(tmp_path / "answers"))
     n_read = len(read)
@@ -312,8 +309,8 @@ def test_the_harness_cache_replaces_the_model(harness_model: HarnessModel, tmp_p
 
 
 @pytest.mark.slow  # the command reads all of lm_eval's own task files
-def test_the_command_runs_an_exported_model(model: Kosmos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_folder(model, tmp_path / "model")
+def test_the_command_runs_an_exported_model(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_folder(engine.model, engine.tokenizer, tmp_path / "model")
     put_task(tmp_path / "tasks", [{"context": "the cat", "choices": ["sat", "is red"], "label": 0}], **CHOICE)
     command = ["lm_eval", "run", "--model", "kosmos_lit", "--model_args", f"path={tmp_path / 'model'}", "--tasks", "made"]
     command += ["--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "out"), "--device", "cpu"]
@@ -337,4 +334,4 @@ def test_a_chat_template_and_a_model_without_tokenizer_are_refused(harness_model
     with pytest.raises(UserError, match="leave out --apply_chat_template"):
         harness_model.apply_chat_template([{"role": "user", "content": "the cat"}])
     with pytest.raises(UserError, match="without a tokenizer"):
-        HarnessModel(model=tiny_model(kosmos_tower))
+        HarnessModel(engine=Engine(tiny_model(kosmos_tower), None))

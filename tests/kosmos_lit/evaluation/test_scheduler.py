@@ -12,7 +12,8 @@ from torch import Tensor
 from kosmos_lit.evaluation.requests import Generate, LogLikelihood, Request
 from kosmos_lit.evaluation.results import Failure, Result
 from kosmos_lit.evaluation.scheduler import RequestScheduler
-from kosmos_lit.inference.generate import GenerationConfig
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import Tokenizer
 from tests.kosmos_lit.evaluation.toy_tasks import TwoRounds, draw_images
@@ -202,11 +203,10 @@ def test_a_model_without_finite_numbers_fails_its_samples(
 
 def test_scores_are_those_of_the_model(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     [image] = draw_images(tmp_path, 1)
-    model.tokenizer = kosmos_tokenizer
 
     [answer] = RequestScheduler(model, kosmos_tokenizer).respond([LogLikelihood((image, "the cat "), ("sat", "on the mat"))])
 
-    expected = model.score("the cat", ["sat", "on the mat"], [image])
+    expected = Engine(model, kosmos_tokenizer).score("the cat", ["sat", "on the mat"], [image])
     assert [scored.text for scored in answer] == ["sat", "on the mat"]  # type: ignore[union-attr]
     for scored, other in zip(answer, expected, strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(scored.log_probs, other.log_probs)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""A model in a notebook: the same results as the command line, and images in whatever form they are at hand."""
+"""An engine in a notebook: the same results as the command line, and images in any form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from kosmos_lit import Kosmos
+import kosmos_lit
+from kosmos_lit import Engine
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import BOS, PAD
@@ -21,10 +22,8 @@ LAST = Path("checkpoints") / "step=00000006.ckpt"
 
 
 @pytest.fixture(scope="module")
-def model(kosmos_tower, kosmos_tokenizer) -> Kosmos:
-    kosmos = tiny_model(kosmos_tower)
-    kosmos.tokenizer = kosmos_tokenizer
-    return kosmos
+def engine(kosmos_tower, kosmos_tokenizer) -> Engine:
+    return Engine(tiny_model(kosmos_tower), kosmos_tokenizer)
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -42,7 +41,7 @@ def png(image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (31, 53)], ids=str)
-def test_an_image_gives_the_same_pixels_in_any_form(model, tmp_path, size):
+def test_an_image_gives_the_same_pixels_in_any_form(engine, tmp_path, size):
     image = photograph(*size)
     (tmp_path / "a.png").write_bytes(png(image))
     array = np.asarray(image).transpose(2, 0, 1)
@@ -51,45 +50,45 @@ def test_an_image_gives_the_same_pixels_in_any_form(model, tmp_path, size):
         torch.from_numpy(array.copy()),
     ]  # fmt: skip
 
-    pixels = model.pixels(forms)
+    pixels = engine.pixels(forms)
 
     assert pixels.shape == (len(forms), 3, SIDE, SIDE)
     assert pixels.dtype == torch.uint8
     assert all(torch.equal(pixels[0], other) for other in pixels[1:])
 
 
-def test_an_image_of_the_models_size_is_taken_as_it_is(model):
+def test_an_image_of_the_models_size_is_taken_as_it_is(engine):
     image = photograph(SIDE, SIDE)
 
-    assert model.pixels([image])[0].tolist() == np.asarray(image).transpose(2, 0, 1).tolist()
+    assert engine.pixels([image])[0].tolist() == np.asarray(image).transpose(2, 0, 1).tolist()
 
 
-def test_both_sides_of_an_image_are_scaled(model):
+def test_both_sides_of_an_image_are_scaled(engine):
     """As `generate` on the command line does: nothing is cut off."""
     image = photograph(31, 53)
     expected = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
-    assert model.pixels([image])[0].tolist() == expected.tolist()
+    assert engine.pixels([image])[0].tolist() == expected.tolist()
 
 
-def test_a_file_and_an_opened_file_are_turned_upright_alike(model, tmp_path):
+def test_a_file_and_an_opened_file_are_turned_upright_alike(engine, tmp_path):
     image = photograph(31, 53)
     exif = Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as opened:
-        from_file, from_opened = model.pixels([tmp_path / "a.png", opened])
+        from_file, from_opened = engine.pixels([tmp_path / "a.png", opened])
 
     assert torch.equal(from_file, from_opened)
-    assert not torch.equal(from_file, model.pixels([image])[0])
+    assert not torch.equal(from_file, engine.pixels([image])[0])
 
 
-def test_a_transparent_image_is_laid_over_white(model):
-    assert (model.pixels([Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 0))]) == 255).all()
+def test_a_transparent_image_is_laid_over_white(engine):
+    assert (engine.pixels([Image.new("RGBA", (SIDE, SIDE), (9, 9, 9, 0))]) == 255).all()
 
 
-def test_no_images_are_none(model):
-    assert model.pixels([]).shape == (0, 3, SIDE, SIDE)
+def test_no_images_are_none(engine):
+    assert engine.pixels([]).shape == (0, 3, SIDE, SIDE)
 
 
 WRONG = {
@@ -111,26 +110,26 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("method", ["pixels", "generate", "logits", "score"])
-def test_an_image_that_is_none_is_named_by_its_number(model, name, method):
+def test_an_image_that_is_none_is_named_by_its_number(engine, name, method):
     image, reason = WRONG[name]
     images = [photograph(SIDE, SIDE), image]
     calls = {
-        "pixels": lambda: model.pixels(images),
-        "generate": lambda: model.generate("a", images),
-        "logits": lambda: model.logits([BOS], images),
-        "score": lambda: model.score("a", ["b"], images),
+        "pixels": lambda: engine.pixels(images),
+        "generate": lambda: engine.generate("a", images),
+        "logits": lambda: engine.logits([BOS], images),
+        "score": lambda: engine.score("a", ["b"], images),
     }
 
     with pytest.raises(UserError, match=rf"^image 1: .*{reason}"):
         calls[method]()
 
 
-def test_an_opened_file_that_is_cut_off_is_named_by_its_number(model, tmp_path):
+def test_an_opened_file_that_is_cut_off_is_named_by_its_number(engine, tmp_path):
     data = png(photograph(31, 53))
     (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
 
     with Image.open(tmp_path / "a.png") as opened, pytest.raises(UserError, match="image 0: image cannot be decoded"):
-        model.pixels([opened])
+        engine.pixels([opened])
 
 
 # ---- logits
@@ -144,51 +143,51 @@ def row(*parts: int | str) -> list[int]:
     return ids
 
 
-def test_logits_of_one_row_have_two_axes(model):
-    found = model.logits(row(5, "p"), [photograph(SIDE, SIDE)])
+def test_logits_of_one_row_have_two_axes(engine):
+    logits = engine.logits(row(5, "p"), [photograph(SIDE, SIDE)])
 
-    assert found.shape == (1 + 5 + LATENTS + 2, model.config.decoder.vocab_size)
-
-
-def test_logits_of_a_batch_have_three(model):
-    assert model.logits(torch.tensor([row(5), row(5)])).shape == (2, 6, model.config.decoder.vocab_size)
+    assert logits.shape == (1 + 5 + LATENTS + 2, engine.model.config.decoder.vocab_size)
 
 
-def test_a_list_an_array_and_a_tensor_of_ids_are_the_same(model):
+def test_logits_of_a_batch_have_three(engine):
+    assert engine.logits(torch.tensor([row(5), row(5)])).shape == (2, 6, engine.model.config.decoder.vocab_size)
+
+
+def test_a_list_an_array_and_a_tensor_of_ids_are_the_same(engine):
     ids = row(5)
-    expected = model.logits(torch.tensor(ids))
+    expected = engine.logits(torch.tensor(ids))
 
-    assert torch.equal(model.logits(ids), expected)
-    assert torch.equal(model.logits(np.array(ids)), expected)
-    assert torch.equal(model.logits(torch.tensor([ids]))[0], expected)
+    assert torch.equal(engine.logits(ids), expected)
+    assert torch.equal(engine.logits(np.array(ids)), expected)
+    assert torch.equal(engine.logits(torch.tensor([ids]))[0], expected)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_logits_of_padded_rows_are_those_of_each_row_alone(model, padding):
+def test_logits_of_padded_rows_are_those_of_each_row_alone(engine, padding):
     rows = [row("p", 2, "p", 3), row(7), row(1, "p")]
     images = [photograph(SIDE, SIDE, seed) for seed in range(3)]
     T = max(map(len, rows))
     fill = [[PAD] * (T - len(ids)) for ids in rows]
     batch = [f + ids if padding == "left" else ids + f for f, ids in zip(fill, rows, strict=True)]
 
-    found = model.logits(torch.tensor(batch), images)
+    logits = engine.logits(torch.tensor(batch), images)
 
-    for b, (ids, mine) in enumerate(zip(rows, (images[:2], [], images[2:]), strict=True)):
+    for b, (ids, own) in enumerate(zip(rows, (images[:2], [], images[2:]), strict=True)):
         at = slice(T - len(ids), T) if padding == "left" else slice(0, len(ids))
         # float32 sums of 20 in another order: measured 2e-6
-        torch.testing.assert_close(found[b, at], model.logits(ids, mine), rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits[b, at], engine.logits(ids, own), rtol=0, atol=2e-5)
 
 
-def test_the_likeliest_next_token_is_what_generate_writes(model):
+def test_generate_takes_the_token_of_the_highest_logit(engine):
     image = photograph(SIDE, SIDE)
-    ids = [BOS, *[SPECIAL.image] * (LATENTS + 1), SPECIAL.image_end, *model.tokenizer.encode("the cat").tolist()]
-    logits = model.logits(ids, [image])[-1]
-    control = [BOS, PAD, 3, *range(SPECIAL.mask, SPECIAL.line_end), *range(model.tokenizer.vocab_size, len(logits))]
+    ids = [BOS, *[SPECIAL.image] * (LATENTS + 1), SPECIAL.image_end, *engine.tokenizer.encode("the cat").tolist()]
+    logits = engine.logits(ids, [image])[-1]
+    control = [BOS, PAD, 3, *range(SPECIAL.mask, SPECIAL.line_end), *range(engine.tokenizer.vocab_size, len(logits))]
     logits[control] = float("-inf")
 
-    written = model.generate("the cat", [image], max_new_tokens=1)
+    text = engine.generate("the cat", [image], max_new_tokens=1)
 
-    assert written == model.tokenizer.decode([int(logits.argmax())])
+    assert text == engine.tokenizer.decode([int(logits.argmax())])
 
 
 @pytest.mark.parametrize(
@@ -202,15 +201,15 @@ def test_the_likeliest_next_token_is_what_generate_writes(model):
         ([[BOS, 5], [BOS, SPECIAL.image]], 1, "row 1: 0 slots"),
     ],
 )
-def test_tokens_that_do_not_fit_the_images_are_the_users_error(model, ids, n_images, reason):
+def test_tokens_that_do_not_fit_the_images_are_the_users_error(engine, ids, n_images, reason):
     with pytest.raises(UserError, match=reason):
-        model.logits(torch.tensor(ids), [photograph(SIDE, SIDE)] * n_images)
+        engine.logits(torch.tensor(ids), [photograph(SIDE, SIDE)] * n_images)
 
 
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([], r"not none at all; got \(0,\)"),
+        ([], r"at least one of them; got \(0,\)"),
         ([BOS, 73], "lie in 0 to 73, but the model has 73 embeddings"),
         ([BOS, -1], "lie in -1 to 0,"),
         (torch.zeros(2, 3, 5, dtype=torch.int64), r"got \(2, 3, 5\) int64"),
@@ -220,52 +219,51 @@ def test_tokens_that_do_not_fit_the_images_are_the_users_error(model, ids, n_ima
         ("the cat", r"must be \(T,\) or \(B, T\) ids"),
     ],
 )
-def test_ids_that_are_none_of_the_models_are_the_users_error(model, ids, reason):
+def test_ids_that_are_none_of_the_models_are_the_users_error(engine, ids, reason):
     with pytest.raises(UserError, match=reason):
-        model.logits(ids)
+        engine.logits(ids)
 
 
 @pytest.mark.parametrize("method", ["generate", "logits", "score"])
-def test_a_model_without_tokenizer_says_so(kosmos_tower, method):
-    bare = tiny_model(kosmos_tower)
+def test_an_engine_without_tokenizer_needs_one(kosmos_tower, method):
+    bare = Engine(tiny_model(kosmos_tower), None)
     calls = {
         "generate": lambda: bare.generate("a"),
         "logits": lambda: bare.logits([BOS], [photograph(11, 13)]),
         "score": lambda: bare.score("a", ["b"]),
     }
 
-    with pytest.raises(UserError, match="this model has no tokenizer; set its `tokenizer`, or load it from a folder"):
+    with pytest.raises(UserError, match="this model has no tokenizer; give one to Engine, or load the model from a folder"):
         calls[method]()
 
 
-def test_logits_of_ids_alone_need_no_tokenizer(kosmos_tower, model):
-    assert torch.equal(tiny_model(kosmos_tower).logits([BOS, 7]), model.logits([BOS, 7]))
+def test_logits_of_ids_alone_need_no_tokenizer(kosmos_tower, engine):
+    assert torch.equal(Engine(tiny_model(kosmos_tower), None).logits([BOS, 7]), engine.logits([BOS, 7]))
 
 
-def test_a_lone_image_is_a_list_of_one(model, tmp_path):
+def test_a_single_image_is_a_list_of_one(engine, tmp_path):
     (tmp_path / "a.png").write_bytes(png(photograph(31, 53)))
     array = np.asarray(photograph(31, 53)).transpose(2, 0, 1)
 
-    for lone in (tmp_path / "a.png", str(tmp_path / "a.png"), png(photograph(31, 53)), photograph(31, 53), array):
-        assert torch.equal(model.pixels(lone), model.pixels([lone]))
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), png(photograph(31, 53)), photograph(31, 53), array):
+        assert torch.equal(engine.pixels(image), engine.pixels([image]))
 
 
-def test_one_text_is_no_list_of_candidates(model):
+def test_one_text_is_no_list_of_candidates(engine):
     with pytest.raises(UserError, match="candidates must be a list of texts, got one text, 'red'"):
-        model.score("a", "red")
+        engine.score("a", "red")
 
 
 @pytest.mark.parametrize("part", ["vision", "connector", "decoder"])
 def test_a_part_of_lower_precision_runs_beside_the_others(kosmos_tower, kosmos_tokenizer, part):
-    kosmos = tiny_model(kosmos_tower)
-    kosmos.tokenizer = kosmos_tokenizer
-    getattr(kosmos, part).to(torch.bfloat16)
+    model = tiny_model(kosmos_tower)
+    getattr(model, part).to(torch.bfloat16)
 
-    assert kosmos.generate("a cat", [photograph(17, 19)], max_new_tokens=3)
+    assert Engine(model, kosmos_tokenizer).generate("a cat", [photograph(17, 19)], max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ({"temperature": "0.5"}, "temperature must be float, got '0.5'"),
         ({"max_new_tokens": 3.5}, "max_new_tokens must be int, got 3.5"),
@@ -274,25 +272,25 @@ def test_a_part_of_lower_precision_runs_beside_the_others(kosmos_tower, kosmos_t
         ({"stop": [3]}, "stop must be .*, got"),
     ],
 )
-def test_a_setting_of_another_type_is_named(model, setting, said):
-    with pytest.raises(UserError, match=said):
-        model.generate("a", **setting)
+def test_a_setting_of_another_type_is_named(engine, setting, message):
+    with pytest.raises(UserError, match=message):
+        engine.generate("a", **setting)
 
 
-def test_an_unknown_setting_is_named(model):
+def test_an_unknown_setting_is_named(engine):
     with pytest.raises(UserError, match="beams"):
-        model.generate("a", beams=5)
+        engine.generate("a", beams=5)
 
 
-def test_gradients_are_not_kept(model):
-    assert not model.logits(row(5)).requires_grad
+def test_gradients_are_not_kept(engine):
+    assert not engine.logits(row(5)).requires_grad
 
 
 # ---- the same as the command line
 
 
 @pytest.mark.parametrize(("options", "settings"), [((), {}), (("--beams", "3"), {"n_beams": 3})])
-def test_a_notebook_writes_what_the_command_line_prints(trained, tmp_path, capsys, options, settings):
+def test_a_notebook_generates_what_the_command_line_prints(trained, tmp_path, capsys, options, settings):
     for name, seed in (("a.png", 1), ("b.png", 2)):
         (tmp_path / name).write_bytes(png(photograph(31, 53, seed)))
     images = [tmp_path / "a.png", tmp_path / "b.png"]
@@ -300,9 +298,9 @@ def test_a_notebook_writes_what_the_command_line_prints(trained, tmp_path, capsy
     arguments = ["--image", *map(str, images), "--prompt", prompt, "--max-new-tokens", "11", "--device", "cpu", *options]
     assert main(["generate", "--ckpt_path", str(trained / LAST), *arguments]) == 0
 
-    written = Kosmos.load(trained / LAST).generate(prompt, images, max_new_tokens=11, **settings)
+    text = kosmos_lit.load(trained / LAST).generate(prompt, images, max_new_tokens=11, **settings)
 
-    assert capsys.readouterr().out == f"{written}\n"
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_a_notebook_scores_what_the_command_line_prints(trained, tmp_path, capsys):
@@ -312,6 +310,6 @@ def test_a_notebook_scores_what_the_command_line_prints(trained, tmp_path, capsy
     assert main(["generate", "--ckpt_path", str(trained / LAST), *arguments]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    scored = Kosmos.load(trained / LAST).score("An image of", candidates, [tmp_path / "a.png"])
+    scored = kosmos_lit.load(trained / LAST).score("An image of", candidates, [tmp_path / "a.png"])
 
     assert [(line["text"], line["log_prob"]) for line in printed] == [(s.text, s.total) for s in scored]

@@ -1,12 +1,12 @@
-"""What is read from the cache is what is read anew."""
+"""Hidden states with the KV cache equal those without it."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kosmos_lit.inference.generate import Prompt
 from kosmos_lit.inference.prefill import Prefill
+from kosmos_lit.inference.prompts import Prompt
 from kosmos_lit.inference.trie import Trie
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokenizer import BOS, expand_images
@@ -28,9 +28,9 @@ PROMPTS = [prompt(4, 1, 1), prompt(1, 0, 2), prompt(13, 2, 3)]
 N_IMAGES = [1, 0, 2]
 
 
-def anew(model, start: Prompt, images: Tensor, written: list[int]) -> Tensor:
-    """Return (D,) after the last token of a document that is read as in training, without a cache."""
-    tokens = torch.tensor([[*start.tokens.tolist(), *written]])
+def uncached(model, start: Prompt, images: Tensor, continuation: list[int]) -> Tensor:
+    """Return (D,) after the last token of a document, as in training, without a cache."""
+    tokens = torch.tensor([[*start.tokens.tolist(), *continuation]])
     T = tokens.shape[1]
     slots = torch.tensor([(0, int(slot)) for slot in start.slots]).view(-1, 2)
     latents = model.encode_images(images) if len(images) else None
@@ -39,36 +39,36 @@ def anew(model, start: Prompt, images: Tensor, written: list[int]) -> Tensor:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_cached_equals_uncached_at_every_step(talker, kosmos_tokenizer, positions):
+def test_cached_equals_uncached_at_every_step(talker, positions):
     model, images = talker(positions=positions), random_images(3)
-    prefill = Prefill(model, PROMPTS, images, kosmos_tokenizer, 11)
-    written, hidden = [words(11, seed) for seed in (5, 6, 7)], prefill.hidden
+    prefill = Prefill(model, PROMPTS, images, SPECIAL, 11)
+    continuations, hidden = [words(11, seed) for seed in (5, 6, 7)], prefill.hidden
     for step in range(12):
         for b, own in enumerate(images.split(N_IMAGES)):
-            torch.testing.assert_close(hidden[b], anew(model, PROMPTS[b], own, written[b][:step]), **CLOSE)
+            torch.testing.assert_close(hidden[b], uncached(model, PROMPTS[b], own, continuations[b][:step]), **CLOSE)
         if step < 11:
-            hidden = prefill.write(torch.tensor([[row[step]] for row in written]), step)[:, 0]
+            hidden = prefill.decode(torch.tensor([[row[step]] for row in continuations]), step)[:, 0]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_the_nodes_of_a_tree_are_read_as_each_path_alone(talker, kosmos_tokenizer, positions):
+def test_the_nodes_of_a_trie_decode_as_each_path_alone(talker, positions):
     model, images = talker(positions=positions), random_images(3)
-    prefill = Prefill(model, PROMPTS, images, kosmos_tokenizer, 7)
+    prefill = Prefill(model, PROMPTS, images, SPECIAL, 7)
     paths = [[5, 6, 7], [5, 6, 9], [5, 8], [11]]
     trie = Trie(paths)
     tokens, depths = (torch.tensor(x).expand(3, -1) for x in (trie.tokens, trie.depths))
-    after = prefill.write(tokens, depths, torch.from_numpy(trie.ancestors()).expand(3, -1, -1))
+    after = prefill.decode(tokens, depths, torch.from_numpy(trie.ancestors()).expand(3, -1, -1))
     for b, own in enumerate(images.split(N_IMAGES)):
         for path, end in zip(paths, trie.ends, strict=True):
-            torch.testing.assert_close(after[b, end], anew(model, PROMPTS[b], own, path), **CLOSE)
+            torch.testing.assert_close(after[b, end], uncached(model, PROMPTS[b], own, path), **CLOSE)
 
 
 @torch.inference_mode()
-def test_what_is_forgotten_leaves_no_trace(talker, kosmos_tokenizer):
-    prefill = Prefill(talker(), PROMPTS, random_images(3), kosmos_tokenizer, 3)
-    first = prefill.write(torch.tensor([[5], [6], [7]]), 0)
+def test_rewinding_leaves_no_trace(talker):
+    prefill = Prefill(talker(), PROMPTS, random_images(3), SPECIAL, 3)
+    first = prefill.decode(torch.tensor([[5], [6], [7]]), 0)
     prefill.rewind()
-    prefill.write(torch.tensor([[9], [9], [9]]), 0)
+    prefill.decode(torch.tensor([[9], [9], [9]]), 0)
     prefill.rewind()
-    assert torch.equal(prefill.write(torch.tensor([[5], [6], [7]]), 0), first)
+    assert torch.equal(prefill.decode(torch.tensor([[5], [6], [7]]), 0), first)

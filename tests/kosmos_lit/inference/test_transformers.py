@@ -1,11 +1,11 @@
-"""Our generation beside that of transformers' Kosmos-2, for the same random weights: token for token.
+"""Generated tokens equal those of transformers' Kosmos-2 for the same random weights.
 
 Layers are scaled so that a model does not only repeat its last token, and logits spread over several nats: float32 sums in
 another order move them by some 1e-6, and in the greedy cases no step is decided by less than 1e-4, which is asserted.
 
-In a batch with padding on the left, transformers 5 counts the padding into the positions of what it writes with its cache
-on (the prompt's own positions leave it out), so that an answer depends on its neighbours' lengths. There we compare with its
-cache off, or prompt by prompt.
+With its cache on, transformers 5 counts padding on the left into the positions of new tokens, but not into those of the
+prompt, so that an answer depends on its neighbours' lengths. So padded batches are compared with its cache off, or prompt by
+prompt.
 """
 
 from typing import Any
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
-from kosmos_lit.inference.generate import GenerationConfig, Prompt, generate
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
 from kosmos_lit.inference.logits_processors import forbidden_ids
+from kosmos_lit.inference.prompts import Prompt
 from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import BOS, EOS, PAD, expand_images
-from kosmos_lit.weights import to_transformers
+from kosmos_lit.weights.kosmos2 import to_transformers
 from tests.kosmos_lit.tiny_kosmos import SPECIAL, VOCAB, shaken, words
 
 # Seeds, and lengths of the row of </s>, for which some continuations end early and none says the same all the time.
@@ -72,14 +74,14 @@ class Pair:
         return torch.randint(256, (n, 3, self.side, self.side), generator=draw, dtype=torch.uint8)
 
     def ours(self, tokenizer: Any, prompts: list[Prompt], images: Tensor, **settings: Any) -> list[list[int]]:
-        made = generate(self.model, prompts, images, tokenizer, GenerationConfig(**settings))
-        return [list(continuation.tokens) for continuation in made]
+        continuations = Engine(self.model, tokenizer).generate_batch(prompts, images, GenerationConfig(**settings))
+        return [list(continuation.tokens) for continuation in continuations]
 
     @torch.inference_mode()
     def theirs(
         self, tokenizer: Any, prompts: list[Prompt], images: Tensor, margin: float = 0.0, **settings: Any
     ) -> list[list[int]]:
-        """Write with transformers, which must decide every step by `margin` at least; with one prompt, any images."""
+        """Generate with transformers, which must decide every step by `margin` at least; with one prompt, any images."""
         T = max(len(prompt.tokens) for prompt in prompts)
         tokens = torch.full((len(prompts), T), PAD)
         places = torch.zeros(len(prompts), T, dtype=torch.int64)
@@ -90,27 +92,27 @@ class Pair:
                 places[row, padding + int(slot) : padding + int(slot) + self.n_latents] = 1
         random_images = {}
         if len(images):
-            latents = self.look(images)
+            latents = self.encode_images(images)
             random_images = {"image_embeds_position_mask": places}
             random_images["image_embeds"] = latents.flatten(0, 1)[None] if len(prompts) == 1 else latents
-        write = self.other.generate if len(images) else self.other.text_model.generate
-        made = write(
+        generate = self.other.generate if len(images) else self.other.text_model.generate
+        outputs = generate(
             input_ids=tokens, attention_mask=(tokens != PAD).long(), **random_images, do_sample=False, output_scores=True,
             suppress_tokens=forbidden_ids(tokenizer, VOCAB), return_dict_in_generate=True, **settings,
         )  # fmt: skip
-        for step, scores in enumerate(made.scores if margin else ()):
+        for step, scores in enumerate(outputs.scores if margin else ()):
             best = scores.topk(2).values  # (B, 2)
-            running = ~(made.sequences[:, T : T + step] == EOS).any(1)
+            running = ~(outputs.sequences[:, T : T + step] == EOS).any(1)
             assert ((best[:, 0] - best[:, 1])[running] > margin).all()
-        rows = made.sequences[:, T:].tolist()
+        rows = outputs.sequences[:, T:].tolist()
         return [row[: row.index(EOS)] if EOS in row else [id_ for id_ in row if id_ != PAD] for row in rows]
 
-    def look(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Return the latents (N, L, D) that transformers' model has of the images."""
         vision = self.model.config.vision
         mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (vision.mean, vision.std))
-        seen = self.other.vision_model((images.float() - mean) / std)[0]
-        features = torch.nn.functional.normalize(self.other.vision_model.model.post_layernorm(seen), dim=-1)
+        hidden = self.other.vision_model((images.float() - mean) / std)[0]
+        features = torch.nn.functional.normalize(self.other.vision_model.model.post_layernorm(hidden), dim=-1)
         return self.other.image_to_text_projection(features)[0]
 
 

@@ -15,7 +15,9 @@ from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Scoring, candidate_scores
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.runner import Evaluation
-from kosmos_lit.inference.generate import ScoredCandidate, encode_prompt, score
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.inference.prompts import encode_prompt
+from kosmos_lit.inference.results import ScoredCandidate
 from kosmos_lit.model import Kosmos
 from kosmos_lit.report.published import published
 from kosmos_lit.tokenizer import Tokenizer
@@ -142,7 +144,7 @@ def pair_by_pair(task: MultipleChoice, number: int, model: Kosmos, tokenizer: To
     for prompt, candidates in asked(task, number):
         for candidate in candidates:
             read = encode_prompt(prompt, 0, tokenizer, LATENTS)
-            [[alone]] = score(model, [read], [[candidate]], random_images(0), tokenizer)
+            [[alone]] = Engine(model, tokenizer).score_batch([read], [[candidate]], random_images(0))
             means.append(alone.mean)
     return means
 

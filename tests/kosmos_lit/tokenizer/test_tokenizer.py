@@ -53,7 +53,7 @@ def trained(**changes) -> bytes:
 
 
 def test_the_papers_vocabulary_has_64007_ids():
-    special = SpecialTokens.after(64_000)
+    special = SpecialTokens.for_pieces(64_000)
     assert (special.bos, special.pad, special.eos, special.unk) == (0, 1, 2, 3)
     assert (special.mask, special.doc_end, special.image) == (64_001, 64_002, 64_003)
     assert (special.image_end, special.chunk_end, special.line_end) == (64_004, 64_005, 64_006)
@@ -87,7 +87,7 @@ def test_special_ids_name_themselves(kosmos_tokenizer):
 
 
 def test_the_released_grounding_vocabulary_has_65037_ids():
-    first = SpecialTokens.after(64_000).line_end + 1
+    first = SpecialTokens.for_pieces(64_000).line_end + 1
     ids = dict(zip(GROUNDING, range(first, first + len(GROUNDING)), strict=True))
     assert [ids[name] for name in GROUNDING_TAGS] == list(range(64_007, 64_013))
     assert (ids["<patch_index_0000>"], ids["<patch_index_0044>"], ids["<patch_index_1023>"]) == (64_013, 64_057, 65_036)
@@ -316,7 +316,7 @@ def test_control_pieces_elsewhere_are_the_users_error():
 
 
 def test_an_image_is_written_out_as_mark_slots_and_end():
-    special = SpecialTokens.after(10)
+    special = SpecialTokens.for_pieces(10)
     i, e = special.image, special.image_end
     expanded, last, slots = expand_images(np.array([0, i, 5, 6, i, i, 2]), special, 3)
     assert expanded.tolist() == [0, i, i, i, i, e, 5, 6, i, i, i, i, e, i, i, i, i, e, 2]
@@ -325,5 +325,5 @@ def test_an_image_is_written_out_as_mark_slots_and_end():
 
 
 def test_tokens_without_an_image_stay_as_they_are():
-    expanded, last, slots = expand_images(np.array([0, 5, 2]), SpecialTokens.after(10), 3)
+    expanded, last, slots = expand_images(np.array([0, 5, 2]), SpecialTokens.for_pieces(10), 3)
     assert (expanded.tolist(), last.tolist(), slots.tolist()) == ([0, 5, 2], [0, 1, 2], [])

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from kosmos_lit.config import CLIP_MEAN, CLIP_STD, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.vision import VisionTower
-from kosmos_lit.weights import import_tower
+from kosmos_lit.weights.clip import import_tower
 from tests.kosmos_lit.tiny_kosmos import shaken
 from tests.kosmos_lit.weights.hostile import Bomb
 from tests.kosmos_lit.weights.their_kosmos import photographs
@@ -260,7 +260,7 @@ def test_a_file_without_a_tower_says_which_names_were_expected(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"model_type": "siglip"}, "model_type 'siglip' is not taken"),
+        ({"model_type": "siglip"}, "model_type 'siglip' is no CLIP"),
         ({"hidden_act": "relu"}, "vision_config.hidden_act is 'relu'"),
         ({"layer_norm_eps": 1e-6}, "vision_config.layer_norm_eps is 1e-06"),
         ({"image_size": [28, 35]}, r"vision_config.image_size is \[28, 35\]"),

@@ -14,11 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Kosmos2ForConditionalGeneration, Kosmos2Processor
 
-from kosmos_lit import Kosmos
+import kosmos_lit
 from kosmos_lit.errors import UserError
-from kosmos_lit.inference.generate import GenerationConfig, encode_prompt, generate
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.inference.prompts import encode_prompt
+from kosmos_lit.model import Kosmos
 from kosmos_lit.tokenizer import EOS, GROUNDING, PAD, Tokenizer
-from kosmos_lit.weights import export_transformers, from_transformers
+from kosmos_lit.weights.kosmos2 import export_transformers, from_transformers
 from tests.kosmos_lit.tiny_kosmos import shaken, tiny_model
 from tests.kosmos_lit.weights.hostile import Bomb
 from tests.kosmos_lit.weights.their_kosmos import SHAPES, Rows, photographs, their_logits, their_model
@@ -27,28 +30,27 @@ SHAPE, N_LATENTS, SIDE = "wide", 5, 35
 EXTRAS = {"plain": (), "grounded": GROUNDING}
 
 
-def our_model(tokenizer: Tokenizer, seed: int = 0) -> Kosmos:
-    """A model that writes all sorts of things: one whose embeddings outweigh the rest repeats itself."""
-    kosmos = shaken(from_transformers(their_model(SHAPE, seed, vocab_size=tokenizer.vocab_size)), seed, by=0.2)
-    kosmos.tokenizer = tokenizer
+def our_engine(tokenizer: Tokenizer, seed: int = 0) -> Engine:
+    """A model that generates different texts: one whose embeddings outweigh the rest repeats itself."""
+    model = shaken(from_transformers(their_model(SHAPE, seed, vocab_size=tokenizer.vocab_size)).model, seed, by=0.2)
     with torch.no_grad():
-        kosmos.decoder.embed_tokens.weight.mul_(0.03)
-    return kosmos
+        model.decoder.embed_tokens.weight.mul_(0.03)
+    return Engine(model, tokenizer)
 
 
 @pytest.fixture(scope="module", params=EXTRAS)
-def exported(request, tmp_path_factory, kosmos_vocabulary) -> tuple[Kosmos, Path]:
+def exported(request, tmp_path_factory, kosmos_vocabulary) -> tuple[Engine, Path]:
     """A model, and the folder that it was exported to."""
-    kosmos = our_model(Tokenizer(kosmos_vocabulary, EXTRAS[request.param]))
+    engine = our_engine(Tokenizer(kosmos_vocabulary, EXTRAS[request.param]))
     folder = tmp_path_factory.mktemp("exported") / "model"
-    export_transformers(kosmos, folder)
-    return kosmos, folder
+    export_transformers(engine.model, engine.tokenizer, folder)
+    return engine, folder
 
 
 @pytest.fixture
 def folder(tmp_path, kosmos_tokenizer) -> Path:
     """An exported folder of a test's own, to change."""
-    export_transformers(our_model(kosmos_tokenizer), tmp_path / "model")
+    export_transformers(our_engine(kosmos_tokenizer).model, kosmos_tokenizer, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -97,8 +99,8 @@ GROUNDED_TEXTS = ("<grounding> An image of", "<grounding><phrase> the cat</phras
 
 @pytest.mark.parametrize("text", GROUNDED_TEXTS)
 def test_tokens_of_grounding_are_asked_for_by_name_as_there(tmp_path, kosmos_vocabulary, text):
-    ours = our_model(Tokenizer(kosmos_vocabulary, GROUNDING))
-    export_transformers(ours, tmp_path / "model")
+    ours = our_engine(Tokenizer(kosmos_vocabulary, GROUNDING))
+    export_transformers(ours.model, ours.tokenizer, tmp_path / "model")
     inputs = AutoProcessor.from_pretrained(tmp_path / "model")(text=text, images=drawn_image(), num_image_tokens=N_LATENTS)
 
     found = encode_prompt(text, 1, ours.tokenizer, N_LATENTS).tokens[3 + N_LATENTS :]
@@ -109,7 +111,7 @@ def test_their_processor_gives_our_pixels(exported):
     ours, folder = exported
     inputs = AutoProcessor.from_pretrained(folder)(text="a", images=drawn_image(), return_tensors="pt")
 
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.config.vision.mean, ours.config.vision.std))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.model.config.vision.mean, ours.model.config.vision.std))
     expected = (ours.pixels([drawn_image()]) / 255 - mean) / std
     torch.testing.assert_close(inputs["pixel_values"], expected, rtol=0, atol=1e-6)  # float32 of size 2: measured 2e-7
 
@@ -119,7 +121,7 @@ def test_their_processor_scales_both_sides_of_an_image_as_ours_does(exported):
     smooth = Image.fromarray(np.linspace(0, 255, 53 * 91 * 3).reshape(53, 91, 3).astype(np.uint8))
     inputs = AutoProcessor.from_pretrained(folder)(text="a", images=smooth, return_tensors="pt")
 
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.config.vision.mean, ours.config.vision.std))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.model.config.vision.mean, ours.model.config.vision.std))
     found = (inputs["pixel_values"] * std + mean) * 255
     # Two programs' bicubic filters differ by a level of 255 here and there.
     torch.testing.assert_close(found, ours.pixels([smooth]).float(), rtol=0, atol=2)
@@ -150,11 +152,10 @@ def test_generation_there_and_here_write_the_same(exported, text, n_beams):
     assert ours.generate(text, [drawn_image()], max_new_tokens=13, n_beams=n_beams) == expected
 
 
-def our_ids(ours: Kosmos, text: str, n_beams: int) -> list[int]:
-    prompt = encode_prompt(text, 1, ours.tokenizer, N_LATENTS)
+def our_ids(ours: Engine, text: str, n_beams: int) -> list[int]:
     settings = GenerationConfig(max_new_tokens=13, n_beams=n_beams)
-    [found] = generate(ours, [prompt], ours.pixels([drawn_image()]), ours.tokenizer, settings)
-    return list(found.tokens)
+    [continuation] = ours.generate_batch([ours.encode(text, 1)], ours.pixels([drawn_image()]), settings)
+    return list(continuation.tokens)
 
 
 def test_the_generations_compared_are_not_one_and_the_same(exported):
@@ -167,42 +168,39 @@ def test_the_generations_compared_are_not_one_and_the_same(exported):
 def test_an_export_comes_back_as_the_same_model(exported):
     ours, folder = exported
 
-    found = from_transformers(folder)
+    model, tokenizer = from_transformers(folder)
 
-    assert found.config == ours.config
-    assert found.tokenizer.fingerprint == ours.tokenizer.fingerprint
-    assert all(torch.equal(t, found.state_dict()[name]) for name, t in ours.state_dict().items())
+    assert model.config == ours.model.config
+    assert tokenizer.fingerprint == ours.tokenizer.fingerprint
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in ours.model.state_dict().items())
 
 
 def test_an_exported_folder_is_loaded_like_any_other(exported):
     ours, folder = exported
 
-    assert Kosmos.load(folder).generate("sat", [drawn_image()]) == ours.generate("sat", [drawn_image()])
+    assert kosmos_lit.load(folder).generate("sat", [drawn_image()]) == ours.generate("sat", [drawn_image()])
 
 
 def test_statistics_of_images_come_along(tmp_path, kosmos_tokenizer):
-    ours = our_model(kosmos_tokenizer)
-    ours.config = replace(ours.config, vision=replace(ours.config.vision, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
-    export_transformers(ours, tmp_path / "model")
+    model = our_engine(kosmos_tokenizer).model
+    model.config = replace(model.config, vision=replace(model.config.vision, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
+    export_transformers(model, kosmos_tokenizer, tmp_path / "model")
 
-    found = from_transformers(tmp_path / "model").config.vision
+    vision = from_transformers(tmp_path / "model").model.config.vision
 
-    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert (vision.mean, vision.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
 
 
 def test_an_export_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="the model has no tokenizer"):
-        export_transformers(from_transformers(their_model(SHAPE)), tmp_path / "model")
+        export_transformers(*from_transformers(their_model(SHAPE)), tmp_path / "model")
 
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_of_what_has_no_counterpart_leaves_nothing(tmp_path, kosmos_tower, kosmos_tokenizer):
-    kosmos = tiny_model(kosmos_tower)
-    kosmos.tokenizer = kosmos_tokenizer
-
     with pytest.raises(UserError, match=r"Kosmos-2 would lose decoder\.positions xpos"):
-        export_transformers(kosmos, tmp_path / "model")
+        export_transformers(tiny_model(kosmos_tower), kosmos_tokenizer, tmp_path / "model")
 
     assert list(tmp_path.iterdir()) == []
 
@@ -211,12 +209,12 @@ def test_an_export_of_what_has_no_counterpart_leaves_nothing(tmp_path, kosmos_to
 
 
 def same(folder: Path, expected: Kosmos) -> bool:
-    found = from_transformers(folder).state_dict()
-    return all(torch.equal(t, found[name]) for name, t in expected.state_dict().items())
+    actual = from_transformers(folder).model.state_dict()
+    return all(torch.equal(t, actual[name]) for name, t in expected.state_dict().items())
 
 
 def test_a_folder_in_shards_is_read(folder):
-    expected = from_transformers(folder)
+    expected = from_transformers(folder).model
     theirs = Kosmos2ForConditionalGeneration.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     theirs.save_pretrained(folder, max_shard_size="200KB")
@@ -235,7 +233,7 @@ def old_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_an_older_folder_with_a_pickle_is_read(folder):
-    expected = from_transformers(folder)
+    expected = from_transformers(folder).model
     torch.save(old_tensors(folder), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
@@ -243,7 +241,7 @@ def test_an_older_folder_with_a_pickle_is_read(folder):
 
 
 def test_an_older_folder_with_a_pickle_in_shards_is_read(folder):
-    expected, tensors = from_transformers(folder), old_tensors(folder)
+    expected, tensors = from_transformers(folder).model, old_tensors(folder)
     (folder / "model.safetensors").unlink()
     places = {name: f"pytorch_model-{1 + i % 2:05}-of-00002.bin" for i, name in enumerate(tensors)}
     for file in set(places.values()):
@@ -267,16 +265,16 @@ def test_statistics_are_found_where_older_versions_keep_them(folder):
     about = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
     (folder / "preprocessor_config.json").write_text(json.dumps(about))
 
-    found = from_transformers(folder).config.vision
+    vision = from_transformers(folder).model.config.vision
 
-    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert (vision.mean, vision.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
 
 
 def test_a_folder_without_image_statistics_has_clips(folder):
-    expected = from_transformers(folder).config
+    expected = from_transformers(folder).model.config
     (folder / "processor_config.json").unlink()
 
-    assert from_transformers(folder).config == expected
+    assert from_transformers(folder).model.config == expected
 
 
 # ---- bad input
@@ -287,7 +285,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(folder, tmp_path):
     (folder / "model.safetensors").unlink()
 
     with pytest.raises(UserError, match=r"pytorch_model\.bin is not read"):
-        Kosmos.load(folder)
+        kosmos_lit.load(folder)
 
     assert not (tmp_path / "exploded").exists()
 

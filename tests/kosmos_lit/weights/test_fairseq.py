@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import GROUNDING, MODEL_FILE, Tokenizer
-from kosmos_lit.weights import from_fairseq, load_folder, save_folder
+from kosmos_lit.weights.fairseq import from_fairseq
+from kosmos_lit.weights.folder import load_folder, save_folder
 from tests.kosmos_lit.weights.hostile import Bomb
 from tests.kosmos_lit.weights.their_kosmos import Rows, Shape, our_logits, photographs, their_logits, their_model
 
@@ -109,7 +110,7 @@ def test_a_released_checkpoint_gives_the_logits_of_the_same_weights_in_transform
     rows = Rows([["p", 5], [3, "p", "p", 2], [7]], "left")
     tokens, images = rows.tokens(SHAPE.n_latents), photographs(3, 28)
 
-    ours = from_fairseq(save(released, released_tensors(), **options))
+    ours = from_fairseq(save(released, released_tensors(), **options)).model
 
     expected, found = their_logits(theirs, tokens, images), our_logits(ours, tokens, images)
     # Measured 2e-6.
@@ -123,22 +124,22 @@ def test_a_checkpoint_holds_the_two_dead_buffers_under_the_released_names():
 
 def test_a_checkpoint_without_the_dead_buffers_is_read_too(released):
     tensors = released_tensors()
-    expected = from_fairseq(save(released, tensors)).state_dict()
+    expected = from_fairseq(save(released, tensors)).model.state_dict()
 
-    found = from_fairseq(save(released, {n: t for n, t in tensors.items() if n not in DEAD})).state_dict()
+    found = from_fairseq(save(released, {n: t for n, t in tensors.items() if n not in DEAD})).model.state_dict()
 
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("options", [{"args": None, "cfg": None}, {"cfg": {"model": None}}, {"args": {"dropout": 0.1}}])
 def test_heads_that_no_option_tells_are_64_wide(released, options):
-    ours = from_fairseq(save(released, released_tensors(), **options))
+    ours = from_fairseq(save(released, released_tensors(), **options)).model
 
     assert ours.config.decoder.n_heads == ours.config.connector.n_heads == 1
 
 
 def test_the_tower_has_quick_gelu_whatever_it_is_called(released):
-    ours = from_fairseq(save(released, released_tensors()))
+    ours = from_fairseq(save(released, released_tensors())).model
 
     assert type(ours.vision.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
@@ -146,7 +147,7 @@ def test_the_tower_has_quick_gelu_whatever_it_is_called(released):
 def test_half_precision_stays_half(released):
     tensors = {name: tensor.half() for name, tensor in released_tensors().items()}
 
-    assert {p.dtype for p in from_fairseq(save(released, tensors)).parameters()} == {torch.float16}
+    assert {p.dtype for p in from_fairseq(save(released, tensors)).model.parameters()} == {torch.float16}
 
 
 # ---- the tokenizer
@@ -157,10 +158,10 @@ def test_kosmos_2_gets_its_grounding_tokens(released):
 
 
 def test_a_vocabulary_without_grounding_is_read_as_kosmos_gs_first_stage(released, kosmos_vocabulary):
-    ours = from_fairseq(save(released, released_tensors(vocab_size=N_PLAIN)))
+    model, tokenizer = from_fairseq(save(released, released_tensors(vocab_size=N_PLAIN)))
 
-    assert ours.config.decoder.vocab_size == N_PLAIN
-    assert ours.tokenizer.fingerprint == Tokenizer(kosmos_vocabulary).fingerprint
+    assert model.config.decoder.vocab_size == N_PLAIN
+    assert tokenizer.fingerprint == Tokenizer(kosmos_vocabulary).fingerprint
 
 
 def test_the_tokenizer_may_lie_elsewhere(tmp_path, kosmos_vocabulary):
@@ -252,7 +253,7 @@ def test_tensors_with_another_number_of_axes_are_the_users_error(released, name,
 
 @pytest.mark.parametrize("options", [{"args": "decoder"}, {"cfg": [1]}, {"cfg": {"model": 3}}])
 def test_options_of_another_kind_are_passed_over(released, options):
-    assert from_fairseq(save(released, released_tensors(), **options)).config.decoder.dim == 64
+    assert from_fairseq(save(released, released_tensors(), **options)).model.config.decoder.dim == 64
 
 
 def test_a_number_of_heads_that_cannot_be_is_the_users_error(released):
@@ -276,7 +277,7 @@ def test_a_checkpoint_that_holds_more_than_plain_data_is_refused_and_not_run(rel
 
 def test_a_model_does_not_change_with_its_file(released):
     path = save(released, released_tensors())
-    ours = from_fairseq(path)
+    ours = from_fairseq(path).model
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
 
     with path.open("r+b") as file:
@@ -291,11 +292,11 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_import_saved_as_a_folder_is_the_same_model(released):
-    expected = from_fairseq(save(released, released_tensors()))
+    model, tokenizer = from_fairseq(save(released, released_tensors()))
 
-    save_folder(expected, released / "model")
+    save_folder(model, tokenizer, released / "model")
 
-    found = load_folder(released / "model")
-    assert found.config == expected.config
-    assert found.tokenizer.fingerprint == expected.tokenizer.fingerprint
-    assert all(torch.equal(t, found.state_dict()[name]) for name, t in expected.state_dict().items())
+    loaded = load_folder(released / "model")
+    assert loaded.model.config == model.config
+    assert loaded.tokenizer.fingerprint == tokenizer.fingerprint
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.model.state_dict().items())

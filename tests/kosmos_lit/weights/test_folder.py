@@ -12,18 +12,17 @@ from safetensors.torch import load_file, save_file
 from kosmos_lit import Kosmos
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import GROUNDING, Tokenizer
-from kosmos_lit.weights import load_folder, load_model, save_folder
-from kosmos_lit.weights.folder import new_folder
+from kosmos_lit.weights.folder import load_folder, new_folder, save_folder
+from kosmos_lit.weights.load import load_model
 from tests.kosmos_lit.tiny_kosmos import tiny_model
 from tests.kosmos_lit.weights.hostile import Bomb
 
 
 @pytest.fixture
 def saved(tmp_path, kosmos_tower, kosmos_tokenizer) -> tuple[Kosmos, Path]:
-    kosmos = tiny_model(kosmos_tower)
-    kosmos.tokenizer = kosmos_tokenizer
-    save_folder(kosmos, tmp_path / "model")
-    return kosmos, tmp_path / "model"
+    model = tiny_model(kosmos_tower)
+    save_folder(model, kosmos_tokenizer, tmp_path / "model")
+    return model, tmp_path / "model"
 
 
 # ---- the same model
@@ -36,17 +35,16 @@ def saved(tmp_path, kosmos_tower, kosmos_tokenizer) -> tuple[Kosmos, Path]:
     ids=str,
 )  # fmt: skip
 def test_a_saved_model_comes_back_with_every_tensor_and_setting(tmp_path, kosmos_tower, kosmos_tokenizer, fields):
-    kosmos = tiny_model(kosmos_tower, **fields)
-    kosmos.tokenizer = kosmos_tokenizer
+    model = tiny_model(kosmos_tower, **fields)
 
-    save_folder(kosmos, tmp_path / "model")
-    found = load_folder(tmp_path / "model")
+    save_folder(model, kosmos_tokenizer, tmp_path / "model")
+    loaded, tokenizer = load_folder(tmp_path / "model")
 
-    assert found.config.architecture() == kosmos.config.architecture()
-    assert found.tokenizer.fingerprint == kosmos_tokenizer.fingerprint
-    expected = kosmos.state_dict()
-    assert found.state_dict().keys() == expected.keys()
-    assert all(torch.equal(t, expected[name]) for name, t in found.state_dict().items())
+    assert loaded.config.architecture() == model.config.architecture()
+    assert tokenizer.fingerprint == kosmos_tokenizer.fingerprint
+    expected = model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in loaded.state_dict().items())
 
 
 def test_a_folder_needs_no_file_from_elsewhere(saved):
@@ -58,38 +56,36 @@ def test_a_folder_needs_no_file_from_elsewhere(saved):
 
 
 def test_a_model_without_tokenizer_comes_back_without_one(tmp_path, kosmos_tower):
-    save_folder(tiny_model(kosmos_tower), tmp_path / "model")
+    save_folder(tiny_model(kosmos_tower), None, tmp_path / "model")
 
     assert load_folder(tmp_path / "model").tokenizer is None
 
 
 def test_extra_control_tokens_come_along(tmp_path, kosmos_tower, kosmos_vocabulary):
-    kosmos = tiny_model(kosmos_tower, vocab_size=1098)
-    kosmos.tokenizer = Tokenizer(kosmos_vocabulary, GROUNDING)
+    model = tiny_model(kosmos_tower, vocab_size=1098)
 
-    save_folder(kosmos, tmp_path / "model")
+    save_folder(model, Tokenizer(kosmos_vocabulary, GROUNDING), tmp_path / "model")
 
     assert load_folder(tmp_path / "model").tokenizer.extra == GROUNDING
 
 
 def test_a_tensor_keeps_its_dtype(tmp_path, kosmos_tower, kosmos_tokenizer):
-    kosmos = tiny_model(kosmos_tower)
-    kosmos.decoder.to(torch.bfloat16)
-    kosmos.tokenizer = kosmos_tokenizer
-    save_folder(kosmos, tmp_path / "model")
+    model = tiny_model(kosmos_tower)
+    model.decoder.to(torch.bfloat16)
+    save_folder(model, kosmos_tokenizer, tmp_path / "model")
 
-    found = load_folder(tmp_path / "model")
+    loaded = load_folder(tmp_path / "model").model
 
-    assert found.decoder.layer_norm.weight.dtype == torch.bfloat16
-    assert found.connector.dense.weight.dtype == torch.float32
+    assert loaded.decoder.layer_norm.weight.dtype == torch.bfloat16
+    assert loaded.connector.dense.weight.dtype == torch.float32
 
 
 def test_a_loaded_model_is_in_evaluation_mode(saved):
-    assert not Kosmos.load(saved[1]).training
+    assert not load_model(saved[1]).model.training
 
 
 def test_a_loaded_model_does_not_change_with_its_folder(saved):
-    loaded, file = load_model(saved[1]), saved[1] / "model.safetensors"
+    loaded, file = load_model(saved[1]).model, saved[1] / "model.safetensors"
 
     with file.open("r+b") as weights:
         weights.seek(file.stat().st_size // 2)
@@ -107,7 +103,7 @@ def test_an_output_folder_that_is_not_empty_is_left_as_it_is(tmp_path, saved):
     (tmp_path / "other" / "notes.txt").write_text("mine")
 
     with pytest.raises(UserError, match=r"other exists and is no empty folder; delete it or choose another --output"):
-        save_folder(saved[0], tmp_path / "other")
+        save_folder(saved[0], None, tmp_path / "other")
 
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
 
@@ -115,16 +111,16 @@ def test_an_output_folder_that_is_not_empty_is_left_as_it_is(tmp_path, saved):
 def test_an_empty_output_folder_is_taken(tmp_path, saved):
     (tmp_path / "empty").mkdir()
 
-    save_folder(saved[0], tmp_path / "empty")
+    save_folder(saved[0], None, tmp_path / "empty")
 
-    assert load_folder(tmp_path / "empty").config.decoder.dim == 20
+    assert load_folder(tmp_path / "empty").model.config.decoder.dim == 20
 
 
 def test_an_output_that_is_a_file_is_left_as_it_is(tmp_path, saved):
     (tmp_path / "file").write_text("mine")
 
     with pytest.raises(UserError, match="file exists and is no empty folder"):
-        save_folder(saved[0], tmp_path / "file")
+        save_folder(saved[0], None, tmp_path / "file")
 
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -133,11 +129,11 @@ def test_an_output_below_a_file_is_the_users_error(tmp_path, saved):
     (tmp_path / "file").write_text("mine")
 
     with pytest.raises(UserError, match="cannot write"):
-        save_folder(saved[0], tmp_path / "file" / "model")
+        save_folder(saved[0], None, tmp_path / "file" / "model")
 
 
 def test_folders_above_the_output_are_made(tmp_path, saved):
-    save_folder(saved[0], tmp_path / "a" / "b" / "model")
+    save_folder(saved[0], None, tmp_path / "a" / "b" / "model")
 
     assert (tmp_path / "a" / "b" / "model" / "config.json").is_file()
 
@@ -238,6 +234,6 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_not_run(tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": Bomb(tmp_path / "exploded")}, tmp_path / "a.ckpt")
 
     with pytest.raises(UserError, match=r"a\.ckpt is no checkpoint that can be read safely"):
-        Kosmos.load(tmp_path / "a.ckpt")
+        load_model(tmp_path / "a.ckpt")
 
     assert not (tmp_path / "exploded").exists()

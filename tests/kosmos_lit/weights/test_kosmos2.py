@@ -13,10 +13,9 @@ from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 from kosmos_lit.config import KosmosConfig, VisionConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.model import Kosmos
+from kosmos_lit.state_dicts.keys import TRANSFORMERS, shapes_of
 from kosmos_lit.tokenizer import PAD
-from kosmos_lit.weights import from_transformers, to_transformers
-from kosmos_lit.weights.keys import TRANSFORMERS, shapes_of
-from kosmos_lit.weights.kosmos2 import kosmos_config, transformers_config
+from kosmos_lit.weights.kosmos2 import from_transformers, kosmos_config, to_transformers, transformers_config
 from kosmos_lit.weights.towers import RELEASED_TOWER, tower_architecture
 from tests.kosmos_lit.tiny_kosmos import shaken
 from tests.kosmos_lit.weights.their_kosmos import (
@@ -51,7 +50,7 @@ ROWS = {
 def pair(request) -> tuple[Shape, Kosmos2ForConditionalGeneration, Kosmos]:
     """Their model and ours with its weights, of one shape."""
     theirs = their_model(request.param)
-    return SHAPES[request.param], theirs, from_transformers(theirs)
+    return SHAPES[request.param], theirs, from_transformers(theirs).model
 
 
 # ---- the same numbers
@@ -121,7 +120,7 @@ def test_theirs_to_ours_to_theirs_gives_back_every_tensor(pair):
 def test_ours_to_theirs_to_ours_gives_back_every_tensor(shape):
     ours = shaken(Kosmos.create(kosmos_config(SHAPES[shape].config()), seed=5), seed=5)
 
-    found = from_transformers(to_transformers(ours)).state_dict()
+    found = from_transformers(to_transformers(ours)).model.state_dict()
 
     expected = ours.state_dict()
     assert found.keys() == expected.keys()
@@ -132,23 +131,23 @@ def test_ours_to_theirs_to_ours_gives_back_every_tensor(shape):
 def test_half_precision_stays_as_it_is_both_ways(dtype):
     theirs = their_model("wide").to(dtype)
 
-    back = to_transformers(from_transformers(theirs)).state_dict()
+    back = to_transformers(from_transformers(theirs).model).state_dict()
 
     assert all(back[name].dtype == dtype and torch.equal(back[name], t) for name, t in theirs.state_dict().items())
 
 
 def test_parts_of_different_precision_stay_so_both_ways():
-    ours = from_transformers(their_model("wide"))
+    ours = from_transformers(their_model("wide")).model
     ours.decoder.to(torch.bfloat16)
 
-    back = from_transformers(to_transformers(ours)).state_dict()
+    back = from_transformers(to_transformers(ours)).model.state_dict()
 
     assert all(back[name].dtype == t.dtype and torch.equal(back[name], t) for name, t in ours.state_dict().items())
 
 
 def test_an_import_shares_no_memory_with_its_source():
     theirs = their_model("wide")
-    ours = from_transformers(theirs)
+    ours = from_transformers(theirs).model
     before = {name: t.clone() for name, t in theirs.state_dict().items()}
 
     with torch.no_grad():
@@ -159,7 +158,7 @@ def test_an_import_shares_no_memory_with_its_source():
 
 
 def test_an_export_shares_no_memory_with_its_source():
-    ours = from_transformers(their_model("wide"))
+    ours = from_transformers(their_model("wide")).model
     theirs = to_transformers(ours)
     before = {name: t.clone() for name, t in ours.state_dict().items()}
 
@@ -171,13 +170,13 @@ def test_an_export_shares_no_memory_with_its_source():
 
 
 def test_the_exported_output_matrix_is_the_embedding():
-    theirs = to_transformers(from_transformers(their_model("wide")))
+    theirs = to_transformers(from_transformers(their_model("wide")).model)
 
     assert theirs.text_model.lm_head.weight is theirs.text_model.model.embed_tokens.weight
 
 
 def test_an_import_is_in_evaluation_mode_and_can_be_trained():
-    ours = from_transformers(their_model("wide"))
+    ours = from_transformers(their_model("wide")).model
 
     assert not ours.training
     assert all(p.requires_grad for p in ours.parameters())
@@ -218,7 +217,7 @@ def test_every_tensor_of_the_released_size_has_its_place():
         theirs = Kosmos2ForConditionalGeneration(Kosmos2Config())
         ours = Kosmos(kosmos_config(Kosmos2Config()))
 
-    assert TRANSFORMERS.wanted(shapes_of(ours.state_dict())) == shapes_of(theirs.state_dict())
+    assert TRANSFORMERS.external_shapes(shapes_of(ours.state_dict())) == shapes_of(theirs.state_dict())
 
 
 def test_the_released_size_has_the_released_number_of_parameters():
@@ -359,6 +358,6 @@ def test_plain_towers_of_open_clip_have_a_counterpart(name):
         theirs = Kosmos2ForConditionalGeneration(transformers_config(config))
         ours = Kosmos(config)
 
-    assert TRANSFORMERS.wanted(shapes_of(ours.state_dict())) == shapes_of(theirs.state_dict())
+    assert TRANSFORMERS.external_shapes(shapes_of(ours.state_dict())) == shapes_of(theirs.state_dict())
     heads = theirs.vision_model.model.encoder.layers[0].self_attn.num_heads
     assert heads == ours.vision.visual.transformer.resblocks[0].attn.num_heads

@@ -1,4 +1,4 @@
-"""The fast ways to the next token beside the plain product."""
+"""The fast ways to logits and the next token, beside the plain product."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import nn
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.errors import UserError
-from kosmos_lit.inference import head as heads
-from kosmos_lit.inference.head import Head, Screen
+from kosmos_lit.inference import lm_head
+from kosmos_lit.inference.lm_head import Int8Weights, LMHead
 
 V, D = 257, 20
 
@@ -16,8 +16,8 @@ V, D = 257, 20
 @pytest.fixture
 def decoder(monkeypatch) -> Decoder:
     """A decoder whose matrix counts as large, with rows of very different lengths as trained ones have."""
-    monkeypatch.setattr(heads, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(heads, "SLICE_WEIGHTS", 31 * D)
+    monkeypatch.setattr(lm_head, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(lm_head, "SLICE_WEIGHTS", 31 * D)
     made = Decoder(DecoderConfig(vocab_size=V, dim=D, n_layers=1, n_heads=5, ffn_dim=23, max_seq_len=11))
     draw = torch.Generator().manual_seed(0)
     nn.init.normal_(made.embed_tokens.weight, generator=draw)
@@ -38,22 +38,22 @@ def plain(decoder: Decoder, x: torch.Tensor, forbidden: torch.Tensor) -> torch.T
 
 def test_no_logit_is_further_off_than_its_bound(decoder):
     x = hidden(1009)
-    screen = Screen.of(decoder.embed_tokens.weight)
-    about, length, left_out = screen.bounds(x)
-    off = length * screen.errors + left_out * screen.norms
-    error = (about - decoder.logits(x)).abs()
-    assert (error <= off).all()
-    assert (error > off / 10).any()  # a bound that says something: ten times it at most
+    int8 = Int8Weights.of(decoder.embed_tokens.weight)
+    approximate, norm, rounding = int8.approximate(x)
+    bound = norm * int8.errors + rounding * int8.norms
+    error = (approximate - decoder.logits(x)).abs()
+    assert (error <= bound).all()
+    assert (error > bound / 10).any()  # a bound that says something: ten times it at most
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("n", [1, 8, 1009])
-def test_the_screen_finds_the_likeliest_token(decoder, monkeypatch, n):
+def test_8_bit_bounds_find_the_likeliest_token(decoder, monkeypatch, n):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     forbidden = torch.tensor([5, 7, 11])
-    head, x = Head(decoder, forbidden), hidden(n)
-    assert head._screen is not None
-    assert torch.equal(head.likeliest(x), plain(decoder, x, forbidden))
+    head, x = LMHead(decoder, forbidden), hidden(n)
+    assert head._int8_weights is not None
+    assert torch.equal(head.greedy(x), plain(decoder, x, forbidden))
 
 
 @torch.inference_mode()
@@ -61,7 +61,7 @@ def test_of_equal_tokens_the_first_is_taken(decoder, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x = hidden(1)
     decoder.embed_tokens.weight[[17, 211]] = 9 * x[0]
-    assert Head(decoder, torch.tensor([3])).likeliest(x).tolist() == [17]
+    assert LMHead(decoder, torch.tensor([3])).greedy(x).tolist() == [17]
 
 
 @torch.inference_mode()
@@ -69,7 +69,7 @@ def test_of_equal_tokens_the_first_is_taken(decoder, monkeypatch):
 def test_changed_weights_are_noticed(decoder, monkeypatch, change):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     x, nothing = hidden(7), torch.zeros(0, dtype=torch.int64)
-    Head(decoder, nothing).likeliest(x)
+    LMHead(decoder, nothing).greedy(x)
     weight = decoder.embed_tokens.weight
     if change == "in place":
         weight[13] = 50 * x[0]
@@ -80,7 +80,7 @@ def test_changed_weights_are_noticed(decoder, monkeypatch, change):
         weight.data[[best, 3]] = weight.data[[3, best]]
     else:
         weight.data = torch.roll(weight.data, 1, 0)
-    assert torch.equal(Head(decoder, nothing).likeliest(x), plain(decoder, x, nothing))
+    assert torch.equal(LMHead(decoder, nothing).greedy(x), plain(decoder, x, nothing))
 
 
 @torch.inference_mode()
@@ -89,11 +89,11 @@ def test_an_output_that_is_not_finite_is_the_users_error(decoder, monkeypatch):
     x = hidden(3)
     x[1] = float("nan")
     with pytest.raises(UserError, match="the model's output is not finite"):
-        Head(decoder, torch.tensor([3])).likeliest(x)
+        LMHead(decoder, torch.tensor([3])).greedy(x)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("n", [3, 5, 12, 13])
 def test_logits_by_slices_are_the_logits(decoder, n):
     x = hidden(n)
-    torch.testing.assert_close(Head(decoder, torch.tensor([3])).logits(x), decoder.logits(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(LMHead(decoder, torch.tensor([3])).logits(x), decoder.logits(x), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Tensors from files of any origin, and nothing but tensors: no file gets to run code."""
+"""Readers for weight files of any origin, which take tensors and plain data only: no file can run code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAMAGED = (
     OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
     zipfile.BadZipFile,
 )  # fmt: skip
-"""What torch's reader raises on a file that is cut off or garbled, depending on where."""
+"""Errors of torch's reader on a file that is cut off or garbled, depending on where."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -53,18 +53,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path} is no whole safetensors file: {error}") from error
-    found = read_pickle(path)
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    content = read_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path} is no table of tensors by name")
-    return found
+    return content
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the files beside an index that it speaks of."""
-    places = read_json(index).get("weight_map")
-    names = list(places.values()) if isinstance(places, dict) else []
+    """Return the names of the shards that an index lists."""
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    # A name with a folder in it could lead anywhere on the disk.
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
         raise UserError(f"{index}: its weight_map should say for each tensor which file of this folder holds it")
     return sorted(set(names))
@@ -78,13 +79,13 @@ PLAIN: list[Any] = [
     np.dtype,
     *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
 ]
-"""What may stand in a file beside tensors and Python's own data; none of it can run anything."""
+"""Types and functions that a file may refer to beside tensors and Python's own data; none can run code."""
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what a file of `torch.save` holds if that is tensors and plain data; its code is never run.
+    """Return the content of a file of `torch.save` if it is tensors and plain data; its code is never run.
 
-    Raises: UserError naming what else it holds.
+    Raises: UserError naming the first other thing in it.
     """
     try:
         is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and cannot be mapped
@@ -98,10 +99,10 @@ def read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(?:GLOBAL\s+)?(\S+)", str(error))
-        what = f"it refers to {culprit[1]}" if culprit else "it is no plain data"
+        reason = f"it refers to {culprit[1]}" if culprit else "it is no plain data"
         raise UserError(
-            f"{path} is not read: {what}, and only tensors and plain data are taken, as anything else could run code; save "
-            "its state dict alone, best as safetensors, where you trust it"
+            f"{path} is not read: {reason}, and only tensors and plain data are taken, as anything else could run code; "
+            "save its state dict alone, best as safetensors, where you trust it"
         ) from error
     except DAMAGED as error:
         raise UserError(f"{path} is no whole file of torch.save: {error}") from error
@@ -118,11 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises: UserError if the file is missing or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"no file {path}") from error
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise UserError(f"{path} holds no JSON object")
-    return found
+    return table

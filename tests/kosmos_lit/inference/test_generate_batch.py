@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kosmos_lit.config import Positions
 from kosmos_lit.errors import UserError
-from kosmos_lit.inference.generate import GenerationConfig, Prompt, encode_prompt
-from kosmos_lit.inference.generate import generate as continuations
+from kosmos_lit.inference.config import GenerationConfig
+from kosmos_lit.inference.engine import Engine
+from kosmos_lit.inference.prompts import Prompt, encode_prompt
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.tokenizer import BOS, EOS, PAD, UNK, SpecialTokens, expand_images
@@ -34,17 +35,17 @@ def prompt(n_words: int, n_images: int = 0, seed: int = 0) -> Prompt:
 
 def generate(model: Kosmos, prompts: Sequence[Prompt], images: Tensor, vocabulary: Any, **settings: Any) -> list[list[int]]:
     """The ids of each continuation."""
-    made = continuations(model, prompts, images, vocabulary, GenerationConfig(**settings))
-    return [list(continuation.tokens) for continuation in made]
+    continuations = Engine(model, vocabulary).generate_batch(prompts, images, GenerationConfig(**settings))
+    return [list(continuation.tokens) for continuation in continuations]
 
 
 def next_log_probs(model: Kosmos, tokens: Sequence[int], slots: Sequence[int], images: Tensor, vocabulary) -> Tensor:
-    """What follows `tokens`, read anew from the start: (V,) log-probabilities of what may follow."""
+    """(V,) log-probabilities of the next allowed token after `tokens`, without a cache."""
     T = len(tokens)
-    places = torch.tensor([(0, int(slot)) for slot in slots]).view(-1, 2)
+    table = torch.tensor([(0, int(slot)) for slot in slots]).view(-1, 2)
     latents = model.encode_images(images) if len(images) else None
     mask = DocumentMask((T,), 1, T, CPU)
-    hidden = model.decoder(torch.tensor([tokens]), torch.arange(T)[None], mask, latents, places)
+    hidden = model.decoder(torch.tensor([tokens]), torch.arange(T)[None], mask, latents, table)
     log_probs = model.decoder.logits(hidden)[0, -1].detach().log_softmax(-1)
     log_probs[[*forbidden_of(vocabulary.special), *range(vocabulary.vocab_size, len(log_probs))]] = float("-inf")
     return log_probs
@@ -55,13 +56,13 @@ def forbidden_of(special: SpecialTokens) -> list[int]:
 
 
 def greedy_without_cache(model: Kosmos, start: Prompt, images: Tensor, vocabulary, n: int) -> list[int]:
-    written: list[int] = []
-    while len(written) < n:
-        best = int(next_log_probs(model, [*start.tokens.tolist(), *written], start.slots, images, vocabulary).argmax())
+    ids: list[int] = []
+    while len(ids) < n:
+        best = int(next_log_probs(model, [*start.tokens.tolist(), *ids], start.slots, images, vocabulary).argmax())
         if best == EOS:
             break
-        written.append(best)
-    return written
+        ids.append(best)
+    return ids
 
 
 def talkative(model: Kosmos) -> Kosmos:
@@ -90,10 +91,10 @@ def unigram(model: Kosmos, probabilities: dict[int, float]) -> Kosmos:
 def test_an_image_stands_where_the_text_marks_it(kosmos_tokenizer):
     the, cat = kosmos_tokenizer.encode("the").tolist(), kosmos_tokenizer.encode("cat").tolist()
     i, e = [SPECIAL.image] * (LATENTS + 1), [SPECIAL.image_end]
-    made = encode_prompt("the <image> cat<image>", 2, kosmos_tokenizer, LATENTS)
-    assert made.tokens.tolist() == [BOS, *the, *i, *e, *cat, *i, *e]
+    encoded = encode_prompt("the <image> cat<image>", 2, kosmos_tokenizer, LATENTS)
+    assert encoded.tokens.tolist() == [BOS, *the, *i, *e, *cat, *i, *e]
     first = 1 + len(the) + 1
-    assert made.slots.tolist() == [first, first + LATENTS + 1 + len(cat) + 1]
+    assert encoded.slots.tolist() == [first, first + LATENTS + 1 + len(cat) + 1]
 
 
 def test_images_beyond_the_marks_come_first(kosmos_tokenizer):
@@ -119,7 +120,7 @@ def test_prompt_and_continuation_must_fit_the_models_rows(kosmos_tower, kosmos_t
         generate(model, [prompt(3), prompt(19)], random_images(0), kosmos_tokenizer, max_new_tokens=12)
 
 
-def test_a_prompt_whose_images_are_not_given_is_an_error(kosmos_tower, kosmos_tokenizer):
+def test_a_prompt_without_its_images_is_an_error(kosmos_tower, kosmos_tokenizer):
     with pytest.raises(ValueError, match="2 places for 1 images"):
         generate(tiny_model(kosmos_tower), [prompt(3, 2)], random_images(1), kosmos_tokenizer, max_new_tokens=5)
 
@@ -130,12 +131,12 @@ def test_a_prompt_whose_images_are_not_given_is_an_error(kosmos_tower, kosmos_to
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("norm", ["sub", "pre"])
 def test_the_cache_changes_no_token(kosmos_tower, kosmos_tokenizer, positions, norm):
-    start, images, found, expected = prompt(4, 2), random_images(2), [], []
+    start, images, results, expected = prompt(4, 2), random_images(2), [], []
     for seed in range(3):
         model = talkative(tiny_model(kosmos_tower, seed, positions=positions, norm=norm))
         expected.append(greedy_without_cache(model, start, images, kosmos_tokenizer, 11))
-        found += generate(model, [start], images, kosmos_tokenizer, max_new_tokens=11)
-    assert found == expected
+        results += generate(model, [start], images, kosmos_tokenizer, max_new_tokens=11)
+    assert results == expected
     assert len({id_ for ids in expected for id_ in ids}) > 2  # no model that only repeats itself
 
 
@@ -159,19 +160,19 @@ def test_an_answer_depends_on_its_image(kosmos_tower, kosmos_tokenizer):
 
 
 @pytest.mark.parametrize("n_beams", [1, 3])
-def test_control_tokens_are_never_written(kosmos_tower, kosmos_tokenizer, n_beams):
+def test_control_tokens_are_never_generated(kosmos_tower, kosmos_tokenizer, n_beams):
     unknown_rows = range(kosmos_tokenizer.vocab_size, VOCAB)
     tempting = dict.fromkeys([*FORBIDDEN, *unknown_rows], 100.0)
     model = unigram(tiny_model(kosmos_tower), tempting | {7: 0.5, SPECIAL.line_end: 0.4})
-    (written,) = generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11, n_beams=n_beams)
-    assert written == [7] * 11
+    (ids,) = generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11, n_beams=n_beams)
+    assert ids == [7] * 11
 
 
 @pytest.mark.parametrize("n_beams", [1, 3])
-def test_line_ends_may_be_written(kosmos_tower, kosmos_tokenizer, n_beams):
+def test_line_ends_may_be_generated(kosmos_tower, kosmos_tokenizer, n_beams):
     model = unigram(tiny_model(kosmos_tower), {SPECIAL.line_end: 0.9, 7: 0.1})
-    (written,) = generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=5, n_beams=n_beams)
-    assert written == [SPECIAL.line_end] * 5
+    (ids,) = generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=5, n_beams=n_beams)
+    assert ids == [SPECIAL.line_end] * 5
 
 
 @pytest.mark.parametrize("n_beams", [1, 3])
@@ -182,14 +183,14 @@ def test_a_continuation_ends_before_the_end_token(kosmos_tower, kosmos_tokenizer
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_while_writing_and_back_afterwards(kosmos_tower, kosmos_tokenizer, training):
+def test_dropout_is_off_while_generating_and_back_afterwards(kosmos_tower, kosmos_tokenizer, training):
     expected = generate(tiny_model(kosmos_tower), [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11)
     model = tiny_model(kosmos_tower, dropout_rate=0.5, attention_dropout_rate=0.5).train(training)
     assert generate(model, [prompt(3)], random_images(0), kosmos_tokenizer, max_new_tokens=11) == expected
     assert model.training == training
 
 
-def test_parts_that_were_evaluating_while_the_rest_trained_still_do_after_writing(kosmos_tower, kosmos_tokenizer):
+def test_parts_that_were_evaluating_while_the_rest_trained_still_do_after_generating(kosmos_tower, kosmos_tokenizer):
     model = tiny_model(kosmos_tower).train()
     model.vision.eval()
     model.decoder.layers[1].eval()
@@ -200,7 +201,9 @@ def test_parts_that_were_evaluating_while_the_rest_trained_still_do_after_writin
 
 # ---- beams
 
-FEW = SimpleNamespace(special=SpecialTokens.after(5), vocab_size=12, extra=(), decode=lambda ids, keep_control: str(ids))
+FEW = SimpleNamespace(
+    special=SpecialTokens.for_pieces(5), vocab_size=12, extra=(), decode=lambda ids, keep_control: str(ids)
+)
 """A vocabulary of two pieces, 4 and 5, with </s> 2 and </line> 11."""
 ALLOWED = (4, 5, FEW.special.line_end)
 
@@ -234,8 +237,8 @@ def test_a_beam_as_wide_as_the_search_finds_the_best_continuation(kosmos_tower, 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_one_beam_is_greedy(kosmos_tower, kosmos_tokenizer, seed):
     model, start = talkative(tiny_model(kosmos_tower, seed)), prompt(4, 1)
-    (written,) = generate(model, [start], random_images(1), kosmos_tokenizer, max_new_tokens=11, n_beams=1)
-    assert written == greedy_without_cache(model, start, random_images(1), kosmos_tokenizer, 11)
+    (ids,) = generate(model, [start], random_images(1), kosmos_tokenizer, max_new_tokens=11, n_beams=1)
+    assert ids == greedy_without_cache(model, start, random_images(1), kosmos_tokenizer, 11)
 
 
 def log_prob(model: Kosmos, start: Prompt, ids: Sequence[int], vocabulary) -> float:

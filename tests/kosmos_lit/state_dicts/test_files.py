@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kosmos_lit.errors import UserError
-from kosmos_lit.weights.files import read_json, read_pickle, read_tensors
+from kosmos_lit.state_dicts.files import read_json, read_pickle, read_tensors
 from tests.kosmos_lit.weights.hostile import Bomb
 
 TENSORS = {"a.weight": torch.arange(15.0).view(3, 5), "a.bias": torch.ones(3), "b": torch.tensor([7, 11])}
