@@ -1,12 +1,13 @@
-"""Samples a second of the evaluation engine, and of scoring each pair of prompt and candidate on its own, in one run.
+"""Samples a second of the evaluation's scheduler, and of scoring each pair of prompt and candidate on its own, in one run.
 
     python -m benchmarks.evaluation [--samples 24] [--rounds 3] [--threads 1] [--json PATH] [--least 3]
 
-Three sets, drawn: questions about an image and questions of text alone, four candidates each, prompts of 60 to 200
-positions; and Raven's test, eight images and six candidates that are images too, of which the probability of "Yes" is
-compared. The same weights, decoder of D 512, both sides in this process, round by round in turn; images are read from disk
-by both. The engine reads each prompt once for all its candidates, what Raven's six prompts have in common once, and each
-image once a batch. Scores must agree to 1e-4, and the engine be `least` times as fast by CPU time, or the run fails.
+Three random sets: questions about an image and questions of text alone, four candidates each, prompts of 60 to 200
+positions; and Raven's test, eight images and six candidates that are images too, ranked by the probability of
+"Yes". Both sides have the same weights, a decoder of D 512, run in this process round by round in turn, and read images
+from disk. The scheduler prefills each prompt once for all its candidates, the common beginning of Raven's six prompts once,
+and encodes each image once a batch. The run fails unless scores agree to 1e-4 and the scheduler is `least` times as fast by
+CPU time.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from PIL import Image
 from kosmos_lit.checks.device import describe_device
 from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.evaluation.prompts import encode_answers, encode_prompts
-from kosmos_lit.evaluation.requests import LogLikelihood
+from kosmos_lit.evaluation.requests import LogLikelihood, scored_candidates
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.task import Outcome, RequestGenerator, Sample, Task
 from kosmos_lit.images import load
 from kosmos_lit.inference.engine import Engine
 from kosmos_lit.model import Kosmos
+from kosmos_lit.terminal import table
 from kosmos_lit.tokenizer import Tokenizer
 
 N_LATENTS, SIDE = 16, 112
@@ -42,43 +44,43 @@ TOLERANCE = 1e-4
 """Nats of a candidate, float32."""
 
 
-class Drawn(Task):
-    """Comparisons that have been drawn."""
+class RandomRequests(Task):
+    """Log-likelihood requests that the benchmark has drawn."""
 
-    title, main_metric = "Drawn", "right"
+    title, main_metric = "Random requests", "accuracy"
 
     def __init__(self, requests: Sequence[Sequence[LogLikelihood]]) -> None:
-        """Take the comparisons of each sample."""
+        """Take the requests of each sample."""
         super().__init__("nowhere")
         self.requests = requests
 
     def samples(self) -> list[Sample]:
-        """Return one sample for each list of comparisons."""
+        """Return one sample for each list of requests."""
         return [Sample(key=str(i)) for i in range(len(self.requests))]
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
-        """Compare, and keep the scores."""
-        answers = yield self.requests[int(sample.key)]
-        totals = [scored.total for answer in answers if isinstance(answer, tuple) for scored in answer]
+        """Score the candidates, and keep their log-probabilities."""
+        responses = yield self.requests[int(sample.key)]
+        totals = [candidate.total for response in responses for candidate in scored_candidates(response)]
         return Outcome(prediction="", target="", scores={}, data={"totals": totals})
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One set, as both sides did it."""
+class Timing:
+    """One set on both sides."""
 
     name: str
     n_samples: int
     n_pairs: int
     samples_per_second: float
-    """The engine, by wall clock."""
+    """Of the scheduler, by wall clock."""
     samples_per_second_alone: float
     ratio: float
     """By wall clock, median over the rounds."""
     ratio_cpu: float
     """By CPU time, median over the rounds."""
     largest_difference: float
-    """Of a candidate's log-probability, nats."""
+    """Between a candidate's log-probabilities, nats."""
 
 
 def make_tokenizer() -> Tokenizer:
@@ -112,7 +114,7 @@ def make_model(tokenizer: Tokenizer) -> Kosmos:
 
 
 def draw_sets(folder: Path, n: int) -> dict[str, list[list[LogLikelihood]]]:
-    """Return the comparisons of each sample of each set, and write the images."""
+    """Return the requests of each sample of each set, and write the images."""
     random = Random(1)
 
     def text(low: int, high: int) -> str:
@@ -139,18 +141,18 @@ def draw_sets(folder: Path, n: int) -> dict[str, list[list[LogLikelihood]]]:
     }
 
 
-def by_engine(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]]) -> list[float]:
-    """Return all candidates' log-probabilities as an evaluation gets them."""
-    task = Drawn(requests)
-    found: dict[str, list[float]] = {}
+def by_scheduler(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]]) -> list[float]:
+    """Return the log-probabilities of all candidates, by the scheduler."""
+    task = RandomRequests(requests)
+    totals: dict[str, list[float]] = {}
     for results in RequestScheduler(model, tokenizer, batch_tokens=4096).run(task, task.samples()):
-        found |= {result.key: result.outcome.data["totals"] for result in results if result.outcome}
-    return [total for i in range(len(requests)) for total in found[str(i)]]
+        totals |= {result.key: result.outcome.data["totals"] for result in results if result.outcome}
+    return [total for i in range(len(requests)) for total in totals[str(i)]]
 
 
 def by_pairs(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]]) -> list[float]:
-    """Return them from one call for each pair of a prompt and a candidate."""
-    found = []
+    """Return the log-probabilities of all candidates, by one call for each pair of a prompt and a candidate."""
+    totals = []
     for request in (request for own in requests for request in own):
         for candidate in request.candidates:
             [prompt] = encode_prompts([request.parts], tokenizer, N_LATENTS)
@@ -158,28 +160,28 @@ def by_pairs(model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[Lo
             pixels = np.stack([load(p, SIDE, "square") for p in paths]) if paths else np.zeros((0, 3, SIDE, SIDE), np.uint8)
             ids = encode_answers(request.parts, [candidate], tokenizer)
             [[log_probs]] = Engine(model, tokenizer).token_log_probs([prompt], [ids], torch.from_numpy(pixels))
-            found.append(sum(token.log_prob for token in log_probs))
-    return found
+            totals.append(sum(token.log_prob for token in log_probs))
+    return totals
 
 
 def timed(side: Callable[[], list[float]]) -> tuple[list[float], float, float]:
-    """Return what a side finds, and its wall and CPU seconds."""
+    """Return the log-probabilities of one side, and its wall and CPU seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
-    found = side()
-    return found, time.perf_counter() - wall, time.process_time() - cpu
+    totals = side()
+    return totals, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def caption_scores(
+def measure(
     name: str, model: Kosmos, tokenizer: Tokenizer, requests: Sequence[Sequence[LogLikelihood]], rounds: int
-) -> Measured:
-    """Let both sides score a set in turn.
+) -> Timing:
+    """Return the timing of both sides on a set.
 
     Raises: SystemExit if their scores differ.
     """
     times, difference = [], 0.0
-    by_pairs(model, tokenizer, requests[:1])  # what is only done the first time
+    by_pairs(model, tokenizer, requests[:1])  # warm-up
     for _ in range(rounds):
-        ours, wall, cpu = timed(lambda: by_engine(model, tokenizer, requests))
+        ours, wall, cpu = timed(lambda: by_scheduler(model, tokenizer, requests))
         alone, wall_alone, cpu_alone = timed(lambda: by_pairs(model, tokenizer, requests))
         difference = max(difference, float(np.abs(np.subtract(ours, alone)).max()))
         times.append((wall, wall_alone, wall_alone / wall, cpu_alone / cpu))
@@ -187,7 +189,7 @@ def caption_scores(
         raise SystemExit(f"{name}: scores differ by up to {difference}")
     wall, wall_alone, ratio, ratio_cpu = (statistics.median(column) for column in zip(*times, strict=True))
     n = len(requests)
-    return Measured(name, n, len(ours), n / wall, n / wall_alone, ratio, ratio_cpu, difference)
+    return Timing(name, n, len(ours), n / wall, n / wall_alone, ratio, ratio_cpu, difference)
 
 
 def main() -> None:
@@ -195,29 +197,32 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=24, help="of the sets of questions; a quarter of them of Raven's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, default=None, help="where the figures are written")
+    parser.add_argument("--json", type=Path, default=None, help="file of the results")
     parser.add_argument("--least", type=float, default=3.0, help="ratio by CPU time below which the run fails")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     n = sum(p.numel() for p in model.parameters())
-    about = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {n:,} parameters"
-    print(about)
-    print("set        samples  pairs   engine /s   alone /s   ratio  by CPU    differ by")
+    description = f"{describe_device(torch.device('cpu'))}, {a.threads} threads, {n:,} parameters"
+    print(description)
     with tempfile.TemporaryDirectory() as folder:
-        found = []
-        for name, requests in draw_sets(Path(folder), a.samples).items():
-            m = caption_scores(name, model, tokenizer, requests, a.rounds)
-            found.append(m)
-            print(
-                f"{name:<10}{m.n_samples:>8}{m.n_pairs:>7}{m.samples_per_second:>12.2f}{m.samples_per_second_alone:>11.2f}"
-                f"{m.ratio:>8.2f}{m.ratio_cpu:>8.2f}{m.largest_difference:>13.1e}",
-                flush=True,
-            )
+        sets = draw_sets(Path(folder), a.samples)
+        timings = [measure(name, model, tokenizer, requests, a.rounds) for name, requests in sets.items()]
+    headers = ["set", "samples", "pairs", "scheduler /s", "pairs /s", "ratio", "by CPU", "differ by"]
+    rows = [
+        [
+            t.name, t.n_samples, t.n_pairs, f"{t.samples_per_second:.2f}", f"{t.samples_per_second_alone:.2f}",
+            f"{t.ratio:.2f}", f"{t.ratio_cpu:.2f}", f"{t.largest_difference:.1e}",
+        ]
+        for t in timings
+    ]  # fmt: skip
+    print(table(headers, rows))
     if a.json:
-        a.json.write_text(json.dumps({"machine": about, "sets": [asdict(m) for m in found]}, indent=1), encoding="utf-8")
-    if slow := [m.name for m in found if m.ratio_cpu < a.least]:
+        a.json.write_text(
+            json.dumps({"machine": description, "sets": [asdict(t) for t in timings]}, indent=1), encoding="utf-8"
+        )
+    if slow := [t.name for t in timings if t.ratio_cpu < a.least]:
         raise SystemExit(f"less than {a.least} times as fast as pairs on their own: {', '.join(slow)}")
 
 

@@ -62,7 +62,7 @@ def compare(before: list[dict[str, str]], after: dict[str, dict[str, dict[str, f
     return {
         "task before": exact(questions),
         "task after": after["tasks"]["instruct"]["exact_match"],
-        "constant": round(Counter(row["answer"] for row in questions).most_common(1)[0][1] / len(questions), 4),
+        "constant": round(Counter(row["target"] for row in questions).most_common(1)[0][1] / len(questions), 4),
         "blind": after["tasks"]["instruct"]["exact_match_shuffled"],
         "captions before": exact(captions),
         "captions after": after["exact_match"],
@@ -74,7 +74,7 @@ def compare(before: list[dict[str, str]], after: dict[str, dict[str, dict[str, f
 
 def exact(rows: list[dict[str, str]]) -> float:
     """Return the share of exact matches."""
-    return round(sum(row["generated"] == row["answer"] for row in rows) / len(rows), 4)
+    return round(sum(row["prediction"] == row["target"] for row in rows) / len(rows), 4)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Evaluation by the command line: without corpora, on several ranks, killed and resumed, and in the middle of a training."""
+"""Evaluation by the command line: without corpora, on several ranks, killed and resumed, and during training."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def rounds(folder: Path, n: int, name: str = "TwoRounds", **options: Any) -> dic
     return {"class_path": TASKS + name, "init_args": {"path": str(folder), "n": n, **options}}
 
 
-def asked_of(trained: Path, *more: str) -> list[str]:
-    """Return the arguments of an evaluation of a trained run, whose corpora are nowhere."""
+def eval_command(trained: Path, *more: str) -> list[str]:
+    """Return the arguments of an evaluation of a trained run, without its corpora."""
     return ["test", "-c", TINY, "--trainer.default_root_dir", str(trained), "--data.world.path", "nowhere", *more]
 
 
 def entries(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return found["tasks"]  # type: ignore[no-any-return]
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return metrics["tasks"]  # type: ignore[no-any-return]
 
 
 def keys(folder: Path, task: str) -> list[str]:
@@ -62,18 +62,18 @@ def test_tasks_of_several_files_are_evaluated_without_corpora(
     two = overlay(tmp_path / "two.yaml", shots=rounds(images, 5, n_shots=2), rounds={"init_args": {"n": 11}}, gone=None)
     out = tmp_path / "out"
 
-    code = main(asked_of(trained, *one, *two, f"--eval.folder={out}", "--ckpt_path=last"))
+    code = main(eval_command(trained, *one, *two, f"--eval.folder={out}", "--ckpt_path=last"))
 
-    prediction = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert code == 0
     assert {name: entry["n_samples"] for name, entry in entries(out).items()} == {"rounds": 11, "shots": 5}
-    about = json.loads((out / "metrics.json").read_text())["model"]
-    assert about["step"] == 6
-    assert about["checkpoint"].endswith("step=00000006.ckpt")
+    model_info = json.loads((out / "metrics.json").read_text())["model"]
+    assert model_info["step"] == 6
+    assert model_info["checkpoint"].endswith("step=00000006.ckpt")
     for name in ("metrics.json", "report.md", "report.html"):
-        assert f"{out / name}" in prediction
+        assert f"{out / name}" in output
         assert (out / name).stat().st_size > 100
-    assert "rounds  accuracy" in prediction
+    assert "rounds  accuracy" in output
 
 
 def test_controls_have_folders_of_their_own_in_the_run(trained: Path, images: Path, tmp_path: Path) -> None:
@@ -81,12 +81,12 @@ def test_controls_have_folders_of_their_own_in_the_run(trained: Path, images: Pa
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
 
     for image_control in ("true", "blank"):
-        assert main(asked_of(run, *tasks, f"--eval.image_control={image_control}", "--ckpt_path=last")) == 0
+        assert main(eval_command(run, *tasks, f"--eval.image_control={image_control}", "--ckpt_path=last")) == 0
 
     assert keys(run / "eval", "rounds") == keys(run / "eval-blank", "rounds")
 
 
-def test_an_untrained_model_is_said_to_be_one(
+def test_an_untrained_model_is_called_untrained(
     images: Path, tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 3))
@@ -101,7 +101,7 @@ def test_weights_without_a_checkpoint_are_evaluated(trained: Path, images: Path,
     save_folder(*load_model(trained / "checkpoints" / "step=00000006.ckpt"), tmp_path / "model")
 
     for out, start in (("one", "--ckpt_path=last"), ("other", f"--model.init_from={tmp_path / 'model'}")):
-        assert main(asked_of(trained, *tasks, start, f"--eval.folder={tmp_path / out}")) == 0
+        assert main(eval_command(trained, *tasks, start, f"--eval.folder={tmp_path / out}")) == 0
 
     assert entries(tmp_path / "one")["rounds"]["metrics"] == entries(tmp_path / "other")["rounds"]["metrics"]
     digests = [json.loads((tmp_path / out / "fingerprint.json").read_text())["weights"] for out in ("one", "other")]
@@ -116,37 +116,37 @@ def test_an_evaluation_in_training_needs_tasks(
     assert "eval.every_n_steps is 2, but there are no eval.tasks" in capsys.readouterr().err
 
 
-def test_an_interrupted_evaluation_says_how_it_goes_on(
+def test_an_interrupted_evaluation_says_how_to_continue(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kosmos_lit.evaluation.scheduler.WINDOW", 2)
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "die").write_text("interrupt")
     tasks = overlay(tmp_path / "one.yaml", dying=rounds(folder, 7, "Crashing"))
-    command = asked_of(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", "--ckpt_path=last")
+    command = eval_command(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", "--ckpt_path=last")
 
     assert main(command) == 130
 
     assert "the same command goes on from there" in capsys.readouterr().err
-    kept = (tmp_path / "out/dying/samples.0.part").read_text().splitlines()
-    assert [json.loads(line)["key"] for line in kept] == ["s0", "s1", "s2", "s3"]
+    lines = (tmp_path / "out/dying/samples.0.part").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["s0", "s1", "s2", "s3"]
     assert main(command) == 0
     assert keys(tmp_path / "out", "dying") == [f"s{i}" for i in range(7)]
 
 
-def test_a_tokenizer_that_is_not_the_checkpoints_is_a_mistake(
+def test_a_tokenizer_that_is_not_the_checkpoints_is_an_error(
     trained: Path, tokenizer: Tokenizer, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer.save(tmp_path / "world/tokenizer")
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 3))
-    command = asked_of(trained, *tasks, f"--data.world.path={tmp_path / 'world'}", "--ckpt_path=last")
+    command = eval_command(trained, *tasks, f"--data.world.path={tmp_path / 'world'}", "--ckpt_path=last")
 
     assert main(command) == 2
 
     assert "was trained with tokenizer" in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_a_tower_is_a_mistake(
+def test_a_checkpoint_without_a_tower_is_an_error(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -156,15 +156,15 @@ def test_a_checkpoint_without_a_tower_is_a_mistake(
     torch.save(checkpoint, tmp_path / "blind.ckpt")
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 3))
 
-    code = main(asked_of(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", f"--ckpt_path={tmp_path / 'blind.ckpt'}"))
+    code = main(eval_command(trained, *tasks, f"--eval.folder={tmp_path / 'out'}", f"--ckpt_path={tmp_path / 'blind.ckpt'}"))
 
-    prediction = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert code == 2
-    assert "blind.ckpt does not fit the model" in prediction
-    assert "missing: vision." in prediction
+    assert "blind.ckpt does not fit the model" in message
+    assert "missing: vision." in message
 
 
-def test_an_evaluation_in_training_changes_nothing_of_it(
+def test_an_evaluation_in_training_does_not_change_training(
     trained: Path, images: Path, tmp_path: Path, tiny_world: Path
 ) -> None:
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
@@ -186,12 +186,12 @@ def test_an_evaluation_in_training_changes_nothing_of_it(
 
 
 @pytest.mark.slow
-def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, images: Path, tmp_path: Path) -> None:
+def test_ranks_share_an_evaluation_and_resume_it_exactly(trained: Path, images: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(images, tmp_path / "images")
     tasks = overlay(tmp_path / "one.yaml", seven=rounds(folder, 7), eleven=rounds(folder, 11, "Crashing"))
 
     def command(name: str, *more: str) -> list[str]:
-        return asked_of(trained, *tasks, *more, f"--eval.folder={tmp_path / name}", "--ckpt_path=last")
+        return eval_command(trained, *tasks, *more, f"--eval.folder={tmp_path / name}", "--ckpt_path=last")
 
     assert main(command("alone")) == 0
     (folder / "die").write_text("kill")
@@ -210,7 +210,7 @@ def test_ranks_share_an_evaluation_out_and_resume_it_exactly(trained: Path, imag
 
 
 @pytest.mark.slow
-def test_an_evaluation_changes_nothing_of_a_sharded_training(images: Path, tmp_path: Path, tiny_world: Path) -> None:
+def test_an_evaluation_does_not_change_a_sharded_training(images: Path, tmp_path: Path, tiny_world: Path) -> None:
     tasks = overlay(tmp_path / "one.yaml", rounds=rounds(images, 7))
     more = [*FSDP, "--data.micro_batch_rows=1", "--trainer.max_steps=3"]
     plain = tiny_run("fit", tmp_path / "plain", tiny_world, *more)

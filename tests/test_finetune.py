@@ -284,7 +284,7 @@ def test_a_checkpoint_with_adapters_writes_text(
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     asked = [row for row in map(json.loads, lines) if row["task"] == "instruct"]
     assert len(asked) == 7
-    assert all(row["prompt"].startswith("<image> ") and row["answer"] for row in asked)
+    assert all(row["prompt"].startswith("<image> ") and row["target"] for row in asked)
 
 
 def test_adapters_are_exported_merged_or_alone(adapted: Path, given: Path, tmp_path: Path) -> None:

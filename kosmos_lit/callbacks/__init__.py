@@ -1,4 +1,4 @@
-"""What watches a run: throughput, progress, samples."""
+"""Callbacks: log, progress, throughput, checkpoints, predictions, evaluation, the visual-use gauge."""
 
 from kosmos_lit.callbacks.caption_report import CaptionReport
 from kosmos_lit.callbacks.checkpoints import Checkpoints

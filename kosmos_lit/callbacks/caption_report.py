@@ -1,8 +1,9 @@
-"""What a run has learned to say: generated answers against right ones, with a control that takes sight away."""
+"""The report at the end of a run: generated answers against targets, with true and with shuffled images."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,12 @@ from kosmos_lit.checks.device import describe_device
 from kosmos_lit.errors import UserError
 from kosmos_lit.inference.config import GenerationConfig
 from kosmos_lit.lit import KosmosLit
+from kosmos_lit.terminal import table
 
 
 @dataclass(frozen=True)
-class Answered:
-    """One question, its right answer, and the model's with the true image and with another question's."""
+class AnsweredQuestion:
+    """A question with its target, and the predictions from its own image and from a shuffled one."""
 
     task: str
     image: Tensor | None
@@ -37,20 +39,20 @@ class Answered:
 
 
 class CaptionReport(Callback):
-    """At the end of `fit` answers the data module's questions greedily, prints a table, and writes three files.
+    """Answers the data module's questions greedily at the end of `fit`, prints a table, and writes three files.
 
-    `report.json` has the figures, `answers.jsonl` every answer, `sheet.png` images with true and generated captions.
-    An answer counts if it is exactly right. The control asks every question again with the images shuffled among the
-    questions of its batch: what remains right then was not seen.
+    `report.json` has the metrics, `answers.jsonl` every answer, `sheet.png` images with targets and predictions. The metric
+    is exact match. The image control asks every question again with the images shuffled within its batch: an answer that
+    is still right did not need its image.
     """
 
     def __init__(self, tasks: Sequence[str] = ("object", "count"), max_new_tokens: int = 32, sheet: int = 24) -> None:
-        """Choose what counts.
+        """Set which tasks count.
 
         Args:
-            tasks: Tasks whose answers make up `exact_match`; others are shown beside.
-            max_new_tokens: Longest answer.
-            sheet: Images on the sheet.
+            tasks: Tasks whose answers make up `exact_match`; others have rows of their own.
+            max_new_tokens: Longest answer, in tokens.
+            sheet: Images on the contact sheet.
         """
         self.tasks, self.max_new_tokens, self.sheet = tuple(tasks), max_new_tokens, sheet
         self.loss_before: dict[str, float] = {}
@@ -66,7 +68,7 @@ class CaptionReport(Callback):
         self._train_seconds, self._positions = state_dict["train_seconds"], state_dict["positions"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking:  # Lightning forgets its figures before training starts
+        if trainer.sanity_checking:  # Lightning clears its metrics before training starts
             self.loss_before = validation_losses(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -80,36 +82,39 @@ class CaptionReport(Callback):
         self._train_seconds += time.monotonic() - self._started
         self._started = 0.0
         with pl_module.full_net() as net:
-            answered = [a for batch in _questions(trainer) for a in self._ask(pl_module, batch)]
+            answers = [a for batch in _question_batches(trainer) for a in self._answer(pl_module, batch)]
             n_parameters = sum(p.numel() for p in net.parameters())
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, answered, n_parameters)
+            self._write(trainer, pl_module, answers, n_parameters)
 
-    def _ask(self, pl_module: KosmosLit, batch: PromptBatch) -> list[Answered]:
+    def _answer(self, pl_module: KosmosLit, batch: PromptBatch) -> list[AnsweredQuestion]:
         batch = batch.to(pl_module.device)
-        blind = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
+        shuffled = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
         settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
         prediction = pl_module.generate_texts(batch, settings)
-        prediction_shuffled = pl_module.generate_texts(blind, settings)
+        prediction_shuffled = pl_module.generate_texts(shuffled, settings)
         first = accumulate(batch.n_images, initial=0)
         images = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
         return [
-            Answered(*row) for row in zip(batch.tasks, images, batch.targets, prediction, prediction_shuffled, strict=True)
+            AnsweredQuestion(*row)
+            for row in zip(batch.tasks, images, batch.targets, prediction, prediction_shuffled, strict=True)
         ]
 
-    def _write(self, trainer: L.Trainer, pl_module: KosmosLit, answered: Sequence[Answered], n_parameters: int) -> None:
+    def _write(
+        self, trainer: L.Trainer, pl_module: KosmosLit, answers: Sequence[AnsweredQuestion], n_parameters: int
+    ) -> None:
         folder = Path(trainer.default_root_dir)
-        by_task: dict[str, list[Answered]] = defaultdict(list)
-        for a in answered:
+        by_task: dict[str, list[AnsweredQuestion]] = defaultdict(list)
+        for a in answers:
             by_task[a.task].append(a)
-        chosen = [a for a in answered if a.task in self.tasks]
+        counted = [a for a in answers if a.task in self.tasks]
         metrics = {
-            "exact_match": exact(chosen),
-            "exact_match_shuffled": exact_blind(chosen),
-            "n_questions": len(chosen),
-            "n_distinct": len({a.target for a in chosen}),
+            "exact_match": exact_match(counted),
+            "exact_match_shuffled": exact_match_shuffled(counted),
+            "n_questions": len(counted),
+            "n_distinct": len({a.target for a in counted}),
             "tasks": {
-                task: {"n": len(rows), "exact_match": exact(rows), "exact_match_shuffled": exact_blind(rows)}
+                task: {"n": len(rows), "exact_match": exact_match(rows), "exact_match_shuffled": exact_match_shuffled(rows)}
                 for task, rows in by_task.items()
             },
             "train_seconds": round(self._train_seconds, 1),
@@ -124,7 +129,7 @@ class CaptionReport(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
         with (folder / "answers.jsonl").open("w", encoding="utf-8") as file:
-            for a in answered:
+            for a in answers:
                 row = {
                     "task": a.task,
                     "target": a.target,
@@ -133,66 +138,67 @@ class CaptionReport(Callback):
                 }
                 file.write(json.dumps(row) + "\n")
         per_task = max(1, self.sheet // max(1, len(by_task)))
-        draw_sheet([a for rows in by_task.values() for a in rows[:per_task]]).save(folder / "sheet.png")
-        print(table(metrics))
+        draw_contact_sheet([a for rows in by_task.values() for a in rows[:per_task]]).save(folder / "sheet.png")
+        print(format_metrics(metrics))
         print(f"wrote {folder / 'report.json'}, {folder / 'answers.jsonl'} and {folder / 'sheet.png'}")
 
 
-def _questions(trainer: L.Trainer) -> Iterator[PromptBatch]:
-    """Yield what the data module asks. The run is done: if that is nothing, the report says so and has no answers."""
+def _question_batches(trainer: L.Trainer) -> Iterator[PromptBatch]:
+    """Yield the data module's questions, or log why there are none: training is over, so that this is no error."""
     try:
         yield from trainer.datamodule.predict_dataloader()  # type: ignore[attr-defined]
     except UserError as error:
         rank_zero_info(f"the report has no answers: {error}")
 
 
-def exact(answered: Sequence[Answered]) -> float:
-    """Return the share of answers that are exactly right."""
-    return round(sum(a.prediction == a.target for a in answered) / max(1, len(answered)), 4)
+def exact_match(answers: Sequence[AnsweredQuestion]) -> float:
+    """Return the share of predictions that equal their targets."""
+    return round(sum(a.prediction == a.target for a in answers) / max(1, len(answers)), 4)
 
 
-def exact_blind(answered: Sequence[Answered]) -> float:
-    """Return the share that is right with another question's image."""
-    return round(sum(a.prediction_shuffled == a.target for a in answered) / max(1, len(answered)), 4)
+def exact_match_shuffled(answers: Sequence[AnsweredQuestion]) -> float:
+    """Return the share of predictions from a shuffled image that equal their targets."""
+    return round(sum(a.prediction_shuffled == a.target for a in answers) / max(1, len(answers)), 4)
 
 
 def validation_losses(trainer: L.Trainer) -> dict[str, float]:
-    """Return the last validation's loss of each corpus, in nats a token."""
+    """Return the last validation's loss of each corpus, in nats per token."""
     prefix = "val/loss/"
     return {k.removeprefix(prefix): round(float(v), 4) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
 
 
-def table(metrics: dict[str, Any]) -> str:
-    """Return the figures for people."""
-    lines = ["", f"{'task':<14}{'questions':>10}{'exact match':>13}{'images shuffled':>19}"]
-    lines += [
-        f"{name:<14}{row['n']:>10}{row['exact_match']:>13.3f}{row['exact_match_shuffled']:>19.3f}"
-        for name, row in metrics["tasks"].items()
-    ]
-    lines += [
-        f"{'counted':<14}{metrics['n_questions']:>10}{metrics['exact_match']:>13.3f}{metrics['exact_match_shuffled']:>19.3f}"
-        f"   ({metrics['n_distinct']} distinct answers)",
-        "",
-        f"{'corpus':<14}{'loss before':>12}{'after':>9}   nats a token, validation",
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """Return the metrics as tables for a terminal."""
+    counted = metrics | {"n": metrics["n_questions"]}
+    tasks = [
+        (name, row["n"], f"{row['exact_match']:.3f}", f"{row['exact_match_shuffled']:.3f}")
+        for name, row in (metrics["tasks"] | {"counted": counted}).items()
     ]
     before, after = metrics["loss_before"], metrics["loss_after"]
-    lines += [f"{name:<14}{before.get(name, float('nan')):>12.3f}{loss:>9.3f}" for name, loss in after.items()]
-    lines += [
-        "",
-        f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s, "
-        f"{metrics['parameters']:,} parameters, seed {metrics['seed']}",
-        metrics["machine"],
-    ]
-    return "\n".join(lines)
+    losses = [(name, f"{before.get(name, math.nan):.3f}", f"{loss:.3f}") for name, loss in after.items()]
+    return "\n".join(
+        [
+            "",
+            table(("task", "questions", "exact match", "images shuffled"), tasks),
+            f"{metrics['n_distinct']} distinct targets are counted",
+            "",
+            table(("corpus", "loss before", "after"), losses),
+            "validation losses in nats per token",
+            "",
+            f"{metrics['steps']} steps in {metrics['train_seconds']:.0f} s, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"{metrics['parameters']:,} parameters, seed {metrics['seed']}",
+            metrics["machine"],
+        ]
+    )
 
 
-def draw_sheet(answered: Sequence[Answered], columns: int = 4, side: int = 144) -> Image.Image:
-    """Return a sheet of images, each with the right answer in grey and the model's in green or red."""
+def draw_contact_sheet(answers: Sequence[AnsweredQuestion], columns: int = 4, side: int = 144) -> Image.Image:
+    """Return a contact sheet of images, each with its target in grey and its prediction in green or red."""
     width, height = side + 116, side + 76
-    rows = -(-len(answered) // columns)
+    rows = -(-len(answers) // columns)
     sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, a in enumerate(answered):
+    for i, a in enumerate(answers):
         x, y = i % columns * width + 8, i // columns * height + 8
         if a.image is not None:  # a question without images has an empty frame
             image = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""When checkpoints are written, and how many stay."""
+"""When checkpoints are written, and how many are kept."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from kosmos_lit.lit import KosmosLit
 class Checkpoints(ModelCheckpoint):
     """Writes a checkpoint every N optimizer steps, at the last one, and on Ctrl-C or SIGTERM, and keeps the newest.
 
-    A signal lets the step end first, as only whole steps can be resumed exactly; a second one stops at once. With several
-    ranks the first one does too: they would end at different steps. Nothing is written once the gradient is not finite.
+    After a signal the step ends first, as only whole steps resume exactly; a second signal stops at once. With several
+    ranks the first signal stops at once too. No checkpoint is written once the gradient is not finite.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 1000, keep: int = 2) -> None:
-        """Choose where and how often.
+        """Set where and how often checkpoints are written.
 
         Args:
             dirpath: Folder of the checkpoints.
             every_n_train_steps: Optimizer steps from one to the next.
-            keep: How many stay, beside the last step's.
+            keep: Checkpoints that are kept, beside the last step's.
         """
         super().__init__(
             dirpath=dirpath,
@@ -39,36 +39,37 @@ class Checkpoints(ModelCheckpoint):
             mode="max",
             save_top_k=keep,
             every_n_train_steps=every_n_train_steps,
-            enable_version_counter=False,  # a step that is done again replaces its checkpoint
+            enable_version_counter=False,  # after a resume a repeated step replaces its checkpoint
         )
         self.every_n_train_steps = every_n_train_steps
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        # The last `step` that was logged may be an older one.
+        # Lightning's `step` is the last one that was logged, which may be older.
         return super()._monitor_candidates(trainer) | {"step": torch.tensor(trainer.global_step)}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
+        # Ranks would receive a signal at different steps, and the first one to stop would leave the others waiting.
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._give_signals_back()
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._give_signals_back()
+        self._restore_handlers()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._give_signals_back()
+        self._restore_handlers()
         self._signal = number
-        print("\nending this step and writing a checkpoint; a second signal stops without", file=sys.stderr)
+        print("\nending this step and writing a checkpoint; a second signal stops without one", file=sys.stderr)
 
-    def _give_signals_back(self) -> None:
+    def _restore_handlers(self) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from kosmos_lit.callbacks.paused_training import log_aside, paused_training
+from kosmos_lit.callbacks.isolation import isolated_evaluation, log_separate_row
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.progress import format_main_metric
@@ -50,9 +50,9 @@ class EvaluateTasks(Callback):
         # Micro-batches before the last one of an accumulation leave the step as it was.
         if step == last_step or self.config.every_n_steps is None or step % self.config.every_n_steps:
             return
-        with paused_training(trainer, pl_module):
+        with isolated_evaluation(trainer, pl_module):
             metrics, lines = self._evaluate(trainer, pl_module)
-        log_aside(trainer, pl_module, metrics)
+        log_separate_row(trainer, pl_module, metrics)
         if (bar := trainer.progress_bar_callback) is not None:
             for line in lines:
                 bar.print(f"step {step:,} {line}")

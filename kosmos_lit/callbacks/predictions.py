@@ -1,4 +1,4 @@
-"""What `predict` writes: one JSON object a line with task, prompt, right answer and the model's."""
+"""The output of `predict`: one JSON object per line with task, prompt, target and prediction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kosmos_lit.batch import PromptBatch
 
 
 class Predictions(Callback):
-    """Writes `predictions.jsonl` in the run's folder; every rank answers everything, the first one writes."""
+    """Writes `predictions.jsonl` into the run's folder; every rank generates all answers, rank 0 writes."""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -35,8 +35,8 @@ class Predictions(Callback):
             return
         rows = zip(batch.tasks, batch.prompts, batch.targets, outputs, strict=True)
         with self._path(trainer).open("a", encoding="utf-8") as file:
-            for task, prompt, answer, generated in rows:
-                row: dict[str, Any] = {"task": task, "prompt": prompt, "answer": answer, "generated": generated}
+            for task, prompt, target, prediction in rows:
+                row: dict[str, Any] = {"task": task, "prompt": prompt, "target": target, "prediction": prediction}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

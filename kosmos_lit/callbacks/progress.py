@@ -1,4 +1,4 @@
-"""One line for every row of the log; on a terminal a bar that moves with every step, the newest figures behind it."""
+"""Progress of a run: one line per row of the log; on a terminal a bar with the latest metrics."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from kosmos_lit.lit import KosmosLit
 from kosmos_lit.terminal import clock_time, write_line
 
 BAR = 10
-"""Characters of the bar."""
+"""Width of the bar in characters."""
 REDRAW_SECONDS = 0.1
+"""Shortest time between two drawings of the bar."""
 
 
 class Progress(ProgressBar):
-    """Shows step, losses, speed, waiting for data and time left; in a file or a pipe one line after the other.
+    """Shows step, losses, speed, data wait and time left; a file or a pipe gets one line after the other.
 
-    Figures are those of the last row of the log: between rows only the step is counted on, as asking the device for a loss
-    would hold it up. Only the first rank prints.
+    Metrics are those of the last row of the log; between rows only the step changes, as reading a loss from the device
+    would stall it. Only rank 0 prints.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.clock: Callable[[], float] = time.monotonic
         self._enabled = True
-        self._step, self._figures, self._drawn = 0, "", 0.0
+        self._step, self._metrics, self._drawn_at = 0, "", 0.0
 
     def disable(self) -> None:
         self._enabled = False
@@ -44,7 +45,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._step, self._figures, self._drawn = trainer.global_step, "", 0.0
+        self._step, self._metrics, self._drawn_at = trainer.global_step, "", 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,20 +54,20 @@ class Progress(ProgressBar):
         assert isinstance(pl_module, KosmosLit)
         step = trainer.global_step
         if step == self._step:
-            return  # the step's other micro-batches are still to come
+            return  # not the step's last micro-batch
         self._step, is_row = step, step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if is_row:  # on all ranks, as all of them take part in adding up the loss
-            self._figures = _row(pl_module.step_loss.compute(), trainer.callback_metrics)
-        if is_row or (sys.stderr.isatty() and self.clock() - self._drawn >= REDRAW_SECONDS):
-            self._drawn = self.clock()
-            self._line(f"{self._bar(trainer)}step {step:,}{_of(trainer)}  {self._figures}")
+        if is_row:  # on all ranks: `compute` reduces the loss over them
+            self._metrics = _format_row(pl_module.step_loss.compute(), trainer.callback_metrics)
+        if is_row or (sys.stderr.isatty() and self.clock() - self._drawn_at >= REDRAW_SECONDS):
+            self._drawn_at = self.clock()
+            self._line(f"{self._bar(trainer)}step {step:,}{_of_steps(trainer)}  {self._metrics}")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        found = {k.removeprefix("val/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if found:
+        losses = {k.removeprefix("val/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if losses:
             when = f"step {trainer.global_step:,} " if trainer.state.fn == "fit" else ""
-            self._line(f"{when}validation  {_losses(found)}", keep=True)
+            self._line(f"{when}validation  {_losses(losses)}", keep=True)
 
     def on_train_end(self, *_: Any) -> None:
         self._line("", keep=True)
@@ -75,41 +76,41 @@ class Progress(ProgressBar):
     def _bar(trainer: L.Trainer) -> str:
         if trainer.max_steps <= 0 or not sys.stderr.isatty():
             return ""
-        done = BAR * trainer.global_step // trainer.max_steps
-        return f"[{'#' * done}{'.' * (BAR - done)}] "
+        n_done = BAR * trainer.global_step // trainer.max_steps
+        return f"[{'#' * n_done}{'.' * (BAR - n_done)}] "
 
     def _line(self, text: str, *, keep: bool = False) -> None:
-        """Print a line; on a terminal over the one before, and for good if `keep`."""
+        """Print a line; on a terminal it replaces the one before, and the next one replaces it unless `keep`."""
         if self._enabled:
             write_line(text, keep=keep)
 
 
-def _of(trainer: L.Trainer) -> str:
+def _of_steps(trainer: L.Trainer) -> str:
     return f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else ""
 
 
-def _row(losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> str:
-    """Return a row of the log; on a terminal, which may cut it off, losses by corpus stand last."""
+def _format_row(losses: Mapping[str, Tensor], metrics: Mapping[str, Tensor]) -> str:
+    """Return the text of a row; on a terminal the losses by corpus come last, as a narrow one cuts them off."""
     speeds = _speeds(metrics)
     if sys.stderr.isatty():
         return "  ".join([_loss(losses), *speeds, _by_corpus(losses)])
     return "  ".join([_losses(losses), *speeds])
 
 
-def _losses(figures: Mapping[str, Tensor]) -> str:
-    return f"{_loss(figures)} ({_by_corpus(figures)})"
+def _losses(losses: Mapping[str, Tensor]) -> str:
+    return f"{_loss(losses)} ({_by_corpus(losses)})"
 
 
-def _loss(figures: Mapping[str, Tensor]) -> str:
-    return f"loss {float(figures['loss']):.3f}"
+def _loss(losses: Mapping[str, Tensor]) -> str:
+    return f"loss {float(losses['loss']):.3f}"
 
 
-def _by_corpus(figures: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(figures[key]):.3f}" for name in CORPORA if (key := f"loss/{name}") in figures)
+def _by_corpus(losses: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {float(losses[key]):.3f}" for name in CORPORA if (key := f"loss/{name}") in losses)
 
 
 def _speeds(metrics: Mapping[str, Tensor]) -> list[str]:
-    """Return what StepLog and Throughput say, if the run has them, most important first."""
+    """Return the metrics of StepLog and Throughput, if the run has them, most important first."""
     forms: dict[str, Callable[[float], str]] = {
         "tokens_per_second": lambda rate: f"{rate:,.0f} tokens/s",
         "data_wait": lambda share: f"data wait {share:.0%}",

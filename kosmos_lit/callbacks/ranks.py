@@ -1,4 +1,4 @@
-"""Figures of all ranks."""
+"""Values of all ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def gather(trainer: L.Trainer, figures: Sequence[float]) -> Tensor:
-    """Return every rank's figures, (ranks, figures) float64 on the host; all ranks must ask."""
-    everyone = torch.zeros(trainer.world_size, len(figures), dtype=torch.float64)
-    everyone[trainer.global_rank] = torch.tensor(figures, dtype=torch.float64)
-    if trainer.world_size > 1:  # a sum with the zeros that the other ranks have here
-        everyone = trainer.strategy.reduce(everyone.to(trainer.strategy.root_device), reduce_op="sum").cpu()
-    return everyone
+def gather_values(trainer: L.Trainer, values: Sequence[float]) -> Tensor:
+    """Return every rank's values, (ranks, values) float64 on the host. Collective: all ranks must call it."""
+    table = torch.zeros(trainer.world_size, len(values), dtype=torch.float64)
+    table[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
+    if trainer.world_size > 1:  # a sum with the other ranks' zeros gathers all
+        table = trainer.strategy.reduce(table.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+    return table

@@ -1,4 +1,4 @@
-"""The figures of a training step: losses, learning rate, gradient, mixture."""
+"""Metrics of a training step: losses, learning rate, gradient norm, mixture."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from kosmos_lit.batch import CORPORA, KosmosBatch
-from kosmos_lit.callbacks.ranks import gather
+from kosmos_lit.callbacks.ranks import gather_values
 from kosmos_lit.lit import KosmosLit
 
 DIGEST_MODULUS = 1 << 24
-"""Logged numbers are float32, which holds so many integers exactly."""
+"""Logged numbers are float32, which is exact for integers up to here."""
 
 
 class StepLog(Callback):
     """Logs one row every `log_every_n_steps` optimizer steps.
 
-    Losses are those of that step's global batch, not a number for a corpus that it has nothing of. `mix` is the share of
-    each kind and of each named source since the process started, in the mixture's unit; `bad` counts each source's bad
-    images and blocked documents since then (the ledger says which and why), `bad_images` the bad images since the row
-    before. `rows` is 24 bits of the digest of all rows so far: two runs that read the same rows have the same.
+    Losses are those of that step's global batch, NaN for a corpus that the batch does not contain. `mix` is the share of
+    each corpus kind and of each named source since the process started, in the mixture's unit; `bad` counts each source's
+    bad images and blocked documents since then (the ledger lists them with reasons), `bad_images` the bad images since the
+    last row. `rows` is 24 bits of the digest of all rows so far: equal in two runs that read the same rows.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StepLog(Callback):
             self._mix[source] += amount
         self._bad.update(source for source, _ in batch.bad)
         if trainer.global_step == self._step:
-            return  # the step's other micro-batches are still to come
+            return  # not the step's last micro-batch
         self._step = trainer.global_step
         if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log(trainer, pl_module)
@@ -53,12 +53,12 @@ class StepLog(Callback):
         pl_module.check_finite()
         sources = list(pl_module.kinds)
         counted = [count[name] for count in (self._mix, self._bad) for name in sources]
-        mine = [pl_module.rows_digest % DIGEST_MODULUS, self._bad_images, *counted]
-        digest, bad, *counts = gather(trainer, mine).sum(0).tolist()
+        own = [pl_module.rows_digest % DIGEST_MODULUS, self._bad_images, *counted]
+        digest, bad, *counts = gather_values(trainer, own).sum(0).tolist()
         amounts, bad_samples = counts[: len(sources)], counts[len(sources) :]
         losses = {f"train/{k}": v.float() for k, v in pl_module.step_loss.compute().items()}
         metrics: dict[str, Any] = (
-            _nothing_of(pl_module.kinds)
+            _nan_losses(pl_module.kinds)
             | losses
             | {
                 "step": float(self._step),
@@ -75,18 +75,19 @@ class StepLog(Callback):
         self._bad_images = 0
 
 
-def _nothing_of(kinds: Mapping[str, int]) -> dict[str, float]:
-    """Return what is logged of corpora that a step has no token of: else Lightning would log the last step's that had."""
+def _nan_losses(kinds: Mapping[str, int]) -> dict[str, float]:
+    """Return NaN for the losses of all corpora, as defaults for a step without tokens of some."""
+    # Lightning would repeat the value of the last step that logged a key.
     names = [CORPORA[kind] for kind in kinds.values()]
-    return {f"train/{figure}/{name}": math.nan for figure in ("loss", "bits_per_byte") for name in names}
+    return {f"train/{metric}/{name}": math.nan for metric in ("loss", "bits_per_byte") for name in names}
 
 
 def _shares(kinds: Mapping[str, int], amounts: Sequence[float]) -> dict[str, float]:
-    """Return the share of each kind, and of each source that is not named after its kind."""
+    """Return the share of each corpus kind, and of each source that is not named after its kind."""
     total = sum(amounts) or 1.0
-    found = {f"mix/{name}": 0.0 for name in CORPORA}
+    shares = {f"mix/{name}": 0.0 for name in CORPORA}
     for (source, kind), amount in zip(kinds.items(), amounts, strict=True):
-        found[f"mix/{CORPORA[kind]}"] += amount / total
+        shares[f"mix/{CORPORA[kind]}"] += amount / total
         if source not in CORPORA:
-            found[f"mix/{CORPORA[kind]}/{source}"] = amount / total
-    return found
+            shares[f"mix/{CORPORA[kind]}/{source}"] = amount / total
+    return shares

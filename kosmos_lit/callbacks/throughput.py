@@ -1,4 +1,4 @@
-"""How fast a run is, what holds it up, and when it will end."""
+"""Speed of a run, share of time spent waiting for data, memory, and time left."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.callbacks.ranks import gather
+from kosmos_lit.callbacks.ranks import gather_values
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.peaks import Precision, peak_flops
 from kosmos_lit.lit import KosmosLit
 
 
 class Throughput(Callback):
-    """Logs speed, waiting and memory every `log_every_n_steps` optimizer steps.
+    """Logs speed, data wait and memory every `log_every_n_steps` optimizer steps.
 
-    Rates are means since the row before, over all ranks; validation, checkpoints and the visual-use gauge are not counted.
+    Rates are means since the last row, over all ranks, without validation, checkpoints and the visual-use gauge.
 
-    tokens_per_second   real positions: image slots are, padding is not
+    tokens_per_second   real positions: image slots count, padding does not
     images_per_second   images
     padding             share of the positions that are padding
-    data_wait           share of the time that the loop stood waiting for its loader, on the rank that waited longest
-    tflops              operations of the model (`kosmos_lit.costs.flops`), 10^12 a second, device, attention's causal half
+    data_wait           share of the time that the loop waited for its loader, on the rank that waited longest
+    tflops              operations of the model (`costs.flops`), 10^12 per second and device; attention's causal half
     tflops_full         the same with attention counted in full, as some publish it
-    peak_share          tflops by the device's peak at the run's precision; absent where that is not known, as on CPUs
-    memory/...          most bytes so far, on the rank with most: of a CUDA device `allocated` to tensors and `reserved` by
-                        PyTorch, elsewhere `resident` of the process
+    peak_share          tflops / the device's peak at the run's precision; absent for devices without a known peak, as CPUs
+    memory/...          peak bytes so far, on the rank with most: on CUDA `allocated` to tensors and `reserved` by PyTorch,
+                        on other devices `resident` of the process
     seconds_left        of training to `max_steps`, at the median speed of the last rows; the first row, in which kernels
                         are compiled and processes start, does not count
 
-    Nothing here waits for the device but a row of the log, and a pause.
+    Only a row of the log and a pause wait for the device.
     """
 
     def __init__(self, remember: int = 20) -> None:
-        """Choose how steady the estimate is.
+        """Set how steady the estimate of the time left is.
 
         Args:
-            remember: Rows of the log whose median speed says how much time is left.
+            remember: Rows of the log whose median speed the estimate uses.
         """
         self.clock: Callable[[], float] = time.monotonic
         self._step = 0
@@ -56,7 +56,7 @@ class Throughput(Callback):
         self._begin(0, 0.0)
 
     def _begin(self, step: int, waited: float) -> None:
-        """Start a row."""
+        """Start the measurement of a row."""
         self._row_step, self._row_waited, self._elapsed = step, waited, 0.0
         self._sums = [0.0] * 5  # real positions, all positions, images, operations, operations with full attention
         self._started = self.clock()
@@ -67,7 +67,7 @@ class Throughput(Callback):
         assert isinstance(pl_module, KosmosLit)
         self._step = trainer.global_step
         self._flops = ModelFlops(pl_module.config, pl_module.frozen)
-        self._flops.training(Work(n_images=1))  # what counting an image takes to get ready is no time of training
+        self._flops.training(Work(n_images=1))  # the first count of an image is slow: not in training's time
         self._speeds.clear()
         self._is_first_row = self._running = True
         self._begin(trainer.global_step, _loader_wait(trainer))
@@ -79,9 +79,9 @@ class Throughput(Callback):
         self.pause(trainer)
 
     def pause(self, trainer: L.Trainer) -> None:
-        """Let the time until the next micro-batch not count as training, but for what is waited for that one."""
+        """Stop the clock until the next micro-batch; the wait for that one counts."""
         if self._running:
-            _finish(trainer.strategy.root_device)
+            _synchronize(trainer.strategy.root_device)
             self._elapsed += self.clock() - self._started
             self._running, self._paused_waited = False, _loader_wait(trainer)
 
@@ -99,7 +99,7 @@ class Throughput(Callback):
         counts = (batch.n_real, batch.tokens.numel(), len(batch.images), flops.total, flops.full)
         self._sums = [total + count for total, count in zip(self._sums, counts, strict=True)]
         if trainer.global_step == self._step:
-            return  # the step's other micro-batches are still to come
+            return  # not the step's last micro-batch
         self._step = trainer.global_step
         if self._step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(self._row(trainer))
@@ -107,68 +107,69 @@ class Throughput(Callback):
     # ---- what is logged
 
     def _row(self, trainer: L.Trainer) -> dict[str, float]:
-        """End a row of the log and start the next: this one's making and writing are the next one's time."""
+        """Return the metrics of a row and start the next, whose time includes writing this one."""
         device, world = trainer.strategy.root_device, trainer.world_size
-        _finish(device)
+        _synchronize(device)
         now, waited = self.clock(), _loader_wait(trainer)
         seconds = self._elapsed + (now - self._started if self._running else 0.0)
         memory = _peak_memory(device)
-        ranks = gather(trainer, [*self._sums, waited - self._row_waited, *memory.values()])  # (ranks, figures)
+        ranks = gather_values(trainer, [*self._sums, waited - self._row_waited, *memory.values()])  # (ranks, values)
         real, positions, images, flops, flops_full = ranks[:, :5].sum(0).tolist()
-        longest, *most = ranks[:, 5:].amax(0).tolist()
-        found = {
+        longest_wait, *peak_bytes = ranks[:, 5:].amax(0).tolist()
+        metrics = {
             "tokens_per_second": real / seconds,
             "images_per_second": images / seconds,
             "padding": 1 - real / positions,
-            "data_wait": longest / seconds,
+            "data_wait": longest_wait / seconds,
             "tflops": flops / seconds / world / 1e12,
             "tflops_full": flops_full / seconds / world / 1e12,
-        } | {f"memory/{name}": size for name, size in zip(memory, most, strict=True)}
-        if (peak := _peak(trainer)) is not None:
-            found["peak_share"] = flops / seconds / world / peak
+        } | {f"memory/{name}": size for name, size in zip(memory, peak_bytes, strict=True)}
+        if (peak := _peak_flops(trainer)) is not None:
+            metrics["peak_share"] = flops / seconds / world / peak
         speed = seconds / (self._step - self._row_step)
         if self._is_first_row:
             self._is_first_row = False
         else:
             self._speeds.append(speed)
         if trainer.max_steps > 0:
-            found["seconds_left"] = statistics.median(self._speeds or [speed]) * (trainer.max_steps - self._step)
+            metrics["seconds_left"] = statistics.median(self._speeds or [speed]) * (trainer.max_steps - self._step)
         self._begin(self._step, waited)
         self._started = now
-        return found
+        return metrics
 
 
-def _finish(device: torch.device) -> None:
-    """Wait for what the device has been given to do: until then its time is not known."""
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work, so that the clock measures it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the most bytes that were ever in use."""
+    """Return the peak memory of this process in bytes, by kind."""
     if device.type == "cuda":
         return {
             "allocated": float(torch.cuda.max_memory_allocated(device)),
             "reserved": float(torch.cuda.max_memory_reserved(device)),
         }
     if sys.platform == "win32":
-        return {}  # its standard library does not tell
+        return {}  # its standard library has no `resource`
     import resource
 
+    # Linux counts kilobytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {"resident": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
 
 
-def _peak(trainer: L.Trainer) -> float | None:
+def _peak_flops(trainer: L.Trainer) -> float | None:
     device = trainer.strategy.root_device
     if device.type != "cuda":
         return None
-    precision = multiplied_in(str(trainer.precision))
+    precision = matmul_precision(str(trainer.precision))
     return None if precision is None else peak_flops(torch.cuda.get_device_name(device), precision)
 
 
-def multiplied_in(precision: str) -> Precision | None:
-    """Return what a CUDA device multiplies at a trainer's precision; None for what its peak is not known of."""
+def matmul_precision(precision: str) -> Precision | None:
+    """Return the precision of a CUDA device's matrix products under a trainer's; None where no peak is known."""
     if precision.startswith("32"):
         return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     kinds: dict[str, Precision] = {"bf16": "bf16", "16": "fp16"}
@@ -176,5 +177,5 @@ def multiplied_in(precision: str) -> Precision | None:
 
 
 def _loader_wait(trainer: L.Trainer) -> float:
-    """Seconds that the loop has waited for its loader so far."""
+    """Return the seconds that the loop has waited for its loader so far."""
     return float(getattr(trainer.train_dataloader, "waited_seconds", 0.0))

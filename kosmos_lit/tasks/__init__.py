@@ -1,4 +1,4 @@
-"""The tasks of the paper's tables, a small file each: which files, which prompt, which request, which scores."""
+"""The tasks of the paper's tables, one benchmark a file: its data files, prompt, requests and scores."""
 
 from kosmos_lit.tasks.birds import Birds as Birds
 from kosmos_lit.tasks.captions import CocoCaption as CocoCaption

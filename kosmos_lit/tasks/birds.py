@@ -1,11 +1,11 @@
-"""Birds: telling two similar kinds apart, with and without their descriptions (KOSMOS-1, section 4.7, tables 11 and 12).
+"""Birds: which of two similar kinds an image shows, with or without descriptions (KOSMOS-1, section 4.7, tables 11 and 12).
 
 With: "Description of X: ... Description of Y: ...", the image, "Question:what is the name of woodpecker in the picture?
-Answer:". Without: the image and a question that names both. Open-ended: an answer is right if it names the right kind and
-not the other one.
+Answer:". Without: the image and a question that names both. The answer is generated, and right if it names the right kind
+and not the other one.
 
 Deviation: the paper's images are not published as a dataset; the task reads a file `birds.json` and folders of images
-that anyone can fill (the first pair is of CUB-200-2011, 20 images each; table 11 has the descriptions).
+from any source (the first pair is of CUB-200-2011, 20 images each; table 11 has the descriptions).
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Birds(Task):
         settings: GenerationConfig = GenerationConfig(max_new_tokens=32, stop=("\n",)),
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with `birds.json`.
-            with_descriptions: Whether both classes are described before the image.
-            description: How a class is described; `{name}`, `{category}`, `{description}`.
-            question: What follows the image behind descriptions; `{category}`.
-            plain_question: What follows it without; `{category}`, and both names: `{first}`, `{second}`.
-            settings: How to write.
-            **common: What every task takes.
+            with_descriptions: Describe both classes before the image.
+            description: Template of a description; `{name}`, `{category}`, `{description}`.
+            question: Text after the image, with descriptions; `{category}`.
+            plain_question: Text after the image, without; `{category}`, and both names: `{first}`, `{second}`.
+            settings: Settings of generation.
+            **common: Options of every task.
         """
         self.title = "Birds with verbal descriptions" if with_descriptions else "Birds, the image alone"
         self.published = "birds_with_descriptions" if with_descriptions else "birds"
@@ -64,7 +64,7 @@ class Birds(Task):
         """Return the images, pair by pair and class by class."""
         (file,) = require_files(self.title, self.path, ["birds.json"], SOURCE)
         with parsing(file):
-            pairs = [(pair, [named["images"] for named in pair["classes"]]) for pair in read_json(file)]
+            pairs = [(pair, [kind["images"] for kind in pair["classes"]]) for pair in read_json(file)]
         require_files(self.title, self.path, [f"{name.rstrip('/')}/" for _, folders in pairs for name in folders], SOURCE)
         with parsing(file):
             return [
@@ -83,20 +83,20 @@ class Birds(Task):
         """Return the prompt of a sample."""
         category, classes = sample.data["category"], sample.data["classes"]
         if self.with_descriptions:
-            described = [fill_template(self.description, **{"category": category} | named) for named in classes]
-            return (" ".join(described), *sample.images, fill_template(self.question, category=category))
-        first, second = (named["name"] for named in classes)
+            descriptions = [fill_template(self.description, **{"category": category} | kind) for kind in classes]
+            return (" ".join(descriptions), *sample.images, fill_template(self.question, category=category))
+        first, second = (kind["name"] for kind in classes)
         return (*sample.images, fill_template(self.plain_question, category=category, first=first, second=second))
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the name."""
-        answers = yield [Generate(self.prompt(sample), self.settings)]
-        prediction, names = generated_text(answers[0]), [named["name"] for named in sample.data["classes"]]
-        named = [i for i, name in enumerate(names) if _words(name) in _words(prediction)]
+        responses = yield [Generate(self.prompt(sample), self.settings)]
+        prediction, names = generated_text(responses[0]), [kind["name"] for kind in sample.data["classes"]]
+        named_kinds = [i for i, name in enumerate(names) if _words(name) in _words(prediction)]
         target = sample.data["target"]
-        return Outcome(prediction=prediction, target=names[target], scores={"accuracy": float(named == [target])})
+        return Outcome(prediction=prediction, target=names[target], scores={"accuracy": float(named_kinds == [target])})
 
 
 def _words(text: str) -> str:
-    """Return a text as words between blanks: lower case, no hyphens, no punctuation."""
+    """Return a text's words in lower case between single blanks, without punctuation, so that `in` matches whole words."""
     return f" {' '.join(''.join(c if c.isalnum() else ' ' for c in text.casefold()).split())} "

@@ -1,8 +1,8 @@
 """Captions of photographs: COCO and Flickr30k on Karpathy's splits (KOSMOS-1, section 4.1, tables 2, 3 and 14).
 
-An image and "An image of", beam of 5, CIDEr and SPICE. The paper leaves open, and we choose: what stands between two
-demonstrations (nothing, as in the released tools of Kosmos-2), how a caption follows the prompt in a demonstration (after a
-blank, as it stands in the file), what ends a caption beside </s> (a newline), and its length (at most 64 tokens).
+An image and "An image of", beam of 5, CIDEr and SPICE. The paper leaves open, and we choose: the text between two
+demonstrations (none, as in the released tools of Kosmos-2), a demonstration's caption (after a blank, as it stands in the
+file), the end of a caption beside </s> (a newline), and its length (at most 64 tokens).
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ class KarpathyCaptions(Task):
         tokens: Tokens = "ptb",
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with the JSON file and the folders of images.
-            split: Which split is evaluated.
-            prompt: What follows the image.
-            separator: What ends a demonstration. Blanks beside images go, as they do in training.
-            settings: How to write.
+            split: Evaluated split.
+            prompt: Text after the image.
+            separator: Text after a demonstration. Blanks beside images are trimmed, as in training.
+            settings: Settings of generation.
             metrics: Metrics of pycocoevalcap (extra `eval`) beside the exact match. METEOR and SPICE need Java.
-            tokens: `ptb`: the words that pycocoevalcap's tokenizer finds, as in published figures; it needs Java. `plain`:
-                lower-case words without punctuation; its figures are named so (`cider_plain`).
-            **common: What every task takes.
+            tokens: `ptb`: words of pycocoevalcap's tokenizer, as in published metrics; it needs Java. `plain`: lower-case
+                words without punctuation; the metrics' names end in it (`cider_plain`).
+            **common: Options of every task.
         """
         super().__init__(path, **common)
         self.split, self.prompt, self.separator, self.settings = split, prompt, separator, settings
@@ -80,9 +80,10 @@ class KarpathyCaptions(Task):
 
     def samples(self) -> Sequence[Sample]:
         """Return the images of the split, with their captions as references."""
-        found = self._read((self.split,))
-        check_caption_metrics(self.title, self.metric_names, self.tokens)  # before a model writes for hours
-        return found
+        samples = self._read((self.split,))
+        # Missing programs are an error now, not after hours of generation.
+        check_caption_metrics(self.title, self.metric_names, self.tokens)
+        return samples
 
     def pool(self) -> Sequence[Sample]:
         """Return the images of Karpathy's training split: `train` and `restval`."""
@@ -91,7 +92,7 @@ class KarpathyCaptions(Task):
     def _read(self, splits: Sequence[str]) -> list[Sample]:
         (file,) = require_files(self.title, self.path, [self.file], self.source)
         with parsing(file):
-            found = [
+            samples = [
                 Sample(
                     key=image["filename"],
                     images=(self._image_path(image),),
@@ -100,9 +101,9 @@ class KarpathyCaptions(Task):
                 for image in read_json(file)["images"]
                 if image["split"] in splits
             ]
-        folders = {f"{path.parent.relative_to(self.path)}/" for sample in found for path in sample.images}
+        folders = {f"{path.parent.relative_to(self.path)}/" for sample in samples for path in sample.images}
         require_files(self.title, self.path, [self.file, *sorted(folders)], self.source)
-        return found
+        return samples
 
     def _image_path(self, image: dict[str, Any]) -> Path:
         folder, name = image.get("filepath", self.image_folder), image["filename"]
@@ -110,9 +111,11 @@ class KarpathyCaptions(Task):
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for a caption."""
-        shown = [self._demonstration(sample, shot) for shot in shots]
-        answers = yield [Generate(few_shot_prompt(shown, (*sample.images, self.prompt), self.separator), self.settings)]
-        prediction, target = generated_text(answers[0]), sample.data["captions"]
+        demonstrations = [self._demonstration(sample, shot) for shot in shots]
+        responses = yield [
+            Generate(few_shot_prompt(demonstrations, (*sample.images, self.prompt), self.separator), self.settings)
+        ]
+        prediction, target = generated_text(responses[0]), sample.data["captions"]
         exact = any(plain_words(prediction) == plain_words(caption) for caption in target)
         return Outcome(prediction=prediction, target=target, scores={"exact_match": float(exact)})
 
@@ -122,24 +125,25 @@ class KarpathyCaptions(Task):
         return (*shot.images, f"{self.prompt} {caption}")
 
     def add_corpus_scores(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-        """Return outcomes with what each caption is worth by each measure."""
-        found = {name: each.tolist() for name, (_, each) in self._measured(outcomes).items()}
-        rows = [{name: each[i] for name, each in found.items()} for i in range(len(outcomes))]
+        """Return outcomes with each caption's score by each metric."""
+        columns = {name: scores.tolist() for name, (_, scores) in self._caption_scores(outcomes).items()}
+        rows = [{name: scores[i] for name, scores in columns.items()} for i in range(len(outcomes))]
         return [replace(outcome, scores={**outcome.scores, **row}) for outcome, row in zip(outcomes, rows, strict=True)]
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
-        """Return the measures, each with the interval of its mean over images; CIDEr of 1 is 100 points of the tables."""
-        found = self._measured(outcomes)
-        measured = {name: replace(mean_metric(each), value=whole) for name, (whole, each) in found.items()}
-        return measured | {name: metric for name, metric in super().metrics(outcomes).items() if name not in measured}
+        """Return the metrics, each with the interval of its mean over images; CIDEr of 1 is 100 points of the tables."""
+        # METEOR of all captions is not the mean of its scores: the value is the package's own.
+        results = self._caption_scores(outcomes).items()
+        metrics = {name: replace(mean_metric(scores), value=value) for name, (value, scores) in results}
+        return metrics | {name: metric for name, metric in super().metrics(outcomes).items() if name not in metrics}
 
-    def _measured(self, outcomes: Sequence[Outcome]) -> dict[str, tuple[float, Values]]:
-        """Return what `measure` does, by the figures' names; that of the same captions is not found out twice."""
-        prediction, target = [outcome.prediction for outcome in outcomes], [outcome.target for outcome in outcomes]
-        if self._last is None or self._last[:2] != (prediction, target):
+    def _caption_scores(self, outcomes: Sequence[Outcome]) -> dict[str, tuple[float, Values]]:
+        """Return `caption_scores` by the metrics' names; those of the last captions are kept, as they take minutes."""
+        predictions, references = [outcome.prediction for outcome in outcomes], [outcome.target for outcome in outcomes]
+        if self._last is None or self._last[:2] != (predictions, references):
             suffix = "" if self.tokens == "ptb" else f"_{self.tokens}"
-            found = caption_scores(prediction, target, self.metric_names, self.tokens)
-            self._last = prediction, target, {f"{name}{suffix}": both for name, both in found.items()}
+            scores = caption_scores(predictions, references, self.metric_names, self.tokens)
+            self._last = predictions, references, {f"{name}{suffix}": both for name, both in scores.items()}
         return self._last[2]
 
 

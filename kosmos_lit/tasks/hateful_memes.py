@@ -1,7 +1,7 @@
-"""HatefulMemes: does an image with text contain hate speech (KOSMOS-1, section 4.3, table 7).
+"""HatefulMemes: whether an image with text contains hate speech (KOSMOS-1, section 4.3, table 7).
 
 The image and "Question: does this picture contain real hate speech? Answer:"; the area under the ROC curve of
-P(yes) / (P(yes) + P(no)). The text of the meme is not given: it has to be read off the image.
+P(yes) / (P(yes) + P(no)). The meme's text is not in the prompt: the model has to read it in the image.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class HatefulMemes(Task):
         separator: str = "",
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with the lists and `img/`.
             split: Name of the list, without `.jsonl`; `dev` is also found as `dev_seen`.
-            template: What follows the image.
-            answers: What labels 0 and 1 are called.
-            score: What ranks the images: P(yes) as a `share` of both answers, or P(`yes`) alone.
-            separator: What ends a demonstration. Blanks beside images go, as they do in training.
-            **common: What every task takes.
+            template: Text after the image.
+            answers: Words for labels 0 and 1.
+            score: Score that ranks the images: P(yes) as a `share` of both answers, or P(`yes`) alone.
+            separator: Text after a demonstration. Blanks beside images are trimmed, as in training.
+            **common: Options of every task.
         """
         super().__init__(path, **common)
         self.split, self.template, self.answers = split, template, tuple(answers)
@@ -75,19 +75,21 @@ class HatefulMemes(Task):
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask whether there is hate speech."""
-        shown: list[Parts] = [(*shot.images, f"{self.template} {self.answers[shot.data['label']]}") for shot in shots]
-        answers = yield [
-            LogLikelihood(few_shot_prompt(shown, (*sample.images, self.template), self.separator), self.answers)
+        answers = [self.answers[shot.data["label"]] for shot in shots]
+        demonstrations: list[Parts] = [
+            (*shot.images, f"{self.template} {answer}") for shot, answer in zip(shots, answers, strict=True)
         ]
-        scored = scored_candidates(answers[0])
-        found, label = candidate_probabilities(scored), sample.data["label"]
+        prompt = few_shot_prompt(demonstrations, (*sample.images, self.template), self.separator)
+        responses = yield [LogLikelihood(prompt, self.answers)]
+        candidates = scored_candidates(responses[0])
+        probabilities, label = candidate_probabilities(candidates), sample.data["label"]
         return Outcome(
-            prediction=self.answers[found.index(max(found))],
+            prediction=self.answers[probabilities.index(max(probabilities))],
             target=self.answers[label],
-            scores={"accuracy": accuracy_with_ties(found, label)},
+            scores={"accuracy": accuracy_with_ties(probabilities, label)},
             data={
-                "score": found[1] if self.score == "share" else math.exp(scored[1].total), "label": label,
-                "probabilities": dict(zip(self.answers, found, strict=True)),
+                "score": probabilities[1] if self.score == "share" else math.exp(candidates[1].total), "label": label,
+                "probabilities": dict(zip(self.answers, probabilities, strict=True)),
             },
         )
 

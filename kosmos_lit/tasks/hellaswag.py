@@ -1,4 +1,4 @@
-"""HellaSwag: which of four ways an account goes on."""
+"""HellaSwag: which of four endings continues a description."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from kosmos_lit.evaluation.dataset_files import read_json_lines, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
 from kosmos_lit.evaluation.task import Sample
 
-PUBLISHED = "github.com/rowanz/hellaswag, folder data"
+SOURCE = "github.com/rowanz/hellaswag, folder data"
 
 
 class HellaSwag(MultipleChoice):
     """HellaSwag validation (Zellers et al. 2019), accuracy (the paper's Table 13).
 
-    The context as it stands is continued by each ending, as the group's released tool has it. Demonstrations come from the
-    training file.
+    Each ending continues the unchanged context, as in the group's released tool. Demonstrations are from the training file.
     """
 
     title = "HellaSwag"
@@ -29,7 +28,7 @@ class HellaSwag(MultipleChoice):
         return self._read("hellaswag_train.jsonl")
 
     def _read(self, name: str) -> list[Sample]:
-        [path] = require_files(self.title, self.path, [name], PUBLISHED)
+        [path] = require_files(self.title, self.path, [name], SOURCE)
         rows = read_json_lines(path, ["ctx", "endings", "label"])
         return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 

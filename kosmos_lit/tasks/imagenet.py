@@ -1,8 +1,8 @@
-"""ImageNet: naming what a photograph shows (KOSMOS-1, section 4.6, table 10).
+"""ImageNet: the name of the object in a photograph (KOSMOS-1, section 4.6, table 10).
 
-The image and "The photo of the", beam of 2; right if what is written is the name of the image's class, free or held to
-the 1,000 names. The paper does not say which names, and we choose those of CLIP's zero-shot evaluation, which open_clip
-carries: short, and made for the purpose of telling the classes apart.
+The image and "The photo of the", beam of 2, free or constrained to the 1,000 names; a prediction is right if it is the name
+of the image's class. The paper does not say which names, and we choose those of CLIP's zero-shot evaluation, which open_clip
+has: they are short, and were made to tell the classes apart.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class ImageNet(Task):
         separator: str = "",
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with `val/`.
-            split: Name of the folder that is evaluated.
-            constrained: Whether only the names of classes can be written.
-            names: `clip`: the 1,000 names that open_clip carries; `folders`: classes are called as their folders; else a
-                file with a name a line in the order of synsets, or with a synset and names a line, of which the first
-                counts (`LOC_synset_mapping.txt`).
-            prompt: What follows the image.
-            settings: How to write.
-            separator: What ends a demonstration. Blanks beside images go, as they do in training.
-            **common: What every task takes.
+            split: Name of the evaluated folder.
+            constrained: Generate names of classes only.
+            names: `clip`: open_clip's 1,000 names; `folders`: the names of the classes' folders; else a file with a name a
+                line in the order of synsets, or with a synset and names a line, of which the first counts
+                (`LOC_synset_mapping.txt`).
+            prompt: Text after the image.
+            settings: Settings of generation.
+            separator: Text after a demonstration. Blanks beside images are trimmed, as in training.
+            **common: Options of every task.
         """
         self.title = "ImageNet, held to the names" if constrained else "ImageNet, free answers"
         self.published = "imagenet_constrained" if constrained else "imagenet"
@@ -114,16 +114,17 @@ class ImageNet(Task):
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the name."""
         settings = replace(self.settings, choices=self._choices) if self.constrained else self.settings
-        shown: list[Parts] = [(*shot.images, f"{self.prompt} {shot.data['name']}") for shot in shots]
-        answers = yield [Generate(few_shot_prompt(shown, (*sample.images, self.prompt), self.separator), settings)]
-        prediction, target = generated_text(answers[0]), sample.data["name"]
+        demonstrations: list[Parts] = [(*shot.images, f"{self.prompt} {shot.data['name']}") for shot in shots]
+        prompt = few_shot_prompt(demonstrations, (*sample.images, self.prompt), self.separator)
+        responses = yield [Generate(prompt, settings)]
+        prediction, target = generated_text(responses[0]), sample.data["name"]
         return Outcome(
             prediction=prediction, target=target, scores={"accuracy": float(_plain(prediction) == _plain(target))}
         )
 
 
 def _plain(name: str) -> str:
-    """Return a name without what is no part of it: capitals, blanks around it, a full stop behind it."""
+    """Return a name in lower case, with single blanks and without a full stop at its end."""
     return " ".join(name.casefold().split()).removesuffix(".")
 
 

@@ -1,4 +1,4 @@
-"""MemoryColor and ColorTerms: the colour that a thing has, from text alone."""
+"""MemoryColor and ColorTerms: the usual colour of an object, from text alone."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ COLORS = ("black", "blue", "brown", "green", "grey", "orange", "pink", "purple",
 
 
 class ObjectColor(MultipleChoice):
-    """Asks for a thing's colour with the paper's prompt, "The color of {Object} is? {Answer}" (its section 4.9).
+    """An object's colour with the paper's prompt, "The color of {Object} is? {Answer}" (its section 4.9).
 
-    Demonstrations are other things: there is no training split.
+    Demonstrations are other objects: there is no training split.
     """
 
     chance: float | None
@@ -32,14 +32,14 @@ class ObjectColor(MultipleChoice):
         colors: tuple[str, ...] = COLORS,
         **options: Any,
     ) -> None:
-        """Take the prompt beside what every choice has.
+        """Set the prompt, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the file.
-            prompt: What a colour follows; {object} stands for the thing with what goes before it ("the inside of a
-                pineapple"), {item} for it alone.
+            prompt: Text before a colour; {object} is the object with its descriptor ("the inside of a pineapple"), {item}
+                the object alone.
             colors: The candidates.
-            options: As `MultipleChoice` has them.
+            options: Those of `MultipleChoice`.
         """
         self.chance = 1 / len(colors)
         super().__init__(path, **options)
@@ -52,30 +52,30 @@ class ObjectColor(MultipleChoice):
         return self.samples()
 
     def question(self, sample: Sample) -> Question:
-        thing = f"{sample.data['descriptor']} {sample.data['item']}".strip()
-        context = fill_template(self.prompt, object=thing, item=sample.data["item"])
+        described = f"{sample.data['descriptor']} {sample.data['item']}".strip()
+        context = fill_template(self.prompt, object=described, item=sample.data["item"])
         return Question((context,), self.colors, self.colors, self.label(sample, "label", self.colors))
 
 
 class MemoryColor(ObjectColor):
-    """Memory Colors (Norlund et al. 2021), 109 things, accuracy (the paper's Table 16)."""
+    """Memory Colors (Norlund et al. 2021), 109 objects, accuracy (the paper's Table 16)."""
 
     title = "MemoryColor"
     published = "memory_color"
     file = "memory_colors.jsonl"
 
     def samples(self) -> Sequence[Sample]:
-        where = "github.com/lovhag/measure-visual-commonsense-knowledge, memory_colors/data"
-        [path] = require_files(self.title, self.path, [self.file], where)
+        source = "github.com/lovhag/measure-visual-commonsense-knowledge, memory_colors/data"
+        [path] = require_files(self.title, self.path, [self.file], source)
         rows = read_json_lines(path, ["descriptor", "item", "label"])
         return [Sample(key=f"{self.file}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
 
 class ColorTerms(ObjectColor):
-    """The concrete things of Bruni et al. 2012 and their colours, accuracy (the paper's Table 16).
+    """The concrete objects of Bruni et al. 2012 and their colours, accuracy (the paper's Table 16).
 
-    The file is the one that the group's earlier evaluation reads (VaLM, Wang et al. 2022): below a header, a thing and its
-    colour a line, a comma between. "gray" counts as "grey".
+    The file is the one that the group's earlier evaluation reads (VaLM, Wang et al. 2022): below a header, an object and
+    its colour a line, separated by a comma. "gray" counts as "grey".
     """
 
     title = "ColorTerms"
@@ -83,15 +83,15 @@ class ColorTerms(ObjectColor):
     file = "color-concrete-objects.csv"
 
     def samples(self) -> Sequence[Sample]:
-        where = "github.com/victorwz/VaLM, folder data/object_color (the list of Bruni et al. 2012)"
-        [path] = require_files(self.title, self.path, [self.file], where)
-        found = []
+        source = "github.com/victorwz/VaLM, folder data/object_color (the list of Bruni et al. 2012)"
+        [path] = require_files(self.title, self.path, [self.file], source)
+        samples = []
         for number, line in enumerate(read_lines(path), start=1):
             if number > 1 and line.strip():
                 row = line.split(",")
                 if len(row) != 2:
-                    raise UserError(f"{path}:{number}: {line!r} is no thing and its colour with a comma between")
+                    raise UserError(f"{path}:{number}: {line!r} is not an object and its colour, separated by a comma")
                 label = row[1].strip().replace("gray", "grey")
                 data = {"descriptor": "", "item": row[0].strip(), "label": label}
-                found.append(Sample(key=f"{self.file}:{number}", data=data))
-        return found
+                samples.append(Sample(key=f"{self.file}:{number}", data=data))
+        return samples

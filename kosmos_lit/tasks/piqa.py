@@ -1,4 +1,4 @@
-"""PIQA: which of two ways reaches a goal."""
+"""PIQA: which of two solutions reaches a goal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
 from kosmos_lit.evaluation.prompts import fill_template
 from kosmos_lit.evaluation.task import Sample
 
-PUBLISHED = "yonatanbisk.com/piqa/data"
+SOURCE = "yonatanbisk.com/piqa/data"
 
 
 class Piqa(MultipleChoice):
     """PIQA validation (Bisk et al. 2020), accuracy (the paper's Table 13).
 
-    The goal is continued by each solution, as the group's released tool has it.
+    Each solution continues the goal, as in the group's released tool.
     """
 
     title = "PIQA"
@@ -23,12 +23,12 @@ class Piqa(MultipleChoice):
     chance = 1 / 2
 
     def __init__(self, path: str, prompt: str = "{goal}", **options: Any) -> None:
-        """Take the prompt beside what every choice has.
+        """Set the prompt, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the files.
-            prompt: What a solution follows; {goal} stands for the question.
-            options: As `MultipleChoice` has them.
+            prompt: Text before a solution; {goal} is the question.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.prompt = prompt
@@ -41,10 +41,10 @@ class Piqa(MultipleChoice):
 
     def _read(self, split: str) -> list[Sample]:
         names = [f"{split}.jsonl", f"{split}-labels.lst"]
-        rows = self.read_labelled(names, ["goal", "sol1", "sol2"], PUBLISHED)
+        rows = self.read_labelled(names, ["goal", "sol1", "sol2"], SOURCE)
         return [Sample(key=f"{names[0]}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:
-        ways = (sample.data["sol1"].strip(), sample.data["sol2"].strip())
+        solutions = (sample.data["sol1"].strip(), sample.data["sol2"].strip())
         context = fill_template(self.prompt, goal=sample.data["goal"].strip())
-        return Question((context,), ways, ways, self.label(sample, "label", ("0", "1")))
+        return Question((context,), solutions, solutions, self.label(sample, "label", ("0", "1")))

@@ -1,10 +1,10 @@
-"""Raven's matrices: which image goes on the series (KOSMOS-1, section 4.2, table 6 and figure 4).
+"""Raven's matrices: which image continues a series (KOSMOS-1, section 4.2, table 6 and figure 4).
 
 "Here are eight images:", the images one by one, "The following image is:", a candidate, "Is it correct?"; the candidate
 with the highest probability of "Yes" is the answer.
 
 Deviation: the layout inside the archive of IQ50 (https://aka.ms/kosmos-iq50) is not documented anywhere we know of; the task
-reads a file `items.json` that says which image is what, and is quickly written for any layout.
+reads a file `items.json` with the role of each image, which is quickly written for any layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Raven(Task):
     """Matrices: `items.json` and the images that it names.
 
     The file: `[{"id": "1", "given": [IMAGE, ...], "candidates": [IMAGE, ...], "answer": 2}, ...]`, images as paths
-    under the folder in reading order, `answer` the number of the right candidate from 0. Other fields are kept as data.
+    under the folder in reading order, `answer` the index of the right candidate. Other fields are kept as data.
     """
 
     title = "Raven IQ50"
@@ -46,46 +46,45 @@ class Raven(Task):
         no: str | None = None,
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with `items.json` and the images.
-            before: What stands before the given images; `{n}` is their number as a word.
-            between: What stands between them and the candidate.
-            after: What stands behind the candidate.
-            yes: The answer whose probability is compared.
-            no: If given, what is compared is P(yes) / (P(yes) + P(no)); None: P(yes) alone, as in the paper.
-            **common: What every task takes.
+            before: Text before the context images; `{n}` is their number as a word.
+            between: Text between them and the candidate.
+            after: Text after the candidate.
+            yes: The answer whose probability ranks the candidates.
+            no: Rank by P(yes) / (P(yes) + P(no)) with this word; None: by P(yes) alone, as in the paper.
+            **common: Options of every task.
         """
         super().__init__(path, **common)
         self.before, self.between, self.after = before, between, after
         self.answers = (yes,) if no is None else (yes, no)
 
     def samples(self) -> Sequence[Sample]:
-        """Return the matrices; a sample's images are the given ones, then the candidates."""
+        """Return the matrices; a sample's images are those of the context, then the candidates."""
         (file,) = require_files(self.title, self.path, ["items.json"], SOURCE)
         with parsing(file):
             return [
                 Sample(
                     key=str(row["id"]),
                     images=tuple(self.path / name for name in [*row["given"], *row["candidates"]]),
-                    data=row | {"n_given": len(row["given"]), "n_candidates": len(row["candidates"])},
+                    data=row | {"n_context": len(row["given"]), "n_candidates": len(row["candidates"])},
                 )
                 for row in read_json(file)
             ]
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
-        """Ask of each candidate whether it is correct."""
-        n, target = sample.data["n_given"], int(sample.data["answer"])
-        given, candidates = sample.images[:n], sample.images[n:]
-        start: Parts = (fill_template(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *given, self.between)
+        """Ask whether each candidate is correct."""
+        n, target = sample.data["n_context"], int(sample.data["answer"])
+        context, candidates = sample.images[:n], sample.images[n:]
+        start: Parts = (fill_template(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *context, self.between)
+        # Slices, not indices: a sample without images still has one request for each candidate.
         each = [candidates[i : i + 1] for i in range(sample.data["n_candidates"])]
-        answers = yield [LogLikelihood((*start, *candidate, self.after), self.answers) for candidate in each]
-        found = [scored_candidates(answer) for answer in answers]
-        confidence = [
-            candidate_probabilities(scored)[0] if len(scored) > 1 else math.exp(scored[0].total) for scored in found
-        ]
-        total = sum(confidence) or 1.0  # all may be too small for a float
+        responses = yield [LogLikelihood((*start, *candidate, self.after), self.answers) for candidate in each]
+        scored = [scored_candidates(response) for response in responses]
+        confidence = [candidate_probabilities(s)[0] if len(s) > 1 else math.exp(s[0].total) for s in scored]
+        total = sum(confidence) or 1.0  # all may underflow to 0
         return Outcome(
             prediction=str(confidence.index(max(confidence))),
             target=str(target),

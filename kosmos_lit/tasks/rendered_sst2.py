@@ -1,8 +1,8 @@
-"""Rendered SST-2: reading opinions that are images of text (KOSMOS-1, sections 4.3 and 4.5, tables 7 and 9).
+"""Rendered SST-2: the sentiment of opinions that are images of text (KOSMOS-1, sections 4.3 and 4.5, tables 7 and 9).
 
-At once: the image, "Question: what is the sentiment of the opinion? Answer:", and whichever of "positive" and "negative"
-is likelier. With a chain of thought: the image and "Introduce this picture in detail:" give a rationale; then the image
-again (figure 5), the rationale and the question.
+Directly: the image, "Question: what is the sentiment of the opinion? Answer:", and the likelier of "positive" and
+"negative". With a chain of thought: the image and "Introduce this picture in detail:" give a rationale; then the image again
+(figure 5), the rationale and the question.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kosmos_lit.inference.results import ScoredCandidate
 
 
 class ImageClassification(Task):
-    """Images whose class is one of a few words: `SPLIT/CLASS/*.png`."""
+    """Images with a class among a few words: `SPLIT/CLASS/*.png`."""
 
     main_metric = "accuracy"
     source: ClassVar[str]
@@ -35,15 +35,15 @@ class ImageClassification(Task):
         separator: str = "",
         **common: Any,
     ) -> None:
-        """Take the options.
+        """Set the options.
 
         Args:
             path: Folder with the splits.
             classes: Names of the classes' folders, which are also the answers.
-            split: Which split is evaluated.
-            template: What follows the image, and the answer follows.
-            separator: What ends a demonstration. Blanks beside images go, as they do in training.
-            **common: What every task takes.
+            split: Evaluated split.
+            template: Text between the image and the answer.
+            separator: Text after a demonstration. Blanks beside images are trimmed, as in training.
+            **common: Options of every task.
         """
         self.chance = 1 / len(classes)
         super().__init__(path, **common)
@@ -67,18 +67,18 @@ class ImageClassification(Task):
         ]
 
     def class_request(self, sample: Sample, shots: Sequence[Sample], question: str) -> LogLikelihood:
-        """Return the request that compares the classes after a question; demonstrations have the plain one."""
-        shown: list[Parts] = [(*shot.images, f"{self.template} {shot.data['label']}") for shot in shots]
-        return LogLikelihood(few_shot_prompt(shown, (*sample.images, question), self.separator), self.classes)
+        """Return the request that scores the classes after a question; demonstrations have the plain template."""
+        demonstrations: list[Parts] = [(*shot.images, f"{self.template} {shot.data['label']}") for shot in shots]
+        return LogLikelihood(few_shot_prompt(demonstrations, (*sample.images, question), self.separator), self.classes)
 
-    def outcome(self, sample: Sample, scored: Sequence[ScoredCandidate], **data: Any) -> Outcome:
-        """Return what the classes' probabilities are worth."""
-        found, label = candidate_probabilities(scored), sample.data["label"]
+    def outcome(self, sample: Sample, candidates: Sequence[ScoredCandidate], **data: Any) -> Outcome:
+        """Return the outcome of the classes' log-probabilities."""
+        probabilities, label = candidate_probabilities(candidates), sample.data["label"]
         return Outcome(
-            prediction=self.classes[found.index(max(found))],
+            prediction=self.classes[probabilities.index(max(probabilities))],
             target=label,
-            scores={"accuracy": accuracy_with_ties(found, self.classes.index(label))},
-            data={"probabilities": dict(zip(self.classes, found, strict=True)), **data},
+            scores={"accuracy": accuracy_with_ties(probabilities, self.classes.index(label))},
+            data={"probabilities": dict(zip(self.classes, probabilities, strict=True)), **data},
         )
 
 
@@ -98,17 +98,17 @@ class RenderedSst2(ImageClassification):
         template: str = "Question: what is the sentiment of the opinion? Answer:",
         **options: Any,
     ) -> None:
-        """Take the options of the paper; `ImageChoice` says what they are."""
+        """Set the options of `ImageClassification`; the defaults are the paper's."""
         super().__init__(path, classes=classes, split=split, template=template, **options)
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the sentiment."""
-        answers = yield [self.class_request(sample, shots, self.template)]
-        return self.outcome(sample, scored_candidates(answers[0]))
+        responses = yield [self.class_request(sample, shots, self.template)]
+        return self.outcome(sample, scored_candidates(responses[0]))
 
 
 class RenderedSst2ChainOfThought(RenderedSst2):
-    """Rendered SST-2 with a rationale that the model writes first."""
+    """Rendered SST-2 with a rationale that the model generates first."""
 
     title = "Rendered SST-2, chain of thought"
     published = "rendered_sst2_cot"
@@ -122,22 +122,22 @@ class RenderedSst2ChainOfThought(RenderedSst2):
         settings: GenerationConfig = GenerationConfig(max_new_tokens=128),
         **options: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with the splits.
-            introduction: What follows the image in the first stage.
-            second: What follows it in the second; `{rationale}` is what was written, `{question}` the template.
-            settings: How the rationale is written; the paper says nothing of it.
-            **options: What `RenderedSst2` takes.
+            introduction: Text after the image in the first stage.
+            second: Text after the image in the second stage; `{rationale}` is the generated text, `{question}` the template.
+            settings: Settings of the rationale's generation, which the paper leaves open.
+            **options: Those of `RenderedSst2`.
         """
         super().__init__(path, **options)
         self.introduction, self.second, self.settings = introduction, second, settings
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for a rationale, then for the sentiment; demonstrations stand before the second stage, without rationales."""
-        answers = yield [Generate((*sample.images, self.introduction), self.settings)]
-        rationale = generated_text(answers[0])
+        responses = yield [Generate((*sample.images, self.introduction), self.settings)]
+        rationale = generated_text(responses[0])
         question = fill_template(self.second, rationale=rationale, question=self.template).strip()
-        answers = yield [self.class_request(sample, shots, question)]
-        return self.outcome(sample, scored_candidates(answers[0]), rationale=rationale)
+        responses = yield [self.class_request(sample, shots, question)]
+        return self.outcome(sample, scored_candidates(responses[0]), rationale=rationale)

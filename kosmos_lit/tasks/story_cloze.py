@@ -9,7 +9,7 @@ from kosmos_lit.evaluation.dataset_files import read_csv, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question
 from kosmos_lit.evaluation.task import Sample
 
-PUBLISHED = "the Story Cloze Test of ROCStories, by request at cs.rochester.edu/nlp/rocstories"
+SOURCE = "the Story Cloze Test of ROCStories, by request at cs.rochester.edu/nlp/rocstories"
 SENTENCES = [f"InputSentence{i}" for i in (1, 2, 3, 4)]
 ENDINGS = ["RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2"]
 LABEL = "AnswerRightEnding"
@@ -18,9 +18,9 @@ LABEL = "AnswerRightEnding"
 class StoryCloze(MultipleChoice):
     """StoryCloze, Spring 2016 (Mostafazadeh et al. 2016), accuracy (the paper's Table 13).
 
-    The four sentences are the context, the endings the candidates, with nothing around them, as the group's released tool
-    has it. Demonstrations come from the validation file: there is no training split. The test file of Winter 2018 has no
-    labels; give `file` its validation file.
+    The four sentences are the context, the endings the candidates, without further text, as in the group's released tool.
+    Demonstrations are from the validation file: there is no training split. The test file of Winter 2018 has no labels; set
+    `file` to its validation file.
     """
 
     title = "StoryCloze"
@@ -34,13 +34,13 @@ class StoryCloze(MultipleChoice):
         shots_file: str = "cloze_test_val__spring2016*.csv",
         **options: Any,
     ) -> None:
-        """Take the files beside what every choice has.
+        """Set the files, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the files.
-            file: Evaluated file; `*` stands for anything, and tabs stand between the columns of a `.tsv`.
+            file: Evaluated file; `*` matches anything, and columns of a `.tsv` are separated by tabs.
             shots_file: File that demonstrations are drawn from.
-            options: As `MultipleChoice` has them.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.file, self.shots_file = file, shots_file
@@ -52,7 +52,7 @@ class StoryCloze(MultipleChoice):
         return self._read(self.shots_file)
 
     def _read(self, name: str) -> list[Sample]:
-        [path] = require_files(self.title, self.path, [name], PUBLISHED)
+        [path] = require_files(self.title, self.path, [name], SOURCE)
         rows = read_csv(path, [*SENTENCES, *ENDINGS, LABEL])
         return [Sample(key=f"{path.name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 

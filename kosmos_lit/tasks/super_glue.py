@@ -13,14 +13,14 @@ from kosmos_lit.evaluation.prompts import fill_template
 from kosmos_lit.evaluation.statistics import Metric, macro_f1_metric
 from kosmos_lit.evaluation.task import Outcome, Sample
 
-PUBLISHED = "super.gluebenchmark.com/tasks"
+SOURCE = "super.gluebenchmark.com/tasks"
 
 
 class SuperGlue(MultipleChoice):
     """A task of SuperGLUE (Wang et al. 2019): its validation set, with demonstrations from its training set."""
 
     fields: ClassVar[Sequence[str]]
-    """Of each line, the label among them."""
+    """Keys that each line has, beside its label."""
 
     def samples(self) -> Sequence[Sample]:
         return self._read("val.jsonl")
@@ -29,7 +29,7 @@ class SuperGlue(MultipleChoice):
         return self._read("train.jsonl")
 
     def _read(self, name: str) -> list[Sample]:
-        [path] = require_files(self.title, self.path, [name], PUBLISHED)
+        [path] = require_files(self.title, self.path, [name], SOURCE)
         rows = read_json_lines(path, [*self.fields, "label"])
         return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
@@ -37,7 +37,7 @@ class SuperGlue(MultipleChoice):
 class BoolQ(SuperGlue):
     """BoolQ validation (Clark et al. 2019), accuracy (the paper's Table 13).
 
-    Prompt and answers are the first of those that the group's released tool has.
+    Prompt and answers are the first ones in the group's released tool.
     """
 
     title = "BoolQ"
@@ -52,28 +52,30 @@ class BoolQ(SuperGlue):
         answers: tuple[str, str] = ("False", "True"),
         **options: Any,
     ) -> None:
-        """Take the prompt beside what every choice has.
+        """Set the prompt, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the files.
-            prompt: What an answer follows; {passage} and {question} stand for these, the question without its mark.
+            prompt: Text before an answer; {passage} and {question}, the question without its question mark.
             answers: Words for no and yes.
-            options: As `MultipleChoice` has them.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.prompt, self.answers = prompt, tuple(answers)
 
     def question(self, sample: Sample) -> Question:
-        passage, asked = sample.data["passage"].strip(), sample.data["question"].strip().removesuffix("?")
+        passage, question = sample.data["passage"].strip(), sample.data["question"].strip().removesuffix("?")
         target = self.label(sample, "label", ("False", "True"))
-        return Question((fill_template(self.prompt, passage=passage, question=asked),), self.answers, self.answers, target)
+        return Question(
+            (fill_template(self.prompt, passage=passage, question=question),), self.answers, self.answers, target
+        )
 
 
 class CommitmentBank(SuperGlue):
     """CommitmentBank validation (de Marneffe et al. 2019): accuracy (the paper's Table 13), and macro F1 as SuperGLUE has.
 
-    Prompt and answers are the first of those that the group's released tool has. Of the 56 samples most are contradictions,
-    so that guessing one class beats chance.
+    Prompt and answers are the first ones in the group's released tool. Of the 56 samples most are contradictions, so that
+    always predicting that class beats chance.
     """
 
     title = "CB"
@@ -88,13 +90,13 @@ class CommitmentBank(SuperGlue):
         answers: tuple[str, str, str] = ("True", "False", "Neither"),
         **options: Any,
     ) -> None:
-        """Take the prompt beside what every choice has.
+        """Set the prompt, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the files.
-            prompt: What an answer follows; {premise} and {hypothesis} stand for these, the latter without its full stop.
+            prompt: Text before an answer; {premise} and {hypothesis}, the latter without its full stop.
             answers: Words for entailment, contradiction and neutral.
-            options: As `MultipleChoice` has them.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.prompt, self.answers = prompt, tuple(answers)
@@ -106,16 +108,16 @@ class CommitmentBank(SuperGlue):
         return Question((context,), self.answers, self.answers, target)
 
     def metrics(self, outcomes: Sequence[Outcome]) -> dict[str, Metric]:
-        chosen = np.array([outcome.data["choice"] for outcome in outcomes], dtype=np.int64)
+        choices = np.array([outcome.data["choice"] for outcome in outcomes], dtype=np.int64)
         labels = np.array([outcome.data["label"] for outcome in outcomes], dtype=np.int64)
-        return super().metrics(outcomes) | {"macro_f1": macro_f1_metric(chosen, labels)}
+        return super().metrics(outcomes) | {"macro_f1": macro_f1_metric(choices, labels)}
 
 
 class Copa(SuperGlue):
     """COPA validation (Roemmele et al. 2011), accuracy (the paper's Table 13).
 
-    The premise without its full stop, a connective, and each choice beginning in lower case, as the group's released tool
-    has it; "I" keeps its capital.
+    The premise without its full stop, a connective, and each choice with a lower-case first letter, as in the group's
+    released tool; "I" keeps its capital.
     """
 
     title = "COPA"
@@ -124,20 +126,20 @@ class Copa(SuperGlue):
     fields = ("premise", "choice1", "choice2", "question")
 
     def __init__(self, path: str, cause: str = "because", effect: str = "so", **options: Any) -> None:
-        """Take the connectives beside what every choice has.
+        """Set the connectives, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the files.
-            cause: Connects a premise to what brought it about.
-            effect: Connects a premise to what it brought about.
-            options: As `MultipleChoice` has them.
+            cause: Text between a premise and its cause.
+            effect: Text between a premise and its effect.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.connectives = {"cause": cause, "effect": effect}
 
     def question(self, sample: Sample) -> Question:
-        asked = tuple(self.connectives)[self.label(sample, "question", tuple(self.connectives))]
-        context = f"{sample.data['premise'].strip().removesuffix('.')} {self.connectives[asked]}"
+        kind = tuple(self.connectives)[self.label(sample, "question", tuple(self.connectives))]
+        context = f"{sample.data['premise'].strip().removesuffix('.')} {self.connectives[kind]}"
         choices = (sample.data["choice1"].strip(), sample.data["choice2"].strip())
         return Question((context,), tuple(map(_lowered, choices)), choices, self.label(sample, "label", ("0", "1")))
 

@@ -1,9 +1,10 @@
 """Questions about photographs: VQAv2 and VizWiz (KOSMOS-1, section 4.1, tables 4, 5 and 14).
 
 An image and "Question: {question} Answer:", greedy, scored by VQA accuracy. The paper evaluates on test-dev of both, whose
-answers only the benchmarks' servers know: for a split without answers `metrics` has no accuracy, and `files` gives what the
-servers take. The paper leaves open, and we choose: what stands between demonstrations (nothing, as in the released tools of
-Kosmos-2), what ends an answer beside </s> (a newline), and which of its ten answers a demonstration has (the most frequent).
+answers are on the benchmarks' servers only: for a split without answers `metrics` has no accuracy, and `submission_files`
+returns the servers' input. The paper leaves open, and we choose: the text between demonstrations (none, as in the released
+tools of Kosmos-2), the end of an answer beside </s> (a newline), and the answer of a demonstration (the most frequent of its
+ten).
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ class VisualQuestions(Task):
         leave_one_out: bool = True,
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with questions, answers and images.
-            split: Which split is evaluated, as the files' names have it.
-            template: What follows the image; `{question}`.
-            separator: What ends a demonstration. Blanks beside images go, as they do in training.
-            settings: How to write.
+            split: Evaluated split, as in the files' names.
+            template: Text after the image; `{question}`.
+            separator: Text after a demonstration. Blanks beside images are trimmed, as in training.
+            settings: Settings of generation.
             leave_one_out: Average over the ten sets of nine answers, as the official code does; else min(1, matches / 3).
-            **common: What every task takes.
+            **common: Options of every task.
         """
         super().__init__(path, **common)
         self.split, self.template, self.separator = split, template, separator
@@ -71,11 +72,12 @@ class VisualQuestions(Task):
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask the question."""
-        answered = [f"{self._question(shot)} {most_frequent(shot.data['answers'])}" for shot in shots]
-        shown: list[Parts] = [(*shot.images, text) for shot, text in zip(shots, answered, strict=True)]
-        prompt = few_shot_prompt(shown, (*sample.images, self._question(sample)), self.separator)
-        answers = yield [Generate(prompt, self.settings)]
-        prediction, target = generated_text(answers[0]), sample.data.get("answers")
+        demonstrations: list[Parts] = [
+            (*shot.images, f"{self._question(shot)} {most_frequent(shot.data['answers'])}") for shot in shots
+        ]
+        prompt = few_shot_prompt(demonstrations, (*sample.images, self._question(sample)), self.separator)
+        responses = yield [Generate(prompt, self.settings)]
+        prediction, target = generated_text(responses[0]), sample.data.get("answers")
         scores = (
             {} if target is None else {"vqa_accuracy": vqa_accuracy(prediction, target, leave_one_out=self.leave_one_out)}
         )
@@ -89,14 +91,14 @@ class VisualQuestions(Task):
     def _question(self, sample: Sample) -> str:
         return fill_template(self.template, question=sample.data["question"])
 
-    def submission_files(self, outcomes: Sequence[Outcome], failed: Sequence[str]) -> dict[str, str]:
-        """Return the answers in the form that the benchmark's server takes (https://eval.ai): to every question one."""
-        prediction = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed]
-        return {f"submission_{self.split}.json": json.dumps(prediction)}
+    def submission_files(self, outcomes: Sequence[Outcome], failed_keys: Sequence[str]) -> dict[str, str]:
+        """Return the answers as the input of the benchmark's server (https://eval.ai): one for every question."""
+        rows = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed_keys]
+        return {f"submission_{self.split}.json": json.dumps(rows)}
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """Return the answer that most people gave, the first of several."""
+    """Return the most frequent answer, the first one if several are."""
     return Counter(answers).most_common(1)[0][0]
 
 
@@ -120,13 +122,13 @@ class Vqav2(VisualQuestions):
         image_name: str = "COCO_{image_folder}_{image_id:012d}.jpg",
         **options: Any,
     ) -> None:
-        """Take the options.
+        """Set the options.
 
         Args:
             path: Folder with questions, answers and images.
             split: `val2014`, `test-dev2015`, `test2015` or `train2014`.
             image_name: File name of an image; `{image_folder}` is its folder's name.
-            **options: What `VisualQuestions` takes.
+            **options: Those of `VisualQuestions`.
         """
         super().__init__(path, split=split, **options)
         self.image_name = image_name
@@ -134,16 +136,16 @@ class Vqav2(VisualQuestions):
     def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
         image_folder = split.replace("-dev", "")
         questions_name, answers_name = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
-        public = need_answers or not split.startswith("test")
-        names = [questions_name, f"{image_folder}/", *([answers_name] if public else [])]
+        has_answers = need_answers or not split.startswith("test")
+        names = [questions_name, f"{image_folder}/", *([answers_name] if has_answers else [])]
         questions, folder, *rest = require_files(self.title, self.path, names, "https://visualqa.org/download.html")
-        answers = self._answers(rest[0]) if public else {}
+        answers = self._answers(rest[0]) if has_answers else {}
         with parsing(questions):
             return [
                 Sample(
                     key=str(row["question_id"]),
                     images=(folder / fill_template(self.image_name, image_folder=image_folder, image_id=row["image_id"]),),
-                    data={"question": row["question"]} | ({"answers": answers[row["question_id"]]} if public else {}),
+                    data={"question": row["question"]} | ({"answers": answers[row["question_id"]]} if has_answers else {}),
                 )
                 for row in read_json(questions)["questions"]
             ]
@@ -168,12 +170,12 @@ class VizWiz(VisualQuestions):
     train_split = "train"
 
     def __init__(self, path: str, *, split: str = "val", **options: Any) -> None:
-        """Take the options.
+        """Set the options.
 
         Args:
             path: Folder with questions and images.
             split: `val`, `train` or `test`.
-            **options: What `VisualQuestions` takes.
+            **options: Those of `VisualQuestions`.
         """
         super().__init__(path, split=split, **options)
 
@@ -184,8 +186,8 @@ class VizWiz(VisualQuestions):
             return [self._sample(folder, row, need_answers) for row in read_json(file)]
 
     def _sample(self, folder: Path, row: dict[str, Any], need_answers: bool) -> Sample:
-        known = {"answers": [each["answer"] for each in row["answers"]]} if need_answers or "answers" in row else {}
-        return Sample(key=row["image"], images=(folder / row["image"],), data={"question": row["question"]} | known)
+        answers = {"answers": [each["answer"] for each in row["answers"]]} if need_answers or "answers" in row else {}
+        return Sample(key=row["image"], images=(folder / row["image"],), data={"question": row["question"]} | answers)
 
     def _submission(self, key: str, prediction: str) -> dict[str, Any]:
         return {"image": key, "answer": prediction}

@@ -1,9 +1,9 @@
 """WebSRC: questions about web pages (KOSMOS-1, section 4.4, table 8).
 
 The image of the page and the paper's prompt with its misspelt "Qusestion", greedy, exact match and F1 as the dataset's
-authors compute them. The paper leaves open, and we choose: the split (dev: test answers are not public), what the prompt is
-without the page's text (the same without its last sentence), and what becomes of a page that is longer than the model reads
-(its first 1,000 words are given).
+authors compute them. The paper leaves open, and we choose: the split (dev: answers of test are not public), the prompt
+without the page's text (the same without its last sentence), and the text of a page that is too long for the model (its
+first 1,000 words).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLE = (
     "Qusestion: Who is the publisher of this book? Answer: Penguin Books Ltd."
 )
 UNSEEN = "//script | //style | //noscript | //template | //head | //comment()"
-"""What of a page is not read as its text."""
+"""Elements of a page that are not part of its text."""
 
 
 class WebSrc(Task):
@@ -54,16 +54,16 @@ class WebSrc(Task):
         settings: GenerationConfig = GenerationConfig(max_new_tokens=64, stop=("\n",)),
         **common: Any,
     ) -> None:
-        """Take the options of the paper.
+        """Set the options; the defaults are the paper's.
 
         Args:
             path: Folder with the domains.
-            split: Which split is evaluated.
-            with_text: Whether the prompt has the page's text.
-            template: What follows the image; `{question}`, and `{text}` if it is given. None: the paper's.
-            max_words: Most words of the page's text; None: all. A prompt that is too long for the model is a failed sample.
-            settings: How to write.
-            **common: What every task takes.
+            split: Evaluated split.
+            with_text: Put the page's text into the prompt.
+            template: Text after the image; `{question}`, and `{text}` with the page's text. None: the paper's.
+            max_words: Largest number of words of the page's text; None: all. A prompt that is too long fails its sample.
+            settings: Settings of generation.
+            **common: Options of every task.
         """
         self.title = "WebSRC, page text in the prompt" if with_text else "WebSRC, the image alone"
         self.published = "websrc" if with_text else "websrc_without_text"
@@ -77,13 +77,13 @@ class WebSrc(Task):
         names = [["dataset_split_release.json", "dataset_split.json"], "*/*/dataset.csv"]
         splits, _ = require_files(self.title, self.path, names, "https://x-lance.github.io/WebSRC/")
         with parsing(splits):
-            site_of = {site: name for name, sites in read_json(splits).items() for site in sites}
-        found = []
+            split_of = {site: name for name, sites in read_json(splits).items() for site in sites}
+        samples = []
         for file in sorted(self.path.glob("*/*/dataset.csv")):
-            if site_of.get(file.parent.parent.name[:2] + file.parent.name, "train") == self.split:
+            if split_of.get(file.parent.parent.name[:2] + file.parent.name, "train") == self.split:
                 with parsing(file), file.open(encoding="utf-8-sig", newline="") as lines:
-                    found += [self._sample(file.parent, row) for row in csv.DictReader(lines)]
-        return found
+                    samples += [self._sample(file.parent, row) for row in csv.DictReader(lines)]
+        return samples
 
     def _sample(self, folder: Path, row: dict[str, str]) -> Sample:
         page = folder / "processed_data" / row["id"][2:9]
@@ -94,8 +94,8 @@ class WebSrc(Task):
         """Ask the question about the page."""
         text = {"text": page_text(Path(sample.data["page"]), self.max_words)} if self.with_text else {}
         prompt = fill_template(self.template, question=sample.data["question"], **text)
-        answers = yield [Generate((*sample.images, prompt), self.settings)]
-        prediction, target = generated_text(answers[0]), [sample.data["answer"]]
+        responses = yield [Generate((*sample.images, prompt), self.settings)]
+        prediction, target = generated_text(responses[0]), [sample.data["answer"]]
         return Outcome(
             prediction=prediction,
             target=target,
@@ -105,7 +105,7 @@ class WebSrc(Task):
 
 @lru_cache(maxsize=512)  # a page has dozens of questions, one after another
 def page_text(path: Path, max_words: int | None) -> str:
-    """Return the words of a page in the order of its HTML, blanks between them, scripts and styles left out."""
+    """Return the words of a page in the order of its HTML, separated by blanks, without scripts and styles."""
     with parsing(path):
         page = html.fromstring(path.read_bytes().decode("utf-8", "replace") or "<html></html>")
     for element in page.xpath(UNSEEN):

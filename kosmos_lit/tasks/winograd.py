@@ -1,4 +1,4 @@
-"""Winograd schemas: whom a pronoun means."""
+"""Winograd schemas: the referent of a pronoun."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kosmos_lit.evaluation.dataset_files import parsing, require_files
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, gap_question
 from kosmos_lit.evaluation.task import Sample
 
-PUBLISHED = "WSCollection.xml at cs.nyu.edu/~davise/papers/WinogradSchemas/WS.html"
+SOURCE = "WSCollection.xml at cs.nyu.edu/~davise/papers/WinogradSchemas/WS.html"
 
 
 class Winograd(MultipleChoice):
     """The Winograd Schema Challenge (Levesque et al. 2012), accuracy (the paper's Table 13).
 
-    Each answer stands in the pronoun's place, and what follows it is scored (partial evaluation), as the group's released
-    tool has it. All of the paper's figures are multiples of 1/285, so it had the whole collection; WSC273 is its first 273
+    Each answer takes the pronoun's place, and the text after it is scored (partial evaluation), as in the group's released
+    tool. All of the paper's accuracies are multiples of 1/285, so it had the full collection; WSC273 is its first 273
     schemas. Demonstrations are other schemas: there is no training split.
     """
 
@@ -26,18 +26,18 @@ class Winograd(MultipleChoice):
     chance = 1 / 2
 
     def __init__(self, path: str, n_schemas: int | None = None, **options: Any) -> None:
-        """Take how many schemas there are beside what every choice has.
+        """Set the number of schemas, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the file.
-            n_schemas: The first so many of the collection; None: all of it; 273: the set known as WSC273.
-            options: As `MultipleChoice` has them.
+            n_schemas: Number of the collection's first schemas; None: all; 273: the set known as WSC273.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.n_schemas = n_schemas
 
     def samples(self) -> Sequence[Sample]:
-        [path] = require_files(self.title, self.path, ["WSCollection.xml"], PUBLISHED)
+        [path] = require_files(self.title, self.path, ["WSCollection.xml"], SOURCE)
         with parsing(path):
             schemas = ElementTree.parse(path).getroot().findall("schema")
         return [self._sample(f"{path.name}:{i}", one) for i, one in enumerate(schemas[: self.n_schemas], start=1)]

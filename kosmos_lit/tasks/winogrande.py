@@ -9,13 +9,13 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.multiple_choice import MultipleChoice, Question, gap_question
 from kosmos_lit.evaluation.task import Sample
 
-PUBLISHED = "winogrande_1.1.zip at winogrande.allenai.org"
+SOURCE = "winogrande_1.1.zip at winogrande.allenai.org"
 
 
 class Winogrande(MultipleChoice):
     """Winogrande development set (Sakaguchi et al. 2020), accuracy (the paper's Table 13).
 
-    Each name stands in the gap, and what follows it is scored (partial evaluation), as the group's released tool has it.
+    Each name fills the gap, and the text after it is scored (partial evaluation), as in the group's released tool.
     """
 
     title = "Winogrande"
@@ -23,12 +23,12 @@ class Winogrande(MultipleChoice):
     chance = 1 / 2
 
     def __init__(self, path: str, shots_split: str = "train_xl", **options: Any) -> None:
-        """Take where demonstrations come from beside what every choice has.
+        """Set the split of demonstrations, beside the options of every multiple-choice task.
 
         Args:
             path: Folder with the files.
             shots_split: Split that demonstrations are drawn from: train_xs, train_s, train_m, train_l or train_xl.
-            options: As `MultipleChoice` has them.
+            options: Those of `MultipleChoice`.
         """
         super().__init__(path, **options)
         self.shots_split = shots_split
@@ -41,7 +41,7 @@ class Winogrande(MultipleChoice):
 
     def _read(self, split: str) -> list[Sample]:
         names = [f"{split}.jsonl", f"{split}-labels.lst"]
-        rows = self.read_labelled(names, ["sentence", "option1", "option2"], PUBLISHED)
+        rows = self.read_labelled(names, ["sentence", "option1", "option2"], SOURCE)
         return [Sample(key=f"{names[0]}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:

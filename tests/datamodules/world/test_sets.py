@@ -38,7 +38,7 @@ def tasks(world: Path) -> dict[str, Task]:
     text = OVERLAY.read_text(encoding="utf-8").replace(PATH, str(world))
     parser = ArgumentParser()
     parser.add_argument("--eval", type=EvalConfig)
-    return parser.instantiate(parser.parse_object(yaml.safe_load(text))).eval.named  # type: ignore[no-any-return]
+    return parser.instantiate(parser.parse_object(yaml.safe_load(text))).eval.enabled_tasks  # type: ignore[no-any-return]
 
 
 def test_sets_are_the_same_twice(world: Path, tmp_path: Path) -> None:

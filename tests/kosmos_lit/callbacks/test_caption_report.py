@@ -1,4 +1,4 @@
-"""The report on what a run has learnt: its figures, and its sheet of images."""
+"""The report at the end of a run: its metrics, answers and contact sheet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ import torch
 from PIL import Image
 
 from kosmos_lit.batch import PromptBatch
-from kosmos_lit.callbacks.caption_report import Answered, CaptionReport, draw_sheet, exact, exact_blind
+from kosmos_lit.callbacks.caption_report import (
+    AnsweredQuestion,
+    CaptionReport,
+    draw_contact_sheet,
+    exact_match,
+    exact_match_shuffled,
+)
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
 from kosmos_lit.lit import KosmosLit
@@ -23,42 +29,42 @@ from tests.running import tiny_run
 IMAGE = torch.zeros(3, 11, 11, dtype=torch.uint8)
 
 
-def answered(target: str, prediction: str, blind: str) -> Answered:
-    return Answered("object", IMAGE, target, prediction, blind)
+def answer(target: str, prediction: str, prediction_shuffled: str) -> AnsweredQuestion:
+    return AnsweredQuestion("object", IMAGE, target, prediction, prediction_shuffled)
 
 
-ANSWERS = [answered("a", "a", "b"), answered("b", "b", "b"), answered("c", "c d", "a"), answered("d", "D", "a")]
+ANSWERS = [answer("a", "a", "b"), answer("b", "b", "b"), answer("c", "c d", "a"), answer("d", "D", "a")]
 
 
-def test_an_answer_counts_if_it_is_exactly_right() -> None:
-    assert exact(ANSWERS) == 0.5
+def test_exact_match_is_the_share_of_equal_predictions() -> None:
+    assert exact_match(ANSWERS) == 0.5
 
 
-def test_the_control_counts_answers_to_other_images() -> None:
-    assert exact_blind(ANSWERS) == 0.25
+def test_the_image_control_counts_predictions_from_shuffled_images() -> None:
+    assert exact_match_shuffled(ANSWERS) == 0.25
 
 
-def test_nothing_asked_is_nothing_right() -> None:
-    assert exact([]) == 0
+def test_no_question_has_an_exact_match_of_zero() -> None:
+    assert exact_match([]) == 0
 
 
 def test_the_sheet_has_room_for_every_image() -> None:
-    sheet = draw_sheet(ANSWERS * 3, columns=5, side=17)
+    sheet = draw_contact_sheet(ANSWERS * 3, columns=5, side=17)
 
     assert sheet.size[0] >= 5 * 17
     assert sheet.size[1] >= 3 * 17
 
 
-class Asks:
-    """A data module that asks the given batches, or has nothing to ask."""
+class Questions:
+    """A data module of question batches; without any it raises."""
 
-    def __init__(self, *make_batches: PromptBatch) -> None:
-        self.make_batches = make_batches
+    def __init__(self, *batches: PromptBatch) -> None:
+        self.batches = batches
 
     def predict_dataloader(self) -> Iterator[PromptBatch]:
-        yield from self.make_batches
-        if not self.make_batches:
-            raise UserError("there is nothing to ask")
+        yield from self.batches
+        if not self.batches:
+            raise UserError("there are no questions")
 
 
 def questions(*n_images: int) -> PromptBatch:
@@ -71,41 +77,41 @@ def questions(*n_images: int) -> PromptBatch:
     )  # fmt: skip
 
 
-def lit_that_says(text: str, tower: str) -> KosmosLit:
+def lit_that_generates(text: str, tower: str) -> KosmosLit:
     lit = KosmosLit(tiny_config(tower))
     lit.net = tiny_model(tower)
     lit.generate_texts = lambda batch, settings: [text] * len(batch.prompts)  # type: ignore[method-assign, assignment]
     return lit
 
 
-def end_of_run(folder: Path, lit: KosmosLit, *make_batches: PromptBatch) -> dict[str, Any]:
+def end_of_run(folder: Path, lit: KosmosLit, *batches: PromptBatch) -> dict[str, Any]:
     """Return the report of a run that ends with these questions."""
     trainer = SimpleNamespace(
-        datamodule=Asks(*make_batches), is_global_zero=True, default_root_dir=str(folder), callback_metrics={}, global_step=7
+        datamodule=Questions(*batches), is_global_zero=True, default_root_dir=str(folder), callback_metrics={}, global_step=7
     )
     callback = CaptionReport()
     callback.on_train_start(trainer, lit)  # type: ignore[arg-type]
     callback.on_train_end(trainer, lit)  # type: ignore[arg-type]
-    found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return found
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report
 
 
-def test_each_question_is_shown_with_its_own_first_image_or_none(kosmos_tower: str) -> None:
-    rows = CaptionReport()._ask(lit_that_says("y", kosmos_tower), questions(1, 0, 2, 0, 1, 0))
+def test_each_question_has_its_own_first_image_or_none(kosmos_tower: str) -> None:
+    rows = CaptionReport()._answer(lit_that_generates("y", kosmos_tower), questions(1, 0, 2, 0, 1, 0))
 
     assert [None if a.image is None else int(a.image[0, 0, 0]) for a in rows] == [1, None, 2, None, 4, None]
 
 
 def test_a_run_whose_questions_have_no_images_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
-    report = end_of_run(tmp_path, lit_that_says("y", kosmos_tower), questions(0, 0, 0))
+    report = end_of_run(tmp_path, lit_that_generates("y", kosmos_tower), questions(0, 0, 0))
 
     assert (report["exact_match"], report["n_questions"]) == (1.0, 3)
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert min(sheet.size) > 100
 
 
-def test_a_run_with_nothing_to_ask_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
-    report = end_of_run(tmp_path, lit_that_says("y", kosmos_tower))
+def test_a_run_without_questions_ends_with_its_report(tmp_path: Path, kosmos_tower: str) -> None:
+    report = end_of_run(tmp_path, lit_that_generates("y", kosmos_tower))
 
     assert (report["n_questions"], report["tasks"], report["steps"]) == (0, {}, 7)
     assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8") == ""
@@ -120,11 +126,11 @@ def reported(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Path
     return folder
 
 
-def test_a_run_ends_with_its_figures(reported: Path) -> None:
+def test_a_run_ends_with_its_metrics(reported: Path) -> None:
     report = json.loads((reported / "report.json").read_text(encoding="utf-8"))
 
-    wanted = {"exact_match", "exact_match_shuffled", "train_seconds", "loss_before", "loss_after", "tokens_per_second"}
-    assert wanted <= set(report)
+    keys = {"exact_match", "exact_match_shuffled", "train_seconds", "loss_before", "loss_after", "tokens_per_second"}
+    assert keys <= set(report)
     assert set(report["tasks"]) == {"object", "count", "pair"}
     assert report["n_questions"] == report["n_distinct"] >= 200
     assert report["train_seconds"] > 0

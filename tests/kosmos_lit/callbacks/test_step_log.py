@@ -1,4 +1,4 @@
-"""The figures of a step are what happened in that step."""
+"""Logged metrics of a step are those of that step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def rows(trained: Path) -> list[dict[str, str]]:
 def test_the_realised_mixture_is_that_of_the_rows_so_far(rows: list[dict[str, str]]) -> None:
     for step, row in enumerate(rows, start=1):
         counts = Mixture.constant((5, 5, 2, 0)).counts(4 * step)
-        found = [float(row[f"mix/{name}"]) for name in CORPORA]
-        assert found == pytest.approx([n / (4 * step) for n in counts])
+        actual = [float(row[f"mix/{name}"]) for name in CORPORA]
+        assert actual == pytest.approx([n / (4 * step) for n in counts])
 
 
 def test_a_steps_loss_is_the_token_mean_of_its_corpora(rows: list[dict[str, str]]) -> None:
@@ -33,14 +33,14 @@ def test_a_steps_loss_is_the_token_mean_of_its_corpora(rows: list[dict[str, str]
         assert min(each) <= float(row["train/loss"]) <= max(each)
 
 
-def test_a_corpus_that_a_step_has_nothing_of_has_no_loss_of_another_step(rows: list[dict[str, str]]) -> None:
+def test_a_corpus_without_tokens_in_a_step_has_no_loss_of_another_step(rows: list[dict[str, str]]) -> None:
     counts = [Mixture.constant((5, 5, 2, 0)).counts(4 * step) for step in range(7)]
-    there = [[now > before for before, now in zip(*pair, strict=True)] for pair in itertools.pairwise(counts)]
+    expected = [[now > before for before, now in zip(*pair, strict=True)] for pair in itertools.pairwise(counts)]
 
-    assert sorted({step[2] for step in there}) == [False, True]  # interleaved rows are rare
-    for row, present in zip(rows, there, strict=True):
-        found = [not math.isnan(float(row.get(f"train/loss/{name}") or "nan")) for name in CORPORA]
-        assert found == present
+    assert sorted({step[2] for step in expected}) == [False, True]  # interleaved rows are rare
+    for row, has_tokens in zip(rows, expected, strict=True):
+        actual = [not math.isnan(float(row.get(f"train/loss/{name}") or "nan")) for name in CORPORA]
+        assert actual == has_tokens
 
 
 def test_shares_lie_between_none_and_all(rows: list[dict[str, str]]) -> None:
@@ -53,6 +53,6 @@ def test_speed_and_gradient_are_positive(rows: list[dict[str, str]]) -> None:
 
 def test_a_validation_is_logged_at_its_step(trained: Path) -> None:
     with (trained / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        found = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
+        actual = [int(row["step"]) for row in csv.DictReader(file) if row["val/loss"]]
 
-    assert found == [3, 6]
+    assert actual == [3, 6]

@@ -9,9 +9,9 @@ import torch
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.callbacks import Throughput
-from kosmos_lit.callbacks.throughput import multiplied_in
+from kosmos_lit.callbacks.throughput import matmul_precision
 from kosmos_lit.costs.flops import ModelFlops, Work
-from tests.kosmos_lit.callbacks.playing import Recorder, Run
+from tests.kosmos_lit.callbacks.fake_run import FakeRun, Recorder
 from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config
 
 
@@ -20,7 +20,7 @@ def module(kosmos_tower: str) -> Recorder:
     return Recorder(tiny_config(kosmos_tower, vision={"trainable": "none"}), freeze=["decoder.embed_tokens"])
 
 
-def begun(run: Run, module: Recorder) -> Throughput:
+def begun(run: FakeRun, module: Recorder) -> Throughput:
     callback = Throughput()
     callback.clock = run.clock
     callback.on_train_start(run.trainer, module)
@@ -42,7 +42,7 @@ def mixed() -> KosmosBatch:
 def test_rates_are_sums_over_micro_batches_by_the_seconds_since_the_row_before(
     module: Recorder, texts: KosmosBatch, mixed: KosmosBatch
 ) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     for batch, ends in ((texts, False), (mixed, True), (mixed, False), (mixed, True)):
         run.micro_batch(callback, module, batch, takes=2.0, ends=ends)
@@ -57,7 +57,7 @@ def test_rates_are_sums_over_micro_batches_by_the_seconds_since_the_row_before(
 
 
 def test_model_operations_are_those_of_each_micro_batch(module: Recorder, texts: KosmosBatch, mixed: KosmosBatch) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     for batch in (texts, mixed):
         run.micro_batch(callback, module, batch, takes=0.5)
@@ -72,7 +72,7 @@ def test_model_operations_are_those_of_each_micro_batch(module: Recorder, texts:
 
 
 def test_waiting_for_the_loader_is_its_share_of_the_time(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     for wait in (0.5, 1.5, 0.0, 1.0):
         run.micro_batch(callback, module, texts, wait=wait, takes=3.0)
@@ -83,7 +83,7 @@ def test_waiting_for_the_loader_is_its_share_of_the_time(module: Recorder, texts
 
 @pytest.mark.parametrize("pause", ["validation", "checkpoint", "gauge"])
 def test_pauses_do_not_count_and_the_wait_after_them_does(module: Recorder, texts: KosmosBatch, pause: str) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     run.micro_batch(callback, module, texts)
     if pause == "validation":
@@ -101,7 +101,7 @@ def test_pauses_do_not_count_and_the_wait_after_them_does(module: Recorder, text
 
 
 def test_a_pause_within_a_pause_counts_once(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     run.micro_batch(callback, module, texts)
     callback.on_validation_start(run.trainer, module)
@@ -114,7 +114,7 @@ def test_a_pause_within_a_pause_counts_once(module: Recorder, texts: KosmosBatch
 
 
 def test_a_pause_after_a_row_belongs_to_no_row(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     for _ in range(2):
         run.micro_batch(callback, module, texts)
@@ -127,7 +127,7 @@ def test_a_pause_after_a_row_belongs_to_no_row(module: Recorder, texts: KosmosBa
 
 
 def test_writing_a_row_is_time_of_the_next(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run()
+    run = FakeRun()
     callback = begun(run, module)
     for _ in range(2):
         run.micro_batch(callback, module, texts)
@@ -140,7 +140,7 @@ def test_writing_a_row_is_time_of_the_next(module: Recorder, texts: KosmosBatch)
 
 def test_ranks_are_added_up_and_the_slowest_and_fullest_counts(module: Recorder, texts: KosmosBatch) -> None:
     # real positions, positions, images, operations, full operations, waited, memory
-    run = Run([[47.0, 124, 5, 3e12, 4e12, 1.75, 1e15]])
+    run = FakeRun([[47.0, 124, 5, 3e12, 4e12, 1.75, 1e15]])
     callback = begun(run, module)
     for _ in range(2):
         run.micro_batch(callback, module, texts, wait=0.25, takes=2.25)
@@ -155,7 +155,7 @@ def test_ranks_are_added_up_and_the_slowest_and_fullest_counts(module: Recorder,
 
 
 def test_time_left_is_that_of_a_median_step_and_leaves_the_first_row_out(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run(max_steps=20)
+    run = FakeRun(max_steps=20)
     callback = begun(run, module)
     for seconds in (90, 1, 1, 1, 40, 1, 1, 1, 1, 1):  # compilation, and a hiccup
         run.micro_batch(callback, module, texts, takes=seconds)
@@ -165,7 +165,7 @@ def test_time_left_is_that_of_a_median_step_and_leaves_the_first_row_out(module:
 
 
 def test_a_run_without_end_has_no_time_left(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run(max_steps=-1)
+    run = FakeRun(max_steps=-1)
     callback = begun(run, module)
     for _ in range(2):
         run.micro_batch(callback, module, texts)
@@ -174,7 +174,7 @@ def test_a_run_without_end_has_no_time_left(module: Recorder, texts: KosmosBatch
 
 
 def test_a_resumed_run_counts_from_where_it_goes_on(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run(global_step=7, max_steps=10)
+    run = FakeRun(global_step=7, max_steps=10)
     run.trainer.train_dataloader.waited_seconds = 33.0
     run.now += 600  # until training starts
     callback = begun(run, module)
@@ -187,7 +187,7 @@ def test_a_resumed_run_counts_from_where_it_goes_on(module: Recorder, texts: Kos
 
 
 def test_memory_is_the_process_where_there_is_no_device_memory(module: Recorder, texts: KosmosBatch) -> None:
-    run = Run(log_every_n_steps=1)
+    run = FakeRun(log_every_n_steps=1)
     run.micro_batch(begun(run, module), module, texts)
 
     assert 50e6 < module.rows[0]["memory/resident"] < 1e12  # PyTorch alone is more, and kibibytes or pages would be less
@@ -208,8 +208,8 @@ class FakeGpu:
         self.waits += 1
 
 
-def on_gpu(patch: pytest.MonkeyPatch, name: str, **fields: Any) -> tuple[Run, FakeGpu]:
-    run = Run(**fields)
+def on_gpu(patch: pytest.MonkeyPatch, name: str, **fields: Any) -> tuple[FakeRun, FakeGpu]:
+    run = FakeRun(**fields)
     run.trainer.strategy.root_device = torch.device("cuda", 0)
     return run, FakeGpu(patch, name)
 
@@ -254,13 +254,13 @@ def test_the_device_is_waited_for_at_rows_and_pauses_alone(
     [("bf16-mixed", "bf16"), ("bf16-true", "bf16"), ("16-mixed", "fp16"), ("64-true", None), ("32-true", "fp32")],
 )
 def test_a_precision_says_what_is_multiplied(precision: str, multiplied: str | None) -> None:
-    assert multiplied_in(precision) == multiplied
+    assert matmul_precision(precision) == multiplied
 
 
 def test_float32_is_multiplied_in_tf32_where_that_is_allowed() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert multiplied_in("32-true") == "tf32"
+        assert matmul_precision("32-true") == "tf32"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""The gauge tells a model that looks from one that does not, and leaves the run as it is."""
+"""The gauge separates a model that uses images from one that does not, and leaves the run as it is."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.callbacks import Throughput, VisualUse
-from kosmos_lit.callbacks.visual_use import elsewhere
+from kosmos_lit.callbacks.visual_use import shuffled_images
 from kosmos_lit.cli import main
 from kosmos_lit.errors import UserError
-from tests.kosmos_lit.callbacks.playing import Recorder, Run
+from tests.kosmos_lit.callbacks.fake_run import FakeRun, Recorder
 from tests.kosmos_lit.tiny_kosmos import SIDE, Doc, batch_of, image_doc, text_doc, tiny_config
 from tests.running import TINY, losses, run, tiny_run
 
@@ -75,7 +75,7 @@ class Gauge:
             "limit_val_batches": 1.0, "loggers": [logger], "datamodule": data,
             "progress_bar_callback": SimpleNamespace(print=self.printed.append),
         }  # fmt: skip
-        self.run = Run(**(defaults | fields))
+        self.run = FakeRun(**(defaults | fields))
         self.run.trainer.strategy.validation_step = self.module.validation_step
         self.run.trainer.strategy.model = self.module
         self.module._trainer = self.run.trainer
@@ -110,31 +110,31 @@ def test_gains_are_what_other_and_blank_images_cost_a_token_of_rows_that_have_so
     gauge = Gauge(kosmos_tower, [captions, pages], VisualUse(every_n_steps=2))
     gauge.train(2)
 
-    [(step, found)] = gauge.written
-    wanted = {"true": 1.0, "blank": 4.0, "gain_blank": 3.0}
+    [(step, metrics)] = gauge.written
+    expected = {"true": 1.0, "blank": 4.0, "gain_blank": 3.0}
     names = ("true", "shuffled", "blank", "gain_shuffled", "gain_blank")
     assert step == 2
-    assert set(found) == {f"val/visual_use/{corpus}/{name}" for corpus in ("caption", "interleaved") for name in names}
+    assert set(metrics) == {f"val/visual_use/{corpus}/{name}" for corpus in ("caption", "interleaved") for name in names}
     for corpus in ("caption", "interleaved"):
-        assert {name: found[f"val/visual_use/{corpus}/{name}"] for name in wanted} == wanted
-        assert 1.5 <= found[f"val/visual_use/{corpus}/shuffled"] <= 2.0  # one may go to the same row of another batch
-        assert found[f"val/visual_use/{corpus}/gain_shuffled"] == found[f"val/visual_use/{corpus}/shuffled"] - 1.0
-    assert gauge.module.rows == [found]
+        assert {name: metrics[f"val/visual_use/{corpus}/{name}"] for name in expected} == expected
+        assert 1.5 <= metrics[f"val/visual_use/{corpus}/shuffled"] <= 2.0  # one may go to the same row of another batch
+        assert metrics[f"val/visual_use/{corpus}/gain_shuffled"] == metrics[f"val/visual_use/{corpus}/shuffled"] - 1.0
+    assert gauge.module.rows == [metrics]
     assert "caption +" in gauge.printed[0]
     assert "(+3.000 blank)" in gauge.printed[0]
 
 
-def test_every_image_goes_elsewhere_and_all_but_few_stay_in_their_corpus() -> None:
+def test_shuffling_moves_every_image_and_keeps_most_in_their_corpus() -> None:
     captions = batch_of([[marked(1), marked(2), marked(3)], [marked(4), marked(5)]], 37, corpus=[CAPTION] * 2)
     mixed = batch_of([[marked(6, 7)], [marked(8)]], 37, corpus=[INTERLEAVED, CAPTION])
     batches, kinds = [captions, mixed], {(0, i): CAPTION for i in range(5)} | {(1, 2): CAPTION}
     kinds |= {(1, 0): INTERLEAVED, (1, 1): INTERLEAVED}
 
-    moved = {(b, i): other for b, row in enumerate(elsewhere(batches)) for i, other in enumerate(row)}
+    moved = {(b, i): other for b, row in enumerate(shuffled_images(batches)) for i, other in enumerate(row)}
 
     assert set(moved) == set(moved.values()) == set(kinds)
     assert all(place != other for place, other in moved.items())
-    assert sum(kinds[place] != kinds[other] for place, other in moved.items()) == 2  # there and back
+    assert sum(kinds[place] != kinds[other] for place, other in moved.items()) == 2  # to the other corpus and back
 
 
 def test_batches_of_one_image_each_are_shuffled_among_each_other(kosmos_tower: str) -> None:
@@ -145,7 +145,7 @@ def test_batches_of_one_image_each_are_shuffled_among_each_other(kosmos_tower: s
     assert gauge.written[0][1]["val/visual_use/caption/gain_shuffled"] == 1.0
 
 
-def test_a_reading_costs_three_passes_over_so_many_batches(kosmos_tower: str) -> None:
+def test_a_measurement_costs_three_passes_over_so_many_batches(kosmos_tower: str) -> None:
     captions = [batch_of([[marked(10)], [marked(11)]], 31, corpus=[CAPTION] * 2) for _ in range(5)]
     pages = [batch_of([[marked(20, 30)]], 31, corpus=[INTERLEAVED]) for _ in range(4)]
     gauge = Gauge(kosmos_tower, captions + pages, VisualUse(every_n_steps=2, batches=3))
@@ -170,21 +170,21 @@ def test_a_reading_waits_for_a_row_of_the_log(kosmos_tower: str, held_out: list[
     assert [step for step, _ in gauge.written] == [6, 12, 15]
 
 
-def test_a_resumed_run_reads_when_the_unbroken_one_does(kosmos_tower: str, held_out: list[KosmosBatch]) -> None:
+def test_a_resumed_run_measures_when_the_unbroken_one_does(kosmos_tower: str, held_out: list[KosmosBatch]) -> None:
     gauge = Gauge(kosmos_tower, held_out, VisualUse(every_n_steps=5), log_every_n_steps=3, global_step=7)
     gauge.train(13)
 
     assert [step for step, _ in gauge.written] == [12, 15]
 
 
-def test_random_numbers_modes_and_validation_figures_stay(kosmos_tower: str, held_out: list[KosmosBatch]) -> None:
+def test_random_numbers_modes_and_validation_metrics_stay(kosmos_tower: str, held_out: list[KosmosBatch]) -> None:
     gauge = Gauge(kosmos_tower, held_out, VisualUse(every_n_steps=2))
     torch.manual_seed(3)
-    wanted = torch.rand(5)
+    expected = torch.rand(5)
     torch.manual_seed(3)
     gauge.train(2)
 
-    assert torch.rand(5).equal(wanted)
+    assert torch.rand(5).equal(expected)
     assert {training for _, training in gauge.module.net.seen} == {False}  # type: ignore[attr-defined]
     modes = {name: module.training for name, module in gauge.module.named_modules()}
     assert modes == {name: name != "net.frozen" for name in modes}
@@ -203,13 +203,13 @@ def test_modes_come_back_after_a_failure(kosmos_tower: str, held_out: list[Kosmo
     assert gauge.module.net.dropout.training  # type: ignore[union-attr]
 
 
-def test_the_throughput_does_not_count_a_reading(kosmos_tower: str, held_out: list[KosmosBatch]) -> None:
+def test_the_throughput_does_not_count_a_measurement(kosmos_tower: str, held_out: list[KosmosBatch]) -> None:
     throughput = Throughput()
     gauge = Gauge(kosmos_tower, held_out, VisualUse(every_n_steps=2), callbacks=[throughput])
     throughput.clock = gauge.run.clock
     throughput.on_train_start(gauge.run.trainer, gauge.module)
     gauge.train(2)
-    gauge.run.now += 40  # what the reading took
+    gauge.run.now += 40  # the time of the measurement
     throughput.on_train_batch_start(gauge.run.trainer, gauge.module, None, 0)
     gauge.run.now += 3
 
@@ -217,7 +217,7 @@ def test_the_throughput_does_not_count_a_reading(kosmos_tower: str, held_out: li
 
 
 @pytest.mark.parametrize("fields", [{"kinds": {"text": TEXT, "more": TEXT}}, {"limit_val_batches": 0}])
-def test_a_run_without_images_or_validation_says_nothing(
+def test_a_run_without_images_or_validation_logs_nothing(
     kosmos_tower: str, held_out: list[KosmosBatch], fields: dict[str, Any]
 ) -> None:
     gauge = Gauge(kosmos_tower, held_out, VisualUse(every_n_steps=2), **fields)
@@ -226,7 +226,7 @@ def test_a_run_without_images_or_validation_says_nothing(
     assert (gauge.reads, gauge.written, gauge.printed) == (0, [], [])
 
 
-def test_a_single_held_out_image_is_said_to_be_too_few_once(kosmos_tower: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_held_out_image_is_reported_as_too_few_once(kosmos_tower: str, caplog: pytest.LogCaptureFixture) -> None:
     one = [batch_of([[marked(10)]], 31, corpus=[CAPTION])]
     gauge = Gauge(kosmos_tower, one, VisualUse(every_n_steps=2))
     with caplog.at_level("INFO"):
@@ -234,7 +234,7 @@ def test_a_single_held_out_image_is_said_to_be_too_few_once(kosmos_tower: str, c
 
     assert gauge.written == []
     assert [r.message for r in caplog.records if "VisualUse is off" in r.message] == [
-        "VisualUse is off: on no rank two images are held out; raise a corpus's val_share"
+        "VisualUse is off: no rank has two held-out images; raise a corpus's val_share"
     ]
 
 
@@ -244,17 +244,17 @@ def test_a_rank_without_images_takes_part_in_as_many_passes_as_the_others(kosmos
     gauge.train(2)
 
     assert [n for n, _ in gauge.module.net.seen] == [1] * 9  # type: ignore[attr-defined]
-    assert gauge.written[0][1] == {}  # this rank's share of the figures: nothing
+    assert gauge.written[0][1] == {}  # none of the metrics are this rank's
 
 
-def test_what_fills_a_rank_up_stands_in_for_no_image(kosmos_tower: str) -> None:
+def test_a_filler_batch_replaces_no_image(kosmos_tower: str) -> None:
     captions = batch_of([[marked(10)], [marked(11)], [marked(12)]], 31, corpus=[CAPTION] * 3)
     gauge = Gauge(kosmos_tower, [captions], VisualUse(every_n_steps=2), others=[[3.0]])
     gauge.train(2)
 
     assert [n for n, _ in gauge.module.net.seen] == [3, 1, 1] * 3  # type: ignore[attr-defined]
-    found = gauge.written[0][1]
-    assert [found[f"val/visual_use/caption/{name}"] for name in ("true", "shuffled", "blank")] == [1, 2, 4]
+    metrics = gauge.written[0][1]
+    assert [metrics[f"val/visual_use/caption/{name}"] for name in ("true", "shuffled", "blank")] == [1, 2, 4]
 
 
 @pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"batches": -1}])
@@ -275,33 +275,33 @@ def with_gauge(folder: Path, **settings: int) -> list[str]:
     return ["-c", str(path)]
 
 
-def gauged(folder: Path) -> dict[int, dict[str, float]]:
+def gauge_metrics(folder: Path) -> dict[int, dict[str, float]]:
     with (folder / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     prefix = "val/visual_use/"
-    found = [(int(r["step"]), {k.removeprefix(prefix): float(v) for k, v in r.items() if prefix in k and v}) for r in rows]
-    return {step: figures for step, figures in found if figures}
+    metrics = [(int(r["step"]), {k.removeprefix(prefix): float(v) for k, v in r.items() if prefix in k and v}) for r in rows]
+    return {step: metrics_of_step for step, metrics_of_step in metrics if metrics_of_step}
 
 
 def test_a_run_learns_the_same_with_a_gauge(trained: Path, tmp_path: Path, tiny_world: Path) -> None:
     assert main(tiny_run("fit", tmp_path, tiny_world, *with_gauge(tmp_path, every_n_steps=2, batches=2))) == 0
 
     assert losses(tmp_path) == losses(trained)
-    found = gauged(tmp_path)
-    assert list(found) == [2, 4, 6]
-    for figures in found.values():
-        assert len(figures) == 2 * 5  # captions and pages
+    metrics = gauge_metrics(tmp_path)
+    assert list(metrics) == [2, 4, 6]
+    for metrics_of_step in metrics.values():
+        assert len(metrics_of_step) == 2 * 5  # captions and pages
         for corpus in ("caption", "interleaved"):
             for control in ("shuffled", "blank"):
-                gain = figures[f"{corpus}/{control}"] - figures[f"{corpus}/true"]
-                assert figures[f"{corpus}/gain_{control}"] == pytest.approx(gain, abs=1e-6)  # of float32 sums
+                gain = metrics_of_step[f"{corpus}/{control}"] - metrics_of_step[f"{corpus}/true"]
+                assert metrics_of_step[f"{corpus}/gain_{control}"] == pytest.approx(gain, abs=1e-6)  # of float32 sums
 
 
 @pytest.mark.slow
 def test_ranks_of_which_one_has_no_image_read_what_one_rank_does(tmp_path: Path, tiny_world: Path) -> None:
     still = ["--model.kosmos.decoder.dropout_rate=0", "--model.kosmos.decoder.attention_dropout_rate=0"]
     still += ["--model.kosmos.connector.attention_dropout_rate=0", "--data.val_rows=1", "--data.micro_batch_rows=1"]
-    found = {}
+    metrics = {}
     for ranks in (1, 4):  # held out are a row of text, one of captions and one of a page: two of four ranks have no image
         folder = tmp_path / str(ranks)
         folder.mkdir()
@@ -309,9 +309,9 @@ def test_ranks_of_which_one_has_no_image_read_what_one_rank_does(tmp_path: Path,
         flags += ["--trainer.devices=4", "--trainer.strategy=ddp"] if ranks > 1 else []
         end = run(tiny_run("fit", folder, tiny_world, *flags))
         assert end.returncode == 0, end.stderr
-        found[ranks] = gauged(folder)
+        metrics[ranks] = gauge_metrics(folder)
 
-    assert list(found[4]) == list(found[1]) == [3]
+    assert list(metrics[4]) == list(metrics[1]) == [3]
     for name in ("caption/true", "interleaved/true", "caption/blank", "interleaved/blank"):
         # fp32 sums in another order, three Adam steps: see test_ranks
-        assert found[4][3][name] == pytest.approx(found[1][3][name], rel=2e-4)
+        assert metrics[4][3][name] == pytest.approx(metrics[1][3][name], rel=2e-4)

@@ -75,8 +75,8 @@ def test_predict_writes_an_answer_to_each_question(trained: Path, tmp_path: Path
     assert main(tiny_run("predict", tmp_path, tiny_world, "--ckpt_path", str(trained / LAST))) == 0
 
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len({row["answer"] for row in rows if row["task"] in ("object", "count")}) >= 200
-    assert {"task", "prompt", "answer", "generated"} == set(rows[0])
+    assert len({row["target"] for row in rows if row["task"] in ("object", "count")}) >= 200
+    assert {"task", "prompt", "target", "prediction"} == set(rows[0])
 
 
 @pytest.mark.parametrize("beams", ["1", "3"])

@@ -1,4 +1,4 @@
-"""The task that docs/evaluation.md shows is a task."""
+"""The task in docs/evaluation.md works, and the files that the page names exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "evaluation.md"
 
 @pytest.fixture(scope="module")
 def documented() -> Any:
-    """Return the class that the documentation writes."""
+    """Return the class in the documentation."""
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(code, str(DOCS), "exec", dont_inherit=True), names)
@@ -37,23 +37,23 @@ def test_the_documented_task_asks_and_counts(documented: Any, tmp_path: Path) ->
 
 
 def answer_red(task: Task, number: int) -> Outcome:
-    """Ask a task as the engine does, of a model that finds everything red."""
+    """Run a task as the scheduler does, with responses that hold everything red likeliest."""
     sample = task.samples()[number]
-    asking = task.ask(sample, [])
-    (request,) = next(asking)
+    generator = task.ask(sample, [])
+    (request,) = next(generator)
     assert request == LogLikelihood((sample.images[0], "The colour of this image is"), ("red", "green", "blue"))
     with pytest.raises(StopIteration) as end:
-        asking.send([tuple(ScoredCandidate(text, (-1.0 if text == "red" else -2.0,)) for text in request.candidates)])
+        generator.send([tuple(ScoredCandidate(text, (-1.0 if text == "red" else -2.0,)) for text in request.candidates)])
     assert isinstance(end.value.value, Outcome)
     return end.value.value
 
 
-def test_the_documented_task_says_what_is_missing(documented: Any, tmp_path: Path) -> None:
+def test_the_documented_task_names_missing_files(documented: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"colours\.jsonl"):
         documented(str(tmp_path)).samples()
 
 
-def test_every_file_that_the_documentation_names_is_there() -> None:
+def test_every_overlay_that_the_documentation_names_exists() -> None:
     text = DOCS.read_text(encoding="utf-8")
 
     overlays = re.findall(r"configs/eval/(\w+)\.yaml", text) + re.findall(

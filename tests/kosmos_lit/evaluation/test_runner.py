@@ -12,7 +12,6 @@ import torch
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
-from kosmos_lit.evaluation.image_control import shuffle_images
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.results import Result
 from kosmos_lit.evaluation.runner import evaluate
@@ -194,18 +193,6 @@ def test_shuffled_samples_show_others_images_and_keep_the_rest(
         assert len(own) == len(others)
         assert not own or own != others
         assert sample.data["text"] in rows[sample.key]["prompt"]
-
-
-def test_images_that_all_samples_share_cannot_be_shuffled() -> None:
-    [one, other] = Path("one.png"), Path("other.png")
-    samples = [Sample(key=f"{i}", images=(one,)) for i in range(3)] + [Sample(key="3", images=(other,)), Sample(key="4")]
-
-    shuffled = shuffle_images(samples, 0)
-
-    assert [s is not None and s.images for s in shuffled].count((one,)) == 1
-    assert shuffled.count(None) == 2
-    assert shuffled[3] is not None
-    assert shuffled[4] == samples[4]
 
 
 def test_different_weights_have_different_digests(kosmos_tower: str) -> None:

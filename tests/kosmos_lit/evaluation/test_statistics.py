@@ -1,4 +1,4 @@
-"""Figures against values from elsewhere or by hand, and intervals against what they promise."""
+"""Metrics against other implementations or values by hand, and the coverage of intervals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kosmos_lit.evaluation.statistics import (
 )
 
 
-@pytest.mark.parametrize("n", [1, 7, 4999])  # the last one in several parts
+@pytest.mark.parametrize("n", [1, 7, 4999])  # the last one is drawn in several parts
 def test_the_fast_mean_is_the_plain_bootstrap_of_a_mean(n: int) -> None:
     values = np.random.default_rng(3).normal(size=n)
 
@@ -55,7 +55,7 @@ def test_intervals_cover_the_truth_nineteen_times_in_twenty() -> None:
     assert areas / 30 >= 0.85
 
 
-def test_nothing_has_no_figure() -> None:
+def test_no_samples_have_no_metric() -> None:
     metrics = [mean_metric([]), bootstrap(lambda at: float(at.mean()), 0), macro_f1_metric([], [])]
 
     assert all(metric.n == 0 and isnan(metric.value) and isnan(metric.low) for metric in metrics)
@@ -72,12 +72,12 @@ def test_draws_where_a_statistic_is_not_defined_are_left_out() -> None:
 def test_a_paired_difference_sees_what_two_intervals_hide() -> None:
     random = np.random.default_rng(0)
     hard = random.normal(size=97)  # how hard each sample is, for both
-    theirs = {f"s{i}": float(value) for i, value in enumerate(hard)}
-    ours = {key: value + 0.1 + 0.05 * random.normal() for key, value in reversed(theirs.items())}
+    baseline = {f"s{i}": float(value) for i, value in enumerate(hard)}
+    scores = {key: value + 0.1 + 0.05 * random.normal() for key, value in reversed(baseline.items())}
 
-    metric = paired_difference(ours, theirs)
+    metric = paired_difference(scores, baseline)
 
-    one, other = mean_metric(list(ours.values())), mean_metric(list(theirs.values()))
+    one, other = mean_metric(list(scores.values())), mean_metric(list(baseline.values()))
     assert metric.value == pytest.approx(one.value - other.value)
     assert one.low < other.high
     assert 0 < metric.low < 0.1 < metric.high
@@ -91,7 +91,7 @@ def test_a_difference_of_statistics_draws_the_same_samples_on_both_sides() -> No
     assert astuple(metric) == pytest.approx((1.0, 1.0, 1.0, 31))
 
 
-def test_a_difference_of_other_samples_is_a_mistake() -> None:
+def test_a_difference_of_other_samples_is_an_error() -> None:
     with pytest.raises(UserError, match="2 are on one side only, such as 'b'"):
         paired_difference({"a": 1.0, "b": 0.0}, {"a": 1.0, "c": 0.0})
 
@@ -127,13 +127,13 @@ def test_auc_of_one_class_is_not_defined() -> None:
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_macro_f1_is_that_of_scikit_learn(n_classes: int) -> None:
     random = np.random.default_rng(n_classes)
-    labels, chosen = random.integers(n_classes, size=56), random.integers(n_classes, size=56)
+    labels, predictions = random.integers(n_classes, size=56), random.integers(n_classes, size=56)
 
-    assert macro_f1_metric(chosen, labels).value == pytest.approx(f1_score(labels, chosen, average="macro"))
+    assert macro_f1_metric(predictions, labels).value == pytest.approx(f1_score(labels, predictions, average="macro"))
 
 
-def test_macro_f1_by_hand_leaves_out_a_class_that_is_nowhere() -> None:
-    # Class 0: 1 of 2 said, 1 of 1 there: F1 2/3. Class 2: 1 of 1 said, 1 of 2 there: 2/3. Class 1 is nowhere.
+def test_macro_f1_by_hand_leaves_out_a_class_that_does_not_occur() -> None:
+    # Class 0: precision 1/2, recall 1/1: F1 2/3. Class 2: precision 1/1, recall 1/2: 2/3. Class 1 does not occur.
     metric = macro_f1_metric([0, 0, 2], [0, 2, 2])
 
     assert metric.value == pytest.approx(2 / 3)

@@ -1,4 +1,4 @@
-"""What the tests of evaluation share: a task whose samples are the test's, and images on disk."""
+"""Tasks with toy samples, and images on disk, for tests of evaluation."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def draw_images(folder: Path, n: int, side: int = 17) -> list[Path]:
 
 
 class TwoRounds(Task):
-    """First compares, then writes with the winner in the prompt; every third sample compares only."""
+    """First scores candidates, then generates with the likelier in the prompt; every third sample only scores."""
 
     title, main_metric, chance = "TwoRounds", "accuracy", 0.5
 
     def __init__(self, path: str, n: int = 7, max_new_tokens: int = 5, **options: int) -> None:
-        """Take the size.
+        """Set the sizes.
 
         Args:
             path: Folder with images.
             n: Samples.
-            max_new_tokens: Of the second answer.
-            options: As every task has.
+            max_new_tokens: Of the second response.
+            options: Those of every task.
         """
         super().__init__(path, **options)
         self.n, self.max_new_tokens = n, max_new_tokens
@@ -56,34 +56,34 @@ class TwoRounds(Task):
         ]
 
     def pool(self) -> Sequence[Sample]:
-        """Return samples of its own."""
+        """Return samples for demonstrations."""
         return [Sample(key=f"shot {i}", data={"text": WORDS[i], "label": 1}) for i in range(5)]
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
-        """Compare, then write."""
+        """Score, then generate."""
         before = tuple(f"{shot.data['text']} yes " for shot in shots)
         prompt = (*before, *sample.images, sample.data["text"])
-        [scored] = yield [LogLikelihood(prompt, ("a cat", "red square and"))]
-        assert isinstance(scored, tuple)
-        best = max(range(2), key=lambda i: scored[i].mean)
-        data = {"log_probs": [scored[0].total, scored[1].total]}
+        [candidates] = yield [LogLikelihood(prompt, ("a cat", "red square and"))]
+        assert isinstance(candidates, tuple)
+        best = max(range(2), key=lambda i: candidates[i].mean)
+        data = {"log_probs": [candidates[0].total, candidates[1].total]}
         if int(sample.key[1:]) % 3 != 2:
             settings = GenerationConfig(max_new_tokens=self.max_new_tokens, n_beams=1 + int(sample.key[1:]) % 2)
-            [written] = yield [Generate((*prompt, " ", scored[best].text), settings)]
-            data["written"] = written.text  # type: ignore[union-attr, assignment]
+            [continuation] = yield [Generate((*prompt, " ", candidates[best].text), settings)]
+            data["written"] = continuation.text  # type: ignore[union-attr, assignment]
         scores = {"accuracy": float(best == sample.data["label"])}
-        return Outcome(prediction=scored[best].text, target=sample.data["label"], scores=scores, data=data)
+        return Outcome(prediction=candidates[best].text, target=sample.data["label"], scores=scores, data=data)
 
 
 class Crashing(TwoRounds):
-    """Ends its process at the sample s4 as long as there is a file `die` in its folder, which says how."""
+    """Kills or interrupts its process at the sample s4 if its folder has a file `die` that says which."""
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
-        """Ask as `Rounds` does."""
-        order = self.path / "die"
-        if sample.key == "s4" and order.exists():
-            how = order.read_text()
-            order.unlink()
+        """Ask as `TwoRounds` does."""
+        trigger = self.path / "die"
+        if sample.key == "s4" and trigger.exists():
+            how = trigger.read_text()
+            trigger.unlink()
             if how == "interrupt":
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGKILL)

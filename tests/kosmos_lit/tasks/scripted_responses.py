@@ -1,4 +1,4 @@
-"""Asks tasks without a model: the test says what the model answers."""
+"""Runs tasks without a model, on responses that a test writes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kosmos_lit.inference.results import Continuation, ScoredCandidate
 
 
 def requests(task: Task, sample: Sample, shots: Sequence[Sample] = ()) -> Sequence[Request]:
-    """Return what is asked first."""
+    """Return the first requests about a sample."""
     return next(task.ask(sample, shots))
 
 
-def readable(parts: Parts) -> list[str]:
-    """Return a prompt with images' file names in brackets."""
+def part_texts(parts: Parts) -> list[str]:
+    """Return a prompt's parts, images as file names in brackets."""
     return [part if isinstance(part, str) else f"[{part.name}]" for part in parts]  # type: ignore[union-attr]
 
 
 def prompt(task: Task, sample: Sample, shots: Sequence[Sample] = ()) -> list[str]:
-    """Return the first prompt."""
-    return readable(requests(task, sample, shots)[0].parts)
+    """Return the prompt of the first request."""
+    return part_texts(requests(task, sample, shots)[0].parts)
 
 
 def continuation(text: str) -> Continuation:
@@ -31,25 +31,25 @@ def continuation(text: str) -> Continuation:
 
 
 def candidates(**probabilities: float) -> tuple[ScoredCandidate, ...]:
-    """Return candidates with their probabilities, some of them of two tokens."""
+    """Return scored candidates of two tokens each, by their probabilities."""
     return tuple(ScoredCandidate(text, (math.log(p) - 0.5, 0.5)) for text, p in probabilities.items())
 
 
 def outcome(task: Task, sample: Sample, *rounds: Sequence[Response]) -> Outcome:
-    """Return what a task makes of the answers to each of its rounds of requests."""
-    asking = task.ask(sample, ())
-    asked = next(asking)
-    for i, answers in enumerate(rounds):
-        assert len(answers) == len(asked)
+    """Return the outcome of a sample after the responses to each of its rounds of requests."""
+    generator = task.ask(sample, ())
+    pending = next(generator)
+    for i, responses in enumerate(rounds):
+        assert len(responses) == len(pending)
         try:
-            asked = asking.send(answers)
+            pending = generator.send(responses)
         except StopIteration as end:
             assert i == len(rounds) - 1
-            found: Outcome = end.value
-            return found
-    raise AssertionError(f"the task asks on: {asked}")
+            value: Outcome = end.value
+            return value
+    raise AssertionError(f"the task has further requests: {pending}")
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return figures' values."""
-    return {name: metric.value for name, metric in values.items()}
+def metric_values(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics' values."""
+    return {name: metric.value for name, metric in metrics.items()}

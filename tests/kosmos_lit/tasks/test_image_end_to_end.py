@@ -1,4 +1,4 @@
-"""Files -> samples -> prompts -> model -> outcomes -> figures, for every vision-language task."""
+"""Files -> samples -> prompts -> model -> outcomes -> metrics, for every vision-language task."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ METRICS = {
     "coco_caption_2": "exact_match", "flickr30k": "exact_match", "vqav2_2": "vqa_accuracy", "vizwiz": "vqa_accuracy",
     "hateful_memes": "roc_auc", "websrc": "f1", "websrc_without_text": "exact_match",
 }  # fmt: skip
-"""A figure of each task; accuracy where none is named."""
+"""A metric of each task; accuracy for the tasks without an entry."""
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +59,20 @@ def results(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_goes_from_files_to_figures(name: str, model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_task_goes_from_files_to_metrics(name: str, model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = TASKS[name](tmp_path / "data")
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={name: task}), tmp_path / "out")[name]
 
-    found = results(tmp_path / "out", name)
-    assert [row["error"] for row in found] == [None] * len(task.samples())
-    assert entry["n_samples"] == entry["metrics"][METRICS.get(name, "accuracy")]["n"] == len(found)
+    rows = results(tmp_path / "out", name)
+    assert [row["error"] for row in rows] == [None] * len(task.samples())
+    assert entry["n_samples"] == entry["metrics"][METRICS.get(name, "accuracy")]["n"] == len(rows)
     assert all(0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1 for metric in entry["metrics"].values())
     assert entry["published"] == name.removesuffix("_2").removesuffix("_4")
-    assert all(len(row["requests"][-1]["images"]) >= 1 for row in found)
+    assert all(len(row["requests"][-1]["images"]) >= 1 for row in rows)
 
 
-def test_what_is_held_to_the_names_is_one_of_them(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_constrained_predictions_are_among_the_names(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = TASKS["imagenet_constrained"](tmp_path / "data")
 
     evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"names": task}), tmp_path / "out")
@@ -92,7 +92,7 @@ def test_the_rationale_is_in_the_second_prompt(model: Kosmos, kosmos_tokenizer: 
         assert second["prompt"].startswith(f"<image>{row['data']['rationale']}")
 
 
-def test_what_each_caption_is_worth_lies_beside_it(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_scores_of_captions_are_in_the_samples(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("pycocoevalcap")
     task = tasks.CocoCaption(str(image_datasets.karpathy(tmp_path / "data")), metrics=["cider"], tokens="plain", **SHORT)
 
@@ -104,7 +104,7 @@ def test_what_each_caption_is_worth_lies_beside_it(model: Kosmos, kosmos_tokeniz
     assert mean == pytest.approx(entry["metrics"]["cider_plain"]["value"])
 
 
-def test_a_figure_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_metric_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = tasks.HatefulMemes(
         str(image_datasets.memes(tmp_path / "data")), max_samples=1
     )  # of one class, so without an area
@@ -115,16 +115,16 @@ def test_a_figure_that_is_not_defined_is_null(model: Kosmos, kosmos_tokenizer: T
     assert json.loads(text)["tasks"]["memes"]["metrics"]["roc_auc"]["value"] is None
 
 
-def test_answers_for_the_server_lie_beside_the_results(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_the_servers_input_is_beside_the_results(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     image_datasets.vqav2(tmp_path / "data", "test-dev2015", 3, answered=False)
     task = tasks.Vqav2(str(tmp_path / "data"), split="test-dev2015", **SHORT)
 
     entry = evaluate(model, kosmos_tokenizer, EvalConfig(tasks={"vqa": task}), tmp_path / "out")["vqa"]
 
     assert entry["metrics"] == {}
-    handed_in = json.loads((tmp_path / "out" / "vqa" / "submission_test-dev2015.json").read_text())
-    assert [row["question_id"] for row in handed_in] == [10, 11, 12]
-    assert [row["answer"] for row in handed_in] == [row["prediction"] for row in results(tmp_path / "out", "vqa")]
+    submission = json.loads((tmp_path / "out" / "vqa" / "submission_test-dev2015.json").read_text())
+    assert [row["question_id"] for row in submission] == [10, 11, 12]
+    assert [row["answer"] for row in submission] == [row["prediction"] for row in results(tmp_path / "out", "vqa")]
 
 
 def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_an_image_that_is_missing_is_listed(model: Kosmos, kosmos_tokenizer: Tok
     assert (entry["n_samples"], entry["n_failed"], entry["metrics"]["vqa_accuracy"]["n"]) == (3, 1, 2)
 
 
-def test_all_images_exchanged_still_give_figures(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_shuffled_images_give_metrics(model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = tasks.Raven(str(image_datasets.raven(tmp_path / "data", givens=[3, 3, 3])))
 
     config = EvalConfig(tasks={"raven": task}, image_control="shuffled")

@@ -1,4 +1,4 @@
-"""The prompts of the vision-language tasks, letter by letter, and the files that they are made of."""
+"""The prompts of the vision-language tasks, letter by letter, and their data files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kosmos_lit.evaluation.requests import Generate, LogLikelihood
 from kosmos_lit.evaluation.task import Task
 from kosmos_lit.inference.config import GenerationConfig
 from tests.kosmos_lit.tasks import image_datasets
-from tests.kosmos_lit.tasks.scripted_responses import continuation, prompt, readable, requests
+from tests.kosmos_lit.tasks.scripted_responses import continuation, part_texts, prompt, requests
 
-UNMEASURED: dict[str, Any] = {"metrics": []}
+NO_METRICS: dict[str, Any] = {"metrics": []}
 WEB = (
     "Given the context below from web page, extract the answer from the given text like this: Qusestion: Who is the "
     "publisher of this book? Answer: Penguin Books Ltd."
@@ -25,18 +25,18 @@ WEB = (
 
 
 def coco(folder: Path, **options: Any) -> tasks.CocoCaption:
-    return tasks.CocoCaption(str(image_datasets.karpathy(folder)), **UNMEASURED, **options)
+    return tasks.CocoCaption(str(image_datasets.karpathy(folder)), **NO_METRICS, **options)
 
 
 # ---- captions
 
 
 def test_captions_are_those_of_the_test_split(tmp_path: Path) -> None:
-    found = coco(tmp_path).samples()
+    samples = coco(tmp_path).samples()
 
-    assert [sample.key for sample in found] == [f"coco_{i}.jpg" for i in range(5)]
-    assert found[1].images == (tmp_path / "val2014" / "coco_1.jpg",)
-    assert found[1].data == {"captions": ["A blue square.", "the square 1 is blue"]}
+    assert [sample.key for sample in samples] == [f"coco_{i}.jpg" for i in range(5)]
+    assert samples[1].images == (tmp_path / "val2014" / "coco_1.jpg",)
+    assert samples[1].data == {"captions": ["A blue square.", "the square 1 is blue"]}
 
 
 def test_captions_demonstrations_are_of_train_and_restval(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_captions_are_asked_for_with_a_beam_of_five(tmp_path: Path) -> None:
     task = coco(tmp_path)
     (request,) = requests(task, task.samples()[0])
 
-    assert readable(request.parts) == ["[coco_0.jpg]", "An image of"]
+    assert part_texts(request.parts) == ["[coco_0.jpg]", "An image of"]
     assert isinstance(request, Generate)
     assert request.settings.n_beams == 5
 
@@ -57,16 +57,16 @@ def test_a_demonstration_is_an_image_and_one_of_its_captions(tmp_path: Path) -> 
     pool = {sample.key: sample for sample in task.pool()}
     shots = [pool["coco_5.jpg"], pool["coco_8.jpg"]]
 
-    prediction = prompt(task, task.samples()[0], shots)
+    parts = prompt(task, task.samples()[0], shots)
 
-    assert prediction[::2] == ["[coco_5.jpg]", "[coco_8.jpg]", "[coco_0.jpg]"]
-    assert prediction[1].removeprefix("An image of ") in pool["coco_5.jpg"].data["captions"]
-    assert prediction[3].removeprefix("An image of ") in pool["coco_8.jpg"].data["captions"]
-    assert prediction[5] == "An image of"
-    assert prediction == prompt(task, task.samples()[0], shots)
+    assert parts[::2] == ["[coco_5.jpg]", "[coco_8.jpg]", "[coco_0.jpg]"]
+    assert parts[1].removeprefix("An image of ") in pool["coco_5.jpg"].data["captions"]
+    assert parts[3].removeprefix("An image of ") in pool["coco_8.jpg"].data["captions"]
+    assert parts[5] == "An image of"
+    assert parts == prompt(task, task.samples()[0], shots)
 
 
-def test_which_caption_is_shown_depends_on_the_seed_and_the_sample(tmp_path: Path) -> None:
+def test_the_caption_of_a_demonstration_depends_on_the_seed_and_the_sample(tmp_path: Path) -> None:
     tasks = [coco(tmp_path, n_shots=1, seed=seed) for seed in range(7)]
     shot, samples = tasks[0].pool()[0], tasks[0].samples()
 
@@ -77,10 +77,12 @@ def test_which_caption_is_shown_depends_on_the_seed_and_the_sample(tmp_path: Pat
 def test_flickr30k_has_its_images_in_one_folder(tmp_path: Path) -> None:
     image_datasets.karpathy(tmp_path, "flickr30k")
 
-    found = tasks.Flickr30k(str(tmp_path), **UNMEASURED).samples()
+    samples = tasks.Flickr30k(str(tmp_path), **NO_METRICS).samples()
 
-    assert [sample.images[0] for sample in found] == [tmp_path / "flickr30k-images" / f"flickr30k_{i}.jpg" for i in range(5)]
-    assert all(sample.images[0].is_file() for sample in found)
+    assert [sample.images[0] for sample in samples] == [
+        tmp_path / "flickr30k-images" / f"flickr30k_{i}.jpg" for i in range(5)
+    ]
+    assert all(sample.images[0].is_file() for sample in samples)
 
 
 # ---- questions
@@ -95,7 +97,7 @@ def test_vqav2_asks_greedily_and_shows_the_most_frequent_answer(tmp_path: Path) 
 
     assert sample.key == "11"
     assert sample.images[0].is_file()
-    assert readable(request.parts) == [
+    assert part_texts(request.parts) == [
         "[COCO_train2014_000000000009.jpg]",
         "Question: What colour is number 2? Answer: green",
         "[COCO_val2014_000000000008.jpg]",
@@ -114,15 +116,18 @@ def test_vqav2_test_dev_has_no_answers_and_the_images_of_test(tmp_path: Path) ->
     assert "answers" not in first.data
 
 
-def test_vizwiz_reads_its_annotations_wherever_they_lie(tmp_path: Path) -> None:
+def test_vizwiz_reads_its_annotations_from_either_place(tmp_path: Path) -> None:
     image_datasets.vizwiz(tmp_path)
-    here = tasks.VizWiz(str(tmp_path)).samples()
+    beside = tasks.VizWiz(str(tmp_path)).samples()
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "val.json").rename(tmp_path / "Annotations" / "val.json")
-    there = tasks.VizWiz(str(tmp_path)).samples()
+    in_folder = tasks.VizWiz(str(tmp_path)).samples()
 
-    assert here == there
-    assert prompt(tasks.VizWiz(str(tmp_path)), here[2]) == ["[VizWiz_val_00000002.jpg]", "Question: What is this 2? Answer:"]
+    assert beside == in_folder
+    assert prompt(tasks.VizWiz(str(tmp_path)), beside[2]) == [
+        "[VizWiz_val_00000002.jpg]",
+        "Question: What is this 2? Answer:",
+    ]
 
 
 def test_a_word_that_looks_like_a_mark_stays_a_word(tmp_path: Path) -> None:
@@ -139,27 +144,27 @@ def test_a_word_that_looks_like_a_mark_stays_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("item", "number", "n"), [(0, "three", 3), (1, "four", 4), (2, "eight", 8)])
-def test_raven_asks_of_each_candidate_behind_the_given_images(tmp_path: Path, item: int, number: str, n: int) -> None:
+def test_raven_asks_about_each_candidate_after_the_context_images(tmp_path: Path, item: int, number: str, n: int) -> None:
     task = tasks.Raven(str(image_datasets.raven(tmp_path)))
 
-    asked = requests(task, task.samples()[item])
+    all_requests = requests(task, task.samples()[item])
 
-    given = [f"[{j}.png]" for j in range(n)]
-    assert [readable(request.parts) for request in asked] == [
-        [f"Here are {number} images:", *given, "The following image is:", f"[{n + k}.png]", "Is it correct?"]
+    context = [f"[{j}.png]" for j in range(n)]
+    assert [part_texts(request.parts) for request in all_requests] == [
+        [f"Here are {number} images:", *context, "The following image is:", f"[{n + k}.png]", "Is it correct?"]
         for k in range(6)
     ]
-    assert all(isinstance(request, LogLikelihood) and request.candidates == ("Yes",) for request in asked)
+    assert all(isinstance(request, LogLikelihood) and request.candidates == ("Yes",) for request in all_requests)
 
 
 def test_raven_without_images_still_asks_six_times(tmp_path: Path) -> None:
     task = tasks.Raven(str(image_datasets.raven(tmp_path)), no="No")
     (sample, *_) = task.samples()
 
-    asked = requests(task, type(sample)(key=sample.key, data=sample.data))
+    all_requests = requests(task, type(sample)(key=sample.key, data=sample.data))
 
-    prediction = ["Here are three images:The following image is:Is it correct?"]
-    assert [["".join(readable(request.parts))] for request in asked] == [prediction] * 6
+    expected = ["Here are three images:The following image is:Is it correct?"]
+    assert [["".join(part_texts(request.parts))] for request in all_requests] == [expected] * 6
 
 
 # ---- classes
@@ -171,21 +176,21 @@ def test_rendered_sst2_compares_both_sentiments(tmp_path: Path) -> None:
 
     question = "Question: what is the sentiment of the opinion? Answer:"
     assert [sample.key for sample in task.samples()][2:4] == ["positive/0002.png", "negative/0000.png"]
-    assert readable(request.parts) == ["[0000.png]", f"{question} positive", "[0000.png]", question]
+    assert part_texts(request.parts) == ["[0000.png]", f"{question} positive", "[0000.png]", question]
     assert isinstance(request, LogLikelihood)
     assert request.candidates == ("positive", "negative")
 
 
-def test_a_chain_of_thought_asks_again_with_what_it_wrote(tmp_path: Path) -> None:
+def test_a_chain_of_thought_asks_again_with_the_rationale(tmp_path: Path) -> None:
     task = tasks.RenderedSst2ChainOfThought(str(image_datasets.rendered(tmp_path)))
-    asking = task.ask(task.samples()[0], ())
+    generator = task.ask(task.samples()[0], ())
 
-    first = next(asking)
-    second = asking.send([continuation(" A review {of} a film. ")])
+    first = next(generator)
+    second = generator.send([continuation(" A review {of} a film. ")])
 
-    assert [readable(request.parts) for request in first] == [["[0000.png]", "Introduce this picture in detail:"]]
+    assert [part_texts(request.parts) for request in first] == [["[0000.png]", "Introduce this picture in detail:"]]
     question = "A review {of} a film. Question: what is the sentiment of the opinion? Answer:"
-    assert [readable(request.parts) for request in second] == [["[0000.png]", question]]
+    assert [part_texts(request.parts) for request in second] == [["[0000.png]", question]]
 
 
 def test_hateful_memes_takes_either_name_of_its_validation_split(tmp_path: Path) -> None:
@@ -194,8 +199,8 @@ def test_hateful_memes_takes_either_name_of_its_validation_split(tmp_path: Path)
     sample = task.samples()[1]
 
     question = "Question: does this picture contain real hate speech? Answer:"
-    prediction = ["[train0.png]", f"{question} no", "[train3.png]", f"{question} yes", "[dev1.png]", question]
-    assert prompt(task, sample, [task.pool()[0], task.pool()[3]]) == prediction
+    expected = ["[train0.png]", f"{question} no", "[train3.png]", f"{question} yes", "[dev1.png]", question]
+    assert prompt(task, sample, [task.pool()[0], task.pool()[3]]) == expected
 
 
 # ---- pages
@@ -204,9 +209,9 @@ def test_hateful_memes_takes_either_name_of_its_validation_split(tmp_path: Path)
 def test_websrc_asks_with_the_words_of_the_page(tmp_path: Path) -> None:
     task = tasks.WebSrc(str(image_datasets.websrc(tmp_path)))
 
-    (first, *_) = found = task.samples()
+    (first, *_) = samples = task.samples()
 
-    assert [sample.key for sample in found] == ["au010000000000", "au010000100001", "au010000200002"]
+    assert [sample.key for sample in samples] == ["au010000000000", "au010000100001", "au010000200002"]
     text = "Context: Car 0 It costs $5,000 . Q: How much is it? A:"
     assert prompt(task, first) == ["[0100000.png]", f"{WEB} {text}"]
 
@@ -225,9 +230,9 @@ def test_websrc_without_text_shows_the_image_alone(tmp_path: Path) -> None:
 
 
 def test_a_site_that_no_split_names_is_of_train(tmp_path: Path) -> None:
-    found = tasks.WebSrc(str(image_datasets.websrc(tmp_path)), split="train").samples()
+    samples = tasks.WebSrc(str(image_datasets.websrc(tmp_path)), split="train").samples()
 
-    assert [sample.key for sample in found] == ["bo070000000000", "bo070000100001"]
+    assert [sample.key for sample in samples] == ["bo070000000000", "bo070000100001"]
 
 
 # ---- names
@@ -237,14 +242,14 @@ def test_a_site_that_no_split_names_is_of_train(tmp_path: Path) -> None:
 def test_imagenet_is_read_in_folders_and_flat(tmp_path: Path, flat: bool) -> None:
     task = tasks.ImageNet(str(image_datasets.imagenet(tmp_path, flat)), names=str(tmp_path / "names.txt"))
 
-    found = task.samples()
+    samples = task.samples()
 
-    assert [sample.data["name"] for sample in found] == ["tench"] * 3 + ["giant panda"] * 2 + ["tench"] * 2
-    assert all(sample.images[0].is_file() for sample in found)
-    assert prompt(task, found[0])[1] == "The photo of the"
+    assert [sample.data["name"] for sample in samples] == ["tench"] * 3 + ["giant panda"] * 2 + ["tench"] * 2
+    assert all(sample.images[0].is_file() for sample in samples)
+    assert prompt(task, samples[0])[1] == "The photo of the"
 
 
-def test_held_to_the_names_a_name_of_two_classes_is_one_choice(tmp_path: Path) -> None:
+def test_a_name_of_two_classes_is_one_choice(tmp_path: Path) -> None:
     task = tasks.ImageNet(str(image_datasets.imagenet(tmp_path)), constrained=True, names=str(tmp_path / "names.txt"))
 
     (request,) = requests(task, task.samples()[0])
@@ -259,9 +264,9 @@ def test_the_thousand_names_are_for_a_thousand_classes(tmp_path: Path) -> None:
 
 
 def test_folders_can_be_the_names(tmp_path: Path) -> None:
-    found = tasks.ImageNet(str(image_datasets.imagenet(tmp_path)), names="folders").samples()
+    samples = tasks.ImageNet(str(image_datasets.imagenet(tmp_path)), names="folders").samples()
 
-    assert {sample.data["name"] for sample in found} == {"n01440764", "n02510455", "n09999999"}
+    assert {sample.data["name"] for sample in samples} == {"n01440764", "n02510455", "n09999999"}
 
 
 def test_birds_are_described_before_the_image(tmp_path: Path) -> None:
@@ -311,7 +316,7 @@ def test_a_missing_dataset_says_which_files_and_where_they_are_published(tmp_pat
     assert all(part in message for part in (FILES[name], str(tmp_path / "nowhere"), "http"))
 
 
-def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_of_images_is_named(tmp_path: Path) -> None:
     image_datasets.karpathy(tmp_path)
     for image in (tmp_path / "val2014").iterdir():
         image.unlink()
@@ -321,27 +326,27 @@ def test_a_missing_folder_of_images_is_told(tmp_path: Path) -> None:
         tasks.CocoCaption(str(tmp_path)).samples()
 
 
-def test_a_file_that_is_something_else_is_named(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
     image_datasets.write(tmp_path / "items.json", [{"id": 1, "images": []}])
 
     with pytest.raises(UserError, match=r"items\.json is not as its authors publish it: KeyError: 'given'"):
         tasks.Raven(str(tmp_path)).samples()
 
 
-def test_a_template_that_names_something_else_says_what_it_may(tmp_path: Path) -> None:
+def test_a_template_with_an_unknown_field_lists_the_known_ones(tmp_path: Path) -> None:
     task = tasks.Vqav2(str(image_datasets.vqav2(tmp_path)), template="Q: {query} A:")
 
     with pytest.raises(UserError, match=r"it may use \{question\}"):
         prompt(task, task.samples()[0])
 
 
-def test_other_data_in_the_same_files_has_nothing_published(tmp_path: Path) -> None:
+def test_other_data_in_the_same_files_have_no_published_metrics(tmp_path: Path) -> None:
     task = coco(tmp_path, title="Captions of the world")
 
     assert (task.title, task.published) == ("Captions of the world", None)
 
 
-def test_what_guessing_gets_in_other_data_is_an_option(tmp_path: Path) -> None:
+def test_chance_on_other_data_is_an_option(tmp_path: Path) -> None:
     kinds = [kind for kind in vars(tasks).values() if isinstance(kind, type)]
 
     assert len(kinds) == 22

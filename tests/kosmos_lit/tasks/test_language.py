@@ -1,4 +1,4 @@
-"""The language tasks: their files, their prompts, and what a model's answers are worth."""
+"""The language tasks: their files, their prompts, and the scores of a model's responses."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.kosmos_lit.tiny_kosmos import LATENTS, random_images, tiny_model
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The folder of each task's dataset."""
-    made = {}
+    folders = {}
     for name, write in DATASETS.items():
         folder = tmp_path_factory.mktemp(name)
         write(folder)
-        made[name] = str(folder)
-    return made
+        folders[name] = str(folder)
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def model(kosmos_tower: str) -> Kosmos:
     return tiny_model(kosmos_tower, max_seq_len=701)
 
 
-def asked(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[str, ...]]]:
+def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[str, ...]]]:
     """Return prompts and candidates of a sample."""
     sample = task.samples()[number]
     requests = task.requests(sample, task.shots(sample, task.pool() if task.n_shots else ()))
@@ -134,14 +134,14 @@ def test_prompts_are_these(
 ) -> None:
     task: MultipleChoice = getattr(tasks, name)(folders[name])
 
-    assert asked(task, number) == prompts
+    assert prompts_of(task, number) == prompts
     assert task.question(task.samples()[number]).target == target
 
 
 def pair_by_pair(task: MultipleChoice, number: int, model: Kosmos, tokenizer: Tokenizer) -> list[float]:
-    """Return the mean log-probability of every candidate of a sample, each scored on its own behind its prompt."""
+    """Return the mean log-probability of every candidate of a sample, each scored alone after its prompt."""
     means = []
-    for prompt, candidates in asked(task, number):
+    for prompt, candidates in prompts_of(task, number):
         for candidate in candidates:
             read = encode_prompt(prompt, 0, tokenizer, LATENTS)
             [[alone]] = Engine(model, tokenizer).score_batch([read], [[candidate]], random_images(0))
@@ -158,8 +158,8 @@ def test_files_become_the_accuracy_of_each_candidate_on_its_own(
 
     entry = evaluation.run("it")
 
-    kept = (tmp_path / "results" / "it" / "samples.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in kept.strip().split("\n")]
+    text = (tmp_path / "results" / "it" / "samples.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.strip().split("\n")]
     means = pair_by_pair(task, 1, model, kosmos_tokenizer)
     question = task.question(task.samples()[1])
     assert lines[1]["data"]["values"] == pytest.approx(means, abs=1e-5)
@@ -182,14 +182,16 @@ def test_cb_has_macro_f1_too(
 
 @pytest.mark.parametrize("n_shots", [1, 4])
 @pytest.mark.parametrize("name", DATASETS)
-def test_demonstrations_are_solved_questions_before_the_own_one(folders: dict[str, str], name: str, n_shots: int) -> None:
+def test_demonstrations_are_solved_questions_before_the_samples_own(
+    folders: dict[str, str], name: str, n_shots: int
+) -> None:
     task: MultipleChoice = getattr(tasks, name)(folders[name], n_shots=n_shots, separator=" # ")
     sample = task.samples()[0]
     shots = task.shots(sample, task.pool())
 
-    prompts = [prompt.split(" # ") for prompt, _ in asked(task)]
+    prompts = [prompt.split(" # ") for prompt, _ in prompts_of(task)]
 
-    plain = [prompt for prompt, _ in asked(getattr(tasks, name)(folders[name]))]
+    plain = [prompt for prompt, _ in prompts_of(getattr(tasks, name)(folders[name]))]
     assert prompts == [[*(task.question(shot).solved for shot in shots), prompt] for prompt in plain]
     assert len({shot.key for shot in shots} - {sample.key}) == n_shots
 
@@ -208,13 +210,13 @@ def test_a_question_without_training_split_is_never_its_own_demonstration(folder
 def test_demonstrations_follow_from_the_seed(folders: dict[str, str]) -> None:
     seeded = [tasks.HellaSwag(folders["HellaSwag"], n_shots=3, seed=seed) for seed in (0, 0, 1)]
 
-    one, same, other = [[asked(task, number) for number in range(3)] for task in seeded]
+    one, same, other = [[prompts_of(task, number) for number in range(3)] for task in seeded]
 
     assert one == same
     assert one != other
 
 
-def scored(text: str, *log_probs: float) -> ScoredCandidate:
+def candidate(text: str, *log_probs: float) -> ScoredCandidate:
     return ScoredCandidate(text, log_probs)
 
 
@@ -223,30 +225,30 @@ def scored(text: str, *log_probs: float) -> ScoredCandidate:
     [("sum", [-3.0, -3.5]), ("mean", [-1.0, -3.5]), ("bytes", [-3.0 / 7, -3.5 / 2]), ("unconditional", [-1.0, 0.5])],
 )
 def test_scoring_rules_are_these(scoring: Scoring, values: list[float]) -> None:
-    conditional = [scored("größe", -1.0, -1.0, -1.0), scored("it", -3.5)]  # 7 and 2 bytes
-    alone = [scored("größe", -2.0), scored("it", -4.0)] if scoring == "unconditional" else []
+    conditional = [candidate("größe", -1.0, -1.0, -1.0), candidate("it", -3.5)]  # 7 and 2 bytes
+    alone = [candidate("größe", -2.0), candidate("it", -4.0)] if scoring == "unconditional" else []
 
     assert candidate_scores([*conditional, *alone], scoring) == pytest.approx(values)
 
 
-def test_unconditional_scoring_asks_for_the_candidates_twice(folders: dict[str, str]) -> None:
+def test_unconditional_scoring_scores_the_candidates_twice(folders: dict[str, str]) -> None:
     shared = tasks.Copa(folders["Copa"], scoring="unconditional", unconditional="So:")
     own = tasks.Winogrande(folders["Winogrande"], scoring="unconditional")
 
-    assert asked(shared) == [
+    assert prompts_of(shared) == [
         ("The cat sat on mat 0 because", ("it was big.", "I fix it.")), ("So:", ("it was big.", "I fix it.")),
     ]  # fmt: skip
-    assert [prompt for prompt, _ in asked(own)][2:] == ["Answer:", "Answer:"]
+    assert [prompt for prompt, _ in prompts_of(own)][2:] == ["Answer:", "Answer:"]
 
 
 def test_templates_and_words_are_options(folders: dict[str, str]) -> None:
     color = tasks.MemoryColor(folders["MemoryColor"], prompt="{item} is", colors=("red", "yellow"), title="Colours drawn")
-    made = {"prompt": "{first} or {second}:", "answers": ("a", "b"), "orders": "larger_first"}
-    size = tasks.RelativeSize(folders["RelativeSize"], **made)
+    options = {"prompt": "{first} or {second}:", "answers": ("a", "b"), "orders": "larger_first"}
+    size = tasks.RelativeSize(folders["RelativeSize"], **options)
 
-    assert asked(color) == [("pineapple is", ("red", "yellow"))]
+    assert prompts_of(color) == [("pineapple is", ("red", "yellow"))]
     assert (color.chance, color.title, color.published) == (1 / 2, "Colours drawn", None)
-    assert asked(size, 1) == [("dog or mat:", ("a", "b"))]
+    assert prompts_of(size, 1) == [("dog or mat:", ("a", "b"))]
     assert (len(size.samples()), size.chance) == (3, None)
 
 
@@ -254,13 +256,13 @@ def test_winograd_can_be_the_first_273_schemas(folders: dict[str, str]) -> None:
     assert len(tasks.Winograd(folders["Winograd"], n_schemas=3).samples()) == 3
 
 
-def test_every_task_has_an_overlay_and_published_figures() -> None:
+def test_every_task_has_an_overlay_and_published_metrics() -> None:
     folder = Path(__file__).parents[3] / "configs" / "eval"
     joint = yaml.safe_load((folder / "language.yaml").read_text())["eval"]["tasks"]
 
-    apart = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in joint}
+    single = {name: yaml.safe_load((folder / f"{name}.yaml").read_text())["eval"]["tasks"][name] for name in joint}
 
-    assert apart == joint
+    assert single == joint
     assert {entry["class_path"] for entry in joint.values()} == {f"kosmos_lit.tasks.{name}" for name in DATASETS}
     for name, entry in joint.items():
         task = getattr(tasks, entry["class_path"].rpartition(".")[2])(**entry["init_args"])
@@ -277,7 +279,7 @@ def test_a_missing_dataset_says_which_files_and_where_from(tmp_path: Path, name:
         task.samples()
 
 
-def test_a_split_without_labels_is_a_mistake(tmp_path: Path) -> None:
+def test_a_split_without_labels_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path / "val.jsonl", [{"premise": "a", "choice1": "b", "choice2": "c", "question": "cause", "label": -1}])
     task = tasks.Copa(str(tmp_path))
 
@@ -285,7 +287,7 @@ def test_a_split_without_labels_is_a_mistake(tmp_path: Path) -> None:
         task.question(task.samples()[0])
 
 
-def test_labels_of_another_release_are_a_mistake(tmp_path: Path) -> None:
+def test_labels_of_another_release_are_an_error(tmp_path: Path) -> None:
     DATASETS["Piqa"](tmp_path)
     write_lines(tmp_path / "valid-labels.lst", ["0", "1"])
 
@@ -300,7 +302,7 @@ def test_a_line_that_lacks_a_field_is_named(tmp_path: Path) -> None:
         tasks.HellaSwag(str(tmp_path)).samples()
 
 
-def test_requests_are_scores_of_text_alone(folders: dict[str, str]) -> None:
+def test_requests_are_log_likelihoods_of_text_alone(folders: dict[str, str]) -> None:
     for name in DATASETS:
         task: MultipleChoice = getattr(tasks, name)(folders[name])
         requests = task.requests(task.samples()[0], [])

@@ -1,4 +1,4 @@
-"""A run for callbacks to watch whose clock, loader, ranks and figures are the test's to set."""
+"""A fake run for tests of callbacks, with a clock, loader, ranks and metrics that the test sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kosmos_lit.lit import KosmosLit
 
 
 class Recorder(KosmosLit):
-    """A module without a model that keeps what is logged."""
+    """A module without a model that keeps all logged rows."""
 
     def __init__(self, config: KosmosConfig, **fields: Any) -> None:
         super().__init__(config, **fields)
@@ -25,11 +25,11 @@ class Recorder(KosmosLit):
         self.rows.append({name: float(value) for name, value in dictionary.items()})
 
 
-class Run:
-    """What a trainer is to a callback."""
+class FakeRun:
+    """A trainer as a callback sees it."""
 
     def __init__(self, others: Sequence[Sequence[float]] = (), **fields: Any) -> None:
-        """Begin at second 1000; `others` are the figures of the ranks behind this one, the first."""
+        """Begin at second 1000; `others` are the values of the ranks after this one, rank 0."""
         self.now = 1000.0
 
         def reduce(rows: Tensor, reduce_op: str) -> Tensor:
@@ -60,7 +60,7 @@ class Run:
         takes: float = 1.0,
         ends: bool = True,
     ) -> None:
-        """Wait for a micro-batch, and train on it; `ends` says that it is the step's last."""
+        """Wait for a micro-batch, and train on it; `ends` marks the step's last."""
         self.now += wait
         self.trainer.train_dataloader.waited_seconds += wait
         callback.on_train_batch_start(self.trainer, module, batch, 0)
