@@ -91,7 +91,7 @@ def rates(
 def compare(inputs: Inputs, shape: str, workers: int, n_batches: int, n_rounds: int) -> list[dict[str, object]]:
     """Return the lines of the table for pairs of one shape."""
     data = inputs.data(shape)
-    totals = data.opened["caption"].train.plan.totals
+    totals = data.prepared["caption"].train.plan.totals
     task = Task(inputs.tars(shape), data.tokenizer, round(totals.images / totals.rows), workers)
     pipelines: dict[str, Pipeline] = {"ours": lambda: ours(data, workers)}
     pipelines |= {name: partial(pipeline, task) for name, pipeline in PIPELINES.items()}
@@ -123,7 +123,7 @@ def texts(inputs: Inputs, n_rounds: int) -> dict[str, object]:
 def first_batches(inputs: Inputs, n_starts: int) -> list[dict[str, object]]:
     """Return the seconds from opening to the first batch in fresh processes, at both rows in turn."""
     lines = []
-    totals = inputs.data("many").opened["caption"].train.plan.totals
+    totals = inputs.data("many").prepared["caption"].train.plan.totals
     for workers in (0, 2):
         seconds: dict[int, list[float]] = {0: [], RESUME_ROW: []}
         for _ in range(n_starts):

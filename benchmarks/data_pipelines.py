@@ -58,7 +58,7 @@ def rendering(data: MixtureData) -> RenderOptions:
     """Return render options that allow no bad images."""
     return RenderOptions(
         tokenizer=data.tokenizer, image_size=SIDE, fit="crop", n_latents=data.n_latents,
-        max_bad_share=dict.fromkeys(data.opened, 0.0),
+        max_bad_share=dict.fromkeys(data.prepared, 0.0),
     )  # fmt: skip
 
 

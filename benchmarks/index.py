@@ -72,11 +72,11 @@ print(json.dumps({"seconds": seconds, "MB opened": opened, "MB after 1000 docume
 """
 START = RESIDENT + """
 from benchmarks.index import LAYOUT, sparse_source
-from datamodules.prepared_source import OpenedSource
+from datamodules.prepared_source import PreparedSource
 from kosmos_lit.tokenizer import Tokenizer
 source, tokenizer = sparse_source(sys.argv[1], float(sys.argv[3])), Tokenizer.load(sys.argv[2])
 before, start = resident(), time.perf_counter()
-opened = OpenedSource(source, tokenizer, LAYOUT, 1)
+opened = PreparedSource(source, tokenizer, LAYOUT, 1)
 seconds = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024 - before
 print(json.dumps({"s": seconds, "MB": resident() - before, "peak MB": peak, "rows": opened.train.plan.n_rows}))

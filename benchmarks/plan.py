@@ -103,7 +103,7 @@ def open_and_read(folder: Path, number: int) -> dict[str, float]:
     began = time.perf_counter()
     plan = make_plans(folder, 1)[0]
     open_end, open_own, open_mapped = time.perf_counter(), *resident()
-    n = len(plan.pieces(plan.row(0, number)))
+    n = len(plan.segments(plan.row(0, number)))
     read, read_own, read_mapped = time.perf_counter(), *resident()
     assert n
     return {

@@ -1,22 +1,22 @@
-"""What must not be learnt, struck out where rows are read: shards and indexes stay as they are.
+"""Documents that must not be learnt, masked where rows are read: shards and indexes stay as they are.
 
-A blocklist is text, plain, .gz or .zst, with one entry a line; blank lines and lines that begin with # say nothing:
+A blocklist is text, plain, .gz or .zst, with one entry a line; blank lines and lines that begin with # are ignored:
 
     9f86d081884c7d659a2feaa0c55ad015...   64 hexadecimal digits: sha256 of an image's bytes
     098f6bcd4621d373cade4e832627b4f6      32 of them: md5
-    https://site.example/cat.jpg          http:// or https://: URL of an image or a page; what follows a # does not count
+    https://site.example/cat.jpg          http:// or https://: URL of an image or a page, compared without its #fragment
     000001234                             anything else: a sample's key, as `rows` prints it
     00003.tar:000001234                   the same in shards of this file name only
-    c.jsonl.zst:line 17                   as a line of text is named
+    c.jsonl.zst:line 17                   a line of text, by its shard and number
 
-A hash is compared with the image's bytes in the shard, and with those that img2dataset notes of the download in
-KEY.json; a URL with the page's, the images' own, and the one in KEY.json. One blocked image blocks its document.
+A hash is compared with that of the image's bytes in the shard, and with the hashes of the download in img2dataset's
+KEY.json; a URL with those of the page, of its images, and in KEY.json. One blocked image blocks its document.
 
-A blocked document keeps its place: its text becomes <pad>, its images black, and nothing of it is a target. So no other
-document moves or changes, and a step's count of targets, by which the loss is divided, stays that of the plan.
+A blocked document keeps its place: its text becomes <pad>, its images black, and none of its tokens is a target. So no
+other document moves or changes, and a step's number of targets, by which the loss is divided, stays that of the row plan.
 
-Entries are kept as 64-bit hashes, 8 bytes each. A lookup among n of them is wrong with a chance of n / 2^64: among 10^7
-entries, 10^9 lookups block one document too many with a chance of 5 in 10,000. None is ever missed.
+Entries are 64-bit hashes in memory, 8 bytes each. A lookup among n of them is a false match with a chance of n / 2^64:
+among 10^7 entries, 10^9 lookups block one document too many with a chance of 5 in 10,000. No entry is ever missed.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 REASON = "blocked"
-"""What a ledger says of a document that a blocklist strikes out."""
+"""A ledger's reason for a blocked document."""
 DIGEST = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{32}")
-NO_KEY = re.compile(r"(line|row) \d+")
-"""A name that every file has."""
+AMBIGUOUS_KEY = re.compile(r"(line|row) \d+")
+"""A key that every file of texts has."""
 
 Kind = Literal["digest", "url", "key"]
 
 
 class Blocklist:
-    """Entries of some files, in memory once: forked processes share them, an unpickled one reads the files anew."""
+    """Entries of some files. Forked processes share them in memory; an unpickled blocklist reads the files again."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Take the files, which are read when the first document is looked up; `load` reads them at once."""
@@ -78,20 +78,20 @@ class Blocklist:
     @cached_property
     def _entries(self) -> dict[Kind, U64]:
         """Per kind the sorted hashes."""
-        found: dict[Kind, array[int]] = {"digest": array("Q"), "url": array("Q"), "key": array("Q")}
+        entries: dict[Kind, array[int]] = {"digest": array("Q"), "url": array("Q"), "key": array("Q")}
         for path in self.files:
-            _read(path, found)
-        return {kind: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for kind, hashes in found.items()}
+            _read(path, entries)
+        return {kind: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for kind, hashes in entries.items()}
 
     def _has(self, kind: Kind, name: str) -> bool:
-        entries, wanted = self._entries[kind], np.uint64(_hashed(kind, name))
-        at = int(np.searchsorted(entries, wanted))
-        return at < len(entries) and bool(entries[at] == wanted)
+        entries, entry = self._entries[kind], np.uint64(_hash_entry(kind, name))
+        at = int(np.searchsorted(entries, entry))
+        return at < len(entries) and bool(entries[at] == entry)
 
     def match(self, corpus: IndexedCorpus, document: int) -> str | None:
-        """Return what of a document is on the list, as a person would look for it; None: nothing is.
+        """Return the entry that matches a document, as text to search the list for; None if none does.
 
-        Only what the list has entries of is read: without hashes no image is, without keys and URLs no name.
+        Reads no more than the list has entries of: without hashes no image, without keys and URLs no name.
 
         Raises: OSError if a shard is gone or has changed.
         """
@@ -122,50 +122,50 @@ class Blocklist:
         return None
 
     def apply(self, row: Row, corpus: IndexedCorpus, special: SpecialTokens) -> tuple[Row, dict[int, str]]:
-        """Return a row without the text of blocked documents, and what blocks them, by their index in the row.
+        """Return a row without the text of blocked documents, and the entry that blocks each, by its segment's index.
 
-        The images of those documents are still in the row, as places: what reads them must leave them out.
+        The images of those documents stay in the row as references: the caller must not decode them.
 
-        Raises: UserError if what it takes to know a document cannot be read.
+        Raises: UserError if a shard that must be compared with the list cannot be read.
         """
         try:
-            found = {n: self.match(corpus, placed.document) for n, placed in enumerate(row.documents)}
+            matches = {n: self.match(corpus, segment.document) for n, segment in enumerate(row.segments)}
         except OSError as error:
             raise UserError(f"row {row.number}: a document cannot be compared with the blocklist: {error}") from error
-        blocked = {n: what for n, what in found.items() if what is not None}
-        return without(row, blocked, special), blocked
+        blocked = {n: entry for n, entry in matches.items() if entry is not None}
+        return mask_segments(row, blocked, special), blocked
 
 
-def without(row: Row, blocked: Collection[int], special: SpecialTokens) -> Row:
-    """Return a row with <pad> instead of the text of some documents, and none of their targets; slots stay.
+def mask_segments(row: Row, segments: Collection[int], special: SpecialTokens) -> Row:
+    """Return a row with <pad> instead of the text of some segments, and without their targets; slots stay.
 
     Args:
         row: a row as it is in the stream.
-        blocked: indexes into its documents.
-        special: says which ids mark images.
+        segments: indexes into its segments.
+        special: ids of images' marks.
     """
-    if not blocked:
+    if not segments:
         return row
     tokens, targets = row.tokens.copy(), row.targets.copy()
-    for n in blocked:
-        place = slice(row.documents[n].at, row.documents[n].at + row.documents[n].length)
+    for n in segments:
+        place = slice(row.segments[n].position, row.segments[n].position + row.segments[n].length)
         marks = (tokens[place] == special.image) | (tokens[place] == special.image_end)
         tokens[place] = np.where(marks, tokens[place], PAD)
         targets[place] = IGNORE
     return replace(row, tokens=tokens, targets=targets)
 
 
-def _hashed(kind: Kind, name: str) -> int:
+def _hash_entry(kind: Kind, name: str) -> int:
     match kind:
         case "digest":
-            return int(name[:16], 16)  # a hash already
+            return int(name[:16], 16)  # a hash already: its first 64 bits
         case "url":
             name = name.strip().partition("#")[0]
     return hash_bytes(name.encode("utf-8", "surrogatepass"))
 
 
-def _read(path: Path, found: dict[Kind, array[int]]) -> None:
-    """Add a file's entries.
+def _read(path: Path, entries: dict[Kind, array[int]]) -> None:
+    """Add a file's entries to `entries`.
 
     Raises: UserError naming the line.
     """
@@ -179,14 +179,14 @@ def _read(path: Path, found: dict[Kind, array[int]]) -> None:
                 kind: Kind = "url"
             elif len(entry) in (32, 64) and DIGEST.fullmatch(entry):
                 kind = "digest"
-            elif NO_KEY.fullmatch(entry):
+            elif AMBIGUOUS_KEY.fullmatch(entry):
                 raise UserError(
                     f"blocklist {path}, line {number}: every file has a {entry!r}; say of which shard, as in "
                     f"'some.jsonl.zst:{entry}'"
                 )
             else:
                 kind = "key"
-            found[kind].append(_hashed(kind, entry))
+            entries[kind].append(_hash_entry(kind, entry))
     except UnicodeDecodeError as error:
         raise UserError(
             f"blocklist {path}, line {number}: it is not UTF-8 ({error.reason}); give text, .gz or .zst, one entry a line"

@@ -1,8 +1,8 @@
-"""Rows to a KosmosBatch: images are read and decoded here, in the loader's processes.
+"""Rows to a KosmosBatch: images are read and decoded in the loader's processes.
 
-What becomes of a sample that must not or cannot be learnt: it keeps its place, so that no other one moves. A document with
-an image that cannot be decoded keeps its text, gets a black image, and has no targets; a document on the blocklist has
-no text either (see `blocklist`). Each is a line of the ledger, every time that it is met.
+A document that must not or cannot be learnt keeps its place, so that no other one moves. One with an image that cannot be
+decoded keeps its text, gets a black image and has no targets; one on the blocklist has no text either (see `blocklist`).
+Each is a line of the ledger, every time that it is read.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from kosmos_lit.tokenizer import IGNORE, PAD, Ids, SpecialTokens, Tokenizer
 
 
 @dataclass(frozen=True)
-class ReadRow:
-    """A row as a batch takes it up."""
+class DecodedRow:
+    """A row whose images are decoded, with its failures."""
 
     row: Row
     """Without the text of blocked documents."""
     undecodable: tuple[int, ...] = ()
-    """For each image that cannot be decoded: which of the row's documents it is in."""
+    """For each image that cannot be decoded: index of its segment in the row."""
     bad: tuple[tuple[str, str], ...] = ()
     """(source, reason) of each image that cannot be decoded, and of each blocked document."""
 
 
 class ImageReader:
-    """Reads rows' images for one process, strikes out blocked documents, and stops the run when too much is bad."""
+    """Decodes the images of rows in one process, masks blocked documents, and stops the run when too many images are bad."""
 
     def __init__(
         self,
@@ -50,74 +50,74 @@ class ImageReader:
         blocklist: Blocklist | None = None,
         split: str | None = None,
     ) -> None:
-        """Take what the images become, and what to do about bad ones.
+        """Take the format of the images, and the treatment of bad ones.
 
         Args:
             size: side of an image in pixels.
             fit: how it becomes square.
             special: of the tokenizer.
             limits: per source the share of its images, among those that this process reads, that may be bad.
-            ledger: gets a line for each bad image and blocked document.
-            blocklist: what must not be learnt.
-            split: `val` for held-out rows, for the ledger.
+            ledger: file with a line for each bad image and blocked document.
+            blocklist: documents that must not be learnt.
+            split: `val` for held-out rows, which is noted in the ledger.
         """
         self.size, self.fit, self.special = size, fit, special
         self.ledger, self.blocklist, self.split = ledger, blocklist, split
         self.budgets = {source: Budget(source, share, ledger) for source, share in limits.items()}
 
-    def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[ReadRow], Pixels]:
-        """Return the rows of a batch and their images, one row's after another's: (N, 3, size, size).
+    def read(self, rows: Sequence[Row], corpora: Mapping[str, IndexedCorpus]) -> tuple[list[DecodedRow], Pixels]:
+        """Return the rows of a batch and all their images in order, (N, 3, size, size).
 
-        An image that cannot be decoded, or is of a blocked document, is black. `corpora` are those of the sources, by name.
+        Images that cannot be decoded or belong to a blocked document are black. `corpora` are those of the sources by name.
 
         Raises: UserError if too many of a source's images so far were bad, or a shard is gone.
         """
         ends = np.cumsum([len(row.images) for row in rows])
         images = np.empty((int(ends[-1]), 3, self.size, self.size), dtype=np.uint8)
-        places = np.split(images, ends[:-1])
-        read = [
-            self._read(row, corpora[row.source], out) if row.source else ReadRow(row)
+        places = np.split(images, ends[:-1])  # views: rows decode straight into the batch
+        decoded = [
+            self._decode(row, corpora[row.source], out) if row.source else DecodedRow(row)
             for row, out in zip(rows, places, strict=True)
         ]
-        return read, images
+        return decoded, images
 
-    def _read(self, row: Row, corpus: IndexedCorpus, out: Pixels) -> ReadRow:
+    def _decode(self, row: Row, corpus: IndexedCorpus, out: Pixels) -> DecodedRow:
         source = row.source
         blocked: dict[int, str] = {}
         if self.blocklist is not None:
             row, blocked = self.blocklist.apply(row, corpus, self.special)
         bad = [(source, REASON)] * len(blocked)
-        for n, what in blocked.items():
-            self._note(row, source, *corpus.shard_and_name(row.documents[n].document), REASON, what)
+        for n, entry in blocked.items():
+            self._record(row, source, *corpus.shard_and_name(row.segments[n].document), REASON, entry)
         undecodable = []
-        for image, owner, place in zip(row.images, row.image_owner, out, strict=True):
-            if owner in blocked:
-                place[:] = 0
+        for image, segment, pixels in zip(row.images, row.image_segments, out, strict=True):
+            if segment in blocked:
+                pixels[:] = 0
                 continue
             try:
-                decode(corpus.image_bytes(image), self.size, self.fit, place)
+                decode(corpus.image_bytes(image), self.size, self.fit, pixels)
                 self.budgets[source].count_good()
             except ImageError as error:
-                place[:] = 0
-                undecodable.append(owner)
+                pixels[:] = 0
+                undecodable.append(segment)
                 bad.append((source, error.reason))
-                self._quarantine(row, source, corpus, row.documents[owner].document, image, error)
+                self._quarantine(row, source, corpus, row.segments[segment].document, image, error)
             except OSError as error:
                 raise UserError(f"row {row.number}: an image cannot be read: {error}") from error
-        return ReadRow(row, tuple(undecodable), tuple(bad))
+        return DecodedRow(row, tuple(undecodable), tuple(bad))
 
     def _quarantine(
         self, row: Row, source: str, corpus: IndexedCorpus, document: int, image: StoredImage, error: ImageError
     ) -> None:
-        """Note a bad image, under its own URL if it has one, and count it."""
+        """Record a bad image, under its own URL if it has one, and charge it to its source's budget."""
         shard, key = corpus.shard_and_name(document)
         if url := corpus.image_url(image):
             shard, key = str(corpus.image_file(image)), url
         detail = f"{image.path}: {error}" if image.path else str(error)
-        self._note(row, source, shard, key, error.reason, detail, image.offset)
+        self._record(row, source, shard, key, error.reason, detail, image.offset)
         self.budgets[source].count_bad(error.reason, f"{corpus.image_file(image)}, byte {image.offset}: {error}.")
 
-    def _note(
+    def _record(
         self, row: Row, source: str, shard: str, key: str, reason: str, detail: str, offset: int | None = None
     ) -> None:
         if self.ledger is not None:
@@ -130,7 +130,7 @@ class ImageReader:
 
 
 def collate(
-    read: Sequence[ReadRow],
+    decoded: Sequence[DecodedRow],
     images: Pixels,
     *,
     tokenizer: Tokenizer,
@@ -138,16 +138,16 @@ def collate(
     n_step_targets: int,
     unit: Unit = "tokens",
 ) -> KosmosBatch:
-    """Join rows, and the images of all of them, (N, 3, H, W), into one micro-batch; the images are not copied.
+    """Return one micro-batch of rows and the images of all of them, (N, 3, H, W), which are not copied.
 
     A document with an image that cannot be decoded stays in its row without targets.
     """
-    rows = [r.row for r in read]
+    rows = [d.row for d in decoded]
     targets = np.stack([row.targets for row in rows])
-    for r, wanted in zip(read, targets, strict=True):
-        for owner in r.undecodable:
-            placed = r.row.documents[owner]
-            wanted[placed.at : placed.at + placed.length] = IGNORE
+    for d, row_targets in zip(decoded, targets, strict=True):
+        for n in d.undecodable:
+            segment = d.row.segments[n]
+            row_targets[segment.position : segment.position + segment.length] = IGNORE
     tokens = np.stack([row.tokens for row in rows])
     slots = torch.tensor(
         [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
@@ -171,13 +171,13 @@ def collate(
         digest=sum(row.digest() for row in rows if row.number >= 0) & DIGEST_MASK,
         n_step_targets=n_step_targets,
         n_real=sum(row.n_real for row in rows),
-        n_bad_images=sum(len(r.undecodable) for r in read),
-        bad=tuple(bad for r in read for bad in r.bad),
+        n_bad_images=sum(len(d.undecodable) for d in decoded),
+        bad=tuple(bad for d in decoded for bad in d.bad),
     )
 
 
 def empty_row(seq_len: int) -> Row:
-    """Return a row of padding, which fills up a last validation batch."""
+    """Return a row of padding, for the last validation batch."""
     tokens, targets = np.full(seq_len, PAD, dtype=np.int64), np.full(seq_len, IGNORE, dtype=np.int64)
     return Row(-1, -1, "", 0, tokens, targets, (), (), (), np.zeros(0, dtype=np.int64))
 

@@ -1,4 +1,4 @@
-"""What a run says about its data, as tables."""
+"""Tables of a run's configuration that describe its data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kosmos_lit.errors import UserError
 
 Format = Literal["jsonl", "parquet", "img2dataset", "warc", "instruct"]
 Unit = Literal["tokens", "loss_tokens", "documents"]
-"""What ratios and weights count: positions of rows, supervised tokens, or documents."""
+"""Unit of ratios and weights: positions of rows, supervised tokens, or documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Where the tokenizer lies, and what to train it on if it is not there."""
+    """The tokenizer's folder, and the files to train it on if it is missing."""
 
     path: str
     """Folder of a tokenizer: made by `prepare tokenizer`, a released model's, or any Hugging Face tokenizer's."""
@@ -39,16 +39,16 @@ class CorpusConfig:
     val_share: float = 0.01
     """Share of the documents kept for validation, drawn by document number."""
     val_input: list[str] | None = None
-    """Patterns of files that are kept for validation as a whole; then `val_share` does not count."""
+    """Patterns of files of which all documents are kept for validation; then `val_share` is not used."""
     max_bad_share: float = 0.1
-    """A shard with more broken records stops its preparation (from 20 records on; what is cut off counts as one), and a
-    run stops when one of its loader processes cannot decode more of this source's images (from 200 on)."""
+    """Preparation stops at a shard with more broken records (from 20 records on; a shard cut off has one more), and a run
+    stops when one of its loader processes cannot decode more of this source's images (from 200 on)."""
     weight: float = 1.0
     """Share among the sources of the same kind, in the mixture's unit; only their proportion counts."""
     max_epochs: float | None = None
     """Training ends before the source is read more often than this; None: it is read again and again."""
     read: ReadOptions = field(default_factory=ReadOptions)
-    """How documents are cut out of the files."""
+    """How documents are read from the files."""
 
     def __post_init__(self) -> None:
         for name in ("val_share", "max_bad_share"):
@@ -64,7 +64,7 @@ class CorpusConfig:
 class RatioConfig:
     """Shares of the corpora in positions; only their proportion counts.
 
-    None is the data module's own share of a corpus that is given, and 0 of one that is not.
+    None is the data module's default share for a configured corpus, and 0 for any other.
     """
 
     text: float | None = None
@@ -72,10 +72,10 @@ class RatioConfig:
     interleaved: float | None = None
     instruct: float | None = None
 
-    def weights(self, defaults: Sequence[float], given: Sequence[bool]) -> tuple[float, ...]:
-        """Return the weights in the order of `CORPORA`, with `defaults` for those corpora that are `given`."""
-        own = (default if there else 0.0 for default, there in zip(defaults, given, strict=True))
-        return tuple(own if share is None else share for share, own in zip(astuple(self), own, strict=True))
+    def weights(self, defaults: Sequence[float], is_configured: Sequence[bool]) -> tuple[float, ...]:
+        """Return the weights in the order of `CORPORA`; None is replaced by the default of a configured corpus, or 0."""
+        defaults = [default if has else 0.0 for default, has in zip(defaults, is_configured, strict=True)]
+        return tuple(default if w is None else w for w, default in zip(astuple(self), defaults, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class RatioStage:
     """Ratios that hold from an optimizer step on."""
 
     from_step: int
-    """Optimizer steps before the stage: 1000 changes what step 1,001 of the log reads."""
+    """Optimizer steps before the stage: 1000 changes the rows of step 1,001 of the log."""
     ratio: RatioConfig
     """Shares from there on; None: that corpus's as before."""
 

@@ -1,5 +1,7 @@
-"""What a run is going to read, before it reads anything: exactly, from the plans and the schedule; from typical documents
-where there are none yet.
+"""How much a run will read of each source, before it reads anything.
+
+Where the corpora are prepared, amounts are exact, from the row plans and the schedule. Where they are not, they are those of
+typical documents.
 """
 
 from __future__ import annotations
@@ -11,17 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from datamodules.config import Unit
-from datamodules.mixture.mixture import MixtureSchedule
-from datamodules.mixture.shares import NamedSource, Phase, build_schedule, shares
+from datamodules.mixture.schedule import MixtureSchedule, Phase, build_schedule
+from datamodules.mixture.shares import NamedSource, row_shares
 from datamodules.mixture.steps import Steps
 from datamodules.packing.row_plan import Amounts, Totals
 from datamodules.prepared_source import PreparedSource
 from kosmos_lit.batch import CORPORA
 
-LOOKED_AT = 4096
-"""Rows of the stream among which the largest micro-batch is looked for: more than a round of most mixtures."""
-SPREAD = 2.0
-"""Standard deviations above the mean that the rows of the largest micro-batch are taken to be."""
+SAMPLED_ROWS = 4096
+"""Rows of the stream that are searched for the largest micro-batch: more than a cycle of most mixtures."""
+N_DEVIATIONS = 2.0
+"""Standard deviations above the mean that the rows of the largest micro-batch are taken to have."""
 
 
 @dataclass(frozen=True)
@@ -33,132 +35,139 @@ class SourceForecast:
     """Index into CORPORA."""
     amounts: Amounts
     epochs: float | None
-    """How often it is read; None where it is not at hand."""
-    document: float
+    """Times that the source is read; None if it is not prepared."""
+    document_length: float
     """Positions of the document that a position is in, on average."""
 
 
 def forecast(
-    opened: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, n_rows: int
+    sources: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, n_rows: int
 ) -> list[SourceForecast]:
     """Return what the first `n_rows` rows hold of each source."""
-    found = []
+    forecasts = []
     for (name, kind), rows in zip(kinds.items(), schedule.counts(n_rows), strict=True):
-        plan = opened[name].train.plan
-        found.append(SourceForecast(name, kind, plan.read(rows), rows / plan.n_rows, plan.row_sizes().document))
-    return found
+        plan = sources[name].train.plan
+        length = plan.row_sizes().document_length
+        forecasts.append(SourceForecast(name, kind, plan.amounts(rows), rows / plan.n_rows, length))
+    return forecasts
 
 
 def last_step(
-    opened: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, steps: Steps
+    sources: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, steps: Steps
 ) -> tuple[int, str] | None:
-    """Return the last whole step before a source has been read `max_epochs` times, and why; None: none ever has."""
+    """Return the last whole step before a source has been read `max_epochs` times, and the reason; None without a limit."""
     ends = []
-    for at, name in enumerate(kinds):
-        if name in opened and (limit := opened[name].config.max_epochs) is not None:
-            row = schedule.row_of(at, math.floor(limit * opened[name].train.plan.n_rows))
-            why = f"source {name} would be read more than {limit:g} times (max_epochs)"
-            ends += [] if row is None else [(steps.step(row), why)]
+    for index, name in enumerate(kinds):
+        if name in sources and (limit := sources[name].config.max_epochs) is not None:
+            row = schedule.row_of(index, math.floor(limit * sources[name].train.plan.n_rows))
+            reason = f"source {name} would be read more than {limit:g} times (max_epochs)"
+            ends += [] if row is None else [(steps.step(row), reason)]
     return min(ends, default=None)
 
 
-def largest(sizes: Mapping[int, tuple[float, float]], schedule: MixtureSchedule, micro_batch_rows: int) -> int:
-    """Return how much a micro-batch holds at most, if rows vary as they do.
-
-    Args:
-        sizes: mean and standard deviation of a row's, by the source's place in the schedule.
-        schedule: which rows are neighbours.
-        micro_batch_rows: rows of a micro-batch, neighbours in the stream.
-    """
-    n = -(-max(LOOKED_AT, micro_batch_rows) // micro_batch_rows) * micro_batch_rows
-    table = np.array([sizes[schedule.locate(row)[0]] for row in range(n)]).reshape(-1, micro_batch_rows, 2)
-    means, deviations = table[..., 0].sum(axis=1), np.sqrt((table[..., 1] ** 2).sum(axis=1))
-    return math.ceil(float((means + SPREAD * deviations).max()))
-
-
 def largest_micro_batch(
-    opened: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, micro_batch_rows: int
+    sources: Mapping[str, PreparedSource], kinds: Mapping[str, int], schedule: MixtureSchedule, micro_batch_rows: int
 ) -> tuple[int, int]:
     """Return about how many images and supervised tokens a micro-batch holds at most."""
-    rows = {at: opened[name].train.plan.row_sizes() for at, name in enumerate(kinds) if name in opened}
-    images = largest({at: r.images for at, r in rows.items()}, schedule, micro_batch_rows)
-    return images, largest({at: r.targets for at, r in rows.items()}, schedule, micro_batch_rows)
+    sizes = {index: sources[name].train.plan.row_sizes() for index, name in enumerate(kinds) if name in sources}
+    images = largest_amount({index: s.images for index, s in sizes.items()}, schedule, micro_batch_rows)
+    return images, largest_amount({index: s.targets for index, s in sizes.items()}, schedule, micro_batch_rows)
+
+
+def largest_amount(
+    row_amounts: Mapping[int, tuple[float, float]], schedule: MixtureSchedule, micro_batch_rows: int
+) -> int:
+    """Return about how much of something (images, say) a micro-batch holds at most.
+
+    Args:
+        row_amounts: mean and standard deviation of a row's amount, by the source's index in the schedule.
+        schedule: the order of sources, which decides what rows share a micro-batch.
+        micro_batch_rows: rows of a micro-batch, neighbours in the stream.
+    """
+    n = -(-max(SAMPLED_ROWS, micro_batch_rows) // micro_batch_rows) * micro_batch_rows
+    by_row = np.array([row_amounts[schedule.locate(row)[0]] for row in range(n)]).reshape(-1, micro_batch_rows, 2)
+    means, deviations = by_row[..., 0].sum(axis=1), np.sqrt((by_row[..., 1] ** 2).sum(axis=1))
+    return math.ceil(float((means + N_DEVIATIONS * deviations).max()))
 
 
 # ---- where there is no data yet
 
 
 @dataclass(frozen=True)
-class Typical:
-    """A document as it usually is, of a kind whose documents are not at hand."""
+class TypicalDocument:
+    """The usual size of a document of one kind, used where the corpora are not prepared."""
 
     tokens: int
     """Text tokens and </s>, and one for each image."""
     images: int
-    learnt: float = 1.0
+    supervised_share: float = 1.0
     """Share of the text that is supervised."""
 
 
-TYPICAL = {
-    "caption": Typical(19, 1),  # LAION's captions have 17 tokens in the median: 84 positions with 64 latents
-    "interleaved": Typical(260, 2),  # a page of 390 positions with two images of 64 latents
-    "instruct": Typical(260, 1, 0.5),
+TYPICAL_DOCUMENTS = {
+    "caption": TypicalDocument(19, 1),  # LAION's captions have 17 tokens in the median: 84 positions with 64 latents
+    "interleaved": TypicalDocument(260, 2),  # a page of 390 positions with two images of 64 latents
+    "instruct": TypicalDocument(260, 1, 0.5),
 }
 """By kind; text, whose rows are full of text alone, needs none."""
-ROWS = 1000
-"""Rows of an epoch of a source that is not there: any number gives the same shares."""
+EPOCH_ROWS = 1000
+"""Rows of an epoch of a source that is not prepared: any number gives the same shares."""
 
 
-def typical_row(kind: int, seq_len: int, n_latents: int) -> tuple[Amounts, float]:
-    """Return what `ROWS` rows of a kind hold, and the positions of a document."""
+def typical_epoch(kind: int, seq_len: int, n_latents: int) -> tuple[Amounts, float]:
+    """Return what `EPOCH_ROWS` full rows of typical documents hold, and the positions of a document."""
     T = seq_len
-    if (document := TYPICAL.get(CORPORA[kind])) is None:
-        return Amounts(ROWS, ROWS * T, ROWS * T, 0), float(T)
+    if (document := TYPICAL_DOCUMENTS.get(CORPORA[kind])) is None:
+        return Amounts(EPOCH_ROWS, EPOCH_ROWS * T, EPOCH_ROWS * T, 0), float(T)
     positions = document.tokens + (n_latents + 1) * document.images
-    n = ROWS * T / positions
-    targets = round(n * (document.tokens - document.images) * document.learnt)
-    return Amounts(ROWS, ROWS * T, targets, round(n * document.images)), float(min(T, positions))
+    n = EPOCH_ROWS * T / positions
+    targets = round(n * (document.tokens - document.images) * document.supervised_share)
+    return Amounts(EPOCH_ROWS, EPOCH_ROWS * T, targets, round(n * document.images)), float(min(T, positions))
 
 
 @dataclass(frozen=True)
 class TypicalForecast:
-    """A run's reading where the corpora are not at hand: full rows of typical documents."""
+    """What a run reads if its rows are full of typical documents: the forecast where the corpora are not prepared."""
 
     kinds: Mapping[str, int]
     schedule: MixtureSchedule
-    rows: Mapping[str, tuple[Amounts, float]]
-    """Of each source, as `typical_row` gives them."""
+    epochs: Mapping[str, tuple[Amounts, float]]
+    """Of each source, as `typical_epoch` returns them."""
 
     @classmethod
     def of(
         cls, sources: Mapping[str, NamedSource], ratios: Sequence[tuple[int, Sequence[float]]], unit: Unit, steps: Steps,
         seq_len: int, n_latents: int,
     ) -> TypicalForecast:  # fmt: skip
-        """Deal rows out by the same rules as with the corpora."""
+        """Build the schedule by the same rules as with the corpora."""
         kinds = {name: source.kind for name, source in sources.items()}
-        rows = {name: typical_row(kind, seq_len, n_latents) for name, kind in kinds.items()}
+        epochs = {name: typical_epoch(kind, seq_len, n_latents) for name, kind in kinds.items()}
         totals = {
             name: Totals(
-                documents=ROWS, begun=max(1, round(a.positions / document)), rows=ROWS, positions=a.positions,
+                documents=EPOCH_ROWS, begun=max(1, round(a.positions / length)), rows=EPOCH_ROWS, positions=a.positions,
                 targets=a.targets, images=a.images, dropped={}, first_dropped={},
             )
-            for name, (a, document) in rows.items()
+            for name, (a, length) in epochs.items()
         }  # fmt: skip
         named = list(sources.values())
-        stages = tuple(shares(steps.row(step), ratio, named, totals, unit) for step, ratio in ratios)
-        return cls(kinds, build_schedule([Phase(0, stages)], kinds), rows)
+        stages = tuple(row_shares(steps.row(step), ratio, named, totals, unit) for step, ratio in ratios)
+        return cls(kinds, build_schedule([Phase(0, stages)], kinds), epochs)
 
     def forecast(self, n_rows: int) -> list[SourceForecast]:
-        """Return what the first `n_rows` rows hold of each source; nothing is known of epochs."""
-        found = []
+        """Return what the first `n_rows` rows hold of each source; `epochs` is None."""
+        forecasts = []
         for (name, kind), rows in zip(self.kinds.items(), self.schedule.counts(n_rows), strict=True):
-            a, document = self.rows[name]
-            positions, targets, images = (round(n * rows / ROWS) for n in (a.positions, a.targets, a.images))
-            found.append(SourceForecast(name, kind, Amounts(rows, positions, targets, images), None, document))
-        return found
+            a, length = self.epochs[name]
+            positions, targets, images = (round(n * rows / EPOCH_ROWS) for n in (a.positions, a.targets, a.images))
+            forecasts.append(SourceForecast(name, kind, Amounts(rows, positions, targets, images), None, length))
+        return forecasts
 
     def largest_micro_batch(self, micro_batch_rows: int) -> tuple[int, int]:
         """Return about how many images and supervised tokens a micro-batch holds at most."""
-        rows = {at: self.rows[name][0] for at, name in enumerate(self.kinds)}
-        images = largest({at: (a.images / ROWS, 0.0) for at, a in rows.items()}, self.schedule, micro_batch_rows)
-        return images, largest({at: (a.targets / ROWS, 0.0) for at, a in rows.items()}, self.schedule, micro_batch_rows)
+        epochs = {index: self.epochs[name][0] for index, name in enumerate(self.kinds)}
+        images = {index: (a.images / EPOCH_ROWS, 0.0) for index, a in epochs.items()}
+        targets = {index: (a.targets / EPOCH_ROWS, 0.0) for index, a in epochs.items()}
+        return (
+            largest_amount(images, self.schedule, micro_batch_rows),
+            largest_amount(targets, self.schedule, micro_batch_rows),
+        )

@@ -9,7 +9,7 @@ from datamodules.module import MixtureData
 
 
 class InstructData(MixtureData):
-    """Examples of prompts and answers, and beside them, by ratio, what the model was trained on before."""
+    """Examples of prompts and answers and, by ratio, the corpora that the model was trained on before."""
 
     default_ratio = (0.0, 0.0, 0.0, 1.0)
 
@@ -23,7 +23,7 @@ class InstructData(MixtureData):
 
         Args:
             instruct: Prompts with completions, and conversations; loss on the completions and answers alone.
-            ratio: Shares in positions, by default 0 : 0 : 0 : 1; the other corpora are given like MixtureData's.
+            ratio: Shares in positions, by default 0 : 0 : 0 : 1; the other corpora are configured as in MixtureData.
             **options: Those of MixtureData.
         """
         super().__init__(instruct=instruct, ratio=ratio, **options)

@@ -1,4 +1,4 @@
-"""Micro-batches out of a stream, for one rank and any number of worker processes."""
+"""Micro-batches of a stream, for one rank and any number of worker processes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from kosmos_lit.images import Fit
 from kosmos_lit.tokenizer import Tokenizer
 
 
-def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
-    """Return the micro-batches of one rank in one optimizer step.
+def n_micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
+    """Return the number of micro-batches of one rank in one optimizer step.
 
     Raises: UserError if the rows do not divide.
     """
@@ -36,36 +36,36 @@ def micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
         ranks = [w for w in range(1, G + 1) if G % (w * m) == 0]
         advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
         if ranks:
-            advice += f", or {_around(ranks, W)} ranks"
+            advice += f", or {_nearest(ranks, W)} ranks"
         raise UserError(f"global_batch_rows {G} is not divisible by {W} ranks x {m} micro_batch_rows; {advice}")
     return G // (m * W)
 
 
-def _around(numbers: list[int], wanted: int) -> str:
-    """Return the largest number below `wanted` and the smallest above, as far as there are any."""
-    below, above = [n for n in numbers if n < wanted], [n for n in numbers if n > wanted]
+def _nearest(numbers: list[int], value: int) -> str:
+    """Return the largest number below `value` and the smallest above, as far as they exist, as text."""
+    below, above = [n for n in numbers if n < value], [n for n in numbers if n > value]
     return " or ".join(map(str, [*below[-1:], *above[:1]]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLayout:
-    """How the rows of each optimizer step are shared out.
+    """How the rows of each optimizer step are distributed over ranks and micro-batches.
 
     Micro-batch k of rank r holds rows [(k W + r) m, (k W + r + 1) m) from `first_row` on, for W ranks and m rows a
     micro-batch: whatever W and m are, a step of G rows is the same G rows.
     """
 
     first_row: int
-    """Row with which this loader begins."""
+    """First row that this loader reads."""
     global_batch_rows: int
     micro_batch_rows: int
     rank: int = 0
     world_size: int = 1
 
     @property
-    def micro_batches(self) -> int:
+    def n_micro_batches(self) -> int:
         """Micro-batches of one rank in one optimizer step."""
-        return micro_batches(self.global_batch_rows, self.micro_batch_rows, self.world_size)
+        return n_micro_batches(self.global_batch_rows, self.micro_batch_rows, self.world_size)
 
     def rows(self, k: int) -> range:
         """Return the rows of this rank's micro-batch k."""
@@ -74,13 +74,13 @@ class BatchLayout:
 
     def step_rows(self, k: int) -> range:
         """Return all rows of the optimizer step that micro-batch k belongs to."""
-        first = self.first_row + k // self.micro_batches * self.global_batch_rows
+        first = self.first_row + k // self.n_micro_batches * self.global_batch_rows
         return range(first, first + self.global_batch_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenderOptions:
-    """What turns rows into tensors."""
+    """How rows become tensors."""
 
     tokenizer: Tokenizer
     image_size: int
@@ -89,40 +89,41 @@ class RenderOptions:
     max_bad_share: Mapping[str, float]
     """Per source the share of its images that may be bad."""
     ledger: Ledger | None = None
-    """Gets a line for each bad image and blocked document."""
+    """File with a line for each bad image and blocked document."""
     blocklist: Blocklist | None = None
-    """What must not be learnt."""
+    """Documents that must not be learnt."""
     unit: Unit = "tokens"
-    """What the mixture counts."""
+    """Unit of the mixture's weights."""
 
 
 class MicroBatches(IterableDataset[KosmosBatch]):
-    """The micro-batches of one rank; worker w of n makes each n-th of them, so their order does not depend on n."""
+    """The micro-batches of one rank; worker w of n renders every n-th of them, so that their order does not depend on n."""
 
-    def __init__(self, stream: Stream, share: BatchLayout, rendering: RenderOptions, n_rows: int | None = None) -> None:
+    def __init__(self, stream: Stream, layout: BatchLayout, options: RenderOptions, n_rows: int | None = None) -> None:
         """Take `n_rows` of a finite stream, or None for an endless one."""
-        self.stream, self.share, self.rendering, self.n_rows = stream, share, rendering, n_rows
+        self.stream, self.layout, self.options, self.n_rows = stream, layout, options, n_rows
 
     def __iter__(self) -> Iterator[KosmosBatch]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        r = self.rendering
+        o = self.options
         reader = ImageReader(
-            r.image_size, r.fit, r.tokenizer.special, r.max_bad_share, ledger=r.ledger, blocklist=r.blocklist,
+            o.image_size, o.fit, o.tokenizer.special, o.max_bad_share, ledger=o.ledger, blocklist=o.blocklist,
             split=None if self.n_rows is None else "val",
         )  # fmt: skip
         corpora = {name: source.corpus for name, source in self.stream.by_name.items()}
+        # Several micro-batches belong to one step: its targets are counted once.
         counted, n_targets = range(0), 1
         for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
-            if self.n_rows is None and (rows_of_step := self.share.step_rows(k)) != counted:
-                counted, n_targets = rows_of_step, self.stream.n_targets(rows_of_step.start, rows_of_step.stop)
-            rows, images = reader.read([self._row(number) for number in self.share.rows(k)], corpora)
+            if self.n_rows is None and (step_rows := self.layout.step_rows(k)) != counted:
+                counted, n_targets = step_rows, self.stream.n_targets(step_rows.start, step_rows.stop)
+            rows, images = reader.read([self._row(number) for number in self.layout.rows(k)], corpora)
             yield collate(
-                rows, images, tokenizer=r.tokenizer, n_latents=r.n_latents, n_step_targets=max(1, n_targets), unit=r.unit
+                rows, images, tokenizer=o.tokenizer, n_latents=o.n_latents, n_step_targets=max(1, n_targets), unit=o.unit
             )
 
     def _row(self, number: int) -> Row:
-        """A rank that has fewer rows of a finite stream than others gets empty ones: all ranks have equally many batches."""
+        """Return a row of the stream, and an empty one behind its end: all ranks have equally many batches."""
         if self.n_rows is not None and number >= self.n_rows:
             return empty_row(self.stream.seq_len)
         return self.stream.row(number)
@@ -131,11 +132,11 @@ class MicroBatches(IterableDataset[KosmosBatch]):
     def n_batches(self) -> int:
         """Micro-batches of a finite stream, the same on every rank."""
         assert self.n_rows is not None
-        return -(-self.n_rows // (self.share.micro_batch_rows * self.share.world_size))
+        return -(-self.n_rows // (self.layout.micro_batch_rows * self.layout.world_size))
 
 
 class Loader:
-    """A DataLoader that knows how long it has been waited for."""
+    """A DataLoader that measures how long training waits for it, in `waited_seconds`."""
 
     def __init__(self, batches: MicroBatches, num_workers: int) -> None:
         self.batches = batches
@@ -146,39 +147,39 @@ class Loader:
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=_leave_interrupts_to_main,
+            worker_init_fn=_ignore_run_signals,
         )
 
     def __iter__(self) -> Iterator[KosmosBatch]:
         batches = iter(self._loader)
         while True:
-            asked = time.monotonic()
+            start = time.monotonic()
             batch = next(batches, None)
-            self.waited_seconds += time.monotonic() - asked
+            self.waited_seconds += time.monotonic() - start
             if batch is None:
                 return
             yield batch
 
 
-def _leave_interrupts_to_main(worker: int) -> None:
-    """Let signals that reach all processes of a run count for the training process alone: it needs its last batches.
+def _ignore_run_signals(worker: int) -> None:
+    """Make a worker ignore SIGINT and SIGTERM that reach all processes of a run: training still needs its last batches.
 
-    That process itself may end this one, as it does on its way out with those that are left; or it would wait for ever.
-    Only Linux tells whose signal it is; elsewhere none counts.
+    SIGTERM from the training process itself does end the worker: multiprocessing sends it at exit, and then waits for the
+    worker. Only on Linux is the sender of a signal known; elsewhere all are ignored.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _obey(parent: int) -> None:
-    """End this process when `parent` asks for it."""
+def _exit_on_sigterm_from(parent: int) -> None:
+    """End this process when `parent` sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
-    os._exit(0)  # as asked: anything else would count as a worker that failed
+    os._exit(0)  # sys.exit would end this thread alone, and another code would count as a failed worker
 
 
 class FiniteLoader(Loader):
@@ -189,21 +190,20 @@ class FiniteLoader(Loader):
 
 
 class PromptLoader:
-    """Batches of questions, made as they are asked for; a bare iterator could be read only once."""
+    """Batches of prompts, built while they are read, as often as they are: a bare iterator could be read only once."""
 
-    def __init__(self, make: Callable[[], Iterator[PromptBatch]], seq_len: int) -> None:
-        """Take what makes the batches, and the positions in a row, for the message if there are none."""
-        self._make, self._seq_len = make, seq_len
+    def __init__(self, build: Callable[[], Iterator[PromptBatch]], seq_len: int) -> None:
+        """Take a function that returns the batches, and the positions in a row, for the message if there are none."""
+        self._build, self._seq_len = build, seq_len
 
     def __iter__(self) -> Iterator[PromptBatch]:
-        """Raises: UserError if there is no question."""
-        batches = self._make()
+        """Raises: UserError if there is no prompt."""
+        batches = self._build()
         first = next(batches, None)
         if first is None:
             raise UserError(
-                "there is nothing to ask: every held-out prompt leaves too little of a row of "
-                f"{self._seq_len} positions for an answer, or has an image that cannot be decoded; raise data.seq_len, or "
-                "hold other documents out"
+                f"there are no prompts: every held-out one leaves too little of a row of {self._seq_len} positions for an "
+                "answer, or has an image that cannot be decoded; raise data.seq_len, or hold other documents out"
             )
         yield first
         yield from batches

@@ -1,4 +1,4 @@
-"""A run's sources: prepared where that is missing, opened, and packed into rows."""
+"""A run's sources: indexed if an index is missing, opened, and packed into rows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from datamodules.prepare.tokenizer import train_tokenizer
 from datamodules.stream import PackedSource
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
+from kosmos_lit.terminal import table
 from kosmos_lit.tokenizer import Tokenizer, has_tokenizer
 
 
 def prepare_tokenizer(config: TokenizerConfig, sources: Iterable[NamedSource]) -> None:
-    """Make the tokenizer if it is missing."""
+    """Train the tokenizer if it is missing."""
     if not has_tokenizer(config.path) and config.vocab_size:
         instruct = CORPORA.index("instruct")
         inputs = config.input or [p for source in sources if source.kind != instruct for p in source.config.input]
@@ -33,9 +34,9 @@ def prepare_tokenizer(config: TokenizerConfig, sources: Iterable[NamedSource]) -
 
 
 def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
-    """Make a source's index if it is missing.
+    """Build a source's index if it is missing.
 
-    Raises: UserError if its images are gone, or its files are others than it was made of.
+    Raises: UserError if a shard is gone, or is not the file that was indexed.
     """
     config = source.config
     if read_manifest(Path(config.index)) is None:
@@ -55,7 +56,7 @@ def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Load the tokenizer.
 
-    Raises: UserError if it is missing or of another size than the config says.
+    Raises: UserError if it is missing, or its size is not that of the config.
     """
     tokenizer = Tokenizer.load(config.path)
     if config.vocab_size not in (None, tokenizer.n_pieces):
@@ -67,12 +68,12 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 class PreparedSource:
-    """An index, what of it is held out, and the rows of both parts."""
+    """An index, its split, and the rows of both parts."""
 
     def __init__(self, source: NamedSource, tokenizer: Tokenizer, layout: RowLayout, workers: int) -> None:
-        """Open and pack.
+        """Open the index and pack its documents into rows.
 
-        Raises: UserError if the index is missing or was made for something else.
+        Raises: UserError if the index is missing, or was made of other files or with other options.
         """
         self.name, self.kind, config = source.name, source.kind, source.config
         self.config = config
@@ -80,6 +81,7 @@ class PreparedSource:
         self._check(tokenizer)
         self.split = Split(self.corpus, config.val_share, config.val_input)
         self.train = self._packed(RowPlan(self.name, self.corpus, self.split, "train", layout, workers=workers))
+        # Seed 0, default blocks and no shuffling: validation rows are the same for all runs of these documents.
         held_out = RowLayout(seq_len=layout.seq_len, n_latents=layout.n_latents, seed=0)
         self.val: PackedSource | None = None
         """None where nothing is held out."""
@@ -89,20 +91,19 @@ class PreparedSource:
         self.contents = contents(source, self.corpus, self.split.key)
         for part in (self.train, self.val):
             if part is not None:
-                self._tell_dropped(part.plan)
+                self._report_dropped(part.plan)
 
     def held_out(self) -> Iterator[int]:
         """Yield the numbers of the documents kept for validation, in order."""
-        for found in self.split.chunks("val"):
-            yield from found.tolist()
+        for documents in self.split.chunks("val"):
+            yield from documents.tolist()
 
     def _check(self, tokenizer: Tokenizer) -> None:
-        """Raises: UserError if the index is of something else than the config says."""
+        """Raises: UserError if the index was not made as the config describes."""
         config, folder = self.config, Path(self.config.index)
         patterns = [*config.input, *(config.val_input or ())]
         files = matches(patterns, folders=True)  # none: an index may be used where its raw text is not
-        # Every rank does this, so that files by the names of the index's shards are not looked at: that was done where
-        # they were prepared.
+        # Every rank runs this. Files with the names of the index's shards are not opened: preparation has checked them.
         if files and [file.name for file in files] != [name for name, _ in self.corpus.shards_key]:
             files = matches(patterns)
         else:
@@ -112,17 +113,17 @@ class PreparedSource:
     def _packed(self, plan: RowPlan) -> PackedSource:
         return PackedSource(self.name, self.kind, self.corpus, plan)
 
-    def _tell_dropped(self, plan: RowPlan) -> None:
+    def _report_dropped(self, plan: RowPlan) -> None:
         for reason, n in plan.totals.dropped.items():
             shard, first = self.corpus.shard_and_name(plan.totals.first_dropped[reason])
             rank_zero_info(
-                f"{self.name}: {n} {plan.blocks.part} documents are left out: {reason}; the first: {shard}, {first}. "
+                f"{self.name}: {n} {plan.blocks.part} documents are dropped: {reason}; the first: {shard}, {first}. "
                 f"Rows have {plan.blocks.layout.seq_len} positions (data.seq_len)"
             )
 
 
 def describe_sources(sources: Mapping[str, PreparedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> str:
-    """Return a table of what the sources give, and how much of it a run reads.
+    """Return a table of the sources and their rows, and of how much of them a run reads.
 
     Args:
         sources: by name.
@@ -130,17 +131,11 @@ def describe_sources(sources: Mapping[str, PreparedSource], n_read: Mapping[str,
         n_total: rows that the run reads of all.
         seq_len: T.
     """
-    return "\n".join(_table(sources, n_read, n_total, seq_len))
-
-
-def _table(sources: Mapping[str, PreparedSource], n_read: Mapping[str, int], n_total: int, seq_len: int) -> Iterator[str]:
-    wide = max(14, *(len(name) + 2 for name in sources))
-    heads = ("documents", "images", "rows", "padding", "shuffled", "share", "epochs")
-    yield f"{'source':<{wide}}" + "".join(f"{h:>12}" for h in heads)
+    rows = []
     for name, source in sources.items():
-        t, read = source.train.plan.totals, n_read[name]
+        plan, read = source.train.plan, n_read[name]
+        t = plan.totals
         padding = 1 - t.positions / (t.rows * seq_len)
-        yield (
-            f"{name:<{wide}}{t.documents:>12,}{t.images:>12,}{t.rows:>12,}{padding:>12.2%}"
-            f"{source.train.plan.window().documents:>12,}{read / max(1, n_total):>12.1%}{read / t.rows:>12.2f}"
-        )
+        read_columns = (f"{read / max(1, n_total):.1%}", f"{read / t.rows:.2f}")
+        rows.append((name, t.documents, t.images, t.rows, f"{padding:.2%}", plan.window().documents, *read_columns))
+    return table(("source", "documents", "images", "rows", "padding", "shuffled", "share", "epochs"), rows)

@@ -1,4 +1,4 @@
-"""What `predict` asks: held-out documents as a prompt, its images, and the continuation that would be right."""
+"""Prompts for `predict`: held-out documents as a prompt, its images, and the expected continuation."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from kosmos_lit.batch import PromptBatch
 from kosmos_lit.images import ImageError, Pixels, decode
 from kosmos_lit.tokenizer import Ids, Tokenizer
 
-BATCH = 16
-MOST = 1024
-"""Questions of a corpus at most; of captions a quarter."""
-ROOM = 64
-"""Positions that an answer may take; prompts that leave less of a row are not asked."""
+BATCH_SIZE = 16
+MAX_PROMPTS = 1024
+"""Prompts of a source at most; of captions a quarter."""
+ANSWER_POSITIONS = 64
+"""Positions that an answer may take; prompts that leave fewer of a row are skipped."""
 
 
-def ask_captions(
+def caption_prompts(
     corpus: IndexedCorpus, documents: Iterable[int], tokenizer: Tokenizer, image_size: int, prompt: str
 ) -> Iterator[PromptBatch]:
-    """Yield questions about caption pairs' images; those that cannot be decoded are left out."""
-    asked = list(islice(documents, MOST // 4))
-    for first in range(0, len(asked), BATCH):
+    """Yield `prompt` with the image of each caption pair; pairs whose image cannot be decoded are skipped."""
+    numbers = list(islice(documents, MAX_PROMPTS // 4))
+    for first in range(0, len(numbers), BATCH_SIZE):
         images, targets = [], []
-        for document in asked[first : first + BATCH]:
+        for document in numbers[first : first + BATCH_SIZE]:
             decoded = _decoded_images(corpus, document, image_size)
             if decoded is not None:
                 images.append(decoded[0])
@@ -41,35 +41,40 @@ def ask_captions(
             )  # fmt: skip
 
 
-def ask_examples(corpus: IndexedCorpus, documents: Iterable[int], r: RenderOptions, seq_len: int) -> Iterator[PromptBatch]:
+def example_prompts(
+    corpus: IndexedCorpus, documents: Iterable[int], options: RenderOptions, seq_len: int
+) -> Iterator[PromptBatch]:
     """Yield the prompt of each example, all before its last answer, in the very tokens of its row.
 
-    Examples are left out whose prompt leaves no room for an answer, or an image of which cannot be decoded.
+    Examples whose prompt leaves too few positions for an answer, or with an image that cannot be decoded, are skipped.
     """
-    kept: list[tuple[Ids, list[Pixels], str]] = []  # one batch at a time: there may be thousands of images
+    batch: list[tuple[Ids, list[Pixels], str]] = []  # one at a time: an example may have many images
     n_long = 0
-    for document in islice(documents, MOST):
-        ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
-        assert said is not None
-        start = 0 if said.all() else int(np.flatnonzero(~said)[-1]) + 1
-        if start + 1 + (r.n_latents + 1) * int((ids == r.tokenizer.special.image).sum()) + ROOM > seq_len:
+    for document in islice(documents, MAX_PROMPTS):
+        ids, supervised = corpus.document_tokens(document), corpus.document_supervised(document)
+        assert supervised is not None
+        start = 0 if supervised.all() else int(np.flatnonzero(~supervised)[-1]) + 1
+        n_images = int((ids == options.tokenizer.special.image).sum())
+        if start + 1 + (options.n_latents + 1) * n_images + ANSWER_POSITIONS > seq_len:
             n_long += 1
-        elif (decoded := _decoded_images(corpus, document, r.image_size)) is not None:
-            kept.append((ids[:start], decoded, r.tokenizer.decode(ids[start:].tolist())))
-        if len(kept) == BATCH:
-            yield _examples(kept, r)
-            kept = []
-    if kept:
-        yield _examples(kept, r)
+        elif (decoded := _decoded_images(corpus, document, options.image_size)) is not None:
+            batch.append((ids[:start], decoded, options.tokenizer.decode(ids[start:].tolist())))
+        if len(batch) == BATCH_SIZE:
+            yield _example_batch(batch, options)
+            batch = []
+    if batch:
+        yield _example_batch(batch, options)
     if n_long:
-        rank_zero_info(f"{n_long} prompts are not asked: they leave less than {ROOM} of {seq_len} positions for an answer")
+        rank_zero_info(
+            f"{n_long} prompts are skipped: they leave less than {ANSWER_POSITIONS} of {seq_len} positions for an answer"
+        )
 
 
-def _examples(kept: Sequence[tuple[Ids, list[Pixels], str]], r: RenderOptions) -> PromptBatch:
-    tokens, images_of, targets = zip(*kept, strict=True)
+def _example_batch(examples: Sequence[tuple[Ids, list[Pixels], str]], options: RenderOptions) -> PromptBatch:
+    tokens, images_of, targets = zip(*examples, strict=True)
     return PromptBatch(
-        prompts=[_readable(ids, r.tokenizer) for ids in tokens],
-        images=_stack([image for decoded in images_of for image in decoded], r.image_size),
+        prompts=[_readable(ids, options.tokenizer) for ids in tokens],
+        images=_stack([image for decoded in images_of for image in decoded], options.image_size),
         n_images=[len(decoded) for decoded in images_of],
         targets=targets,
         tasks=["instruct"] * len(targets),
@@ -89,8 +94,7 @@ def _stack(images: list[Pixels], size: int) -> torch.Tensor:
 
 
 def _readable(ids: Ids, tokenizer: Tokenizer) -> str:
-    """Return a prompt as a person would write it."""
-    cuts = np.flatnonzero(ids == tokenizer.special.image)
-    pieces = np.split(ids, cuts)
-    texts = [tokenizer.decode(piece.tolist()) for piece in pieces]  # decoding leaves the marker out
+    """Return a prompt as text, with <image> for each image."""
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.special.image))
+    texts = [tokenizer.decode(part.tolist()) for part in parts]  # decoding drops the marker that a part begins with
     return " ".join([texts[0], *(f"<image> {text}".strip() for text in texts[1:])]).strip()

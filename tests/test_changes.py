@@ -109,7 +109,7 @@ def test_other_shares_that_were_not_announced_are_refused_and_both_are_named(
 ) -> None:
     message = refused(tiny_run("fit", folder, tiny_world, *RESUME, "--data.ratio.caption=1"))
 
-    assert "from row 12 on the data would be mixed otherwise" in message
+    assert "from row 12 on the mixture would differ" in message
     assert "shares of rows were from row 12: text 41.7%, caption 41.7%, interleaved 16.7%" in message
     assert "they are from row 12: text 62.5%, caption 12.5%, interleaved 25.0%" in message
     assert last(folder).name == "step=00000003.ckpt"
@@ -201,7 +201,7 @@ def test_a_source_that_is_read_no_more_is_named_and_the_run_goes_on_without_it(
     shutil.rmtree(tmp_path / "more")
 
     longer = [*RESUME, "--trainer.max_steps=9"]
-    assert "source more is read no more; shares of rows" in refused(tiny_run("fit", folder, tiny_world, *longer))
+    assert "source more is no longer read; shares of rows" in refused(tiny_run("fit", folder, tiny_world, *longer))
     assert main(tiny_run("fit", folder, tiny_world, *longer, ACCEPT)) == 0
 
     rows = tiny_run("rows", folder, tiny_world, "--ckpt_path", str(last(folder)))
@@ -334,7 +334,7 @@ def test_the_end_of_a_source_follows_from_the_rows_that_were_read_and_not_from_t
 
     step = load_checkpoint(last(tmp_path / "run"))["global_step"]
     data = data_of(changed)
-    data.read_as(load_checkpoint(last(tmp_path / "run"))["WorldData"])
+    data.restore_history(load_checkpoint(last(tmp_path / "run"))["WorldData"])
     stream = data.stream()
     read = [Counter(stream.locate(row)[0].name for row in range(s * G))["more"] for s in (step, step + 1)]
     assert step > 3

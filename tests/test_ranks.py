@@ -79,7 +79,7 @@ def test_ranks_and_their_workers_do_not_change_a_step(
     data = DataCLI(tiny_run("fit", tmp_path, tiny_world)[1:]).datamodule
     assert isinstance(data, MixtureData)
     data.open()
-    n_rows = sum(min(3, source.val.plan.n_rows) for source in data.opened.values() if source.val is not None)
+    n_rows = sum(min(3, source.val.plan.n_rows) for source in data.prepared.values() if source.val is not None)
     assert n_rows % 2 == 1 or ranks == 4  # not divisible: some rank has fewer rows than others
     assert counts == [["1", *[str(-(-n_rows // ranks))] * 2]] * ranks
 

@@ -163,7 +163,7 @@ def g9(bench: Bench) -> Results:
         inputs = make(Path(folder), n_pairs, n_texts, n_documents, 311 if bench.tiny else 2000)
         data = inputs.data("256 px")
         own, *others = loader_benchmark.compare(inputs, "256 px", workers, 4 if bench.tiny else 200, 1 if bench.tiny else 3)
-        totals = data.opened["caption"].train.plan.totals
+        totals = data.prepared["caption"].train.plan.totals
         padding = 1 - totals.positions / (totals.rows * data.seq_len)
         wait = _data_wait(bench, data, workers)
     jpegs = [images.made(256, 256, 95, seed) for seed in range(4 if bench.tiny else 24)]

@@ -1,7 +1,7 @@
-"""Which source row i comes from: ratios to a schedule, exact at every prefix.
+"""Which option each row goes to by weights, exact at every prefix: `Mixture`, and `SourceMixture` of kinds and sources.
 
-Rows are equally long, so a ratio in tokens is a ratio in rows. How rows are dealt out, and why every option is less than
-one row from its share after every row, also where the ratio changes on the way, is told and proven in `dealing`.
+Rows are equally long, so a ratio in tokens is a ratio in rows. The algorithm, and the proof that every option is less than
+one row from its share after every row, also where the ratio changes on the way, are in `apportion`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.mixture.apportion import Piece, Target, deal
+from datamodules.mixture.apportion import Cycle, IdealCounts, apportion
+from datamodules.mixture.weights import MAX_PERIOD, Weight, check_weights, to_parts
 from kosmos_lit.errors import UserError
 
-MAX_PERIOD = 100_000
-"""Weights whose least common period is longer are rounded to this many parts: shares are then exact to 1e-5."""
-MAX_COMMON = MAX_PERIOD**8
-"""Stages whose least common period is longer are all rounded to MAX_PERIOD parts, to keep whole numbers small."""
+MAX_COMMON_PERIOD = MAX_PERIOD**8
+"""Stages whose least common period is longer are all rounded to MAX_PERIOD parts, to keep integers small."""
 BLOCK = 256
-"""Rows of a pattern between two places with known counts."""
-
-Weight = float | Fraction
+"""Rows of a cycle between two places with stored counts."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """From `first_row` on, rows are dealt out by `weights`: one per option; only their proportion counts."""
+    """From `first_row` on, rows are apportioned by `weights`: one per option; only their proportion counts."""
 
     first_row: int
     weights: tuple[Weight, ...]
@@ -39,19 +36,22 @@ class Stage:
         check_weights(f"from row {self.first_row} on", self.weights)
 
 
-def check_weights(where: str, weights: Sequence[Weight], advice: str = "") -> None:
-    """Raise UserError unless all weights are finite, none is negative and one is positive; `advice` is for the last."""
-    if not all(math.isfinite(w) and w >= 0 for w in weights):
-        raise UserError(f"{where}: weights must be finite and not negative, got {_plain(weights)}")
-    if not any(weights):
-        raise UserError(f"{where}: at least one weight must be positive, got {_plain(weights)}{advice}")
+def check_order(rows: Sequence[int]) -> None:
+    """Raise UserError unless the first rows of stages begin at row 0 and ascend."""
+    if not rows or rows[0] != 0:
+        raise UserError(f"the first stage of a mixture must begin at row 0, got stages that begin at {rows}")
+    for n in range(1, len(rows)):
+        if rows[n] <= rows[n - 1]:
+            raise UserError(
+                f"stage {n} of a mixture must begin after row {rows[n - 1]}, where stage {n - 1} does, got {rows[n]}"
+            )
 
 
 class Mixture:
     """An endless sequence of option numbers, with random access, by weights that change from stage to stage.
 
-    After every row, each option has had less than one row more or less than `target`. An option whose weight becomes 0 may
-    get one row more, which it is behind by at that point.
+    After every row, each option has had less than one row more or less than `ideal_counts`. An option whose weight becomes
+    0 may get one row more, which it is behind by at that point.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
@@ -65,15 +65,16 @@ class Mixture:
         if len(sizes := {len(s.weights) for s in stages}) != 1:
             raise UserError(f"every stage needs a weight for each option, got stages with {sorted(sizes)} weights")
         parts = [to_parts(s.weights) for s in stages]
-        if math.lcm(*map(sum, parts)) > MAX_COMMON:
-            parts = [to_parts(s.weights, exactly=True) for s in stages]
+        if math.lcm(*map(sum, parts)) > MAX_COMMON_PERIOD:
+            parts = [to_parts(s.weights, round_always=True) for s in stages]
         changes = [n for n in range(len(stages)) if n == 0 or parts[n] != parts[n - 1]]
         self.n_options = len(parts[0])
         self.first_rows = [stages[n].first_row for n in changes]
         self.parts = [parts[n] for n in changes]
-        """(stages, options) whole numbers: the weights that rows are dealt by."""
-        self._patterns = [_Pattern(piece, self.n_options) for piece in deal(Target(self.first_rows, self.parts))]
-        self._starts = [p.first_row for p in self._patterns]
+        """(stages, options) integers: the weights that rows are apportioned by."""
+        cycles = apportion(IdealCounts(self.first_rows, self.parts))
+        self._cycles = [_IndexedCycle(cycle, self.n_options) for cycle in cycles]
+        self._starts = [cycle.first_row for cycle in self._cycles]
 
     @classmethod
     def constant(cls, weights: Sequence[Weight]) -> Mixture:
@@ -82,13 +83,13 @@ class Mixture:
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the option of row `row`, and its number among that option's rows."""
-        return self._patterns[bisect_right(self._starts, row) - 1].locate(row)
+        return self._cycles[bisect_right(self._starts, row) - 1].locate(row)
 
     def counts(self, n_rows: int) -> list[int]:
         """Return how many of the first `n_rows` rows go to each option."""
-        return self._patterns[bisect_right(self._starts, n_rows) - 1].counts(n_rows)
+        return self._cycles[bisect_right(self._starts, n_rows) - 1].counts(n_rows)
 
-    def target(self, n_rows: int) -> list[Fraction]:
+    def ideal_counts(self, n_rows: int) -> list[Fraction]:
         """Return how many of the first `n_rows` rows would go to each option if rows could be split."""
         total = [Fraction(0)] * self.n_options
         for first, end, parts in zip(self.first_rows, [*self.first_rows[1:], n_rows], self.parts, strict=True):
@@ -99,16 +100,16 @@ class Mixture:
 
     def row_of(self, option: int, number: int) -> int | None:
         """Return the row that is the option's `number`-th (from 0), or None if it has no such row."""
-        at = bisect_right(self._patterns, number, key=lambda p: p.before[option]) - 1
-        return self._patterns[at].row_of(option, number)
+        at = bisect_right(self._cycles, number, key=lambda cycle: cycle.before[option]) - 1
+        return self._cycles[at].row_of(option, number)
 
 
-class _Pattern:
-    """Rows that repeat from `first_row` on."""
+class _IndexedCycle:
+    """A cycle with random access: an array of options, and counts every BLOCK rows."""
 
-    def __init__(self, piece: Piece, n_options: int) -> None:
-        self.first_row, self.before = piece.first_row, piece.given
-        self.options = np.array(piece.options, dtype=np.min_scalar_type(n_options))
+    def __init__(self, cycle: Cycle, n_options: int) -> None:
+        self.first_row, self.before = cycle.first_row, cycle.counts
+        self.options = np.array(cycle.options, dtype=np.min_scalar_type(n_options))
         self.period = len(self.options)
         starts = np.arange(0, self.period, BLOCK)
         per_block = [np.bincount(self.options[s : s + BLOCK], minlength=n_options) for s in starts]
@@ -127,6 +128,7 @@ class _Pattern:
         block = at // BLOCK
         in_block = np.bincount(self.options[block * BLOCK : at], minlength=len(self.before))
         in_round = (self.marks[block] + in_block).tolist()
+        # tolist: `marks` are int32, which the counts of a long stream overflow.
         return [b + rounds * w + r for b, w, r in zip(self.before, self.marks[-1].tolist(), in_round, strict=True)]
 
     def row_of(self, option: int, number: int) -> int | None:
@@ -140,53 +142,7 @@ class _Pattern:
         return self.first_row + rounds * self.period + at
 
 
-def check_order(rows: Sequence[int]) -> None:
-    """Raise UserError if the first rows of stages do not begin at row 0, or do not follow one another."""
-    if not rows or rows[0] != 0:
-        raise UserError(f"the first stage of a mixture must begin at row 0, got stages that begin at {rows}")
-    for n in range(1, len(rows)):
-        if rows[n] <= rows[n - 1]:
-            raise UserError(
-                f"stage {n} of a mixture must begin after row {rows[n - 1]}, where stage {n - 1} does, got {rows[n]}"
-            )
-
-
-def to_parts(weights: Sequence[Weight], *, exactly: bool = False) -> list[int]:
-    """Return the smallest whole numbers in the proportion of the weights.
-
-    If they add up to more than MAX_PERIOD, or `exactly` that many are wanted, they are rounded by largest remainder.
-
-    Raises: UserError if a weight that is not 0 would be rounded to 0.
-    """
-    fractions = [exact(w) for w in weights]
-    scale = math.lcm(*(f.denominator for f in fractions))
-    whole = [int(f * scale) for f in fractions]
-    shared = math.gcd(*whole)
-    whole = [w // shared for w in whole]
-    if sum(whole) <= MAX_PERIOD and not exactly:
-        return whole
-    parts = [Fraction(w * MAX_PERIOD, sum(whole)) for w in whole]
-    rounded = [int(p) for p in parts]
-    by_remainder = sorted(range(len(parts)), key=lambda k: rounded[k] - parts[k])
-    for k in by_remainder[: MAX_PERIOD - sum(rounded)]:
-        rounded[k] += 1
-    if lost := [weights[k] for k in range(len(parts)) if whole[k] and not rounded[k]]:
-        raise UserError(
-            f"weight {_plain(lost)} is less than 1 part in {MAX_PERIOD} of {_plain(weights)}; raise it, or set it to 0"
-        )
-    return rounded
-
-
-def exact(weight: Weight) -> Fraction:
-    """Return a weight as it is written: 0.1 is a tenth."""
-    return weight if isinstance(weight, Fraction) else Fraction(str(float(weight)))
-
-
-def _plain(weights: Sequence[Weight]) -> str:
-    return f"[{', '.join(f'{float(w):g}' if isinstance(w, Fraction) else str(w) for w in weights)}]"
-
-
-# ---- two levels
+# ---- sources within kinds
 
 
 @dataclass(frozen=True)
@@ -217,7 +173,7 @@ class SourceMixture:
         for n, stage in enumerate(stages):
             if (len(stage.ratio), len(stage.weights)) != (n_kinds, len(kind_of)):
                 raise UserError(
-                    f"stage {n} of a blend needs {n_kinds} shares of kinds and {len(kind_of)} weights of sources, "
+                    f"stage {n} of a mixture needs {n_kinds} shares of kinds and {len(kind_of)} weights of sources, "
                     f"got {len(stage.ratio)} and {len(stage.weights)}"
                 )
         self.kinds = Mixture([Stage(stage.first_row, stage.ratio) for stage in stages])
@@ -225,14 +181,14 @@ class SourceMixture:
 
     def _within_kind(self, kind: int) -> Mixture | None:
         """Return the mixture of a kind's sources over the kind's own rows; None for a kind without rows."""
-        found: dict[int, Stage] = {}
+        within: dict[int, Stage] = {}
         for stage in self.stages:
             if stage.ratio[kind]:
                 weights = tuple(stage.weights[s] for s in self._sources[kind])
                 check_weights(f"from row {stage.first_row} on, sources of kind {kind}", weights)
-                first = self.kinds.counts(stage.first_row)[kind] if found else 0
-                found[first] = Stage(first, weights)  # of stages without a row in between, the later one counts
-        return Mixture(list(found.values())) if found else None
+                first = self.kinds.counts(stage.first_row)[kind] if within else 0
+                within[first] = Stage(first, weights)  # of stages without a row in between, the later one counts
+        return Mixture(list(within.values())) if within else None
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the source of row `row`, and its number among that source's rows."""
@@ -242,12 +198,12 @@ class SourceMixture:
 
     def counts(self, n_rows: int) -> list[int]:
         """Return how many of the first `n_rows` rows come from each source."""
-        found = [0] * len(self.kind_of)
+        counts = [0] * len(self.kind_of)
         for kind, n_kind_rows in enumerate(self.kinds.counts(n_rows)):
             if n_kind_rows:
                 for source, count in zip(self._sources[kind], self._of(kind).counts(n_kind_rows), strict=True):
-                    found[source] = count
-        return found
+                    counts[source] = count
+        return counts
 
     def row_of(self, source: int, number: int) -> int | None:
         """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
@@ -260,50 +216,3 @@ class SourceMixture:
         within = self._within[kind]
         assert within is not None, f"kind {kind} has rows but no sources"
         return within
-
-
-# ---- a change that nobody saw coming
-
-
-class MixtureSchedule:
-    """Blends of the same sources one after another: a run that goes on with other ratios or weights than it began with.
-
-    A `Blend` knows its stages in advance, and the rows before a border depend on what follows it. Rows that a run has
-    read already cannot: they stay as the blend of that time dealt them, and the next blend begins anew, its first row
-    being the row of the change. So the bounds of a `Blend` hold for each leg, counted from the leg's first row.
-    """
-
-    def __init__(self, phases: Sequence[tuple[int, SourceMixture]]) -> None:
-        """Take each leg's first row, in order from row 0, and its blend; a source that it does not read has weight 0 there.
-
-        Raises: UserError if the legs are not in order.
-        """
-        check_order([row for row, _ in phases])
-        self.first_rows, self.blends = [row for row, _ in phases], [blend for _, blend in phases]
-        self._before = [[0] * len(self.blends[0].kind_of)]
-        for n, first in enumerate(self.first_rows[1:]):
-            self._before.append(self._after(n, first - self.first_rows[n]))
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Return the source of row `row`, and its number among that source's rows."""
-        leg = self._leg(row)
-        source, number = self.blends[leg].locate(row - self.first_rows[leg])
-        return source, self._before[leg][source] + number
-
-    def counts(self, n_rows: int) -> list[int]:
-        """Return how many of the first `n_rows` rows come from each source."""
-        leg = self._leg(n_rows)
-        return self._after(leg, n_rows - self.first_rows[leg])
-
-    def row_of(self, source: int, number: int) -> int | None:
-        """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
-        leg = bisect_right(self._before, number, key=lambda before: before[source]) - 1
-        row = self.blends[leg].row_of(source, number - self._before[leg][source])
-        return None if row is None else self.first_rows[leg] + row
-
-    def _leg(self, row: int) -> int:
-        return bisect_right(self.first_rows, row) - 1
-
-    def _after(self, leg: int, n_rows: int) -> list[int]:
-        """Return the rows of each source before the `n_rows`-th of a leg."""
-        return [b + c for b, c in zip(self._before[leg], self.blends[leg].counts(n_rows), strict=True)]

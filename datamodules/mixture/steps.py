@@ -1,4 +1,4 @@
-"""Which rows an optimizer step reads: G of them, one step's behind the other's."""
+"""Which rows each optimizer step reads: one step's rows follow the other's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps and their rows, where the rows of a step may change as a run goes on."""
+    """Steps and their rows; the rows of a step may change where a run is resumed."""
 
     borders: tuple[tuple[int, int, int], ...]
     """(steps done, rows read by then, rows of a step from there on), ascending."""
 
     @classmethod
-    def of(cls, global_batch_rows: int) -> Steps:
-        """Return the steps of a run from its start."""
+    def constant(cls, global_batch_rows: int) -> Steps:
+        """Return the steps of a run that begins at row 0."""
         return cls(((0, 0, global_batch_rows),))
 
     @classmethod
@@ -28,12 +28,12 @@ class Steps:
         """Return plain data for a checkpoint."""
         return [list(border) for border in self.borders]
 
-    def go_on(self, step: int, global_batch_rows: int) -> Steps:
+    def resume(self, step: int, global_batch_rows: int) -> Steps:
         """Return the steps of a run that goes on after `step` steps."""
-        kept = tuple(border for border in self.borders if border[0] < step)
-        if kept and kept[-1][2] == global_batch_rows:
-            return Steps(kept)
-        return Steps((*kept, (step, self.row(step), global_batch_rows)))
+        past = tuple(border for border in self.borders if border[0] < step)
+        if past and past[-1][2] == global_batch_rows:
+            return Steps(past)
+        return Steps((*past, (step, self.row(step), global_batch_rows)))
 
     def row(self, step: int) -> int:
         """Return the rows read by `step` steps, which is also the first row of the next one."""
@@ -41,7 +41,7 @@ class Steps:
         return row + (step - first) * size
 
     def step(self, row: int) -> int:
-        """Return the whole steps that end before `row` or with the row before it."""
+        """Return the number of steps whose rows all lie before `row`."""
         first, start, size = self.borders[bisect_right(self.borders, row, key=lambda border: border[1]) - 1]
         return first + (row - start) // size
 

@@ -1,12 +1,12 @@
-"""Which row is read when, and what stands in it, for corpora of any size: only the blocks that are read are ever packed.
+"""The row plan: which row is read when, and which segments it holds. Only the blocks that are read are ever packed.
 
-The documents of a split are dealt into blocks of about `block_documents`. A block is made of runs, stretches of
-`run_documents` documents as they lie in the corpus, and which runs make up which block is a seeded permutation: a block
-is drawn from the whole corpus, but is read from few places. Documents are shuffled and packed into rows block by block,
-when a row of the block is asked for; packing does not depend on the epoch.
+The documents of a split are divided into blocks of about `block_documents`. A block consists of runs, stretches of
+`run_documents` documents as they lie in the corpus, and a seeded permutation decides which runs make up which block: a
+block is drawn from the whole corpus, but is read from few places. Documents are shuffled and packed into rows block by
+block, when a row of the block is needed; packing does not depend on the epoch.
 
 An epoch is a permutation of the blocks, and of the rows of each. So every epoch has the same rows, and any row of any epoch
-is found from the number of rows of each block without looking at the rows before it. The price, that the same
+is located from the number of rows of each block without packing the rows before it. The price, that the same
 documents share a row in every epoch, is small: they do not see each other. A small corpus is one block.
 """
 
@@ -23,33 +23,35 @@ import numpy.typing as npt
 from datamodules.corpus import PLACE_BITS, IndexedCorpus
 from datamodules.io.hashing import hash_key, permutation
 from datamodules.packing.counts import count_parts
-from datamodules.packing.pack import REASONS, Array, Packed, pack
+from datamodules.packing.pack import REASONS, Array, PackedRows, pack
 from datamodules.packing.split import Part, Split
 from kosmos_lit.errors import UserError
 
 VERSION = 1
-"""Of what is packed how: counts that another version kept are not taken."""
+"""Of the packing algorithm: stored counts of another version are not used."""
 SPARSEST = 1 / 32
-"""A split with a smaller share of the documents has smaller blocks: to find a block's documents, all are looked at."""
-KEPT_BLOCKS = 2
-"""Packed blocks that are kept at hand, some 5 MB each."""
+"""A split with a smaller share of the documents has smaller blocks: all documents of its runs are tested for it."""
+CACHED_BLOCKS = 2
+"""PackedRows blocks in memory, some 5 MB each."""
 COUNTS = np.dtype(
     [(name, "<i8") for name in ("documents", "begun", "rows", "positions", "targets", "images")]
     + [("dropped", "<i8", (len(REASONS),)), ("first_dropped", "<i8", (len(REASONS),))]
 )  # fmt: skip
-"""What is known of each block; `first_dropped` is a document, or -1."""
+"""Counts of a block; `first_dropped` is a document, or -1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowLayout:
-    """What a plan depends on beside the corpus and the split."""
+    """Parameters of a row plan, beside the corpus and the split."""
+
+    # The field names are part of the key of stored counts: see `Blocks.key`.
 
     seq_len: int
     """Positions of a row."""
     n_latents: int
     """Slots of an image."""
     seed: int
-    """Decides blocks and order."""
+    """Seed of blocks and order."""
     block_documents: int = 1 << 17
     """Documents among which an epoch is shuffled, about; blocks are shuffled too."""
     run_documents: int = 1 << 12
@@ -72,7 +74,7 @@ class Blocks:
 
     @property
     def key(self) -> str:
-        """Return a hash of all that decides the blocks and their rows."""
+        """Return a hash of everything that the blocks and their rows depend on."""
         return f"{hash_key(VERSION, self.split.key, self.part, json.dumps(asdict(self.layout))):016x}"
 
     @property
@@ -85,20 +87,20 @@ class Blocks:
         return max(1, min(round(documents / self.layout.block_documents), self.n_runs))
 
     @cached_property
-    def _dealt(self) -> Array:
+    def _run_order(self) -> Array:
         return permutation(self.n_runs, hash_key("runs", self.layout.seed))
 
     def runs(self, block: int) -> list[tuple[int, int]]:
         """Return the stretches of the corpus that a block is drawn from, ascending."""
         first, stop = (b * self.n_runs // self.n_blocks for b in (block, block + 1))
         size, n = self.layout.run_documents, self.corpus.n_documents
-        return [(run * size, min((run + 1) * size, n)) for run in sorted(self._dealt[first:stop].tolist())] or [(0, 0)]
+        return [(run * size, min((run + 1) * size, n)) for run in sorted(self._run_order[first:stop].tolist())] or [(0, 0)]
 
-    def packed(self, block: int) -> tuple[Packed, int]:
-        """Pack a block; return its rows, and its number of documents."""
-        found = [self._run(first, stop) for first, stop in self.runs(block)]
-        documents, n_tokens, n_images = (np.concatenate(column) for column in zip(*found, strict=True))
-        order = permutation(len(documents), hash_key("documents", self.layout.seed, *_unless_first(block)))
+    def packed(self, block: int) -> tuple[PackedRows, int]:
+        """Return a block's rows, and its number of documents."""
+        runs = [self._run(first, stop) for first, stop in self.runs(block)]
+        documents, n_tokens, n_images = (np.concatenate(column) for column in zip(*runs, strict=True))
+        order = permutation(len(documents), hash_key("documents", self.layout.seed, *_block_key(block)))
         T, L = self.layout.seq_len, self.layout.n_latents
         return pack(self.corpus, documents[order], n_tokens[order] + 1, n_images[order], T, L), len(documents)
 
@@ -110,26 +112,26 @@ class Blocks:
         return documents, n_tokens, n_images
 
     def count(self, block: int) -> tuple[npt.NDArray[np.void], int]:
-        """Return what is known of a block, (1,) of `COUNTS`, and its number of documents."""
+        """Return the counts of a block, (1,) of `COUNTS`, and its number of documents."""
         packed, n_documents = self.packed(block)
         return count_block(packed, n_documents), n_documents
 
 
-def count_block(packed: Packed, n_documents: int) -> npt.NDArray[np.void]:
-    """Return what is known of a packed block, (1,) of `COUNTS`."""
+def count_block(packed: PackedRows, n_documents: int) -> npt.NDArray[np.void]:
+    """Return the counts of a packed block, (1,) of `COUNTS`."""
     dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
     counts = np.zeros(1, COUNTS)
     counts["documents"] = n_documents
     counts["begun"] = np.count_nonzero(packed.start == 0)
     counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
     counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
-    counts["dropped"] = [len(found) for found in dropped]
-    counts["first_dropped"] = [found[0] if found else -1 for found in dropped]
+    counts["dropped"] = [len(documents) for documents in dropped]
+    counts["first_dropped"] = [documents[0] if documents else -1 for documents in dropped]
     return counts
 
 
-def _unless_first(block: int) -> tuple[int, ...]:
-    """Name a block in a key; the first one is not named, so that a corpus of one block needs no blocks to be understood."""
+def _block_key(block: int) -> tuple[int, ...]:
+    """Return the part of a seed that a block adds: none for the first, so that one block is as no blocks."""
     return (block,) if block else ()
 
 
@@ -138,9 +140,9 @@ class Totals:
     """What an epoch of a plan holds."""
 
     documents: int
-    """Of the split: those in rows, and those left out."""
+    """Of the split: those in rows, and those dropped."""
     begun: int
-    """Documents whose first piece stands in a row: all but those left out."""
+    """Documents whose first segment is in a row: all but the dropped ones."""
     rows: int
     positions: int
     """Positions that are not padding."""
@@ -148,14 +150,14 @@ class Totals:
     """Supervised tokens."""
     images: int
     dropped: dict[str, int]
-    """Documents left out, by reason."""
+    """Dropped documents, by reason."""
     first_dropped: dict[str, int]
     """By reason, the lowest number of such a document."""
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """What rows hold."""
+    """What a number of rows hold together."""
 
     rows: int
     positions: int
@@ -167,19 +169,19 @@ class Amounts:
 
 @dataclass(frozen=True)
 class RowSizes:
-    """What single rows hold, by the rows of a plan's first block."""
+    """What single rows hold, measured on a plan's first block."""
 
     images: tuple[float, float]
     """Mean and standard deviation of a row's images."""
     targets: tuple[float, float]
     """Of its supervised tokens."""
-    document: float
+    document_length: float
     """Positions of the document that a position is in, on average: squared lengths by lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Among how many others a row is drawn."""
+    """The shuffle window: how many documents and rows a row is drawn among."""
 
     blocks: int
     documents: int
@@ -199,16 +201,16 @@ class RowPlan:
         self, name: str, corpus: IndexedCorpus, split: Split, part: Part, layout: RowLayout, *, shuffle: bool = True,
         workers: int = 1,
     ) -> None:  # fmt: skip
-        """Find out how many rows each block has: from the counts that the index keeps, or by packing all blocks once.
+        """Take the number of rows of each block from the counts stored beside the index, or pack all blocks once.
 
         Args:
-            name: what the order of rows is drawn by, beside the seed.
+            name: of the source; the order of rows is drawn by it and the seed.
             corpus: a prepared corpus.
-            split: which of its documents are for what.
-            part: which of them to take.
+            split: of its documents into training and validation.
+            part: which of the two.
             layout: rows and blocks.
-            shuffle: whether blocks and rows are read in an order of each epoch's own.
-            workers: processes that pack, if there are many blocks whose counts are not known.
+            shuffle: whether each epoch has its own order of blocks and rows.
+            workers: processes that pack, if there are many blocks without stored counts.
 
         Raises: UserError if a row has no room for an image, there is no document, or none fits a row.
         """
@@ -217,33 +219,35 @@ class RowPlan:
         if corpus.image_offsets[-1] and L + 4 > T:
             raise UserError(f"seq_len {T} has no room for an image of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
-        self._keep_at_hand()
-        one = self.blocks.n_blocks == 1
-        counts = count_block(*self._packed(0)) if one else count_parts(self.blocks, f"planning {name}, {part}", workers)
+        self._make_caches()
+        if self.blocks.n_blocks == 1:  # it will be read anyway
+            counts = count_block(*self._packed(0))
+        else:
+            counts = count_parts(self.blocks, f"planning {name}, {part}", workers)
         self._counts = counts
         self._n_rows = counts["rows"].astype(np.int64)
-        self._firsts = np.cumsum(self._n_rows) - self._n_rows
+        self._first_ids = np.cumsum(self._n_rows) - self._n_rows
         self.totals = _totals(counts)
         self.n_rows = self.totals.rows
         if not self.totals.documents:
             raise UserError(f"{corpus.folder}: no document to plan; the corpus is too small for its val_share")
         if not self.n_rows:
-            self._refuse()
+            self._raise_no_rows()
 
-    def _keep_at_hand(self) -> None:
-        self._packed = lru_cache(maxsize=KEPT_BLOCKS)(self.blocks.packed)
+    def _make_caches(self) -> None:
+        self._packed = lru_cache(maxsize=CACHED_BLOCKS)(self.blocks.packed)
         self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
         self._row_order = lru_cache(maxsize=8)(self._order_of_rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is kept at hand: a process that is spawned packs for itself."""
+        """Leave out the caches, which cannot be pickled: a spawned process packs for itself."""
         return {k: v for k, v in vars(self).items() if k not in ("_packed", "_block_order", "_row_order")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._keep_at_hand()
+        self._make_caches()
 
-    def _refuse(self) -> None:
+    def _raise_no_rows(self) -> None:
         corpus, T = self.blocks.corpus, self.blocks.layout.seq_len
         reason, first = next(iter(self.totals.first_dropped.items()))
         raise UserError(
@@ -252,33 +256,33 @@ class RowPlan:
         )
 
     def row(self, epoch: int, number: int) -> int:
-        """Return the id of the row that is read as number `number` of an epoch."""
+        """Return the id of the row at place `number` of an epoch."""
         assert 0 <= number < self.n_rows, number
         order, ends = self._block_order(epoch)
         place = int(np.searchsorted(ends, number, side="right"))
         block = int(order[place])
         at = number - int(ends[place]) + int(self._n_rows[block])
-        return int(self._firsts[block]) + int(self._row_order(block, epoch)[at])
+        return int(self._first_ids[block]) + int(self._row_order(block, epoch)[at])
 
     def _order_of_blocks(self, epoch: int) -> tuple[Array, Array]:
-        """Return an epoch's blocks, and how many rows there are up to the end of each."""
+        """Return an epoch's blocks in order, and the number of rows up to the end of each."""
         n = len(self._n_rows)
         order = permutation(n, hash_key("blocks", self.seed, self.name, epoch)) if self.shuffle else np.arange(n)
         return order, np.cumsum(self._n_rows[order])
 
     def _order_of_rows(self, block: int, epoch: int) -> Array:
         n = int(self._n_rows[block])
-        key = hash_key("rows", self.seed, self.name, epoch, *_unless_first(block))
+        key = hash_key("rows", self.seed, self.name, epoch, *_block_key(block))
         return permutation(n, key) if self.shuffle else np.arange(n)
 
-    def pieces(self, row: int) -> list[tuple[int, int, int]]:
-        """Return the pieces of the row with id `row` as (document, start, end)."""
-        block = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        return self._packed(block)[0].pieces(row - int(self._firsts[block]))
+    def segments(self, row: int) -> list[tuple[int, int, int]]:
+        """Return the segments of the row with id `row` as (document, start, end)."""
+        block = int(np.searchsorted(self._first_ids, row, side="right")) - 1
+        return self._packed(block)[0].segments(row - int(self._first_ids[block]))
 
-    def n_targets_of(self, first: int, stop: int) -> int:
+    def n_targets(self, first: int, stop: int) -> int:
         """Return the supervised tokens of rows [first, stop) as they are read, epochs following one another."""
-        found = 0
+        n_targets = 0
         while first < stop:
             epoch, number = divmod(first, self.n_rows)
             order, ends = self._block_order(epoch)
@@ -286,33 +290,33 @@ class RowPlan:
             block, n_left = int(order[place]), min(int(ends[place]) - number, stop - first)
             at = number - int(ends[place]) + int(self._n_rows[block])
             rows = self._row_order(block, epoch)[at : at + n_left]
-            found += int(self._packed(block)[0].row_targets[rows].sum())
+            n_targets += int(self._packed(block)[0].row_targets[rows].sum())
             first += n_left
-        return found
+        return n_targets
 
-    def read(self, n_rows: int) -> Amounts:
-        """Return what the first `n_rows` rows hold, epochs following one another; at most one block is packed for it."""
+    def amounts(self, n_rows: int) -> Amounts:
+        """Return what the first `n_rows` rows hold, epochs following one another; packs at most one block."""
         epochs, n_left = divmod(n_rows, self.n_rows)
         order, ends = self._block_order(epochs)
-        n_whole = int(np.searchsorted(ends, n_left, side="right"))
-        counted = self._counts[order[:n_whole]]
+        n_blocks = int(np.searchsorted(ends, n_left, side="right"))  # that the last epoch reads to their end
+        counted = self._counts[order[:n_blocks]]
         sums = [epochs * getattr(self.totals, n) + int(counted[n].sum()) for n in ("positions", "targets", "images")]
-        if n_left > (before := int(ends[n_whole - 1]) if n_whole else 0):
-            block = int(order[n_whole])
+        if n_left > (before := int(ends[n_blocks - 1]) if n_blocks else 0):
+            block = int(order[n_blocks])
             rows, packed = self._row_order(block, epochs)[: n_left - before], self._packed(block)[0]
             columns = (packed.row_positions, packed.row_targets, packed.row_images)
             sums = [n + int(column[rows].sum()) for n, column in zip(sums, columns, strict=True)]
         return Amounts(n_rows, *sums)
 
     def row_sizes(self) -> RowSizes:
-        """Return what rows hold one by one."""
+        """Return mean and spread of what a row holds."""
         packed = self._packed(0)[0]
         images, targets = ((float(c.mean()), float(c.std())) for c in (packed.row_images, packed.row_targets))
         lengths = packed.n_positions
         return RowSizes(images, targets, float((lengths**2).sum() / lengths.sum()))
 
     def window(self) -> Window:
-        """Return among how many others a row is drawn."""
+        """Return the shuffle window, of a block on average."""
         n = self.blocks.n_blocks
         runs = self.blocks.runs(0)
         records = self.blocks.corpus.records

@@ -92,7 +92,7 @@ class WorldData(MixtureData):
 
     def predict_dataloader(self) -> Iterable[Any]:
         """Return a loader of questions about held-out combinations, and about held-out examples of the task."""
-        return PromptLoader(lambda: chain(self._scene_questions(), self.instruct_questions()), self.seq_len)
+        return PromptLoader(lambda: chain(self._scene_questions(), self.instruct_prompts()), self.seq_len)
 
     def _scene_questions(self) -> Iterator[PromptBatch]:
         random = Random(hash_key("questions", self.world.seed))

@@ -47,7 +47,7 @@ def rows(arguments: list[str]) -> None:
     if a.ckpt_path is not None:
         from kosmos_lit.checkpoint import load_checkpoint
 
-        data.read_as(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
+        data.restore_history(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
     stream = data.stream(a.split)
     numbers = range(start, start + count) if a.step is None else data.steps.rows(a.step)
     if a.split == "val":
@@ -56,7 +56,7 @@ def rows(arguments: list[str]) -> None:
             raise UserError(f"rows: --start {start}, but there are {n_rows} held-out rows, from 0")
         numbers = numbers[: n_rows - start]
     for number in numbers:
-        row, blocked = data.as_trained(stream.row(number))
+        row, blocked = data.apply_blocklist(stream.row(number))
         if a.json:
             print(json.dumps(describe_row(row, stream, blocked)))
         else:

@@ -157,7 +157,7 @@ def _skeleton(run: RunDescription) -> Kosmos | None:
 
 def _steps(run: RunDescription) -> tuple[int, str | None]:
     if run.data is not None and run.has_corpora:
-        end = last_step(run.data.opened, run.data.kinds, run.data.schedule, run.data.steps)
+        end = last_step(run.data.prepared, run.data.kinds, run.data.schedule, run.data.steps)
         if end is not None and (run.max_steps < 0 or end[0] < run.max_steps):
             return end
     return max(0, run.max_steps), None
@@ -168,7 +168,7 @@ def _forecasts(run: RunDescription, steps: int) -> tuple[list[SourceForecast], b
         return [], False
     n_rows = run.data.steps.row(steps)
     if run.has_corpora:
-        return forecast(run.data.opened, run.data.kinds, run.data.schedule, n_rows), True
+        return forecast(run.data.prepared, run.data.kinds, run.data.schedule, n_rows), True
     return _typical(run).forecast(n_rows), False
 
 
@@ -183,7 +183,7 @@ def _micro_batch(run: RunDescription) -> MicroBatch | None:
         return None
     m = data.micro_batch_rows
     if run.has_corpora:
-        images, targets = largest_micro_batch(data.opened, data.kinds, data.schedule, m)
+        images, targets = largest_micro_batch(data.prepared, data.kinds, data.schedule, m)
     else:
         images, targets = _typical(run).largest_micro_batch(m)
     return MicroBatch(rows=m, seq_len=data.seq_len, n_images=images, n_targets=min(targets, m * data.seq_len))
@@ -223,7 +223,7 @@ def _flops(run: RunDescription, forecasts: Iterable[SourceForecast], steps: int)
     attends_to_row = run.kosmos.decoder.document_attention == "row"
     work = Work()
     for f in forecasts:
-        a, length = f.amounts, run.data.seq_len if attends_to_row else f.document
+        a, length = f.amounts, run.data.seq_len if attends_to_row else f.document_length
         # `length` is a mean over positions: times the positions it is the sum of squared lengths, attention's pairs.
         work += Work(a.positions, round(a.positions * length), a.targets, a.images)
     total = ModelFlops(run.kosmos, run.freeze).training(work)

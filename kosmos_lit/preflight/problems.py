@@ -107,7 +107,7 @@ def _validation(run: RunDescription, estimates: Estimates) -> Iterator[str]:
         yield f"trainer.val_check_interval is {every:g}: the stream has no end to take a share of; give optimizer steps"
     elif isinstance(every, int) and not isinstance(every, bool) and 0 < last < every:
         yield f"trainer.val_check_interval is {every:,}, but the run has {last:,} steps: it would never validate"
-    if run.data is not None and run.has_corpora and not any(s.val is not None for s in run.data.opened.values()):
+    if run.data is not None and run.has_corpora and not any(s.val is not None for s in run.data.prepared.values()):
         yield "no corpus has held-out documents; raise val_share of a corpus"
     if run.trainer.gradient_clip_algorithm not in (None, "norm"):
         yield f"trainer.gradient_clip_algorithm: only norm is supported, got {run.trainer.gradient_clip_algorithm}"

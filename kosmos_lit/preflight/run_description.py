@@ -75,7 +75,7 @@ class RunDescription:
     @property
     def has_corpora(self) -> bool:
         """Whether the corpora are indexed and open."""
-        return self.data is not None and bool(self.data.opened)
+        return self.data is not None and bool(self.data.prepared)
 
     def callback(self, class_name: str) -> dict[str, Any] | None:
         """Return the arguments of the callback of a class; None if the trainer has none."""

@@ -248,14 +248,14 @@ def write_raw(folder: Path) -> None:
 
 
 def plan(name: str, corpus: IndexedCorpus, seq_len: int, n_latents: int, seed: int) -> RowPlan:
-    """A plan over all documents of a corpus."""
+    """A row plan over all documents of a corpus."""
     layout = RowLayout(seq_len=seq_len, n_latents=n_latents, seed=seed)
     return RowPlan(name, corpus, Split(corpus, 0.0, None), "train", layout)
 
 
 def documents_of(plan: RowPlan) -> list[int]:
     """The documents of a plan, each once."""
-    return sorted({document for row in range(plan.n_rows) for document, _, _ in plan.pieces(row)})
+    return sorted({document for row in range(plan.n_rows) for document, _, _ in plan.segments(row)})
 
 
 def stream(
@@ -278,6 +278,6 @@ def stream(
 def plain(row: Row) -> tuple[object, ...]:
     """A row as values that `==` compares."""
     return (
-        row.number, row.corpus, row.source, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.documents, row.images,
-        row.image_owner, row.slots.tolist(),
+        row.number, row.corpus, row.source, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.segments, row.images,
+        row.image_segments, row.slots.tolist(),
     )  # fmt: skip

@@ -34,11 +34,11 @@ def stream_of(images, folder, tokenizer_folder, tokenizer, per_shard=10_007):
 
 
 def batches(stream, tokenizer, ledger, max_bad_share, m, workers=0):
-    rendering = RenderOptions(
+    options = RenderOptions(
         tokenizer=tokenizer, image_size=5, fit="crop", n_latents=1, max_bad_share={"caption": max_bad_share}, ledger=ledger
     )
-    share = BatchLayout(first_row=0, global_batch_rows=m, micro_batch_rows=m)
-    return iter(Loader(MicroBatches(stream, share, rendering), workers))
+    layout = BatchLayout(first_row=0, global_batch_rows=m, micro_batch_rows=m)
+    return iter(Loader(MicroBatches(stream, layout, options), workers))
 
 
 def keys(numbers):

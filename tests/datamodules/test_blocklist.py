@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.blocklist import Blocklist, without
+from datamodules.blocklist import Blocklist, mask_segments
 from datamodules.loader import BatchLayout, FiniteLoader, Loader, MicroBatches, RenderOptions
 from datamodules.prepare.index import prepare_corpus
 from datamodules.quarantine import Ledger, read_ledger
 from datamodules.row_display import describe_row, readable_row
-from datamodules.stream import InOrder, Stream
+from datamodules.stream import SequentialSchedule, Stream
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.errors import UserError
 from kosmos_lit.tokenizer import IGNORE, PAD
@@ -62,12 +62,12 @@ def blocked(blocklist, corpus):
 
 
 def batches(stream, tokenizer, blocklist=None, ledger=None, workers=0, n_rows=None):
-    rendering = RenderOptions(
+    options = RenderOptions(
         tokenizer=tokenizer, image_size=SIDE, fit="crop", n_latents=N_LATENTS, max_bad_share=dict.fromkeys(CORPORA, 0.0),
         ledger=ledger, blocklist=blocklist,
     )  # fmt: skip
-    share = BatchLayout(first_row=0, global_batch_rows=3, micro_batch_rows=1)
-    micro = MicroBatches(stream, share, rendering, n_rows)
+    layout = BatchLayout(first_row=0, global_batch_rows=3, micro_batch_rows=1)
+    micro = MicroBatches(stream, layout, options, n_rows)
     return list(islice(Loader(micro, workers), N_ROWS) if n_rows is None else FiniteLoader(micro, workers))
 
 
@@ -75,7 +75,7 @@ def digest(data, name="sha256"):
     return hashlib.new(name, data).hexdigest()
 
 
-# ---- what is on a list
+# ---- entries
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_an_instruction_is_found_by_its_line_and_its_images_hash(examples, raw, 
     assert len(blocked(listed("a.jsonl:line 5"), examples)) == 1
 
 
-def test_a_key_json_before_a_large_image_and_behind_extended_headers_is_found(tmp_path, tokenizer_folder, listed):
+def test_a_key_json_before_a_large_image_and_behind_extended_headers_is_read(tmp_path, tokenizer_folder, listed):
     big = np.random.default_rng(0).integers(0, 256, (131, 257, 3), dtype=np.uint8)  # noise: above 64 KiB as PNG
     members = []
     for n in range(5):
@@ -151,7 +151,7 @@ def test_a_list_without_hashes_and_names_reads_no_image_and_no_name(originals, l
     assert listed(digest(b"an image")).match(Closed(originals["text"]), 0) is None
 
 
-def test_an_unpickled_list_reads_its_files_anew(originals, listed):
+def test_an_unpickled_list_reads_its_files_again(originals, listed):
     blocklist = listed(*(f"{n:09d}" for n in range(1000)))
     sent = pickle.dumps(blocklist)
     assert len(sent) < 1000
@@ -177,7 +177,7 @@ def test_a_list_that_is_cut_off_is_named(tmp_path, ending):
     assert f"blocklist {path} cannot be read after line" in refusal(str(path))
 
 
-def test_a_list_that_is_not_there_is_named(tmp_path):
+def test_a_missing_list_is_named(tmp_path):
     assert f"data.blocklist: no file matches '{tmp_path}/a.txt'" in refusal(str(tmp_path / "a.txt"))
 
 
@@ -192,7 +192,7 @@ def test_a_name_that_every_file_has_is_refused_without_a_shard(tmp_path, entry):
     assert f"line 2: every file has a '{entry}'; say of which shard" in refusal(str(tmp_path / "a.txt"))
 
 
-# ---- what becomes of a blocked document
+# ---- blocked documents
 
 
 ENTRIES = (
@@ -205,46 +205,46 @@ NAMES = {
 }  # fmt: skip
 
 
-def struck(stream, blocklist):
-    """Per row of the stream whether a position is of a blocked document, and whether an image is."""
-    found = []
+def blocked_parts(stream, blocklist):
+    """Per row of the stream: masks of the positions and of the images that belong to blocked documents."""
+    masks = []
     for number in range(N_ROWS):
         row = stream.row(number)
         corpus = stream.by_name[row.source].corpus
         places = np.zeros(len(row.tokens), dtype=bool)
-        hit = [blocklist.match(corpus, d.document) is not None for d in row.documents]
-        for placed, is_hit in zip(row.documents, hit, strict=True):
-            places[placed.at : placed.at + placed.length] = is_hit
-        found.append((places, [hit[owner] for owner in row.image_owner]))
-    return found
+        is_blocked = [blocklist.match(corpus, s.document) is not None for s in row.segments]
+        for segment, value in zip(row.segments, is_blocked, strict=True):
+            places[segment.position : segment.position + segment.length] = value
+        masks.append((places, [is_blocked[n] for n in row.image_segments]))
+    return masks
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_other_document_is_the_same_with_and_without_the_list(stream, tokenizer, listed, workers):
     blocklist = listed(*ENTRIES)
     plain = batches(stream, tokenizer)
-    n_struck = 0
+    n_blocked = 0
     for (places, images), before, after in zip(
-        struck(stream, blocklist), plain, batches(stream, tokenizer, blocklist, workers=workers), strict=True
+        blocked_parts(stream, blocklist), plain, batches(stream, tokenizer, blocklist, workers=workers), strict=True
     ):
-        kept = torch.from_numpy(~places)
+        others = torch.from_numpy(~places)
         for name in ("tokens", "targets"):
-            assert getattr(after, name)[0, kept].equal(getattr(before, name)[0, kept])
+            assert getattr(after, name)[0, others].equal(getattr(before, name)[0, others])
         for name in ("positions", "slots", "corpus"):
             assert getattr(after, name).equal(getattr(before, name))
         assert (after.lengths, after.rows, after.n_step_targets) == (before.lengths, before.rows, before.n_step_targets)
-        shown = torch.tensor([not p for p in images], dtype=torch.bool)
-        assert after.images[shown].equal(before.images[shown])
-        n_struck += int(places.any())
-    assert 5 < n_struck < N_ROWS
+        other_images = torch.tensor([not p for p in images], dtype=torch.bool)
+        assert after.images[other_images].equal(before.images[other_images])
+        n_blocked += int(places.any())
+    assert 5 < n_blocked < N_ROWS
 
 
-def test_nothing_of_a_blocked_document_is_left_but_its_places(stream, tokenizer, listed):
+def test_a_blocked_document_keeps_nothing_but_its_positions(stream, tokenizer, listed):
     blocklist = listed(*ENTRIES)
     special = tokenizer.special
     n_images = 0
     for (places, images), batch in zip(
-        struck(stream, blocklist), batches(stream, tokenizer, blocklist), strict=True
+        blocked_parts(stream, blocklist), batches(stream, tokenizer, blocklist), strict=True
     ):
         assert set(batch.tokens[0, places].tolist()) <= {PAD, special.image, special.image_end}
         assert set(batch.targets[0, places].tolist()) <= {IGNORE}
@@ -257,15 +257,15 @@ def test_nothing_of_a_blocked_document_is_left_but_its_places(stream, tokenizer,
 
 def test_blocked_documents_are_in_the_ledger_and_in_the_batch_but_not_in_the_budget(stream, tokenizer, listed, tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
-    found = batches(stream, tokenizer, listed(*ENTRIES), ledger)  # max_bad_share is 0
+    read = batches(stream, tokenizer, listed(*ENTRIES), ledger)  # max_bad_share is 0
     samples = list(read_ledger(ledger.path))
     assert {s.key for s in samples} == NAMES
     assert {s.reason for s in samples} == {"blocked"}
     assert f"image's hash {digest(sample_data.jpeg(13))}" in {s.detail for s in samples}
-    assert {pair for batch in found for pair in batch.bad} == {(n, "blocked") for n in ("text", "caption", "interleaved")}
+    assert {pair for batch in read for pair in batch.bad} == {(n, "blocked") for n in ("text", "caption", "interleaved")}
     lines = ledger.path.read_text().splitlines()
-    assert len(lines) == sum(len(batch.bad) for batch in found)
-    assert sorted(json.loads(line)["row"] for line in lines) == [b.rows[0] for b in found for _ in b.bad]
+    assert len(lines) == sum(len(batch.bad) for batch in read)
+    assert sorted(json.loads(line)["row"] for line in lines) == [b.rows[0] for b in read for _ in b.bad]
 
 
 def test_shards_and_indexes_are_not_written(stream, tokenizer, listed):
@@ -277,13 +277,13 @@ def test_shards_and_indexes_are_not_written(stream, tokenizer, listed):
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in files] == before
 
 
-def test_held_out_documents_are_struck_out_as_well_and_the_ledger_says_where(stream, tokenizer, listed, tmp_path):
+def test_held_out_documents_are_masked_as_well_and_the_ledger_has_their_split(stream, tokenizer, listed, tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
     sources = list(stream.by_name.values())
-    schedule = InOrder([source.plan.n_rows for source in sources])
+    schedule = SequentialSchedule([source.plan.n_rows for source in sources])
     held_out = Stream(sources, schedule, stream.special, 101)
-    found = batches(held_out, tokenizer, listed(*ENTRIES), ledger, n_rows=schedule.n_rows)
-    assert len(found) == schedule.n_rows
+    read = batches(held_out, tokenizer, listed(*ENTRIES), ledger, n_rows=schedule.n_rows)
+    assert len(read) == schedule.n_rows
     assert {(s.key, s.split) for s in read_ledger(ledger.path)} == {(name, "val") for name in NAMES}
 
 
@@ -291,18 +291,18 @@ def test_printed_rows_are_those_that_the_model_reads(stream, tokenizer, listed):
     blocklist = listed("000000007")
     trained = batches(stream, tokenizer, blocklist)
     number = next(b.rows[0] for b in trained if b.bad)
-    row, why = blocklist.apply(stream.row(number), stream.by_name["caption"].corpus, tokenizer.special)
+    row, entries = blocklist.apply(stream.row(number), stream.by_name["caption"].corpus, tokenizer.special)
     printed = describe_row(row, stream)
     assert printed["tokens"] == trained[number].tokens[0].tolist()
     assert printed["targets"] == trained[number].targets[0].tolist()
-    [(n, what)] = why.items()
-    assert (printed["documents"][n]["id"], what) == ("000000007", "key 000000007")
+    [(n, entry)] = entries.items()
+    assert (printed["documents"][n]["id"], entry) == ("000000007", "key 000000007")
     assert "000000007, targets" in readable_row(row, stream, tokenizer)
 
 
 def test_a_row_without_blocked_documents_is_the_very_row(stream, tokenizer):
     row = stream.row(0)
-    assert without(row, {}, tokenizer.special) is row
+    assert mask_segments(row, {}, tokenizer.special) is row
 
 
 def test_a_shard_that_is_gone_is_named_where_names_are_looked_up(stream, tokenizer, listed, tmp_path):

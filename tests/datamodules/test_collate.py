@@ -24,7 +24,7 @@ def stream(corpora, tokenizer):
 
 @pytest.fixture(scope="module")
 def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
-    """A stream of caption pairs of which seven images look whole and cannot be decoded."""
+    """A stream of caption pairs of which seven images have sound headers and cannot be decoded."""
     folder = tmp_path_factory.mktemp("hollow")
     keys = [f"{i:09d}.png" for i in range(0, 2 * N_HOLLOW, 2)]
     members = [(n, sample_data.hollow_png() if n in keys else d) for n, d in sample_data.pairs(31, 0)]
@@ -35,8 +35,8 @@ def hollow(tokenizer_folder, tokenizer, tmp_path_factory):
     return sample_data.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0))
 
 
-def joined(read, tokenizer, n_latents=3):
-    return collate(*read, tokenizer=tokenizer, n_latents=n_latents, n_step_targets=7)
+def joined(decoded, tokenizer, n_latents=3):
+    return collate(*decoded, tokenizer=tokenizer, n_latents=n_latents, n_step_targets=7)
 
 
 def reader(stream, max_bad_share=0.5, **options):
@@ -52,9 +52,9 @@ def read(rows, stream):
 
 
 def read_all(images, stream, epochs=1):
-    """Epochs of caption pairs."""
+    """The decoded rows of some epochs of caption pairs."""
     rows = (stream.row(i) for i in range(epochs * stream.by_name["caption"].plan.n_rows))
-    return [read for row in rows for read in images.read([row], corpora_of(stream))[0]]
+    return [decoded for row in rows for decoded in images.read([row], corpora_of(stream))[0]]
 
 
 def first_with_images(stream):
@@ -73,7 +73,7 @@ def test_a_batch_holds_its_rows_as_they_are(stream, tokenizer):
     assert batch.n_step_targets == 7
 
 
-def test_slots_say_row_and_place_of_each_image(stream, tokenizer):
+def test_slots_hold_row_and_position_of_each_image(stream, tokenizer):
     rows = [stream.row(i) for i in range(11)]
     batch = joined(read(rows, stream), tokenizer)
     assert len(batch.images) == len(batch.slots) == sum(len(row.images) for row in rows) > 0
@@ -103,18 +103,18 @@ def test_loss_positions_are_those_with_a_target(stream, tokenizer):
 def test_bytes_of_a_row_are_those_of_the_text_it_predicts(stream, tokenizer):
     rows = [stream.row(i) for i in range(5)]
     batch = joined(read(rows, stream), tokenizer)
-    wanted = [tokenizer.count_bytes(row.tokens, row.targets).sum() for row in rows]
-    assert batch.n_bytes.tolist() == wanted
-    assert all(n > 0 for n in wanted)
+    expected = [tokenizer.count_bytes(row.tokens, row.targets).sum() for row in rows]
+    assert batch.n_bytes.tolist() == expected
+    assert all(n > 0 for n in expected)
 
 
 def test_an_image_that_cannot_be_decoded_keeps_its_document_without_targets(stream, tokenizer):
     row = first_with_images(stream)
-    [found], images = read([row], stream)
-    batch = joined(([replace(found, undecodable=(row.image_owner[1],))], images), tokenizer)
-    placed = row.documents[row.image_owner[1]]
+    [decoded], images = read([row], stream)
+    batch = joined(([replace(decoded, undecodable=(row.image_segments[1],))], images), tokenizer)
+    segment = row.segments[row.image_segments[1]]
     inside = np.zeros(101, dtype=bool)
-    inside[placed.at : placed.at + placed.length] = True
+    inside[segment.position : segment.position + segment.length] = True
     assert batch.tokens[0].tolist() == row.tokens.tolist()
     assert batch.targets[0].tolist() == np.where(inside, IGNORE, row.targets).tolist()
     assert batch.n_bad_images == 1
@@ -134,8 +134,8 @@ def test_too_many_bad_images_stop_the_run_and_name_source_share_reasons_and_ledg
     images = reader(hollow, 0.05, ledger=Ledger(tmp_path / "bad.jsonl"))
     with pytest.raises(UserError) as caught:
         read_all(images, hollow)
-    said = r"caption: (\d+) of (\d+) .* max_bad_share 5\.0%: image cannot be decoded: (\d+)\. .*bad\.jsonl\."
-    n_bad, n_read, n_of_reason = map(int, re.search(said, str(caught.value)).groups())
+    message = r"caption: (\d+) of (\d+) .* max_bad_share 5\.0%: image cannot be decoded: (\d+)\. .*bad\.jsonl\."
+    n_bad, n_read, n_of_reason = map(int, re.search(message, str(caught.value)).groups())
     assert re.search(r"00000\.tar, byte \d+", str(caught.value))
     assert n_bad == n_of_reason == len(list(read_ledger(tmp_path / "bad.jsonl")))
     assert n_bad > 0.05 * n_read
@@ -143,30 +143,28 @@ def test_too_many_bad_images_stop_the_run_and_name_source_share_reasons_and_ledg
 
 def test_a_few_bad_images_do_not_stop_the_run(hollow):
     images = reader(hollow, 0.0)
-    found = read_all(images, hollow)
+    decoded = read_all(images, hollow)
     budget = images.budgets["caption"]
     assert (budget.n_read, budget.n_bad) == (31, N_HOLLOW)
-    assert sum(len(row.undecodable) for row in found) == N_HOLLOW
+    assert sum(len(d.undecodable) for d in decoded) == N_HOLLOW
 
 
 def test_bad_images_are_lines_of_the_ledger_with_row_key_and_place(hollow, tmp_path):
     ledger = Ledger(tmp_path / "run/bad.jsonl")
-    found = read_all(reader(hollow, ledger=ledger), hollow)
+    decoded = read_all(reader(hollow, ledger=ledger), hollow)
     samples = list(read_ledger(ledger.path))
     assert {s.key for s in samples} == {f"{i:09d}" for i in range(0, 2 * N_HOLLOW, 2)}
     assert len(samples) == N_HOLLOW
     corpus = hollow.by_name["caption"].corpus
     for sample in samples:
-        row = found[sample.row].row
-        [(image, owner)] = [
-            (i, o) for i, o in zip(row.images, row.image_owner, strict=True) if i.offset == sample.offset
-        ]
-        assert corpus.shard_and_name(row.documents[owner].document) == (sample.shard, sample.key)
+        row = decoded[sample.row].row
+        [(image, n)] = [(i, n) for i, n in zip(row.images, row.image_segments, strict=True) if i.offset == sample.offset]
+        assert corpus.shard_and_name(row.segments[n].document) == (sample.shard, sample.key)
         assert corpus.image_bytes(image) == sample_data.hollow_png()
         assert (sample.source, sample.reason, sample.split) == ("caption", "image cannot be decoded", None)
 
 
-def test_an_image_met_in_two_epochs_is_written_twice_and_read_once(hollow, tmp_path):
+def test_an_image_read_in_two_epochs_is_written_twice_and_listed_once(hollow, tmp_path):
     ledger = Ledger(tmp_path / "bad.jsonl")
     read_all(reader(hollow, ledger=ledger), hollow, epochs=2)
     assert len(ledger.path.read_text().splitlines()) == 2 * N_HOLLOW

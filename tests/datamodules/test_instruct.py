@@ -43,6 +43,7 @@ def build(raw, tokenizer_folder, tmp_path_factory):
         data = InstructData(config, tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **(OPTIONS | changes))
         data.trainer = SimpleNamespace(
             world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=0, val_check_interval=None, max_steps=7,
+            ckpt_path=None,
             default_root_dir=str(tokenizer_folder.parent / "run"),
         )  # fmt: skip
         data.prepare_data()
@@ -70,16 +71,16 @@ def answers_of(record: dict) -> list[str]:
 
 def test_targets_are_the_answers_and_an_eos_behind_each(data, tokenizer):
     stream = data.stream("val")
-    seen = 0
+    n_segments = 0
     for number in range(data.n_val_rows()):
         row = stream.row(number)
-        for placed in row.documents:
-            targets = row.targets[placed.at : placed.at + placed.length]
-            answers = answers_of(record_of(data.opened["instruct"].corpus, placed.document))
-            wanted = [id_ for answer in answers for id_ in (*tokenizer.encode(answer).tolist(), EOS)]
-            assert targets[targets != IGNORE].tolist() == wanted
-            seen += 1
-    assert seen == len(list(data.opened["instruct"].held_out())) > 5
+        for segment in row.segments:
+            targets = row.targets[segment.position : segment.position + segment.length]
+            answers = answers_of(record_of(data.prepared["instruct"].corpus, segment.document))
+            expected = [id_ for answer in answers for id_ in (*tokenizer.encode(answer).tolist(), EOS)]
+            assert targets[targets != IGNORE].tolist() == expected
+            n_segments += 1
+    assert n_segments == len(list(data.prepared["instruct"].held_out())) > 5
 
 
 def test_no_eos_stands_in_the_input(data):
@@ -94,11 +95,11 @@ def test_the_targets_of_a_step_are_known_before_it(data):
 
 
 def test_no_example_is_split(data):
-    corpus = data.opened["instruct"].corpus
+    corpus = data.prepared["instruct"].corpus
     lengths = np.diff(corpus.token_offsets)
     for number in range(29):
-        for placed in data.stream().row(number).documents:
-            assert (placed.start, placed.end) == (0, lengths[placed.document] + 1)
+        for segment in data.stream().row(number).segments:
+            assert (segment.start, segment.end) == (0, lengths[segment.document] + 1)
 
 
 def test_an_image_is_read_from_its_own_file(raw, examples):
@@ -114,7 +115,7 @@ def test_an_image_is_read_from_its_own_file(raw, examples):
 def test_a_batch_has_its_images_in_the_order_of_their_slots(data):
     batch = next(iter(data.train_dataloader()))
     row = data.stream().row(0)
-    first = decode(data.opened["instruct"].corpus.image_bytes(row.images[0]), 7, "crop")
+    first = decode(data.prepared["instruct"].corpus.image_bytes(row.images[0]), 7, "crop")
     assert batch.images[0].numpy().tolist() == first.tolist()
     assert batch.corpus.tolist() == [CORPORA.index("instruct")] * 2
     assert len(batch.images) == len(batch.slots) > 2
@@ -123,15 +124,15 @@ def test_a_batch_has_its_images_in_the_order_of_their_slots(data):
 # ---- what does not fit, and what is held out
 
 
-def test_examples_longer_than_a_row_are_left_out_and_counted(build, caplog):
+def test_examples_longer_than_a_row_are_dropped_and_counted(build, caplog):
     with caplog.at_level("INFO"):
         data = build(seq_len=48)
-    plans = [data.opened["instruct"].train.plan, data.opened["instruct"].val.plan]
+    plans = [data.prepared["instruct"].train.plan, data.prepared["instruct"].val.plan]
     n_long = sum(sum(plan.totals.dropped.values()) for plan in plans)
-    placed = [document for plan in plans for document in sample_data.documents_of(plan)]
+    planned = [document for plan in plans for document in sample_data.documents_of(plan)]
     assert n_long > 0
-    assert len(placed) == len(RECORDS) - n_long
-    assert re.search(r"instruct: \d+ train documents are left out: .*; the first: .*Rows have 48 positions", caplog.text)
+    assert len(planned) == len(RECORDS) - n_long
+    assert re.search(r"instruct: \d+ train documents are dropped: .*; the first: .*Rows have 48 positions", caplog.text)
     assert ", line " in caplog.text
 
 
@@ -142,10 +143,10 @@ def test_rows_that_no_example_fits_are_refused(examples):
 
 def test_a_file_may_be_held_out_as_a_whole(build):
     data = build(val="tuning/b.jsonl.gz")
-    corpus = data.opened["instruct"].corpus
-    assert {corpus.shard_and_name(d)[0][-2:] for d in data.opened["instruct"].held_out()} == {"gz"}
-    assert len(list(data.opened["instruct"].held_out())) == 13
-    assert sample_data.documents_of(data.opened["instruct"].train.plan) == list(range(19))
+    corpus = data.prepared["instruct"].corpus
+    assert {corpus.shard_and_name(d)[0][-2:] for d in data.prepared["instruct"].held_out()} == {"gz"}
+    assert len(list(data.prepared["instruct"].held_out())) == 13
+    assert sample_data.documents_of(data.prepared["instruct"].train.plan) == list(range(19))
 
 
 def test_a_held_out_file_that_was_not_prepared_is_named(build):
@@ -166,11 +167,11 @@ def test_a_prompt_is_read_as_it_was_trained(data, examples, tokenizer, kind):
         {"instruct": examples}, tokenizer.special, ratio=(0, 0, 0, 1), seq_len=SEQ_LEN, n_latents=LATENTS
     )
     rows = [stream.row(i) for i in range(stream.by_name["instruct"].plan.n_rows)]
-    row, placed = next((r, d) for r in rows for d in r.documents if d.document == document)
-    n, here = len(read.tokens), slice(placed.at, placed.at + placed.length)
-    assert read.tokens.tolist() == row.tokens[here][:n].tolist()
-    assert read.slots.tolist() == [slot - placed.at for slot in row.slots.tolist() if here.start <= slot < here.stop]
-    assert row.targets[here][n - 1 :].tolist() == [*tokenizer.encode(answers_of(record)[-1]).tolist(), EOS]
+    row, segment = next((r, s) for r in rows for s in r.segments if s.document == document)
+    n, place = len(read.tokens), slice(segment.position, segment.position + segment.length)
+    assert read.tokens.tolist() == row.tokens[place][:n].tolist()
+    assert read.slots.tolist() == [slot - place.start for slot in row.slots.tolist() if place.start <= slot < place.stop]
+    assert row.targets[place][n - 1 :].tolist() == [*tokenizer.encode(answers_of(record)[-1]).tolist(), EOS]
 
 
 TALKS = [
@@ -184,7 +185,7 @@ TALKS = [
         ]
     },
 ]  # fmt: skip
-WHOLE = [
+WRITTEN = [
     "the cat sat:  at the mat",
     "the cat sat",
     "Question: the? Answer: cat",
@@ -199,7 +200,7 @@ def test_an_answer_follows_its_prompt_with_the_ids_of_the_whole_text(tmp_path, p
     inputs = [str(tmp_path / "x.jsonl")]
     corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
     tokenizer = Tokenizer.load(folder)
-    assert [corpus.document_tokens(d).tolist() for d in range(4)] == [tokenizer.encode(text).tolist() for text in WHOLE]
+    assert [corpus.document_tokens(d).tolist() for d in range(4)] == [tokenizer.encode(text).tolist() for text in WRITTEN]
 
 
 def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
@@ -209,19 +210,19 @@ def test_a_prompt_is_the_beginning_of_its_row_for_byte_level_pieces(tmp_path):
     corpus = prepare_corpus(format="instruct", inputs=inputs, tokenizer=folder, output=tmp_path / "index")
     tokenizer = Tokenizer.load(folder)
     for document, record in enumerate(TALKS):
-        ids, said = corpus.document_tokens(document), corpus.document_supervised(document)
+        ids, supervised = corpus.document_tokens(document), corpus.document_supervised(document)
         text = record.get("prompt") or prompt_text([(m["role"], m["content"]) for m in record["messages"][:-1]])
         prompt = encode_prompt(text, 0, tokenizer, LATENTS).tokens[1:]
         assert ids[: len(prompt)].tolist() == prompt.tolist()
-        assert said[len(prompt) :].all()
-        assert not said[len(prompt) - 1]
+        assert supervised[len(prompt) :].all()
+        assert not supervised[len(prompt) - 1]
 
 
-def test_predict_asks_for_the_last_answer_with_the_tokens_of_the_row(data, tokenizer):
+def test_prompts_of_predict_are_the_tokens_of_the_row_up_to_the_last_answer(data, tokenizer):
     batches = list(data.predict_dataloader())
-    corpus = data.opened["instruct"].corpus
-    asked = [(ids, answer) for batch in batches for ids, answer in zip(batch.tokens, batch.targets, strict=True)]
-    for document, (ids, answer) in zip(data.opened["instruct"].held_out(), asked, strict=True):
+    corpus = data.prepared["instruct"].corpus
+    prompts = [(ids, answer) for batch in batches for ids, answer in zip(batch.tokens, batch.targets, strict=True)]
+    for document, (ids, answer) in zip(data.prepared["instruct"].held_out(), prompts, strict=True):
         stored = corpus.document_tokens(document)
         assert stored[: len(ids)].tolist() == ids.tolist()
         assert answer == tokenizer.decode(stored[len(ids) :].tolist()) == answers_of(record_of(corpus, document))[-1]
@@ -229,33 +230,33 @@ def test_predict_asks_for_the_last_answer_with_the_tokens_of_the_row(data, token
     assert all(text.count("<image>") == n for b in batches for text, n in zip(b.prompts, b.n_images, strict=True))
 
 
-def test_prompts_without_room_for_an_answer_are_not_asked(data, caplog, monkeypatch):
+def test_prompts_without_room_for_an_answer_are_skipped(data, caplog, monkeypatch):
     monkeypatch.setattr(data, "seq_len", 101)
     with caplog.at_level("INFO"):
-        asked = sum(len(batch.targets) for batch in data.predict_dataloader())
-    n_held_out = len(list(data.opened["instruct"].held_out()))
-    assert asked < n_held_out
-    assert f"{n_held_out - asked} prompts are not asked: they leave less than 64 of 101 positions" in caplog.text
+        n_prompts = sum(len(batch.targets) for batch in data.predict_dataloader())
+    n_held_out = len(list(data.prepared["instruct"].held_out()))
+    assert n_prompts < n_held_out
+    assert f"{n_held_out - n_prompts} prompts are skipped: they leave less than 64 of 101 positions" in caplog.text
 
 
 def test_prompts_that_all_lack_room_are_an_error_that_names_the_length(data, monkeypatch):
     monkeypatch.setattr(data, "seq_len", 67)
-    with pytest.raises(UserError, match=r"nothing to ask: .* 67 positions .* raise data\.seq_len"):
+    with pytest.raises(UserError, match=r"there are no prompts: .* 67 positions .* raise data\.seq_len"):
         list(data.predict_dataloader())
 
 
 def test_images_are_read_batch_by_batch(data, monkeypatch):
-    monkeypatch.setattr("datamodules.prompt_batches.BATCH", 2)
+    monkeypatch.setattr("datamodules.prompt_batches.BATCH_SIZE", 2)
     read = []
-    once = data.opened["instruct"].corpus.image_bytes
-    monkeypatch.setattr(data.opened["instruct"].corpus, "image_bytes", lambda image: (read.append(image), once(image))[1])
+    once = data.prepared["instruct"].corpus.image_bytes
+    monkeypatch.setattr(data.prepared["instruct"].corpus, "image_bytes", lambda image: (read.append(image), once(image))[1])
     batches = iter(data.predict_dataloader())
     first = next(batches)
     assert len(read) == len(first.images)
-    rest = list(batches)
-    assert len(read) == len(first.images) + sum(len(batch.images) for batch in rest) > len(first.images)
+    later = list(batches)
+    assert len(read) == len(first.images) + sum(len(batch.images) for batch in later) > len(first.images)
     assert len(first.targets) == 2
-    assert sum(len(batch.targets) for batch in rest) == len(list(data.opened["instruct"].held_out())) - 2
+    assert sum(len(batch.targets) for batch in later) == len(list(data.prepared["instruct"].held_out())) - 2
 
 
 # ---- indexes
@@ -283,4 +284,4 @@ def test_an_index_from_before_an_option_was_made_with_its_default(raw, tokenizer
 
 def test_the_first_position_of_an_example_is_bos(data):
     row = data.stream().row(3)
-    assert all(row.tokens[placed.at] == BOS for placed in row.documents)
+    assert all(row.tokens[segment.position] == BOS for segment in row.segments)

@@ -35,7 +35,7 @@ def build(corpus_configs, tokenizer_folder):
         data.trainer = SimpleNamespace(
             world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate, global_step=step,
             val_check_interval=val_check_interval, max_steps=37, state=SimpleNamespace(fn="fit"),
-            default_root_dir=str(tokenizer_folder.parent / "run"),
+            default_root_dir=str(tokenizer_folder.parent / "run"), ckpt_path=None,
         )  # fmt: skip
         data.prepare_data()
         return data
@@ -62,7 +62,7 @@ def test_accumulation_follows_from_the_global_batch(build):
     assert ready(build, world_size=2).trainer.accumulate_grad_batches == 2
 
 
-def test_a_global_batch_that_ranks_cannot_share_is_refused_with_advice(build):
+def test_a_global_batch_that_ranks_cannot_divide_is_refused_with_advice(build):
     with pytest.raises(UserError, match=r"12 is not divisible by 3 ranks x 3 .*; micro_batch_rows could be 1, 2, 4"):
         ready(build, world_size=3)
 
@@ -108,7 +108,7 @@ def test_a_module_that_was_resumed_twice_counts_on(build):
         ({"ratio": RatioConfig(text=3)}, r"shares of rows were from row 0: text 41.7%, .* they are from row 0: text 30.0%"),
     ],
 )
-def test_a_checkpoint_of_another_stream_is_refused_and_both_are_named(build, changes, named):
+def test_a_checkpoint_of_another_stream_is_refused_with_both_values(build, changes, named):
     state = ready(build).state_dict()
     with pytest.raises(UserError, match=named):
         ready(build, **changes).load_state_dict(state)
@@ -130,14 +130,14 @@ def test_other_files_held_out_are_other_documents_though_as_many(build, raw, cor
         ready(build, **holding_out("text/b.jsonl.gz")).load_state_dict(state)
 
 
-def test_steps_are_found_again_where_a_run_went_on_with_a_larger_batch(build):
+def test_steps_keep_their_rows_where_a_run_went_on_with_a_larger_batch(build):
     state = ready(build, step=10).state_dict()
     resumed = ready(build, step=10, global_batch_rows=24)
     resumed.load_state_dict(state)
     assert next(iter(resumed.train_dataloader())).rows == (120, 121, 122)
     resumed.trainer.global_step = 13
     later = ready(build)
-    later.read_as(resumed.state_dict())
+    later.restore_history(resumed.state_dict())
     assert [later.steps.rows(step) for step in (1, 10, 11, 13)] == [
         range(12), range(108, 120), range(120, 144), range(168, 192)
     ]  # fmt: skip
@@ -145,14 +145,14 @@ def test_steps_are_found_again_where_a_run_went_on_with_a_larger_batch(build):
 
 def test_a_checkpoint_of_another_kind_of_data_is_refused_before_the_first_row(build):
     data = ready(build, step=2)
-    data.trainer.ckpt_path = "run/checkpoints/step=00000002.ckpt"  # and nobody has loaded the data's state
+    data.trainer.ckpt_path = "run/checkpoints/step=00000002.ckpt"  # and it has no state of this data: it was not loaded
     with pytest.raises(UserError, match=r"step=00000002\.ckpt is of a run with another kind of data than MixtureData"):
         data.train_dataloader()
 
 
 def test_training_and_validation_share_no_document(build):
     data = ready(build)
-    for source in data.opened.values():
+    for source in data.prepared.values():
         train, val = set(sample_data.documents_of(source.train.plan)), set(sample_data.documents_of(source.val.plan))
         assert train
         assert val == set(source.held_out())
@@ -164,11 +164,11 @@ def test_validation_is_the_same_for_every_seed(build):
     assert rows[0] == rows[1]
 
 
-def test_validation_takes_at_most_the_rows_asked_of_each_corpus(build):
+def test_validation_takes_at_most_val_rows_of_each_corpus(build):
     data = ready(build)
     corpora = [c for batch in data.val_dataloader() for c in batch.corpus.tolist() if c >= 0]
-    there = [data.opened[name].val.plan.n_rows for name in sample_data.INPUTS]
-    assert corpora == [c for c, n_rows in enumerate(there) for _ in range(min(2, n_rows))]
+    counts = [data.prepared[name].val.plan.n_rows for name in sample_data.INPUTS]
+    assert corpora == [c for c, n_rows in enumerate(counts) for _ in range(min(2, n_rows))]
 
 
 def test_testing_takes_every_held_out_row(build):
@@ -192,7 +192,7 @@ def test_no_corpus_at_all_is_refused(tokenizer_folder):
         MixtureData(tokenizer=TokenizerConfig(path=str(tokenizer_folder)))
 
 
-def test_a_share_that_is_not_given_is_the_papers_for_the_corpora_that_are(tokenizer_folder, corpus_configs):
+def test_a_share_without_a_value_is_the_papers_for_the_configured_corpora(tokenizer_folder, corpus_configs):
     two = {name: corpus_configs[name] for name in ("caption", "interleaved")}
     data = MixtureData(tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **two)
     assert data.ratios == [(0, (0, 5, 2, 0))]
@@ -201,7 +201,7 @@ def test_a_share_that_is_not_given_is_the_papers_for_the_corpora_that_are(tokeni
 
 def test_a_corpus_without_a_share_is_not_opened(build):
     data = ready(build, ratio=RatioConfig(text=0, caption=3, interleaved=0))
-    assert set(data.opened) == {"caption"}
+    assert set(data.prepared) == {"caption"}
 
 
 @pytest.mark.parametrize("name", ["seq_len", "global_batch_rows", "micro_batch_rows"])
@@ -228,14 +228,14 @@ def test_without_held_out_documents_there_is_no_validation(build, corpus_configs
         data.val_dataloader()
 
 
-def test_images_that_cannot_be_decoded_are_not_asked_about(build, monkeypatch):
+def test_prompts_whose_image_cannot_be_decoded_are_skipped(build, monkeypatch):
     def broken(data, size, fit):
         raise ImageError("image cannot be decoded")
 
     data = ready(build)
     monkeypatch.setattr("datamodules.prompt_batches.decode", broken)
-    assert list(data.caption_questions()) == []
-    with pytest.raises(UserError, match=r"nothing to ask: .* or has an image that cannot be decoded"):
+    assert list(data.caption_prompts()) == []
+    with pytest.raises(UserError, match=r"there are no prompts: .* or has an image that cannot be decoded"):
         list(data.predict_dataloader())
 
 
@@ -243,12 +243,12 @@ def test_a_module_describes_how_often_its_corpora_are_read(build):
     data = ready(build)
     table = [line.split() for line in data.describe(7).splitlines()]
     n_rows = {"text": 35, "caption": 35, "interleaved": 14}  # 7 steps of 12 rows at 5 : 5 : 2
-    epochs = {name: f"{n / data.opened[name].train.plan.n_rows:.2f}" for name, n in n_rows.items()}
+    epochs = {name: f"{n / data.prepared[name].train.plan.n_rows:.2f}" for name, n in n_rows.items()}
     assert {line[0]: line[-1] for line in table[1:]} == epochs
 
 
-def test_questions_are_about_held_out_captions(build, tokenizer):
+def test_prompts_are_about_held_out_captions(build, tokenizer):
     data = ready(build)
     targets = [answer for batch in data.predict_dataloader() for answer in batch.targets]
-    source = data.opened["caption"]
+    source = data.prepared["caption"]
     assert targets == [tokenizer.decode(source.corpus.document_tokens(d).tolist()) for d in source.held_out()]

@@ -1,4 +1,4 @@
-"""What every rank does at its start: open an index, and compare it with what the config says."""
+"""The start of every rank: it opens an index, and compares it with the config."""
 
 import json
 import os
@@ -32,35 +32,35 @@ def config(tokenizer_folder, tmp_path):
 
 
 @pytest.fixture
-def opened(tokenizer_folder):
+def open_source(tokenizer_folder):
     def run(config):
         return PreparedSource(name_sources({"text": config}, None)["text"], Tokenizer.load(tokenizer_folder), LAYOUT, 1)
 
     return run
 
 
-def test_a_rank_looks_at_no_file_whose_name_the_index_knows(config, opened, monkeypatch):
-    looked_at = []
-    monkeypatch.setattr(os.path, "isfile", looked_at.append)
-    assert opened(config).train.plan.n_rows > 0
-    assert looked_at == []
+def test_a_rank_opens_no_file_whose_name_is_in_the_index(config, open_source, monkeypatch):
+    tested = []
+    monkeypatch.setattr(os.path, "isfile", tested.append)
+    assert open_source(config).train.plan.n_rows > 0
+    assert tested == []
 
 
-def test_a_file_that_is_new_since_the_index_was_made_is_refused(config, opened, tmp_path):
+def test_a_file_that_is_new_since_the_index_was_made_is_refused(config, open_source, tmp_path):
     sample_data.write_lines(tmp_path / "raw/3.jsonl", [b'{"text": "new"}'])
     with pytest.raises(UserError, match=r"the index has 3 shards, the run 4; new \['3\.jsonl'\], gone \[\]"):
-        opened(config)
+        open_source(config)
 
 
-def test_a_folder_that_a_pattern_matches_is_no_file(config, opened, tmp_path):
+def test_a_folder_that_a_pattern_matches_is_no_file(config, open_source, tmp_path):
     (tmp_path / "raw/old.jsonl").mkdir()
-    assert opened(config).train.plan.totals.documents == 21
+    assert open_source(config).train.plan.totals.documents == 21
 
 
-def test_an_index_is_used_where_its_text_is_not(config, opened, tmp_path):
+def test_an_index_is_used_without_its_text(config, open_source, tmp_path):
     for file in (tmp_path / "raw").iterdir():
         file.unlink()
-    assert opened(config).train.plan.totals.documents == 21
+    assert open_source(config).train.plan.totals.documents == 21
 
 
 def test_a_file_that_has_changed_is_refused_where_it_is_prepared(config, tokenizer_folder, tmp_path):
@@ -71,9 +71,9 @@ def test_a_file_that_has_changed_is_refused_where_it_is_prepared(config, tokeniz
 
 
 @pytest.mark.parametrize("changes", [{"val_share": 0.3}, {"val_input": ["1.jsonl"]}])
-def test_what_is_held_out_is_the_rows_of_validation(config, opened, tmp_path, changes):
+def test_held_out_documents_are_the_rows_of_validation(config, open_source, tmp_path, changes):
     if "val_input" in changes:
         changes = {"val_input": [str(tmp_path / "raw" / name) for name in changes["val_input"]]}
-    source = opened(replace(config, **changes))
+    source = open_source(replace(config, **changes))
     assert set(source.held_out()) == set(sample_data.documents_of(source.val.plan)) != set()
-    assert opened(config).val is None
+    assert open_source(config).val is None

@@ -34,12 +34,12 @@ def test_a_described_row_is_json_with_the_rows_own_numbers(row, stream):
     assert described["corpus"] == CORPORA[row.corpus]
     assert described["tokens"] == row.tokens.tolist()
     assert described["targets"] == row.targets.tolist()
-    assert described["segments"] == row.segments().tolist()
-    assert [d["tokens"] for d in described["documents"]] == [[d.start, d.end] for d in row.documents]
+    assert described["segments"] == row.segment_ids().tolist()
+    assert [d["tokens"] for d in described["documents"]] == [[s.start, s.end] for s in row.segments]
     assert len(described["images"]) == len(row.images)
 
 
-def test_described_captions_images_are_found_byte_by_byte(stream):
+def test_described_images_of_captions_are_their_bytes_in_the_shard(stream):
     row = next(row for row in map(stream.row, range(31)) if row.corpus == 1)
     for image in describe_row(row, stream)["images"]:
         with Path(image["shard"]).open("rb") as file:
@@ -50,30 +50,30 @@ def test_described_captions_images_are_found_byte_by_byte(stream):
 def test_the_hash_of_a_described_image_is_that_of_the_original(stream):
     originals = {hashlib.sha256(d).hexdigest() for _, d in sample_data.pairs(23, 0) + sample_data.pairs(19, 23)}
     originals |= {hashlib.sha256(d).hexdigest() for _, _, d in sample_data.crawl(18, 0)}
-    shown = {i["sha256"] for n in range(31) for i in describe_row(stream.row(n), stream)["images"]}
-    assert shown
-    assert shown <= originals
+    digests = {i["sha256"] for n in range(31) for i in describe_row(stream.row(n), stream)["images"]}
+    assert digests
+    assert digests <= originals
 
 
-def test_described_documents_say_where_they_come_from(row, stream):
+def test_described_documents_have_their_origin(row, stream):
     corpus = stream.by_name[row.source].corpus
-    found = [(d["source"], d["id"]) for d in describe_row(row, stream)["documents"]]
-    assert found == [corpus.shard_and_name(d.document) for d in row.documents]
+    origins = [(d["source"], d["id"]) for d in describe_row(row, stream)["documents"]]
+    assert origins == [corpus.shard_and_name(s.document) for s in row.segments]
 
 
 def test_a_readable_row_marks_each_image_once(row, stream, tokenizer):
-    shown = readable_row(row, stream, tokenizer)
-    assert shown.count("<image>") == shown.count("</image>") == len(row.images)
-    assert all(f"at {i.offset} + {i.length} in" in shown for i in row.images)
+    text = readable_row(row, stream, tokenizer)
+    assert text.count("<image>") == text.count("</image>") == len(row.images)
+    assert all(f"at {i.offset} + {i.length} in" in text for i in row.images)
 
 
 def test_a_readable_row_shows_its_documents_text(row, stream, tokenizer):
-    shown = readable_row(row, stream, tokenizer)
-    whole = [d for d in row.documents if d.start == 0 and row.targets[d.at + d.length - 1] == EOS]
+    text = readable_row(row, stream, tokenizer)
+    uncut = [s for s in row.segments if s.start == 0 and row.targets[s.position + s.length - 1] == EOS]
     corpus = stream.by_name[row.source].corpus
-    assert whole
-    for placed in whole:
-        last_line = tokenizer.decode(corpus.document_tokens(placed.document)).split("\n")[-1]
+    assert uncut
+    for segment in uncut:
+        last_line = tokenizer.decode(corpus.document_tokens(segment.document)).split("\n")[-1]
         ending = last_line.split(".")[-2] + "."
-        assert ending[:-1].strip() in shown
-    assert shown.count(" -> </s>") == sum(int(row.targets[d.at + d.length - 1]) == EOS for d in row.documents)
+        assert ending[:-1].strip() in text
+    assert text.count(" -> </s>") == sum(int(row.targets[s.position + s.length - 1]) == EOS for s in row.segments)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.stream import InOrder, inputs_and_targets, render
+from datamodules.stream import SequentialSchedule, inputs_and_targets, render
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.tokenizer import BOS, EOS, IGNORE, PAD, SpecialTokens
 from tests.datamodules import sample_data
@@ -21,7 +21,7 @@ def stream(corpora, tokenizer):
 
 
 def rendered(stored, start, end, n_latents, answers=None):
-    """Input ids, targets and slots of a piece by itself."""
+    """Input ids, targets and slots of a segment by itself."""
     return render(*inputs_and_targets(stored, start, end, SPECIAL, answers), SPECIAL, n_latents)[:3]
 
 
@@ -43,7 +43,7 @@ def test_an_image_is_read_as_marker_slots_and_end_and_is_never_a_target():
     assert slots.tolist() == [3]
 
 
-def test_a_piece_from_the_middle_begins_with_bos_and_ends_on_its_last_target():
+def test_a_segment_from_the_middle_begins_with_bos_and_ends_on_its_last_target():
     tokens, targets, slots = rendered(np.array([10, IMAGE, 11, 12, 13]), 2, 4, 3)
     assert tokens.tolist() == [BOS, 11]
     assert targets.tolist() == [11, 12]
@@ -64,8 +64,8 @@ def test_a_target_is_the_input_that_follows(stored, n_latents):
 
 
 def test_only_answers_are_targets_and_each_ends_with_eos():
-    stored, said = np.array([10, IMAGE, 11, 12, 13, 14, 15, 16]), np.array([0, 0, 0, 1, 1, 0, 0, 1], dtype=bool)
-    tokens, targets, _ = rendered(stored, 0, 9, 1, said)
+    stored, answers = np.array([10, IMAGE, 11, 12, 13, 14, 15, 16]), np.array([0, 0, 0, 1, 1, 0, 0, 1], dtype=bool)
+    tokens, targets, _ = rendered(stored, 0, 9, 1, answers)
     assert tokens.tolist() == [BOS, 10, IMAGE, IMAGE, END, 11, 12, 13, 14, 15, 16]
     assert targets.tolist() == [*[IGNORE] * 5, 12, 13, EOS, IGNORE, 16, EOS]
 
@@ -94,8 +94,8 @@ def test_an_epoch_reads_every_document_exactly_once(corpora, tokenizer, name, ep
     rows = rows_of(only(corpora, tokenizer, name), name, epoch)
     read = Counter()
     for row in rows:
-        for placed in row.documents:
-            read.update((placed.document, target) for target in range(placed.start, placed.end))
+        for segment in row.segments:
+            read.update((segment.document, target) for target in range(segment.start, segment.end))
     n_tokens = np.diff(corpora[name].token_offsets).tolist()
     assert read == Counter((d, target) for d, n in enumerate(n_tokens) for target in range(n + 1))
     assert {row.epoch for row in rows} == {epoch}
@@ -110,10 +110,10 @@ def test_an_epoch_is_a_permutation_of_the_one_before(corpora, tokenizer, name):
 
 
 @pytest.mark.parametrize("name", ["caption", "interleaved"])
-def test_an_epoch_shows_every_image_exactly_once(corpora, tokenizer, name):
-    shown = Counter(i for row in rows_of(only(corpora, tokenizer, name), name, 0) for i in row.images)
+def test_an_epoch_reads_every_image_exactly_once(corpora, tokenizer, name):
+    read = Counter(i for row in rows_of(only(corpora, tokenizer, name), name, 0) for i in row.images)
     stored = (i for d in range(corpora[name].n_documents) for i in corpora[name].document_images(d))
-    assert shown == Counter(stored)
+    assert read == Counter(stored)
 
 
 def test_supervised_tokens_are_known_without_reading(stream):
@@ -137,23 +137,23 @@ def test_every_image_of_a_row_has_its_slots_between_marker_and_end(stream):
             assert row.tokens[slot - 1 : slot + 3].tolist() == [stream.special.image] * 4
             assert row.tokens[slot + 3] == stream.special.image_end
         assert int((row.tokens == stream.special.image).sum()) == 4 * len(row.images)
-        assert len(row.slots) == len(row.images) == len(row.image_owner)
+        assert len(row.slots) == len(row.images) == len(row.image_segments)
 
 
-def test_an_image_lies_in_the_document_that_owns_it(stream):
+def test_an_image_lies_in_its_own_segment(stream):
     for row in map(stream.row, range(61)):
-        for image, owner, slot in zip(row.images, row.image_owner, row.slots.tolist(), strict=True):
-            placed = row.documents[owner]
-            assert placed.at < slot < placed.at + placed.length
-            assert image in stream.by_name[row.source].corpus.document_images(placed.document)
+        for image, n, slot in zip(row.images, row.image_segments, row.slots.tolist(), strict=True):
+            segment = row.segments[n]
+            assert segment.position < slot < segment.position + segment.length
+            assert image in stream.by_name[row.source].corpus.document_images(segment.document)
 
 
-def test_segments_number_the_documents_and_leave_padding_zero(stream):
+def test_segment_ids_count_the_segments_and_leave_padding_zero(stream):
     for row in map(stream.row, range(61)):
-        segments = row.segments()
-        assert [int((segments == n).sum()) for n in range(1, 1 + len(row.documents))] == [d.length for d in row.documents]
-        assert ((segments == 0) == (row.tokens == PAD)).all()
-        assert (np.diff(segments[: row.n_real]) >= 0).all()
+        ids = row.segment_ids()
+        assert [int((ids == n).sum()) for n in range(1, 1 + len(row.segments))] == [s.length for s in row.segments]
+        assert ((ids == 0) == (row.tokens == PAD)).all()
+        assert (np.diff(ids[: row.n_real]) >= 0).all()
 
 
 def test_lengths_of_a_row_sum_to_its_positions(stream):
@@ -162,9 +162,9 @@ def test_lengths_of_a_row_sum_to_its_positions(stream):
         assert all(length > 0 for length in row.lengths)
 
 
-def test_every_document_of_a_row_begins_with_bos(stream):
+def test_every_segment_of_a_row_begins_with_bos(stream):
     for row in map(stream.row, range(61)):
-        assert np.flatnonzero(row.tokens == BOS).tolist() == [d.at for d in row.documents]
+        assert np.flatnonzero(row.tokens == BOS).tolist() == [segment.position for segment in row.segments]
 
 
 def test_another_seed_gives_another_stream(corpora, tokenizer, stream):
@@ -172,7 +172,7 @@ def test_another_seed_gives_another_stream(corpora, tokenizer, stream):
     assert [other.row(i).tokens.tolist() for i in range(13)] != [stream.row(i).tokens.tolist() for i in range(13)]
 
 
-def test_in_order_gives_one_corpus_after_another():
-    schedule = InOrder([3, 0, 2])
+def test_a_sequential_schedule_reads_one_source_after_another():
+    schedule = SequentialSchedule([3, 0, 2])
     assert [schedule.locate(row) for row in range(5)] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1)]
     assert schedule.n_rows == 5

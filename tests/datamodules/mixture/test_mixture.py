@@ -7,24 +7,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.mixture.mixture import MAX_PERIOD, Mixture, MixtureSchedule, SourceMixture, SourceMixtureStage, Stage
+from datamodules.mixture.mixture import Mixture, SourceMixture, SourceMixtureStage, Stage
+from datamodules.mixture.weights import MAX_PERIOD
 from kosmos_lit.errors import UserError
+from tests.datamodules.mixture.stages import KIND_OF, mixture_stages, source_mixture_stages
 
 ratios = st.lists(st.integers(0, 29), min_size=1, max_size=5).filter(any)
 
 
-@st.composite
-def schedules(draw: st.DrawFn) -> list[Stage]:
-    """1 to 4 stages over 1 to 5 options, each some rows to several periods long."""
-    n_options, stages, first = draw(st.integers(1, 5)), [], 0
-    for _ in range(draw(st.integers(1, 4))):
-        weights = draw(st.lists(st.integers(0, 17), min_size=n_options, max_size=n_options).filter(any))
-        stages.append(Stage(first, tuple(weights)))
-        first += draw(st.integers(1, 5 * sum(weights)))
-    return stages
-
-
-def prefix_targets(stages: list[Stage], n_rows: int) -> list[list[Fraction]]:
+def prefix_ideal_counts(stages: list[Stage], n_rows: int) -> list[list[Fraction]]:
     """What each option should have had after 0, 1, ... rows, added up row by row."""
     targets = [[Fraction(0)] * len(stages[0].weights)]
     for row in range(n_rows):
@@ -35,10 +26,10 @@ def prefix_targets(stages: list[Stage], n_rows: int) -> list[list[Fraction]]:
 
 def most_off(mixture: Mixture, stages: list[Stage], n_rows: int) -> Fraction:
     """How far any option is from its target after any number of rows."""
-    given_rows, worst = [0] * len(stages[0].weights), Fraction(0)
-    for row, target in enumerate(prefix_targets(stages, n_rows)[1:]):
-        given_rows[mixture.locate(row)[0]] += 1
-        worst = max(worst, *(abs(g - t) for g, t in zip(given_rows, target, strict=True)))
+    counts, worst = [0] * len(stages[0].weights), Fraction(0)
+    for row, target in enumerate(prefix_ideal_counts(stages, n_rows)[1:]):
+        counts[mixture.locate(row)[0]] += 1
+        worst = max(worst, *(abs(g - t) for g, t in zip(counts, target, strict=True)))
     return worst
 
 
@@ -119,21 +110,21 @@ def test_a_share_that_rounding_would_make_zero_is_refused():
 
 
 @settings(deadline=None, max_examples=200)
-@given(schedules())
+@given(mixture_stages())
 def test_every_prefix_keeps_tijdemans_bound_across_stages(stages):
     n_used = sum(any(column) for column in zip(*(s.weights for s in stages), strict=True))
     assert most_off(Mixture(stages), stages, some_rows(stages)) <= 1 - Fraction(1, max(2, 2 * n_used - 2))
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(mixture_stages())
 def test_the_target_is_the_sum_of_the_shares_of_each_row(stages):
     mixture, n_rows = Mixture(stages), some_rows(stages)
-    assert [mixture.target(n) for n in range(n_rows + 1)] == prefix_targets(stages, n_rows)
+    assert [mixture.ideal_counts(n) for n in range(n_rows + 1)] == prefix_ideal_counts(stages, n_rows)
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(mixture_stages())
 def test_counts_are_what_locate_gives(stages):
     mixture, n_rows = Mixture(stages), some_rows(stages)
     located = [mixture.locate(row)[0] for row in range(n_rows)]
@@ -144,7 +135,7 @@ def test_counts_are_what_locate_gives(stages):
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(mixture_stages())
 def test_an_option_gives_its_rows_in_order_and_each_once(stages):
     mixture = Mixture(stages)
     located = [mixture.locate(row) for row in range(some_rows(stages))]
@@ -154,14 +145,14 @@ def test_an_option_gives_its_rows_in_order_and_each_once(stages):
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(mixture_stages())
 def test_the_row_of_a_number_is_where_it_is_located(stages):
     mixture, n_rows = Mixture(stages), some_rows(stages)
     assert [mixture.row_of(*mixture.locate(row)) for row in range(n_rows)] == list(range(n_rows))
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(mixture_stages())
 def test_a_number_that_never_comes_has_no_row(stages):
     mixture, last = Mixture(stages), stages[-1]
     after = mixture.counts(some_rows(stages))
@@ -170,7 +161,7 @@ def test_a_number_that_never_comes_has_no_row(stages):
 
 
 @settings(deadline=None)
-@given(schedules(), st.integers(1, 4))
+@given(mixture_stages(), st.integers(1, 4))
 def test_an_option_gets_at_most_one_row_more_once_its_weight_is_zero(stages, at):
     assume(at < len(stages))
     mixture = Mixture(stages)
@@ -180,7 +171,7 @@ def test_an_option_gets_at_most_one_row_more_once_its_weight_is_zero(stages, at)
 
 
 @settings(deadline=None)
-@given(schedules())
+@given(mixture_stages())
 def test_a_stage_with_the_shares_of_the_one_before_changes_nothing(stages):
     last = stages[-1]
     again = Stage(last.first_row + 3, tuple(2 * w for w in last.weights))
@@ -202,7 +193,7 @@ def test_long_stages_take_no_more_than_their_periods():
     mixture = Mixture([Stage(*stage) for stage in zip(firsts, weights, strict=True)])
     borders = [row + near for row in firsts[1:] for near in range(-5, 6)]
     for n in [*borders, *(rng.randrange(2 * 10**15) for _ in range(100))]:
-        assert all(abs(c - t) < 1 for c, t in zip(mixture.counts(n), mixture.target(n), strict=True))
+        assert all(abs(c - t) < 1 for c, t in zip(mixture.counts(n), mixture.ideal_counts(n), strict=True))
         assert mixture.row_of(*mixture.locate(n)) == n
     assert len(pickle.dumps(mixture)) < 50_000
 
@@ -212,7 +203,7 @@ def test_stages_without_a_common_period_are_rounded_to_the_same_parts():
     mixture = Mixture([Stage(1_000 * n, (p - 7, 7)) for n, p in enumerate(primes)])
     assert [sum(parts) for parts in mixture.parts] == [MAX_PERIOD] * len(mixture.parts)
     for n in range(11_000):
-        assert all(abs(c - t) < 1 for c, t in zip(mixture.counts(n), mixture.target(n), strict=True))
+        assert all(abs(c - t) < 1 for c, t in zip(mixture.counts(n), mixture.ideal_counts(n), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -234,30 +225,12 @@ def test_an_impossible_weight_is_refused_with_its_stage():
         Stage(700, (5, -1))
 
 
-# ---- two levels
-
-KIND_OF = (1, 0, 1, 0, 1, 2)
-
-
-@st.composite
-def blends(draw: st.DrawFn) -> list[SourceMixtureStage]:
-    """1 to 3 stages over three kinds, with two, three and one sources."""
-    stages, first = [], 0
-    for _ in range(draw(st.integers(1, 3))):
-        ratio = draw(st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any))
-        weights = draw(st.lists(st.integers(0, 7), min_size=6, max_size=6))
-        for kind, source in enumerate((1, 0, 5)):
-            if ratio[kind] and not any(w for w, k in zip(weights, KIND_OF, strict=True) if k == kind):
-                weights[source] = 1
-        stages.append(SourceMixtureStage(first, tuple(ratio), tuple(weights)))
-        first += draw(st.integers(1, 90))
-    return stages
-
+# ---- sources within kinds
 
 @settings(deadline=None)
-@given(blends())
+@given(source_mixture_stages())
 def test_every_prefix_is_less_than_one_row_off_in_kinds_and_in_sources_of_a_kind(stages):
-    blend, kind_rows, rows = SourceMixture(KIND_OF, stages, 3), [0] * 3, [0] * 6
+    mixture, kind_rows, rows = SourceMixture(KIND_OF, stages, 3), [0] * 3, [0] * 6
     kind_target, target = [Fraction(0)] * 3, [Fraction(0)] * 6
     weights_of: dict[int, list[int]] = {}
     for row in range(stages[-1].first_row + 200):
@@ -267,7 +240,7 @@ def test_every_prefix_is_less_than_one_row_off_in_kinds_and_in_sources_of_a_kind
                     weights_of[kind] = [w if k == kind else 0 for w, k in zip(stage.weights, KIND_OF, strict=True)]
         ratio = [s.ratio for s in stages if s.first_row <= row][-1]
         kind_target = [t + Fraction(r, sum(ratio)) for t, r in zip(kind_target, ratio, strict=True)]
-        source, number = blend.locate(row)
+        source, number = mixture.locate(row)
         kind = KIND_OF[source]
         assert number == rows[source]
         rows[source] += 1
@@ -279,68 +252,43 @@ def test_every_prefix_is_less_than_one_row_off_in_kinds_and_in_sources_of_a_kind
 
 
 @settings(deadline=None)
-@given(blends())
+@given(source_mixture_stages())
 def test_counts_and_rows_of_sources_are_what_locate_gives(stages):
-    blend, rows = SourceMixture(KIND_OF, stages, 3), [0] * 6
+    mixture, rows = SourceMixture(KIND_OF, stages, 3), [0] * 6
     for row in range(stages[-1].first_row + 100):
-        assert blend.counts(row) == rows
-        source, number = blend.locate(row)
-        assert blend.row_of(source, number) == row
+        assert mixture.counts(row) == rows
+        source, number = mixture.locate(row)
+        assert mixture.row_of(source, number) == row
         rows[source] += 1
 
 
 @settings(deadline=None)
-@given(schedules())
-def test_with_one_source_per_kind_a_blend_is_the_mixture_of_kinds(stages):
+@given(mixture_stages())
+def test_with_one_source_per_kind_a_source_mixture_is_the_mixture_of_kinds(stages):
     n = len(stages[0].weights)
-    blend = SourceMixture(range(n), [SourceMixtureStage(s.first_row, s.weights, (3,) * n) for s in stages], n)
-    mixture, n_rows = Mixture(stages), some_rows(stages)
-    assert [blend.locate(row) for row in range(n_rows)] == [mixture.locate(row) for row in range(n_rows)]
+    by_source = SourceMixture(range(n), [SourceMixtureStage(s.first_row, s.weights, (3,) * n) for s in stages], n)
+    by_kind, n_rows = Mixture(stages), some_rows(stages)
+    assert [by_source.locate(row) for row in range(n_rows)] == [by_kind.locate(row) for row in range(n_rows)]
 
 
 def test_a_source_that_never_comes_again_has_no_row():
-    blend = SourceMixture((0, 0, 1), [SourceMixtureStage(0, (1, 1), (1, 1, 1)), SourceMixtureStage(8, (1, 0), (1, 0, 0))], 2)
-    counts = blend.counts(100)
-    assert [blend.row_of(source, counts[source]) is None for source in range(3)] == [False, True, True]
+    stages = [SourceMixtureStage(0, (1, 1), (1, 1, 1)), SourceMixtureStage(8, (1, 0), (1, 0, 0))]
+    mixture = SourceMixture((0, 0, 1), stages, 2)
+    counts = mixture.counts(100)
+    assert [mixture.row_of(source, counts[source]) is None for source in range(3)] == [False, True, True]
 
 
-def test_a_pickled_blend_deals_the_same_rows_and_is_small():
+def test_a_pickled_source_mixture_locates_the_same_rows_and_is_small():
     rng = random.Random(3)
     weights = tuple(rng.random() for _ in range(16))
-    blend = SourceMixture([0] * 11 + [1] * 4 + [2], [SourceMixtureStage(0, (5, 5, 2), weights)], 3)
-    pickled = pickle.dumps(blend)
-    assert len(pickled) < 300_000  # two patterns of 100,000 bytes, and counts every 256 rows
+    mixture = SourceMixture([0] * 11 + [1] * 4 + [2], [SourceMixtureStage(0, (5, 5, 2), weights)], 3)
+    pickled = pickle.dumps(mixture)
+    assert len(pickled) < 300_000  # two cycles of 100,000 bytes, and counts every 256 rows
     rows = [rng.randrange(10**9) for _ in range(101)]
-    assert [pickle.loads(pickled).locate(row) for row in rows] == [blend.locate(row) for row in rows]
+    assert [pickle.loads(pickled).locate(row) for row in rows] == [mixture.locate(row) for row in rows]
 
 
 def test_a_kind_with_a_share_needs_a_source_with_a_weight():
     stages = [SourceMixtureStage(0, (1, 1), (1, 1, 1)), SourceMixtureStage(500, (1, 1), (1, 1, 0))]
     with pytest.raises(UserError, match=r"from row 500 on, sources of kind 1: at least one weight .* got \[0\]"):
         SourceMixture((0, 0, 1), stages, 2)
-
-
-# ---- changes on the way
-
-
-@settings(deadline=None)
-@given(blends(), blends(), st.integers(1, 150))
-def test_rows_before_an_unforeseen_change_stay_as_they_were_dealt(before, after, change):
-    old = SourceMixture(KIND_OF, before, 3)
-    build_schedule = MixtureSchedule([(0, old), (change, SourceMixture(KIND_OF, after, 3))])
-    assert [build_schedule.locate(row) for row in range(change)] == [old.locate(row) for row in range(change)]
-
-
-@settings(deadline=None)
-@given(blends(), blends(), st.integers(1, 150))
-def test_sources_go_on_where_they_were_after_an_unforeseen_change(before, after, change):
-    old, new = (
-        SourceMixture((*KIND_OF, 0), [SourceMixtureStage(s.first_row, s.ratio, (*s.weights, weight)) for s in stages], 3)
-        for stages, weight in ((before, 0), (after, 2))
-    )
-    build_schedule, rows = MixtureSchedule([(0, old), (change, new)]), [0] * 7
-    for row in range(change + 100):
-        assert build_schedule.counts(row) == rows
-        source, number = build_schedule.locate(row)
-        assert (number, build_schedule.row_of(source, number)) == (rows[source], row)
-        rows[source] += 1

@@ -8,10 +8,10 @@ from datamodules.mixture.steps import Steps
 @st.composite
 def histories(draw):
     """Steps of a run that went on some times, with other global batches or the same, and what each step reads."""
-    steps, sizes = Steps.of(draw(st.integers(1, 7))), []
+    steps, sizes = Steps.constant(draw(st.integers(1, 7))), []
     for _ in range(draw(st.integers(1, 4))):
         sizes += [steps.borders[-1][2]] * draw(st.integers(0, 5))
-        steps = steps.go_on(len(sizes), draw(st.integers(1, 7)))
+        steps = steps.resume(len(sizes), draw(st.integers(1, 7)))
     return steps, [*sizes, *[steps.borders[-1][2]] * 5]
 
 
@@ -38,4 +38,4 @@ def test_steps_go_through_a_checkpoint_as_plain_data(history):
 
 @pytest.mark.parametrize("step", [0, 10])
 def test_a_run_that_goes_on_as_before_has_one_border(step):
-    assert Steps.of(12).go_on(step, 12) == Steps.of(12)
+    assert Steps.constant(12).resume(step, 12) == Steps.constant(12)

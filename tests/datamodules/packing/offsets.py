@@ -1,4 +1,4 @@
-"""Corpora without tokens: what planning reads of them, drawn by hypothesis."""
+"""Corpora without tokens, drawn by hypothesis: the offsets that a row plan reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Offsets:
 
 @dataclass
 class Case:
-    """A corpus, and all that its plans depend on."""
+    """A corpus, and everything else that its row plans depend on."""
 
     corpus: Offsets
     layout: RowLayout
@@ -60,22 +60,22 @@ class Case:
     @cached_property
     def plans(self) -> dict[Part, RowPlan]:
         """The plans of the parts that have rows."""
-        found = {part: self.split.documents(0, self.corpus.n_documents, part) for part in ("train", "val")}
-        return {part: self.plan(part) for part, numbers in found.items() if any(self.fits(d) for d in numbers.tolist())}
+        parts = {part: self.split.documents(0, self.corpus.n_documents, part) for part in ("train", "val")}
+        return {part: self.plan(part) for part, numbers in parts.items() if any(self.fits(d) for d in numbers.tolist())}
 
-    def pieces(self) -> Iterator[tuple[int, int, int]]:
-        """Every piece of every row, training first."""
+    def segments(self) -> Iterator[tuple[int, int, int]]:
+        """Every segment of every row, training first."""
         for plan in self.plans.values():
             for row in range(plan.n_rows):
-                yield from plan.pieces(row)
+                yield from plan.segments(row)
 
     def positions(self, document: int, start: int, end: int) -> int:
-        """Positions of a piece, counted one by one: <s>, then each token up to the one before the last target."""
+        """Positions of a segment, counted one by one: <s>, then each token up to the one before the last target."""
         read = self.corpus.documents[document][start : end - 1]
         return 1 + sum(self.layout.n_latents + 2 if c == "i" else 1 for c in read)
 
     def fits(self, document: int) -> bool:
-        """Whether a document has a place in rows, whole or in pieces."""
+        """Whether a document fits rows, in one segment or in several."""
         text = self.corpus.documents[document]
         if self.corpus.packing == "intact":
             return self.positions(document, 0, len(text) + 1) <= self.layout.seq_len

@@ -1,4 +1,4 @@
-"""Counts of blocks that are kept beside an index."""
+"""Counts of blocks that are stored beside an index."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ def without_locks(*_: object) -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The blocks that are counted, as they are."""
+    """The blocks in the order in which they are counted."""
     blocks: list[int] = []
     original = Blocks.count
     monkeypatch.setattr(Blocks, "count", lambda self, block: blocks.append(block) or original(self, block))
     return blocks
 
 
-def kept(case: Case) -> Path:
+def stored(case: Case) -> Path:
     (path,) = (case.corpus.folder / "plans").glob("*.npz")
     return path
 
 
-def test_counts_that_are_kept_are_those_that_are_computed(case):
+def test_stored_counts_equal_computed_counts(case):
     blocks = case.plan().blocks
-    with np.load(kept(case)) as file:
-        found = file["counts"]
+    with np.load(stored(case)) as file:
+        counts_in_file = file["counts"]
     again = np.concatenate([blocks.count(block)[0] for block in range(blocks.n_blocks)])
-    assert found.dtype == again.dtype == COUNTS
-    assert found.tobytes() == again.tobytes()
+    assert counts_in_file.dtype == again.dtype == COUNTS
+    assert counts_in_file.tobytes() == again.tobytes()
 
 
 def test_a_second_start_packs_nothing(case, counted):
@@ -71,7 +71,7 @@ def test_a_second_start_packs_nothing(case, counted):
     assert counted == []
 
 
-def test_a_corpus_of_one_block_keeps_nothing(case):
+def test_a_corpus_of_one_block_stores_nothing(case):
     Case(case.corpus, RowLayout(seq_len=23, n_latents=3, seed=5)).plan()
     assert list(case.corpus.folder.iterdir()) == []
 
@@ -79,7 +79,7 @@ def test_a_corpus_of_one_block_keeps_nothing(case):
 @pytest.mark.parametrize(
     "changes", [{"seed": 7}, {"seq_len": 29}, {"n_latents": 2}, {"block_documents": 13}, {"run_documents": 2}]
 )
-def test_counts_of_another_layout_are_not_taken(case, counted, changes):
+def test_counts_of_another_layout_are_not_used(case, counted, changes):
     case.plan()
     del counted[:]
     Case(case.corpus, replace(LAYOUT, **changes), val_share=0.1).plan()
@@ -87,7 +87,7 @@ def test_counts_of_another_layout_are_not_taken(case, counted, changes):
 
 
 @pytest.mark.parametrize("changes", [{"val_share": 0.2}, {"val_input": ["1.tar"]}])
-def test_counts_of_another_split_are_not_taken(case, counted, changes):
+def test_counts_of_another_split_are_not_used(case, counted, changes):
     case.plan()
     del counted[:]
     Case(case.corpus, LAYOUT, **changes).plan()
@@ -98,7 +98,7 @@ def test_counts_of_training_are_not_those_of_validation(case):
     assert case.plan("train").totals.documents + case.plan("val").totals.documents == N
 
 
-def test_counts_of_another_index_in_the_folder_are_not_taken(case):
+def test_counts_of_another_index_in_the_folder_are_not_used(case):
     case.plan()
     other = Offsets(["t" * 5] * N, folder=case.corpus.folder)
     assert Case(other, LAYOUT).plan().totals.targets == N * 6
@@ -107,19 +107,19 @@ def test_counts_of_another_index_in_the_folder_are_not_taken(case):
 @pytest.mark.parametrize("damage", [b"", b"PK", b"no archive", None])
 def test_a_damaged_file_is_computed_again(case, damage):
     first = case.plan()
-    data = kept(case).read_bytes()
-    kept(case).write_bytes(data[: len(data) // 2] + b"\0\xff" + data[len(data) // 2 + 2 :] if damage is None else damage)
+    data = stored(case).read_bytes()
+    stored(case).write_bytes(data[: len(data) // 2] + b"\0\xff" + data[len(data) // 2 + 2 :] if damage is None else damage)
     assert case.plan().totals == first.totals
-    assert kept(case).read_bytes() == data
+    assert stored(case).read_bytes() == data
 
 
-def test_counts_of_an_index_that_cannot_be_written_are_kept_in_the_users_cache(case, counted, cache, capsys):
+def test_counts_of_an_index_that_cannot_be_written_are_stored_in_the_users_cache(case, counted, cache, capsys):
     (case.corpus.folder / "plans").write_text("in the way of a folder")
     first, again = case.plan(), case.plan()
     assert first.totals == again.totals
     assert counted == [*range(first.blocks.n_blocks)]
     (place,) = (cache / "kosmos-lit/plans").iterdir()
-    assert capsys.readouterr().err.count(f"its row counts are kept in {place}\n") == 1
+    assert capsys.readouterr().err.count(f"its row counts are stored in {place}\n") == 1
 
 
 def test_indexes_that_cannot_be_written_share_nothing(case, counted, tmp_path_factory):
@@ -138,9 +138,9 @@ def test_without_locks_counts_are_computed_every_time(case, counted, cache, monk
     assert [*case.corpus.folder.rglob("*.npz"), *cache.rglob("*.npz")] == []
 
 
-def test_counts_of_a_process_that_was_waited_for_are_taken(case, counted, tmp_path):
+def test_counts_of_the_process_that_held_the_lock_are_used(case, counted, tmp_path):
     first = case.plan()
-    kept(case).rename(tmp_path / "counts")
+    stored(case).rename(tmp_path / "counts")
     del counted[:]
     other = """
 import shutil, sys, time
@@ -160,9 +160,9 @@ with locked(Path(sys.argv[2]).parent):
 
 
 @pytest.mark.parametrize("place", ["a file", "relative/cache"])
-def test_where_nothing_can_be_kept_counts_are_computed_every_time(case, counted, tmp_path_factory, monkeypatch, place):
+def test_where_nothing_can_be_stored_counts_are_computed_every_time(case, counted, tmp_path_factory, monkeypatch, place):
     (case.corpus.folder / "plans").write_text("in the way of a folder")
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     Path("a file").write_text("in the way of a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", os.path.abspath(place) if place == "a file" else place)
     first, again = case.plan(), case.plan()
@@ -172,29 +172,29 @@ def test_where_nothing_can_be_kept_counts_are_computed_every_time(case, counted,
 
 def test_an_interrupted_count_goes_on_where_it_was(case, monkeypatch):
     monkeypatch.setattr(counts, "PART", 7)
-    done: list[int] = []
+    counted_blocks: list[int] = []
     original = Blocks.count
 
     def count(self: Blocks, block: int):
-        if block == 30 and 30 not in done:
-            done.append(block)
+        if block == 30 and 30 not in counted_blocks:
+            counted_blocks.append(block)
             raise KeyboardInterrupt
-        done.append(block)
+        counted_blocks.append(block)
         return original(self, block)
 
     monkeypatch.setattr(Blocks, "count", count)
     with pytest.raises(KeyboardInterrupt):
         case.plan()
-    del done[:-1]
+    del counted_blocks[:-1]
     plan = case.plan()
-    assert done == [30, *range(28, plan.blocks.n_blocks)]  # those before are of parts that were kept
+    assert counted_blocks == [30, *range(28, plan.blocks.n_blocks)]  # those before belong to stored parts
     assert [p.name for p in (case.corpus.folder / "plans").iterdir() if p.is_dir()] == []
 
 
 def test_processes_count_what_one_process_counts(case, monkeypatch):
     monkeypatch.setattr(counts, "PART", 41)
     alone = case.plan()
-    kept(case).unlink()
+    stored(case).unlink()
     together = RowPlan("drawn", case.corpus, case.split, "train", LAYOUT, workers=2)  # type: ignore[arg-type]
     assert together.totals == alone.totals
     assert together._n_rows.tolist() == alone._n_rows.tolist()

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.packing.pack import CROWDED, Packed, _Ahead, best_fit, exact_fill, pack
+from datamodules.packing.pack import CROWDED, PackedRows, _WidthIndex, best_fit, exact_fill, pack
 from tests.datamodules.packing.offsets import Offsets
 
 
-def packed(documents, seq_len, n_latents, packing="whole") -> Packed:
+def pack_documents(documents, seq_len, n_latents, packing="whole") -> PackedRows:
     """Documents packed in the order in which they are given."""
     corpus = Offsets(documents, packing)
     n_targets, n_images = (np.diff(o.astype(np.int64)) for o in (corpus.token_offsets, corpus.image_offsets))
@@ -18,34 +18,34 @@ def packed(documents, seq_len, n_latents, packing="whole") -> Packed:
 
 
 def test_text_fills_every_row_but_the_last():
-    plan = packed(["t" * n for n in (3, 5, 7, 11, 13, 41)], 17, 3, "split")
-    assert plan.row_positions.tolist() == [17] * 5 + [86 - 5 * 17]
+    packed = pack_documents(["t" * n for n in (3, 5, 7, 11, 13, 41)], 17, 3, "split")
+    assert packed.row_positions.tolist() == [17] * 5 + [86 - 5 * 17]
 
 
 def test_packing_never_splits_an_image():
-    plan = packed(["ttt" + "itt" * 11], 17, 5)
-    assert plan.n_images.sum() == 11
-    assert plan.row_positions.max() <= 17
+    packed = pack_documents(["ttt" + "itt" * 11], 17, 5)
+    assert packed.n_images.sum() == 11
+    assert packed.row_positions.max() <= 17
 
 
-def test_images_of_pieces_are_counted_right():
+def test_images_of_segments_are_counted_right():
     documents = ["ttt" + "itt" * 11, "itititiiit", "t" * 41]
-    plan = packed(documents, 23, 5)
-    pieces = [piece for row in range(plan.n_rows) for piece in plan.pieces(row)]
-    assert plan.n_images.tolist() == [documents[d][start:end].count("i") for d, start, end in pieces]
+    packed = pack_documents(documents, 23, 5)
+    segments = [segment for row in range(packed.n_rows) for segment in packed.segments(row)]
+    assert packed.n_images.tolist() == [documents[d][start:end].count("i") for d, start, end in segments]
 
 
-def test_a_document_whose_images_no_row_holds_is_left_out_and_the_others_are_not():
-    plan = packed(["tit", "tiiit", "tiiti"], 16, 5)
-    assert {reason: found.tolist() for reason, found in plan.dropped.items()} == {
+def test_a_document_whose_images_no_row_holds_is_dropped_and_the_others_are_not():
+    packed = pack_documents(["tit", "tiiit", "tiiti"], 16, 5)
+    assert {reason: documents.tolist() for reason, documents in packed.dropped.items()} == {
         "more images in succession than a row holds": [1]
     }
-    assert set(plan.document.tolist()) == {0, 2}
+    assert set(packed.document.tolist()) == {0, 2}
 
 
 def test_nothing_is_packed_into_no_row():
-    plan = packed([], 17, 5)
-    assert plan.n_rows == len(plan.row_targets) == len(plan.row_positions) == 0
+    packed = pack_documents([], 17, 5)
+    assert packed.n_rows == len(packed.row_targets) == len(packed.row_positions) == 0
 
 
 @pytest.mark.parametrize("fill", [best_fit, exact_fill])
@@ -58,24 +58,24 @@ def test_no_row_is_filled_beyond_its_capacity_and_none_is_empty(fill, widths, wi
 
 
 @pytest.mark.parametrize("fill", [best_fit, exact_fill])
-def test_pieces_of_one_width_fill_rows_as_far_as_they_can(fill):
+def test_segments_of_one_width_fill_rows_as_far_as_they_can(fill):
     assert np.bincount(fill(np.full(101, 78), 2048)).tolist() == [26] * 3 + [23]
 
 
 @pytest.mark.parametrize("fill", [best_fit, exact_fill])
-def test_pieces_as_wide_as_a_row_have_one_each(fill):
+def test_segments_as_wide_as_a_row_have_one_each(fill):
     assert sorted(np.bincount(fill(np.array([17, 1, 17, 1, 1, 17]), 17)).tolist()) == [1, 1, 1, 3]
 
 
 @given(st.lists(st.integers(1, 17), min_size=1, max_size=101), st.integers(2, 51))
-def test_two_and_three_pieces_of_a_sum_are_found_where_there_are_some(widths, total):
-    ahead = _Ahead(51)
-    for piece, width in enumerate(widths):
-        ahead.put(piece, width)
-    for k, found in ((2, ahead.two(total)), (3, ahead.three(total))):
-        assert bool(found) == any(sum(some) == total for some in combinations(sorted(widths), k))
-        assert not found or (len(found), sum(found)) == (k, total)
-        assert not Counter(found) - Counter(widths)
+def test_two_and_three_segments_of_a_sum_are_found_where_there_are_some(widths, total):
+    ahead = _WidthIndex(51)
+    for segment, width in enumerate(widths):
+        ahead.put(segment, width)
+    for k, of_sum in ((2, ahead.two(total)), (3, ahead.three(total))):
+        assert bool(of_sum) == any(sum(some) == total for some in combinations(sorted(widths), k))
+        assert not of_sum or (len(of_sum), sum(of_sum)) == (k, total)
+        assert not Counter(of_sum) - Counter(widths)
 
 
 @pytest.mark.parametrize("sigma", [0.4, 0.6, 0.8])
@@ -85,10 +85,10 @@ def test_less_than_a_thousandth_of_the_rows_of_caption_pairs_is_padding(sigma):
     assert 1 - (text + 67).sum() / 2048 / (rows.max() + 1) < 1e-3  # a last row that holds one pair would be 5e-4
 
 
-def test_rows_of_few_pieces_are_packed_by_best_fit_and_rows_of_many_to_the_last_position():
+def test_rows_of_few_segments_are_packed_by_best_fit_and_rows_of_many_to_the_last_position():
     lengths = 8 + np.arange(3001) * 7919 % 53  # captions of 8 to 60 tokens
     documents = ["i" + "t" * n for n in lengths.tolist()]
-    wide, narrow = packed(documents, 1000, 64), packed(documents, 2048, 64)
+    wide, narrow = pack_documents(documents, 1000, 64), pack_documents(documents, 2048, 64)
     assert wide.n_rows * CROWDED > 3001 > narrow.n_rows * CROWDED
     assert wide.n_rows == best_fit(lengths + 67, 1000).max() + 1
     assert np.sort(2048 - narrow.row_positions)[:-1].max() <= 70

@@ -38,22 +38,22 @@ def several(tmp_path):
 @properties
 @given(cases())
 def test_every_target_of_a_document_occurs_exactly_once_or_the_document_is_counted_as_dropped(case):
-    pieces = defaultdict(list)
-    for document, start, end in case.pieces():
-        pieces[document].append((start, end))
+    segments = defaultdict(list)
+    for document, start, end in case.segments():
+        segments[document].append((start, end))
     n_dropped = sum(sum(plan.totals.dropped.values()) for plan in case.plans.values())
     planned = {d for part in case.plans for d in case.split.documents(0, case.corpus.n_documents, part).tolist()}
     for document in planned:
-        bounds = [b for piece in sorted(pieces[document]) for b in piece]
+        bounds = [b for segment in sorted(segments[document]) for b in segment]
         if case.fits(document):
             assert bounds[0] == 0
             assert bounds[-1] == len(case.corpus.documents[document]) + 1
-            assert all(start < end for start, end in pieces[document])
+            assert all(start < end for start, end in segments[document])
             assert bounds[1:-1:2] == bounds[2::2]
         else:
             assert bounds == []
             n_dropped -= 1
-    assert set(pieces) <= planned
+    assert set(segments) <= planned
     assert n_dropped == 0
 
 
@@ -61,10 +61,10 @@ def test_every_target_of_a_document_occurs_exactly_once_or_the_document_is_count
 @given(cases())
 def test_dropped_documents_are_counted_by_reason_with_a_first_example(case):
     for part, plan in case.plans.items():
-        lost = [d for d in case.split.documents(0, case.corpus.n_documents, part).tolist() if not case.fits(d)]
+        dropped = [d for d in case.split.documents(0, case.corpus.n_documents, part).tolist() if not case.fits(d)]
         reason = TOO_LONG if case.corpus.packing == "intact" else TOO_MANY_IMAGES
-        assert plan.totals.dropped == ({reason: len(lost)} if lost else {})
-        assert plan.totals.first_dropped == ({reason: lost[0]} if lost else {})
+        assert plan.totals.dropped == ({reason: len(dropped)} if dropped else {})
+        assert plan.totals.first_dropped == ({reason: dropped[0]} if dropped else {})
 
 
 @properties
@@ -81,7 +81,7 @@ def test_training_and_validation_share_no_document(case):
     owners = defaultdict(set)
     for part, plan in case.plans.items():
         for row in range(plan.n_rows):
-            for document, _, _ in plan.pieces(row):
+            for document, _, _ in plan.segments(row):
                 owners[document].add(part)
     assert all(len(parts) == 1 for parts in owners.values())
 
@@ -94,46 +94,47 @@ def test_training_and_validation_share_no_document(case):
 def test_no_row_is_over_its_capacity(case):
     for plan in case.plans.values():
         for row in range(plan.n_rows):
-            assert 0 < sum(case.positions(*piece) for piece in plan.pieces(row)) <= case.layout.seq_len
+            assert 0 < sum(case.positions(*segment) for segment in plan.segments(row)) <= case.layout.seq_len
 
 
 @properties
 @given(cases())
-def test_no_piece_ends_right_behind_an_images_marker(case):
-    assert not any(case.corpus.documents[d][end - 1 : end] == "i" for d, _, end in case.pieces())
+def test_no_segment_ends_right_behind_an_images_marker(case):
+    assert not any(case.corpus.documents[d][end - 1 : end] == "i" for d, _, end in case.segments())
 
 
 @properties
 @given(cases())
 def test_totals_are_those_of_the_rows_counted_one_by_one(case):
     for part, plan in case.plans.items():
-        pieces = [piece for row in range(plan.n_rows) for piece in plan.pieces(row)]
-        images = sum(case.corpus.documents[d][start:end].count("i") for d, start, end in pieces)
+        segments = [segment for row in range(plan.n_rows) for segment in plan.segments(row)]
+        images = sum(case.corpus.documents[d][start:end].count("i") for d, start, end in segments)
         totals = plan.totals
         assert totals.rows == plan.n_rows
         assert totals.documents == len(case.split.documents(0, case.corpus.n_documents, part))
-        assert totals.begun == len({d for d, _, _ in pieces}) == totals.documents - sum(totals.dropped.values())
+        assert totals.begun == len({d for d, _, _ in segments}) == totals.documents - sum(totals.dropped.values())
         assert totals.images == images
-        assert totals.positions == sum(case.positions(*piece) for piece in pieces)
-        assert totals.targets == sum(end - start for _, start, end in pieces) - images
-        assert totals.targets == plan.n_targets_of(0, plan.n_rows)
+        assert totals.positions == sum(case.positions(*segment) for segment in segments)
+        assert totals.targets == sum(end - start for _, start, end in segments) - images
+        assert totals.targets == plan.n_targets(0, plan.n_rows)
 
 
 @properties
 @given(cases(), st.integers(0, 40), st.integers(0, 60))
-def test_targets_of_a_stretch_of_rows_are_those_of_its_rows_also_across_blocks_and_epochs(case, first, n_rows):
+def test_targets_of_a_range_of_rows_are_those_of_its_rows_also_across_blocks_and_epochs(case, first, n_rows):
     for plan in case.plans.values():
         rows = (plan.row(*divmod(number, plan.n_rows)) for number in range(first, first + n_rows))
-        pieces = [(case.corpus.documents[d][start:end], end - start) for row in rows for d, start, end in plan.pieces(row)]
+        segments = [segment for row in rows for segment in plan.segments(row)]
+        n_targets = [end - start - case.corpus.documents[d][start:end].count("i") for d, start, end in segments]
 
-        assert plan.n_targets_of(first, first + n_rows) == sum(n - text.count("i") for text, n in pieces)
+        assert plan.n_targets(first, first + n_rows) == sum(n_targets)
 
 
 @properties
 @given(cases())
-def test_a_document_that_fits_a_row_stays_whole(case):
+def test_a_document_that_fits_a_row_is_one_segment(case):
     assume(case.corpus.packing != "split")  # there, text is cut where a row ends
-    for document, start, end in case.pieces():
+    for document, start, end in case.segments():
         if not case.runs_over(document):
             assert (start, end) == (0, len(case.corpus.documents[document]) + 1)
 
@@ -147,19 +148,19 @@ def test_a_row_is_the_same_read_first_or_last(case, random):
     assume("train" in case.plans)
     plan = case.plans["train"]
     places = [(epoch, number) for epoch in (0, 1, 7) for number in range(plan.n_rows)]
-    in_order = {place: plan.pieces(plan.row(*place)) for place in places}
+    in_order = {place: plan.segments(plan.row(*place)) for place in places}
     random.shuffle(places)
     again = case.plan()
-    assert {place: again.pieces(again.row(*place)) for place in places} == in_order
+    assert {place: again.segments(again.row(*place)) for place in places} == in_order
 
 
-def test_a_row_far_into_an_epoch_is_found_without_packing_other_blocks(several, monkeypatch):
+def test_a_row_far_into_an_epoch_is_located_without_packing_other_blocks(several, monkeypatch):
     several.plan()
     packed = []
     original = Blocks.packed
     monkeypatch.setattr(Blocks, "packed", lambda self, block: packed.append(block) or original(self, block))
     plan = several.plan()
-    plan.pieces(plan.row(10**9, plan.n_rows * 2 // 3))
+    plan.segments(plan.row(10**9, plan.n_rows * 2 // 3))
     assert len(packed) == 1
 
 
@@ -173,18 +174,18 @@ def test_a_corpus_of_one_block_is_one_permutation_packed_in_one_go(n, seed):
     plan = Case(corpus, replace(LAYOUT, seed=seed)).plan()
     order = permutation(n, hash_key("documents", seed))
     packed = pack(corpus, order, np.diff(corpus.token_offsets).astype(np.int64)[order] + 1, np.zeros(n, int), 23, 3)
-    assert [plan.pieces(row) for row in range(plan.n_rows)] == [packed.pieces(row) for row in range(packed.n_rows)]
+    assert [plan.segments(row) for row in range(plan.n_rows)] == [packed.segments(row) for row in range(packed.n_rows)]
     rows = permutation(packed.n_rows, hash_key("rows", seed, "drawn", 5))
     assert [plan.row(5, number) for number in range(plan.n_rows)] == rows.tolist()
 
 
-def test_blocks_hold_about_the_documents_asked_for(several):
+def test_blocks_hold_about_the_configured_documents(several):
     sizes = [several.plan().blocks.count(block)[1] for block in range(10)]
     assert sum(sizes) == 1009
     assert all(abs(size - 101) <= 7 for size in sizes)
 
 
-def test_a_block_is_made_of_whole_runs(several):
+def test_a_block_consists_of_whole_runs(several):
     runs = [run for block in range(10) for run in several.plan().blocks.runs(block)]
     assert sorted(runs) == [(first, min(first + 7, 1009)) for first in range(0, 1009, 7)]
 
@@ -196,7 +197,7 @@ def test_a_block_is_drawn_from_all_over_the_corpus(several):
 
 def test_neighbouring_rows_come_from_one_block(several):
     plan = several.plan()
-    firsts = np.searchsorted(plan._firsts, [plan.row(2, number) for number in range(plan.n_rows)], side="right")
+    firsts = np.searchsorted(plan._first_ids, [plan.row(2, number) for number in range(plan.n_rows)], side="right")
     assert np.count_nonzero(np.diff(firsts)) == 9
 
 
@@ -207,14 +208,14 @@ def test_blocks_and_rows_are_in_another_order_in_another_epoch(several):
     assert [row for row in orders[0] if row < 10] != [row for row in orders[1] if row < 10]
 
 
-def test_the_window_says_among_what_rows_are_drawn(several):
+def test_the_window_is_a_block_on_average(several):
     window = several.plan().window()
     assert (window.blocks, window.documents, window.shards) == (10, 100, 3)
     assert window.runs in (14, 15)
     assert window.rows == several.plan().n_rows // 10
 
 
-def test_a_thin_split_has_blocks_that_are_found_by_looking_at_few_documents(several):
+def test_blocks_of_a_thin_split_test_few_documents(several):
     several.val_share = 0.001
     blocks = several.plan("val").blocks
     assert sum(stop - first for first, stop in blocks.runs(0)) <= 101 * 32
@@ -222,13 +223,13 @@ def test_a_thin_split_has_blocks_that_are_found_by_looking_at_few_documents(seve
 
 def test_the_same_seed_gives_the_same_plan(several):
     first, second = several.plan(), several.plan()
-    assert [first.pieces(r) for r in range(first.n_rows)] == [second.pieces(r) for r in range(second.n_rows)]
+    assert [first.segments(r) for r in range(first.n_rows)] == [second.segments(r) for r in range(second.n_rows)]
 
 
 def test_another_seed_gives_another_order(several):
     plans = [Case(several.corpus, replace(BLOCKS, seed=seed)).plan() for seed in (5, 7)]
     assert plans[0].blocks.runs(0) != plans[1].blocks.runs(0)
-    assert plans[0].pieces(0) != plans[1].pieces(0)
+    assert plans[0].segments(0) != plans[1].segments(0)
 
 
 def test_blocks_are_the_same_in_another_process(several):
@@ -238,7 +239,7 @@ def test_blocks_are_the_same_in_another_process(several):
     assert again.count(3)[0] == blocks.count(3)[0]
 
 
-# ---- what cannot be planned
+# ---- impossible plans
 
 
 def test_a_row_without_room_for_an_image_is_refused():

@@ -28,29 +28,29 @@ def test_every_document_is_for_training_or_for_validation(n_documents, val_share
 
 
 @given(st.integers(0, 499), INPUTS, st.lists(st.integers(0, 499), min_size=2, max_size=2))
-def test_a_stretch_is_split_as_the_whole_is(n_documents, val_input, bounds):
+def test_a_range_is_split_as_all_documents_are(n_documents, val_input, bounds):
     first, stop = sorted(min(b, n_documents) for b in bounds)
-    whole = split(n_documents, 0.3, val_input)
-    inside = [d for d in whole.documents(0, n_documents, "val").tolist() if first <= d < stop]
-    assert whole.documents(first, stop, "val").tolist() == inside
+    all_documents = split(n_documents, 0.3, val_input)
+    inside = [d for d in all_documents.documents(0, n_documents, "val").tolist() if first <= d < stop]
+    assert all_documents.documents(first, stop, "val").tolist() == inside
 
 
 @given(st.integers(0, 499), INPUTS, st.integers(1, 31), st.sampled_from(["train", "val"]))
-def test_the_first_documents_of_a_part_are_found_without_the_others(n_documents, val_input, most, part):
+def test_the_first_documents_of_a_part_are_found_without_the_others(n_documents, val_input, n, part):
     of = split(n_documents, 0.3, val_input)
-    assert of.first(part, most).tolist() == of.documents(0, n_documents, part).tolist()[:most]
+    assert of.first(part, n).tolist() == of.documents(0, n_documents, part).tolist()[:n]
 
 
-def test_looking_for_held_out_documents_looks_at_held_out_files_only(monkeypatch):
+def test_only_held_out_files_are_tested_for_held_out_documents(monkeypatch):
     of = split(100_003, val_input=["2.tar"])
-    looked_at = []
+    tested = []
     original = Split.documents
-    monkeypatch.setattr(Split, "documents", lambda *a: looked_at.append(a[1]) or original(*a))
-    assert of.first("val", 7).tolist() == looked_at + [looked_at[0] + k for k in range(1, 7)]
+    monkeypatch.setattr(Split, "documents", lambda *a: tested.append(a[1]) or original(*a))
+    assert of.first("val", 7).tolist() == tested + [tested[0] + k for k in range(1, 7)]
 
 
 @pytest.mark.parametrize(("val_share", "part"), [(0.0, "val"), (1.0, "train")])
-def test_a_part_of_nothing_is_empty_without_a_look_at_any_document(monkeypatch, val_share, part):
+def test_an_empty_part_tests_no_document(monkeypatch, val_share, part):
     monkeypatch.setattr(Split, "documents", None)
     assert split(100_003, val_share).first(part, 1).tolist() == []
     assert list(split(100_003, val_share).chunks(part)) == []
@@ -59,8 +59,8 @@ def test_a_part_of_nothing_is_empty_without_a_look_at_any_document(monkeypatch, 
 @given(st.integers(0, 499), st.floats(0, 1), INPUTS, st.sampled_from(["train", "val"]))
 def test_the_chunks_of_a_part_are_its_documents(n_documents, val_share, val_input, part):
     of = split(n_documents, val_share, val_input)
-    found = [d for documents in of.chunks(part) for d in documents.tolist()]
-    assert found == of.documents(0, n_documents, part).tolist()
+    in_chunks = [d for documents in of.chunks(part) for d in documents.tolist()]
+    assert in_chunks == of.documents(0, n_documents, part).tolist()
 
 
 def test_documents_of_the_named_files_are_held_out():
@@ -96,12 +96,12 @@ def test_a_share_of_zero_keeps_no_document_for_validation():
     assert len(split(997).first("val", 3)) == 0
 
 
-def test_the_validation_share_is_about_what_was_asked():
+def test_the_validation_share_is_about_the_configured_one():
     n = len(held_out(10_007, 0.05))
     assert abs(n - 500) < 5 * (10_007 * 0.05 * 0.95) ** 0.5  # five standard deviations of a fair draw
 
 
-def test_documents_beyond_what_is_looked_at_together_are_split_alike():
+def test_documents_of_several_chunks_are_split_alike():
     of = split(200_003, 0.01)
     apart = np.concatenate([of.documents(first, min(first + 997, 200_003), "val") for first in range(0, 200_003, 997)])
     assert of.documents(0, 200_003, "val").tolist() == apart.tolist()

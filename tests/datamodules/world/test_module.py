@@ -72,7 +72,7 @@ def test_a_batch_of_questions_has_an_image_each(batches):
 
 def test_the_world_is_drawn_prepared_and_mixed(data):
     batch = next(iter(data.train_dataloader()))
-    assert set(data.opened) == {"text", "caption", "interleaved"}
+    assert set(data.prepared) == {"text", "caption", "interleaved"}
     assert tuple(batch.tokens.shape) == (3, 127)
     assert len(batch.images) > 0
 

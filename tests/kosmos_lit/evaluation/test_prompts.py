@@ -88,8 +88,8 @@ def rows_of(corpus: IndexedCorpus, name: str, tokenizer: Tokenizer) -> dict[int,
     documents: dict[int, tuple[Ids, Ids, Row]] = {}
     for number in range(9):
         row = stream.row(number)
-        for placed in row.documents:
-            cut = slice(placed.at, placed.at + placed.length)
+        for placed in row.segments:
+            cut = slice(placed.position, placed.position + placed.length)
             documents[placed.document] = row.tokens[cut], row.targets[cut], row
     assert len(documents) == corpus.n_documents
     return documents
@@ -135,7 +135,7 @@ def test_pixels_are_those_of_training(
     tokenizer = Tokenizer.load(vocabulary)
     _, _, row = rows_of(trained, "instruct", tokenizer)[2]
     _, images = ImageReader(SIDE, fit, tokenizer.special, {"instruct": 0.0}).read([row], {"instruct": trained})
-    expected = images[[n for n, owner in enumerate(row.image_owner) if row.documents[owner].document == 2]]
+    expected = images[[n for n, owner in enumerate(row.image_segments) if row.segments[owner].document == 2]]
 
     scheduler = RequestScheduler(Engine(tiny_model(kosmos_tower), tokenizer), image_fit=fit)
 

@@ -77,7 +77,7 @@ def test_epochs_are_those_of_the_stream(tmp_path: Path, tiny_world: Path, capsys
 
     _, plan = planned(capsys, *arguments)
 
-    wanted = [longest[at] / data.opened[name].train.plan.n_rows for at, name in enumerate(data.kinds)]
+    wanted = [longest[at] / data.prepared[name].train.plan.n_rows for at, name in enumerate(data.kinds)]
     assert [s["epochs"] for s in plan["sources"]] == pytest.approx(wanted)
 
 
@@ -89,7 +89,7 @@ def test_operations_are_those_of_the_documents(tmp_path: Path, tiny_world: Path,
     stream, work = run.data.stream(), Work()
     for number in range(6 * 4):
         row = stream.row(number)
-        work += Work.of_documents([d.length for d in row.documents], int((row.targets >= 0).sum()), len(row.images))
+        work += Work.of_documents([d.length for d in row.segments], int((row.targets >= 0).sum()), len(row.images))
 
     _, plan = planned(capsys, *arguments)
 
