@@ -7,8 +7,8 @@
 Parameter names are those of the released checkpoints for every norm.
 
 A layer is two parts around the attention kernel: the projections to q, k and v, and everything after the kernel. Only the
-kernel depends on the documents of a micro-batch, so the parts have the same shapes at every step: `compile_parts` compiles each into
-one graph, which all layers share.
+kernel depends on the documents of a micro-batch, so the parts have the same shapes at every step: `compile_parts` compiles
+each into one graph, which all layers share.
 """
 
 from __future__ import annotations
