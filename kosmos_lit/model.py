@@ -72,7 +72,7 @@ class Kosmos(nn.Module):
         torch._dynamo.config.optimize_ddp = False
         for module in self.modules():
             if isinstance(module, Block):
-                module.fuse()
+                module.compile_parts()
         self.vision.compile_blocks()
         self._is_compiled = True
 

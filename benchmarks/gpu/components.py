@@ -141,7 +141,7 @@ def block(bench: Bench) -> Results:
         config = bench.config(**fields).decoder
         layer = Block(config).to(bench.device).train()
         if bench.use_compile:
-            layer.fuse()
+            layer.compile_parts()
         rotation_ = turn if config.positions == "xpos" else None
         acts[name] = partial(_layer, bench, layer, x, mask, rotation_, gradient)
     seconds = bench.alternating(acts)
@@ -220,7 +220,7 @@ def clip(bench: Bench) -> Results:
             for _ in range(2)
         )
         if bench.use_compile:
-            fused.fuse()
+            fused.compile_blocks()
         measure = partial(_images, bench, n, operations)
         variants[f"kosmos-lit, {n}"] = partial(measure, partial(plain, images))
         variants[f"kosmos-lit compiled, {n}"] = partial(measure, partial(fused, images))

@@ -7,8 +7,8 @@
 Parameter names are those of the released checkpoints for every norm.
 
 A layer is two parts around the attention kernel: the projections to q, k and v, and everything after the kernel. Only the
-kernel depends on the documents of a micro-batch, so the parts have the same shapes at every step: `fuse` compiles each into
-one graph, which all layers share.
+kernel depends on the documents of a micro-batch, so the parts have the same shapes at every step: `compile_parts` compiles
+each into one graph, which all layers share.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
         self.normalises_sums, self.residual_scale = config.normalises_sums, config.residual_scale
         self.recompute = config.recompute
-        self._is_fused = False
+        self._is_compiled = False
 
-    def fuse(self) -> None:
+    def compile_parts(self) -> None:
         """Compile each part by torch.compile; with a KV cache or a tensor as mask the layer still runs eagerly."""
-        self._is_fused = True
+        self._is_compiled = True
 
     def forward(
         self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, cache: KVCache | None = None
@@ -64,7 +64,7 @@ class Block(nn.Module):
     ) -> Tensor:
         recomputes = self.recompute == "selective" and torch.is_grad_enabled()
         before, after = (_recomputed_before, _recomputed_after) if recomputes else (_before_kernel, _after_kernel)
-        if self._is_fused and cache is None and isinstance(mask, DocumentMask):
+        if self._is_compiled and cache is None and isinstance(mask, DocumentMask):
             before, after = _compiled(before), _compiled(after)
         q, k, v = before(self, x, rotation)
         if cache is not None:

@@ -212,10 +212,10 @@ def test_the_loss_of_training_is_the_weighted_sum_of_what_each_token_costs(kosmo
     model, batch = tiny_model(kosmos_tower, loss_chunk=3), batch_of([[FIRST, SECOND], [THIRD]], T)
     weights = torch.linspace(0.1, 2, len(batch.loss_at))
     expected = (weights * model.nll(batch)).sum()
-    expected = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
+    gradients = torch.autograd.grad(expected, list(model.parameters()), allow_unused=True)
     loss, nll = model.loss(batch, weights)
     loss.backward()
     torch.testing.assert_close(nll, model.nll(batch).detach(), rtol=1e-6, atol=1e-6)  # fp32, in chunks
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # fp32
-    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5, msg=name)  # fp32, four blocks' sums
