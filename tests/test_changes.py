@@ -157,7 +157,7 @@ def test_a_changed_run_is_resumed_again_without_a_message(
     assert main(tiny_run("fit", folder, tiny_world, *changed, "--trainer.max_steps=6")) == 0
 
     assert "shares of rows" not in caplog.text
-    compared = {c.step: c.same() for c in compare(tmp_path / "straight", folder)}
+    compared = {c.step: c.is_same() for c in compare(tmp_path / "straight", folder)}
     assert compared[6]
 
 
@@ -281,7 +281,7 @@ def test_a_run_resumed_around_a_border_of_ratios_equals_the_uninterrupted_one(
 
     assert main([*arguments, *RESUME]) == 0
 
-    assert [c.describe() for c in compare(staged_run, tmp_path) if not c.same()] == []
+    assert [c.describe() for c in compare(staged_run, tmp_path) if not c.is_same()] == []
     assert {c.step for c in compare(staged_run, tmp_path)} >= {6}
 
 

@@ -73,7 +73,7 @@ def test_ranks_and_their_workers_do_not_change_a_step(
     assert end.returncode == 0, end.stderr
     assert_close(plain, tmp_path)
     assert [c.step for c in compare(plain, tmp_path)] == [3, 6]
-    assert all(c.same_rows for c in compare(plain, tmp_path))
+    assert all(c.has_same_rows for c in compare(plain, tmp_path))
     # 3 rows of each source, or all that it has, and at most one row a batch: a sanity batch, and two whole validations.
     counts = [(tmp_path / f"validation-{rank}.txt").read_text().split() for rank in range(ranks)]
     data = DataCLI(tiny_run("fit", tmp_path, tiny_world)[1:]).datamodule

@@ -190,7 +190,7 @@ def test_a_run_killed_at_20_moments_reads_the_same_rows_and_gets_the_same_weight
     compared = compare(straight, parts)
     assert [c.step for c in compared] == list(range(3, 153, 3))
     assert set(left) - {0} <= {c.step for c in compared}
-    assert [c.describe() for c in compared if not c.same()] == []
+    assert [c.describe() for c in compared if not c.is_same()] == []
     assert_same_log(straight, parts, left)
 
 
@@ -215,7 +215,7 @@ def test_a_run_killed_twice_in_one_epoch_and_at_epochs_edges_equals_an_uninterru
     assert [step for _, step in left] == [step - 1 for step in die_in]
     compared = compare(straight, parts)
     assert [c.step for c in compared] == list(range(1, die_in[-1] + 4))
-    assert [c.describe() for c in compared if not c.same()] == []
+    assert [c.describe() for c in compared if not c.is_same()] == []
 
 
 def row_of(stream: Stream, name: str, number: int) -> int:
@@ -251,7 +251,7 @@ def test_a_killed_run_goes_on_with_other_ranks_and_reads_the_same_rows(tmp_path:
     assert end.returncode == 0, end.stderr
     compared = compare(one, changing)
     assert [c.step for c in compared] == list(range(3, 27, 3))
-    assert all(c.same_rows for c in compared)
+    assert all(c.has_same_rows for c in compared)
     # fp32 sums in another order, 24 Adam steps at up to 3e-3
     assert compared[-1].distance < 3e-3
     assert_same_log(one, changing, left, rel=2e-4)
