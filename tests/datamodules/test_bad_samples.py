@@ -87,7 +87,7 @@ def test_a_hundred_thousand_rows_with_broken_images_need_no_more_memory_and_list
 ):
     n, m = 100_003, 50
     bad = set(Random(7).sample(range(n), n // 20))
-    sound = [sample_data.encoded(sample_data.image(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]
+    sound = [sample_data.encoded(sample_data.drawn_image(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]
     broken = [sample_data.broken_within(kind) for kind in range(4)]
     images = [broken[i % 4] if i in bad else sound[i % 101] for i in range(n)]
     stream = stream_of(images, tmp_path, tokenizer_folder, tokenizer)
