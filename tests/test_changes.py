@@ -95,10 +95,10 @@ def total(rows: list[dict[str, Any]]) -> str:
 
 def by_source(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Return what each source gave, in order, without the rows' numbers."""
-    found: dict[str, list[Any]] = {}
+    rows_of: dict[str, list[Any]] = {}
     for row in rows:
-        found.setdefault(row["source"], []).append((row["epoch"], row["documents"], row["tokens"]))
-    return found
+        rows_of.setdefault(row["source"], []).append((row["epoch"], row["documents"], row["tokens"]))
+    return rows_of
 
 
 # ---- other shares
@@ -139,8 +139,8 @@ def test_announced_shares_hold_from_the_checkpoint_on_and_rows_before_stay(
     assert read[12:] != straight[12:]
     # Each source goes on behind its last row.
     for source, rows in by_source(read).items():
-        there = by_source(straight)[source]
-        assert rows[: len(there)] == there[: len(rows)]
+        undisturbed = by_source(straight)[source]
+        assert rows[: len(undisturbed)] == undisturbed[: len(rows)]
     assert {k: len(v) for k, v in by_source(read[12:]).items()} == {"text": 8, "caption": 1, "interleaved": 3}
 
 
@@ -256,12 +256,12 @@ def test_every_prefix_of_rows_follows_the_ratios_of_its_steps(tmp_path: Path, ti
     stream = stream_of(tiny_run("fit", tmp_path, tiny_world, *staged(tmp_path)))
     ratios = [(5, 5, 2)] * 3 + [(1, 7, 2)] * 2 + [(1, 7, 5)] * 96
 
-    wanted, counts = [Fraction(0)] * 3, [0] * 3
+    expected, counts = [Fraction(0)] * 3, [0] * 3
     for row in range(len(ratios) * G):
         ratio = ratios[row // G]
-        wanted = [w + Fraction(r, sum(ratio)) for w, r in zip(wanted, ratio, strict=True)]
+        expected = [w + Fraction(r, sum(ratio)) for w, r in zip(expected, ratio, strict=True)]
         counts[stream.locate(row)[0].kind] += 1
-        assert all(abs(c - w) < 1 for c, w in zip(counts, wanted, strict=True)), row
+        assert all(abs(c - w) < 1 for c, w in zip(counts, expected, strict=True)), row
 
 
 @pytest.fixture(scope="module")
@@ -307,15 +307,15 @@ def test_a_run_ends_before_a_source_is_read_more_often_than_allowed(
     step = load_checkpoint(last(tmp_path / "run"))["global_step"]
     read = [Counter(stream.locate(row)[0].name for row in range(s * G))["more"] for s in (step, step + 1)]
     assert read[0] <= allowed < read[1]
-    said = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
-    assert caplog.text.count(said) == 1
+    announcement = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
+    assert caplog.text.count(announcement) == 1
     assert max(read_log(tmp_path / "run")) == step
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
     caplog.clear()
 
     assert main([*arguments, "--trainer.max_steps=1000", *RESUME]) == 0
 
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(announcement) == 1
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
     assert max(read_log(tmp_path / "run")) == step
 
@@ -353,10 +353,10 @@ def test_the_logged_mixture_is_that_which_was_asked_for_in_its_unit(tmp_path: Pa
 
     with (tmp_path / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         end = [row for row in csv.DictReader(file) if row["train/loss"]][-1]
-    found = [float(end[f"mix/{name}"]) for name in CORPORA]
+    shares = [float(end[f"mix/{name}"]) for name in CORPORA]
     # 240 rows, less than one row more or less than asked of each kind. A row of captions holds some 7 documents, one of text
     # about one: a row of them is 7 of the some 280 documents, or 2.5 %, and rows are not equally full: 2 % more.
-    assert found == pytest.approx([5 / 12, 5 / 12, 2 / 12, 0], abs=1 / 240 if unit == "tokens" else 0.045)
+    assert shares == pytest.approx([5 / 12, 5 / 12, 2 / 12, 0], abs=1 / 240 if unit == "tokens" else 0.045)
 
 
 @pytest.mark.parametrize("verb", ["validate", "predict"])
