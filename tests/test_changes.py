@@ -307,15 +307,15 @@ def test_a_run_ends_before_a_source_is_read_more_often_than_allowed(
     step = load_checkpoint(last(tmp_path / "run"))["global_step"]
     read = [Counter(stream.locate(row)[0].name for row in range(s * G))["more"] for s in (step, step + 1)]
     assert read[0] <= allowed < read[1]
-    announcement = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
-    assert caplog.text.count(announcement) == 1
+    notice = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
+    assert caplog.text.count(notice) == 1
     assert max(read_log(tmp_path / "run")) == step
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
     caplog.clear()
 
     assert main([*arguments, "--trainer.max_steps=1000", *RESUME]) == 0
 
-    assert caplog.text.count(announcement) == 1
+    assert caplog.text.count(notice) == 1
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
     assert max(read_log(tmp_path / "run")) == step
 
