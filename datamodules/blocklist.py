@@ -65,7 +65,7 @@ class Blocklist:
         Raises: UserError naming the pattern that matches nothing, or the file and line that cannot be read.
         """
         blocklist = cls(expand(patterns, "data.blocklist"))
-        _ = blocklist._entries
+        _ = blocklist._entries  # mistakes in the files must show before training
         return blocklist
 
     def __len__(self) -> int:
@@ -172,7 +172,7 @@ def _read(path: Path, entries: dict[Kind, array[int]]) -> None:
     number = 0
     try:
         for number, line in enumerate(lines(path), start=1):
-            entry = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            entry = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()  # a byte order mark may come first
             if not entry or entry.startswith("#"):
                 continue
             if entry.startswith(("http://", "https://")):

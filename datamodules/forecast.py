@@ -84,8 +84,9 @@ def largest_amount(
         schedule: the order of sources, which decides what rows share a micro-batch.
         micro_batch_rows: rows of a micro-batch, neighbours in the stream.
     """
-    n = -(-max(SAMPLED_ROWS, micro_batch_rows) // micro_batch_rows) * micro_batch_rows
+    n = -(-max(SAMPLED_ROWS, micro_batch_rows) // micro_batch_rows) * micro_batch_rows  # whole micro-batches
     by_row = np.array([row_amounts[schedule.locate(row)[0]] for row in range(n)]).reshape(-1, micro_batch_rows, 2)
+    # Rows vary independently, so that their variances add up.
     means, deviations = by_row[..., 0].sum(axis=1), np.sqrt((by_row[..., 1] ** 2).sum(axis=1))
     return math.ceil(float((means + N_DEVIATIONS * deviations).max()))
 

@@ -143,7 +143,7 @@ class Loader:
         self.waited_seconds = 0.0
         self._loader: DataLoader[KosmosBatch] = DataLoader(
             batches,
-            batch_size=None,
+            batch_size=None,  # the dataset yields whole micro-batches
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4 if num_workers else None,

@@ -97,7 +97,7 @@ class MixtureData(L.LightningDataModule):
             quarantine: File that lists the bad samples of training; None: quarantine.jsonl in the run's folder.
         """
         super().__init__()
-        self.prepare_data_per_node = False
+        self.prepare_data_per_node = False  # nodes share a file system: one process prepares for all
         self.tokenizer_config = tokenizer
         by_kind = {"text": text, "caption": caption, "interleaved": interleaved, "instruct": instruct}
         named = name_sources(by_kind, sources)

@@ -132,7 +132,7 @@ class Row:
         images = [(i.shard, i.offset, i.length, i.path) for i in self.images]
         identity = (self.number, self.source, self.epoch, tuple(map(_DigestedSegment, self.segments)), images)
         digest = blake2b(repr(identity).encode(), digest_size=8)
-        for ids in (self.tokens, self.targets):
+        for ids in (self.tokens, self.targets):  # of one byte order on all machines
             digest.update(np.ascontiguousarray(ids, dtype="<i8").data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
@@ -201,8 +201,10 @@ class Stream:
         segments: list[Segment] = []
         images: list[StoredImage] = []
         image_segments: list[int] = []
+        # A segment ends behind the last position of its last input.
         stops = (last[np.cumsum([len(ids) for ids in stored_inputs]) - 1] + 1).tolist()
         for (document, start, end), position, stop in zip(planned, [0, *stops[:-1]], stops, strict=True):
+            # Without slots there is no image to look up: so it is in all rows of text.
             in_row = [i for i in corpus.document_images(document) if start <= i.position < end] if len(slots) else []
             images += in_row
             image_segments += [len(segments)] * len(in_row)

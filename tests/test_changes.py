@@ -1,4 +1,4 @@
-"""A run that goes on with other data: what it refuses, what it says, and which rows it then reads."""
+"""A run that goes on with other data: refusals, messages, and the rows that it reads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a verb that must end with a user's mistake; return what it says."""
+    """Runs a verb that must end with a UserError, and returns the message."""
 
     def run(arguments: list[str]) -> str:
         assert main(arguments) == 2
@@ -94,17 +94,17 @@ def total(rows: list[dict[str, Any]]) -> str:
 
 
 def by_source(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return what each source gave, in order, without the rows' numbers."""
-    rows_of: dict[str, list[Any]] = {}
+    """Return the rows of each source in order, without their numbers."""
+    sources: dict[str, list[Any]] = {}
     for row in rows:
-        rows_of.setdefault(row["source"], []).append((row["epoch"], row["documents"], row["tokens"]))
-    return rows_of
+        sources.setdefault(row["source"], []).append((row["epoch"], row["documents"], row["tokens"]))
+    return sources
 
 
 # ---- other shares
 
 
-def test_other_shares_that_were_not_announced_are_refused_and_both_are_named(
+def test_other_shares_that_are_not_accepted_are_refused_and_both_are_named(
     refused: Refused, folder: Path, tiny_world: Path
 ) -> None:
     message = refused(tiny_run("fit", folder, tiny_world, *RESUME, "--data.ratio.caption=1"))
@@ -115,7 +115,7 @@ def test_other_shares_that_were_not_announced_are_refused_and_both_are_named(
     assert last(folder).name == "step=00000003.ckpt"
 
 
-def test_announced_shares_hold_from_the_checkpoint_on_and_rows_before_stay(
+def test_accepted_shares_hold_from_the_checkpoint_on_and_rows_before_stay(
     begun: Path,
     folder: Path,
     tiny_world: Path,
@@ -132,20 +132,20 @@ def test_announced_shares_hold_from_the_checkpoint_on_and_rows_before_stay(
     read = printed(capsys, tiny_run("rows", folder, tiny_world, *more, "--ckpt_path", str(last(folder)), "--count", "24"))
     straight = printed(capsys, tiny_run("rows", folder, tiny_world, "--count", "24"))
     assert [row["row"] for row in read] == list(range(24))
-    # What is printed is what was read: the checkpoints keep the sum of the digests.
+    # The printed rows are those that were read: checkpoints hold the sum of their digests.
     assert total(read[:12]) == load_checkpoint(last(begun))["rows_digest"]
     assert total(read) == load_checkpoint(last(folder))["rows_digest"]
     assert read[:12] == straight[:12]
     assert read[12:] != straight[12:]
     # Each source goes on behind its last row.
     for source, rows in by_source(read).items():
-        undisturbed = by_source(straight)[source]
-        assert rows[: len(undisturbed)] == undisturbed[: len(rows)]
+        expected = by_source(straight)[source]
+        assert rows[: len(expected)] == expected[: len(rows)]
     assert {k: len(v) for k, v in by_source(read[12:]).items()} == {"text": 8, "caption": 1, "interleaved": 3}
 
 
 @pytest.mark.slow
-def test_a_changed_run_is_resumed_again_without_a_word(
+def test_a_changed_run_is_resumed_again_without_a_message(
     folder: Path, tmp_path: Path, tiny_world: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changed = [*RESUME, "--data.ratio.caption=1", "--trainer.val_check_interval=6"]
@@ -164,14 +164,14 @@ def test_a_changed_run_is_resumed_again_without_a_word(
 # ---- other sources
 
 
-def test_a_new_source_must_be_announced(refused: Refused, folder: Path, tiny_world: Path, extra: list[str]) -> None:
+def test_a_new_source_must_be_accepted(refused: Refused, folder: Path, tiny_world: Path, extra: list[str]) -> None:
     message = refused(tiny_run("fit", folder, tiny_world, *extra, *RESUME))
 
     assert "source more is new; shares of rows were from row 12: text 41.7%" in message
     assert "they are from row 12: text 20.8%, caption 41.7%, interleaved 16.7%, more 20.8%" in message
 
 
-def test_an_announced_source_is_read_from_its_first_row_on_and_logged(
+def test_an_accepted_source_is_read_from_its_first_row_on_and_logged(
     folder: Path,
     tiny_world: Path,
     extra: list[str],
@@ -187,14 +187,14 @@ def test_an_announced_source_is_read_from_its_first_row_on_and_logged(
     counts = Counter(row["source"] for row in read[12:])
     assert counts == {"text": 2, "caption": 5, "interleaved": 2, "more": 3}
     alone = ["--data.ratio.caption=0", "--data.ratio.interleaved=0"]
-    mine = by_source(printed(capsys, tiny_run("rows", folder, tiny_world, *extra, *alone, "--count", "6")))["more"]
-    assert by_source(read)["more"] == mine[:3]
+    expected = by_source(printed(capsys, tiny_run("rows", folder, tiny_world, *extra, *alone, "--count", "6")))["more"]
+    assert by_source(read)["more"] == expected[:3]
     mix = [float(read_log(folder)[6][f"mix/{name}"]) for name in ("text", "text/more", "caption")]
     assert mix == pytest.approx([5 / 12, 3 / 12, 5 / 12])
 
 
 @pytest.mark.slow
-def test_a_source_that_is_read_no_more_is_named_and_the_run_goes_on_without_it(
+def test_a_source_that_is_no_longer_read_is_named_and_the_run_goes_on_without_it(
     folder: Path, tmp_path: Path, tiny_world: Path, extra: list[str], refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(tiny_run("fit", folder, tiny_world, *extra, *RESUME, ACCEPT)) == 0
@@ -208,7 +208,7 @@ def test_a_source_that_is_read_no_more_is_named_and_the_run_goes_on_without_it(
     read = printed(capsys, [*rows, "--start", "24", "--count", "12"])
     assert Counter(row["source"] for row in read) == {"text": 5, "caption": 5, "interleaved": 2}
     message = refused([*rows, "--start", "12", "--count", "12"])
-    assert "came from a source that this run's config does not name any more" in message
+    assert "came from a source that this run's config no longer names" in message
 
 
 def test_a_source_with_more_files_is_refused_even_if_changes_are_accepted(
@@ -220,7 +220,7 @@ def test_a_source_with_more_files_is_refused_even_if_changes_are_accepted(
     longer = [*arguments, "--trainer.max_steps=9"]
 
     assert f"{tmp_path}/more/index was prepared differently" in refused(longer)
-    shutil.rmtree(tmp_path / "more" / "index")  # to have it made anew does not help either
+    shutil.rmtree(tmp_path / "more" / "index")  # a new index does not help either
     message = refused(longer)
 
     assert "the checkpoint's source more held other documents: documents was 11, is 22" in message
@@ -256,12 +256,12 @@ def test_every_prefix_of_rows_follows_the_ratios_of_its_steps(tmp_path: Path, ti
     stream = stream_of(tiny_run("fit", tmp_path, tiny_world, *staged(tmp_path)))
     ratios = [(5, 5, 2)] * 3 + [(1, 7, 2)] * 2 + [(1, 7, 5)] * 96
 
-    expected, counts = [Fraction(0)] * 3, [0] * 3
+    ideal, counts = [Fraction(0)] * 3, [0] * 3
     for row in range(len(ratios) * G):
         ratio = ratios[row // G]
-        expected = [w + Fraction(r, sum(ratio)) for w, r in zip(expected, ratio, strict=True)]
+        ideal = [i + Fraction(r, sum(ratio)) for i, r in zip(ideal, ratio, strict=True)]
         counts[stream.locate(row)[0].kind] += 1
-        assert all(abs(c - w) < 1 for c, w in zip(counts, expected, strict=True)), row
+        assert all(abs(c - i) < 1 for c, i in zip(counts, ideal, strict=True)), row
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def staged_run(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4], ids=["before", "at", "behind"])
-def test_a_run_resumed_around_a_border_of_ratios_is_the_straight_one(
+def test_a_run_resumed_around_a_border_of_ratios_equals_the_uninterrupted_one(
     staged_run: Path, tmp_path: Path, tiny_world: Path, step: int
 ) -> None:
     arguments = tiny_run("fit", tmp_path, tiny_world, *staged(tmp_path))
@@ -285,7 +285,7 @@ def test_a_run_resumed_around_a_border_of_ratios_is_the_straight_one(
     assert {c.step for c in compare(staged_run, tmp_path)} >= {6}
 
 
-def test_ratios_of_steps_to_come_are_no_less_binding(refused: Refused, staged_run: Path, tiny_world: Path) -> None:
+def test_ratios_of_later_steps_must_be_the_same_too(refused: Refused, staged_run: Path, tiny_world: Path) -> None:
     message = refused(tiny_run("fit", staged_run, tiny_world, *RESUME, "--trainer.max_steps=9"))
 
     assert "shares of rows were from row 24: text 7.7%, caption 53.8%, interleaved 38.5%" in message
@@ -307,15 +307,15 @@ def test_a_run_ends_before_a_source_is_read_more_often_than_allowed(
     step = load_checkpoint(last(tmp_path / "run"))["global_step"]
     read = [Counter(stream.locate(row)[0].name for row in range(s * G))["more"] for s in (step, step + 1)]
     assert read[0] <= allowed < read[1]
-    notice = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
-    assert caplog.text.count(notice) == 1
+    message = f"training ends with step {step}, not 1,000: then source more would be read more than 1.5 times (max_epochs)"
+    assert caplog.text.count(message) == 1
     assert max(read_log(tmp_path / "run")) == step
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
     caplog.clear()
 
     assert main([*arguments, "--trainer.max_steps=1000", *RESUME]) == 0
 
-    assert caplog.text.count(notice) == 1
+    assert caplog.text.count(message) == 1
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()} == before
     assert max(read_log(tmp_path / "run")) == step
 
@@ -327,7 +327,7 @@ def test_the_end_of_a_source_follows_from_the_rows_that_were_read_and_not_from_t
     arguments = tiny_run("fit", tmp_path / "run", tiny_world, *limited, "--trainer.val_check_interval=100")
     allowed = stream_of(arguments).by_name["more"].plan.n_rows // 2
     assert main([*arguments, "--trainer.max_steps=3"]) == 0
-    # With this share from the start, the source would end before the run has come where it is.
+    # With this share from the start, the source would have ended before the step of the checkpoint.
     changed = [*arguments, "--data.ratio.caption=0.1", "--data.ratio.interleaved=0.1", ACCEPT]
 
     assert main([*changed, *RESUME, "--trainer.max_steps=1000"]) == 0
@@ -341,22 +341,22 @@ def test_the_end_of_a_source_follows_from_the_rows_that_were_read_and_not_from_t
     assert read[0] <= allowed < read[1]
 
 
-# ---- what is logged, and other verbs
+# ---- the log, and other verbs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unit", ["tokens", "loss_tokens", "documents"])
-def test_the_logged_mixture_is_that_which_was_asked_for_in_its_unit(tmp_path: Path, tiny_world: Path, unit: str) -> None:
+def test_the_logged_mixture_is_the_configured_one_in_its_unit(tmp_path: Path, tiny_world: Path, unit: str) -> None:
     more = [f"--data.unit={unit}", "--trainer.max_steps=60", "--trainer.val_check_interval=100"]
 
     assert main(tiny_run("fit", tmp_path, tiny_world, *more)) == 0
 
     with (tmp_path / "csv" / "version_0" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         end = [row for row in csv.DictReader(file) if row["train/loss"]][-1]
-    shares = [float(end[f"mix/{name}"]) for name in CORPORA]
-    # 240 rows, less than one row more or less than asked of each kind. A row of captions holds some 7 documents, one of text
+    logged_shares = [float(end[f"mix/{name}"]) for name in CORPORA]
+    # 240 rows, of each kind within one row of its share. A row of captions holds some 7 documents, one of text
     # about one: a row of them is 7 of the some 280 documents, or 2.5 %, and rows are not equally full: 2 % more.
-    assert shares == pytest.approx([5 / 12, 5 / 12, 2 / 12, 0], abs=1 / 240 if unit == "tokens" else 0.045)
+    assert logged_shares == pytest.approx([5 / 12, 5 / 12, 2 / 12, 0], abs=1 / 240 if unit == "tokens" else 0.045)
 
 
 @pytest.mark.parametrize("verb", ["validate", "predict"])

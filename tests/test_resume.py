@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was not."""
+"""A run that is killed and resumed equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def test_a_run_in_two_parts_equals_one_run(trained: Path, tmp_path: Path, tiny_w
 def test_a_run_goes_on_with_other_micro_batches(tmp_path: Path, tiny_world: Path, micro_batch_rows: int) -> None:
     rates = ["decoder.dropout_rate", "decoder.attention_dropout_rate", "connector.attention_dropout_rate"]
     plain = [f"--model.kosmos.{name}=0" for name in rates]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(tiny_run("fit", whole, tiny_world, *plain)) == 0
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    assert main(tiny_run("fit", straight, tiny_world, *plain)) == 0
     assert main(tiny_run("fit", parts, tiny_world, *plain, "--trainer.max_steps=3")) == 0
 
     more = ["--ckpt_path=last", f"--data.micro_batch_rows={micro_batch_rows}"]
     assert main(tiny_run("fit", parts, tiny_world, *plain, *more)) == 0
 
     # fp32 sums in another order: measured 2e-6
-    assert list(map(float, losses(parts).values())) == pytest.approx(list(map(float, losses(whole).values())), rel=2e-5)
+    assert list(map(float, losses(parts).values())) == pytest.approx(list(map(float, losses(straight).values())), rel=2e-5)
 
 
 def test_a_checkpoint_is_named_after_its_own_step(tmp_path: Path, tiny_world: Path) -> None:
@@ -109,7 +109,7 @@ def test_resuming_without_a_checkpoint_starts_from_the_beginning(
     assert "starting from the beginning" in capsys.readouterr().out
 
 
-def test_a_damaged_last_checkpoint_is_passed_over(trained: Path, tmp_path: Path, tiny_world: Path) -> None:
+def test_a_damaged_last_checkpoint_is_skipped(trained: Path, tmp_path: Path, tiny_world: Path) -> None:
     assert main(tiny_run("fit", tmp_path, tiny_world)) == 0
     newest = tmp_path / "checkpoints" / "step=00000006.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -137,7 +137,7 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(tmp_path: Path, tiny_wor
 
 
 def keeping_all(folder: Path, tiny_world: Path, *more: str, every: int = 3, die_in: list[int] | None = None) -> list[str]:
-    """Return the arguments of a run that keeps all its checkpoints and goes on from the last one."""
+    """Return the arguments of a run that keeps all its checkpoints and resumes from the last one."""
     folder.mkdir()
     callbacks = yaml.safe_load(Path(TINY).read_text(encoding="utf-8"))["trainer"]["callbacks"]
     callbacks[-1]["init_args"] |= {"dirpath": str(folder / "checkpoints"), "keep": -1, "every_n_train_steps": every}
@@ -149,7 +149,7 @@ def keeping_all(folder: Path, tiny_world: Path, *more: str, every: int = 3, die_
 
 
 def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple[str, int]]:
-    """Run to the end through deaths at `moments`; return how each came about, and the last checkpoint's step (0: none)."""
+    """Run to the end through kills at `moments`; return each moment, and the last checkpoint's step at it (0: none)."""
     command = [sys.executable, "-m", "tests.kill_runs", str(folder), "5", ",".join(moments), "--", *arguments]
     end = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert end.returncode == 0, end.stderr
@@ -159,7 +159,7 @@ def killed(folder: Path, moments: list[str], arguments: list[str]) -> list[tuple
 
 
 def assert_same_log(uninterrupted: Path, resumed: Path, left: list[int], rel: float = 0.0) -> None:
-    """A step is logged right behind its checkpoint: only the last step before a death may be missing."""
+    """A step is logged right behind its checkpoint: only the last step before a kill may be missing."""
     expected, logged = losses(uninterrupted), losses(resumed)
     assert expected.keys() - logged.keys() <= set(left)
     values = {step: float(loss) for step, loss in logged.items()}
@@ -168,7 +168,7 @@ def assert_same_log(uninterrupted: Path, resumed: Path, left: list[int], rel: fl
 
 @pytest.fixture(scope="module")
 def world_stream(tiny_world: Path) -> Stream:
-    """The rows that these runs read."""
+    """The stream of these runs."""
     data = DataCLI(tiny_run("fit", tiny_world, tiny_world)[1:]).datamodule
     assert isinstance(data, MixtureData)
     data.open()
@@ -178,8 +178,8 @@ def world_stream(tiny_world: Path) -> Stream:
 @pytest.mark.slow
 def test_a_run_killed_at_20_moments_reads_the_same_rows_and_gets_the_same_weights(tmp_path: Path, tiny_world: Path) -> None:
     steps = "--trainer.max_steps=150"
-    whole, parts = tmp_path / "whole", tmp_path / "killed"
-    end = run(keeping_all(whole, tiny_world, steps))
+    straight, parts = tmp_path / "straight", tmp_path / "killed"
+    end = run(keeping_all(straight, tiny_world, steps))
     assert end.returncode == 0, end.stderr
     draw = Random(5)
     moments = ["starting", "writing", *draw.choices(["starting", "writing", "1", "2"], [2, 3, 10, 3], k=18)]
@@ -187,15 +187,15 @@ def test_a_run_killed_at_20_moments_reads_the_same_rows_and_gets_the_same_weight
 
     left = [step for _, step in killed(parts, moments, keeping_all(parts, tiny_world, steps))]
 
-    compared = compare(whole, parts)
+    compared = compare(straight, parts)
     assert [c.step for c in compared] == list(range(3, 153, 3))
     assert set(left) - {0} <= {c.step for c in compared}
     assert [c.describe() for c in compared if not c.same()] == []
-    assert_same_log(whole, parts, left)
+    assert_same_log(straight, parts, left)
 
 
 @pytest.mark.slow
-def test_a_run_killed_twice_in_one_epoch_and_at_epochs_edges_is_the_run_that_was_not(
+def test_a_run_killed_twice_in_one_epoch_and_at_epochs_edges_equals_an_uninterrupted_run(
     tmp_path: Path, tiny_world: Path, world_stream: Stream
 ) -> None:
     G = 4
@@ -207,21 +207,21 @@ def test_a_run_killed_twice_in_one_epoch_and_at_epochs_edges_is_the_run_that_was
     assert set(epochs(world_stream, range(twice[-1] * G), "caption")) == {0}
     die_in = [*twice, at_edges[0], at_edges[0] + 2, at_edges[1]]
     steps = f"--trainer.max_steps={die_in[-1] + 3}"
-    whole, parts = tmp_path / "whole", tmp_path / "killed"
-    assert run(keeping_all(whole, tiny_world, steps, every=1)).returncode == 0
+    straight, parts = tmp_path / "straight", tmp_path / "killed"
+    assert run(keeping_all(straight, tiny_world, steps, every=1)).returncode == 0
 
     left = killed(parts, ["own"] * len(die_in), keeping_all(parts, tiny_world, steps, every=1, die_in=die_in))
 
     assert [step for _, step in left] == [step - 1 for step in die_in]
-    compared = compare(whole, parts)
+    compared = compare(straight, parts)
     assert [c.step for c in compared] == list(range(1, die_in[-1] + 4))
     assert [c.describe() for c in compared if not c.same()] == []
 
 
 def row_of(stream: Stream, name: str, number: int) -> int:
     """Return the stream row that is a source's `number`-th."""
-    mine = (row for row in count() if stream.locate(row)[0].name == name)
-    return next(islice(mine, number, None))
+    rows = (row for row in count() if stream.locate(row)[0].name == name)
+    return next(islice(rows, number, None))
 
 
 def epochs(stream: Stream, rows: range, name: str) -> list[int]:
@@ -262,7 +262,7 @@ def on_ranks(ranks: int) -> list[str]:
 
 
 def _wait_for_checkpoint(folder: Path, n: int = 1) -> None:
-    """Wait until a run has come some way."""
+    """Wait until a run has written `n` checkpoints."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if len(list((folder / "checkpoints").glob("*.ckpt"))) >= n:

@@ -1,4 +1,4 @@
-"""A step is the same rows and the same gradient for all ranks, workers and micro-batches, between real processes."""
+"""A step has the same rows and gradient for all numbers of ranks, workers and micro-batches, with real processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WAYS = list(product(RANKS, WORKERS, ACCUMULATIONS))
 
 @dataclass(frozen=True)
 class Files:
-    """What every process opens for itself."""
+    """Files that every process opens for itself."""
 
     tokenizer: Path
     corpora: dict[str, Path]
@@ -46,18 +46,18 @@ class Files:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step was, over all ranks."""
+    """One optimizer step, over all ranks."""
 
     rows: dict[int, tuple[str, list[int], list[int]]]
     """By number: source, tokens and targets."""
     digest: int
     gradient: list[Tensor]
-    """Of every parameter, summed over micro-batches, its mean over ranks as DistributedDataParallel forms it."""
+    """Of every parameter, summed over micro-batches, and averaged over ranks as by DistributedDataParallel."""
     images: list[list[int]]
     """Images of each rank's micro-batches in turn."""
 
 
-def opened(files: Files) -> tuple[Stream, RenderOptions]:
+def open_data(files: Files) -> tuple[Stream, RenderOptions]:
     """Open the data: all four kinds."""
     tokenizer = Tokenizer.load(files.tokenizer)
     corpora = {name: IndexedCorpus(folder, tokenizer) for name, folder in files.corpora.items()}
@@ -68,8 +68,8 @@ def opened(files: Files) -> tuple[Stream, RenderOptions]:
 
 def loader(data: tuple[Stream, RenderOptions], ranks: int, rank: int, workers: int, accumulation: int) -> Loader:
     m = G // (ranks * accumulation)
-    share = BatchLayout(first_row=FIRST_ROW, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=ranks)
-    return Loader(MicroBatches(data[0], share, data[1]), workers)
+    layout = BatchLayout(first_row=FIRST_ROW, global_batch_rows=G, micro_batch_rows=m, rank=rank, world_size=ranks)
+    return Loader(MicroBatches(data[0], layout, data[1]), workers)
 
 
 def model(files: Files) -> Kosmos:
@@ -115,13 +115,13 @@ def _rows(batches: list[KosmosBatch]) -> dict[int, tuple[str, list[int], list[in
 
 
 def _rank(rank: int, files: Files, port: int) -> None:
-    """One of four processes: take part in every way of sharing out that has a place for this rank."""
+    """Run one of four processes: it takes part in every distribution with at least `rank` + 1 ranks."""
     torch.set_num_threads(1)
-    mp.set_start_method("fork", force=True)  # loaders' processes begin as in a run, not as this one did
+    mp.set_start_method("fork", force=True)  # loaders start workers as in a run, not as this process was started
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=max(RANKS))
     groups = {ranks: dist.new_group(list(range(ranks))) for ranks in RANKS}
-    net, data = model(files), opened(files)
+    net, data = model(files), open_data(files)
     for ranks, workers, accumulation in WAYS:
         if rank >= ranks:
             continue
@@ -148,13 +148,13 @@ def files(
 
 @pytest.fixture(scope="module")
 def alone(files: Files) -> list[Step]:
-    """The steps as one process takes them that knows of no others, each in one batch."""
-    return list(steps(model(files), loader(opened(files), 1, 0, 0, 1), 1, 1))
+    """The steps of a single process, each in one batch."""
+    return list(steps(model(files), loader(open_data(files), 1, 0, 0, 1), 1, 1))
 
 
 @pytest.fixture(scope="module")
-def shared_out(files: Files) -> dict[tuple[int, int, int], list[Step]]:
-    """The steps of every way of sharing them out."""
+def distributed(files: Files) -> dict[tuple[int, int, int], list[Step]]:
+    """The steps of every distribution over ranks, workers and micro-batches."""
     # A store in a file would be locked by the loaders' processes, which inherit it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(_rank, (files, store.port), nprocs=max(RANKS))
@@ -165,23 +165,24 @@ def shared_out(files: Files) -> dict[tuple[int, int, int], list[Step]]:
 
 
 @pytest.fixture(params=WAYS, ids=[f"{r}_ranks_{w}_workers_{a}_micro_batches" for r, w, a in WAYS])
-def shared(request: pytest.FixtureRequest, shared_out: dict[tuple[int, int, int], list[Step]]) -> list[Step]:
-    return shared_out[request.param]
+def one_way(request: pytest.FixtureRequest, distributed: dict[tuple[int, int, int], list[Step]]) -> list[Step]:
+    return distributed[request.param]
 
 
-def test_every_step_has_the_same_rows(alone: list[Step], shared: list[Step]) -> None:
+def test_every_step_has_the_same_rows(alone: list[Step], one_way: list[Step]) -> None:
     firsts = [FIRST_ROW + s * G for s in range(N_STEPS)]
-    assert [sorted(step.rows) for step in shared] == [list(range(first, first + G)) for first in firsts]
-    assert [step.rows for step in shared] == [step.rows for step in alone]
-    assert [step.digest for step in shared] == [step.digest for step in alone]
+    assert [sorted(step.rows) for step in one_way] == [list(range(first, first + G)) for first in firsts]
+    assert [step.rows for step in one_way] == [step.rows for step in alone]
+    assert [step.digest for step in one_way] == [step.digest for step in alone]
 
 
-def test_every_step_has_the_same_gradient(alone: list[Step], shared: list[Step]) -> None:
+def test_every_step_has_the_same_gradient(alone: list[Step], one_way: list[Step]) -> None:
     # float32, and only the order of sums differs: over at most G * SEQ_LEN = 1616 positions of either sign, so an entry may
-    # be off by sqrt(1616) * 2 ** -24 = 2.4e-6 of the size of what is summed up. For that stands the largest entry of the
-    # parameter's gradient, or 1e-2 of that of all parameters: what moves all of a softmax's inputs alike, as a bias of keys
-    # does, has a gradient of large terms that cancel. A row of the 16 that is missing or counted twice is off by some 6e-2.
-    for one, other in zip(alone, shared, strict=True):
+    # be off by sqrt(1616) * 2 ** -24 = 2.4e-6 of the size of what is summed up. That size is taken as the largest entry of
+    # the parameter's gradient, or 1e-2 of that of all parameters: a bias of keys, say, moves all inputs of a softmax alike,
+    # so that its gradient is a sum of large terms that cancel. A row of the 16 that is missing or counted twice is off by
+    # some 6e-2.
+    for one, other in zip(alone, one_way, strict=True):
         largest = max(float(g.abs().max()) for g in one.gradient)
         for a, b in zip(one.gradient, other.gradient, strict=True):
             assert (a - b).abs().max() <= 1e-5 * max(float(a.abs().max()), 1e-2 * largest)
@@ -193,10 +194,10 @@ def test_every_part_of_the_model_learns_in_every_step(alone: list[Step]) -> None
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_some_ranks_had_no_image_while_others_had(shared_out: dict[tuple[int, int, int], list[Step]], ranks: int) -> None:
+def test_some_ranks_had_no_image_while_others_had(distributed: dict[tuple[int, int, int], list[Step]], ranks: int) -> None:
     at_once = [
         micro
-        for (n, _, _), results in shared_out.items()
+        for (n, _, _), results in distributed.items()
         if n == ranks
         for step in results
         for micro in zip(*step.images, strict=True)

@@ -68,6 +68,7 @@ class IdealCounts:
         step = self.step[stage][option]
         if not step:
             return math.inf, stage
+        # -(a // b) rounds up: the first row whose own share reaches the threshold.
         return self.borders[stage] - (self.base[stage][option] - threshold) // step - 1, stage
 
     def deadline(self, option: int, turn: int, stage: int = 0) -> tuple[float, int]:

@@ -30,6 +30,7 @@ class Steps:
 
     def resume(self, step: int, global_batch_rows: int) -> Steps:
         """Return the steps of a run that goes on after `step` steps."""
+        # A border at `step` itself has no steps yet: the new one replaces it.
         past = tuple(border for border in self.borders if border[0] < step)
         if past and past[-1][2] == global_batch_rows:
             return Steps(past)

@@ -24,6 +24,7 @@ def check_weights(where: str, weights: Sequence[Weight], advice: str = "") -> No
 
 def exact(weight: Weight) -> Fraction:
     """Return a weight as it is written: 0.1 is a tenth."""
+    # By its decimal digits: Fraction(0.1) would have a denominator of 2 ** 55, and a mixture as long a period.
     return weight if isinstance(weight, Fraction) else Fraction(str(float(weight)))
 
 

@@ -235,6 +235,7 @@ class RowPlan:
             self._raise_no_rows()
 
     def _make_caches(self) -> None:
+        # On the instance: a cache of the class would keep every plan in memory.
         self._packed = lru_cache(maxsize=CACHED_BLOCKS)(self.blocks.packed)
         self._block_order = lru_cache(maxsize=8)(self._order_of_blocks)
         self._row_order = lru_cache(maxsize=8)(self._order_of_rows)

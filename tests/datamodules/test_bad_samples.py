@@ -1,4 +1,4 @@
-"""What a run does with samples that are sound where the corpus is prepared, and broken where they are read."""
+"""Samples that are sound when the corpus is prepared, and turn out to be broken when they are read."""
 
 import os
 from collections import Counter
@@ -29,7 +29,7 @@ def stream_of(images, folder, tokenizer_folder, tokenizer, per_shard=10_007):
     corpus = prepare_corpus(
         format="img2dataset", inputs=[str(folder / "*.tar")], tokenizer=tokenizer_folder, output=folder / "index"
     )
-    assert corpus.n_documents == len(images)  # none of them shows before it is decoded
+    assert corpus.n_documents == len(images)  # only decoding finds that an image is broken
     return sample_data.stream({"caption": corpus}, tokenizer.special, ratio=(0, 1, 0), seq_len=SEQ_LEN, n_latents=1)
 
 
