@@ -38,16 +38,16 @@ def test_the_plan_in_the_head_of_a_config_is_todays(
     before, call, written, behind = split(path)
 
     assert main(shlex.split(call)) == 0, capsys.readouterr().out
-    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("note")]
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("note")]
 
     if request.config.getoption("--regenerate-golden"):
-        lines = [*before, *(f"#   {line}".rstrip() for line in said), *behind]
+        lines = [*before, *(f"#   {line}".rstrip() for line in printed), *behind]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         pytest.skip("recorded")
-    assert [NUMBER.sub("N", line) for line in said] == [NUMBER.sub("N", line) for line in written]
-    numbers, wanted = (list(map(value, NUMBER.findall("\n".join(lines)))) for lines in (said, written))
+    assert [NUMBER.sub("N", line) for line in printed] == [NUMBER.sub("N", line) for line in written]
+    numbers, expected = (list(map(value, NUMBER.findall("\n".join(lines)))) for lines in (printed, written))
     # What a layer keeps for its backward pass may differ a little among versions of torch.
-    assert numbers == pytest.approx(wanted, rel=0.03, abs=0.101)
+    assert numbers == pytest.approx(expected, rel=0.03, abs=0.101)
 
 
 def value(text: str) -> float:

@@ -51,8 +51,8 @@ def read(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> dict[str
     """What 61 steps of the small run read, as its batches count it: several epochs of one source, parts of one of others."""
     folder = tmp_path_factory.mktemp("read")
     assert main(tiny_run("fit", folder, tiny_world, *LONGER, COUNTING)) == 0
-    found: dict[str, int] = json.loads((folder / "training_data.json").read_text(encoding="utf-8"))
-    return found
+    counts: dict[str, int] = json.loads((folder / "training_data.json").read_text(encoding="utf-8"))
+    return counts
 
 
 def test_a_run_reads_what_was_planned(
@@ -77,8 +77,8 @@ def test_epochs_are_those_of_the_stream(tmp_path: Path, tiny_world: Path, capsys
 
     _, plan = planned(capsys, *arguments)
 
-    wanted = [longest[at] / data.prepared[name].train.plan.n_rows for at, name in enumerate(data.kinds)]
-    assert [s["epochs"] for s in plan["sources"]] == pytest.approx(wanted)
+    expected = [longest[at] / data.prepared[name].train.plan.n_rows for at, name in enumerate(data.kinds)]
+    assert [s["epochs"] for s in plan["sources"]] == pytest.approx(expected)
 
 
 def test_operations_are_those_of_the_documents(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
