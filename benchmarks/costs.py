@@ -34,13 +34,14 @@ from torch.utils.hooks import RemovableHandle
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.checks.device import describe_device
+from kosmos_lit.cli.plan import describe_run
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.costs import memory
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.costs.memory import Setting, estimate
 from kosmos_lit.model import Kosmos
-from kosmos_lit.preflight.estimates import Device, estimates, setting_of
-from kosmos_lit.preflight.run_description import read_run
+from kosmos_lit.preflight.devices import Device
+from kosmos_lit.preflight.estimates import estimate_run, setting_of
 from kosmos_lit.terminal import table, write_line
 
 RECIPES: dict[str, tuple[str, ...]] = {
@@ -101,11 +102,11 @@ class Result:
 
 def cases(recipe: str) -> Iterator[Case]:
     """Yield a recipe as it stands, and with what is changed in it."""
-    run = read_run([argument for path in RECIPES[recipe] for argument in ("-c", path)], GPUS.get(recipe))
-    figures = estimates(run, Device("none", None, None, 1.0))
+    run = describe_run([argument for path in RECIPES[recipe] for argument in ("-c", path)], GPUS.get(recipe))
+    estimates = estimate_run(run, Device("none", None, None, 1.0))
     assert run.kosmos is not None
-    assert figures.batch is not None
-    setting = setting_of(run, figures.batch, figures.n_micro_batches or 1)
+    assert estimates.batch is not None
+    setting = setting_of(run, estimates.batch, estimates.n_micro_batches or 1)
     for changes in CHANGES[recipe]:
         of_decoder = {name: value for name, value in changes.items() if name in ("recompute", "compile")}
         of_setting = {name: value for name, value in changes.items() if name not in of_decoder}
@@ -217,7 +218,7 @@ def show(records: Sequence[tuple[Case, Result, Result]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="NAME")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     print(describe_device(torch.device("cpu")))
     records = []

@@ -166,7 +166,7 @@ def g9(bench: Bench) -> Results:
         totals = data.prepared["caption"].train.plan.totals
         padding = 1 - totals.positions / (totals.rows * data.seq_len)
         wait = _data_wait(bench, data, workers)
-    jpegs = [images.made(256, 256, 95, seed) for seed in range(4 if bench.tiny else 24)]
+    jpegs = [images.make_jpeg(256, 256, 95, seed) for seed in range(4 if bench.tiny else 24)]
     decoding = images.compare("256 x 256", jpegs, 1 if bench.tiny else 9)
     verdicts = {
         "images/s": verdict(float(own["images/s"]), IMAGES_NEEDED, 2 * IMAGES_NEEDED),  # type: ignore[arg-type]
@@ -226,12 +226,12 @@ def g10(bench: Bench) -> Results:
 
 
 def _generate(model: Kosmos, prompts: Any, images: torch.Tensor, n_new: int) -> object:
-    return generation.ours(model, prompts, images, 1, n_new)
+    return generation.generate(model, prompts, images, 1, n_new)
 
 
 def _generate_transformers(model: Any, prompts: Any, images: torch.Tensor, n_new: int) -> object:
     pixels = (images.to(torch.bfloat16) - 127.5) / 64
-    return generation.theirs(model, prompts, pixels, 1, n_new)
+    return generation.generate_reference(model, prompts, pixels, 1, n_new)
 
 
 def g11(bench: Bench) -> Results:
