@@ -10,6 +10,8 @@ from benchmarks import data as benchmark
 from benchmarks.data_inputs import Inputs, make
 from benchmarks.data_pipelines import MissingError
 
+pytestmark = pytest.mark.xdist_group("bench_data")  # one worker: its inputs are made once
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:

@@ -41,26 +41,33 @@ ALLOWED_WORDS = {
 """Words that prose does not use, with the files that may have them, and why."""
 
 
+pytestmark = pytest.mark.xdist_group("words")  # one worker: the files are parsed once
+
+Defined = ast.Module | ast.ClassDef | ast.FunctionDef
+
+
 @cache
-def trees() -> list[tuple[str, ast.Module]]:
-    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))) for path in FILES]
+def nodes() -> list[tuple[str, ast.AST]]:
+    """Return what defines a name or has a docstring, with its file."""
+    kinds = (ast.Name, ast.Attribute, ast.arg, ast.Module, ast.ClassDef, ast.FunctionDef)
+    trees = ((str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))) for path in FILES)
+    return [(path, node) for path, tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
-def names(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Return the names of variables, parameters, attributes, functions and classes, with their lines; tests are prose."""
-    for node in ast.walk(tree):
+def names() -> Iterator[tuple[str, str, int]]:
+    """Yield file, name and line of variables, parameters, attributes, functions and classes; tests' names are prose."""
+    for path, node in nodes():
         match node:
             case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
-                yield name, node.lineno
+                yield path, name, node.lineno
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name) if not name.startswith("test_"):
-                yield name, node.lineno
+                yield path, name, node.lineno
 
 
 def test_names_say_what_a_value_is() -> None:
     banned = [
         f"{path}:{line}: {name}"
-        for path, tree in trees()
-        for name, line in names(tree)
+        for path, name, line in names()
         if BANNED & set(name.lower().split("_")) and f"{path}: {name}" not in ALLOWED_NAMES
     ]
 
@@ -70,9 +77,8 @@ def test_names_say_what_a_value_is() -> None:
 def test_docstrings_begin_with_their_subject() -> None:
     inverted = [
         f"{path}: {docstring.splitlines()[0]}"
-        for path, tree in trees()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        for path, node in nodes()
+        if isinstance(node, Defined)
         if (docstring := ast.get_docstring(node)) and docstring.startswith(("Who ", "Whom "))
     ]
 
@@ -87,4 +93,4 @@ def test_files_use_the_fields_word(word: str) -> None:
 
 
 def test_exceptions_of_names_are_still_needed() -> None:
-    assert set(ALLOWED_NAMES) <= {f"{path}: {name}" for path, tree in trees() for name, _ in names(tree)}
+    assert set(ALLOWED_NAMES) <= {f"{path}: {name}" for path, name, _ in names()}
