@@ -25,12 +25,13 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
+# Whole words only: "another" keeps its "an".
 SQUAD_ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 SIGNS = ';/[]"{}()=+\\_-><@`,?!'
-COMMA_IN_NUMBER = re.compile(r"\d,\d")
-FULL_STOP = re.compile(r"\.(?!\d)")
+COMMA_IN_NUMBER = re.compile(r"\d,\d")  # "1,000"
+FULL_STOP = re.compile(r"\.(?!\d)")  # that of "u.s.", not of "1.5"
 VQA_ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = {"none": "0", "zero": "0"} | {
     word: str(number) for number, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)
@@ -72,9 +73,11 @@ def f1(prediction: str, references: Sequence[str]) -> float:
 
 
 def _f1(prediction: Sequence[str], target: Sequence[str]) -> float:
+    # Without words, precision or recall would be 0 / 0.
     if not prediction or not target:
         return float(list(prediction) == list(target))
     n_common = (Counter(prediction) & Counter(target)).total()  # a word counts as often as both have it
+    # 2PR / (P + R), where P = common / predicted words and R = common / target words.
     return 2 * n_common / (len(prediction) + len(target))
 
 

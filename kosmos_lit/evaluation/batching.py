@@ -51,6 +51,7 @@ class BatchItem:
     ) -> BatchItem:
         """Return the item of one request, whose response has at most `max_new_tokens` tokens."""
         if isinstance(request, LogLikelihood):
+            # Before prompts are merged, every token of a candidate is scored.
             return cls((index,), "score", prompt, images, candidates, [0] * len(candidates), cache_capacity(candidates))
         # A batch is one call of the engine, which has one setting for all.
         return cls((index,), repr(request.settings), prompt, images, [], [], max_new_tokens * request.settings.n_beams)
@@ -79,18 +80,22 @@ def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> li
     images = {ref: i for i, ref in enumerate(dict.fromkeys(ref for item in items for ref in item.images))}
     rows = [_with_image_numbers(item, images, n_latents) for item in items]
     shortest = min(map(len, rows))
+    # (shortest,): True where all prompts have the same id.
     is_same = np.all([row[:shortest] == rows[0][:shortest] for row in rows], axis=0)
+    # argmin of booleans is the first False, but 0 if there is none.
     n = shortest if is_same.all() else int(np.argmin(is_same))
     while n and rows[0][n - 1] == image:  # <image> stays together with its slots
         n -= 1
     if n < MIN_SHARED_PREFIX:
         return list(items)
+    # The first slots of the images within the common beginning, which holds whole images only.
     slots = items[0].prompt.slots[items[0].prompt.slots < n]
     prompt_images = items[0].images[: len(slots)]
     # The prompt's images come first, once for each place that shows them; candidates refer to the list of all behind these.
     candidate_slots = [slot_token(len(prompt_images) + i) for i in range(len(images))]
     candidates, n_unscored = list[list[int]](), list[int]()
     for item, row in zip(items, rows, strict=True):
+        # Slots were numbered over all prompts; now they refer to the images of the merged item.
         rest = [candidate_slots[slot_token(s)] if s < 0 else s for s in row[n:].tolist()]
         candidates += [[*rest, *ids] for ids in item.candidates]
         n_unscored += [len(rest)] * len(item.candidates)
@@ -103,6 +108,7 @@ def merge_prefixes(items: Sequence[BatchItem], image: int, n_latents: int) -> li
 
 def _with_image_numbers(item: BatchItem, images: Mapping[ImageRef, int], n_latents: int) -> Ids:
     """Return a prompt's ids with the negative number of each image in its slots, so that different images differ."""
+    # A copy: an item that is not merged keeps its own ids.
     row = item.prompt.tokens.copy()
     for first, ref in zip(item.prompt.slots, item.images, strict=True):
         row[first : first + n_latents] = slot_token(images[ref])
@@ -125,10 +131,11 @@ def make_batches(items: Sequence[BatchItem], max_positions: int) -> list[Batch]:
         for item in sorted(same_kind, key=lambda item: -item.length):
             # Prompts and new positions are padded separately: the widest of each decides.
             wide = max(n_prompt, len(item.prompt.tokens)), max(n_new, item.n_new)
+            # `batch and`: an item that is too long on its own still gets a batch.
             if batch and (len(batch) + 1) * sum(wide) > max_positions:
                 batches.append(batch)
                 batch, wide = [], (len(item.prompt.tokens), item.n_new)
             batch.append(item)
             n_prompt, n_new = wide
-        batches.append(batch)
+        batches.append(batch)  # never empty: each kind has an item
     return batches

@@ -58,6 +58,7 @@ def check_caption_metrics(title: str, metrics: Sequence[CaptionMetric], tokens: 
             f"Java for {', '.join(needs_java)} (a runtime of version 8 or later on the PATH, such as Debian's "
             "default-jre-headless; `metrics: [cider]` with `tokens: plain` does without, but is not the published metric)"
         )
+    # The jars lie in the package's folder, so the package itself must be installed before they are looked for.
     if "spice" in metrics and not missing and (absent := [name for name in CORENLP if not (_jars() / name).is_file()]):
         missing.append(
             f"{' and '.join(absent)} for SPICE in {_jars()} (with network: python -c 'from pycocoevalcap.spice."
@@ -96,6 +97,7 @@ def caption_scores(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the package prints its progress
             return _caption_scores(predictions, references, metrics, tokens)
+    # A Java process that dies shows as any of these: a broken pipe, an exit code, no number, a failed assert.
     except (OSError, subprocess.CalledProcessError, ValueError, AssertionError) as error:
         raise UserError(
             f"pycocoevalcap failed at {', '.join(metrics)} with tokens: {tokens} ({type(error).__name__}: {error}); SPICE "
@@ -106,6 +108,7 @@ def caption_scores(
 def _caption_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[CaptionMetric], tokens: Tokens
 ) -> dict[CaptionMetric, tuple[float, Values]]:
+    # Imported late: the package is an extra that other tasks do without.
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.spice.spice import Spice
@@ -119,6 +122,7 @@ def _caption_scores(
         if name == "meteor":  # the package ends its Java process but leaves the pipes open, a ResourceWarning
             scorer.meteor_p.stdout.close()
             scorer.meteor_p.stderr.close()
+        # SPICE scores each category of tuples as well; the published value is the F-score of all of them.
         values = [one["All"]["f"] for one in each] if name == "spice" else each
         scores[name] = float(total), np.array(values, dtype=np.float64)
     return scores
@@ -144,6 +148,7 @@ def _java_module_access() -> Iterator[None]:
     """
     before = os.environ.get("JDK_JAVA_OPTIONS")
     opens = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in JAVA_PACKAGES.split()]
+    # The launcher of Java 9 and later reads this variable; that of Java 8 ignores it.
     os.environ["JDK_JAVA_OPTIONS"] = " ".join([*([before] if before else []), *opens])
     try:
         yield

@@ -35,6 +35,7 @@ class EvalConfig:
             if value is not None and value <= 0:
                 raise UserError(f"eval.{name} must be positive, got {value}")
         for name in self.tasks:
+            # The leading dot also refuses "..", which would leave the folder of the results.
             if not name or name.startswith(".") or set(name) & set("/\\:"):
                 raise UserError(f"eval.tasks: {name!r} cannot name a task: its results are in a folder of that name")
 

@@ -31,11 +31,12 @@ def require_files(title: str, folder: Path, names: Sequence[str | Sequence[str]]
             f"{title}: no {', no '.join(missing)} under {folder}; the task reads {', '.join(expected)} from that folder, "
             f"as its authors publish them: {source}"
         )
-    return [path for path in paths if path is not None]
+    return [path for path in paths if path is not None]  # none is None; the filter is for mypy
 
 
 def _first_existing(folder: Path, names: Sequence[str]) -> Path | None:
     for name in names:
+        # Sorted: glob yields files in the file system's order.
         for path in sorted(folder.glob(name.rstrip("/"))) if "*" in name else [folder / name]:
             if path.is_dir() if name.endswith("/") else path.is_file():
                 return path
@@ -100,6 +101,7 @@ def read_labels(path: Path, n: int) -> list[str]:
 
 def _complete(rows: list[Any], fields: Sequence[str], path: Path) -> list[Any]:
     for number, row in enumerate(rows, start=1):
+        # None too: DictReader fills the missing columns of a short row with it.
         if missing := [name for name in fields if row.get(name) is None]:
             raise UserError(f"{path}: no {', '.join(missing)} in sample {number}; take the file as its authors publish it")
     return rows
@@ -110,6 +112,7 @@ def parsing(path: Path) -> Iterator[None]:
     """Turn errors of reading and parsing a file into a UserError that names the file."""
     try:
         yield
+    # Raised by an inner reader, which has named its file already.
     except UserError:
         raise
     except OSError as error:

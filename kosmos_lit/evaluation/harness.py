@@ -100,6 +100,7 @@ class HarnessModel(LM):
             raise UserError(f"kosmos_lit: stride must be from 1 to {self.max_length - 1}, got {stride}")
         self.stride = stride or self.max_length - 1
         size = engine.model.config.vision.image_size
+        # The engine takes images with every batch; the harness has none.
         self._no_images = torch.empty(0, 3, size, size, dtype=torch.uint8)
 
     # ---- the interface of lm_eval
@@ -110,6 +111,7 @@ class HarnessModel(LM):
         Raises: UserError if a continuation has no tokens, or more than a row has positions.
         """
         texts: list[tuple[str, str]] = [request.args for request in requests]
+        # Ids, cut to the length of a row, then their log-probabilities.
         pairs = self._split(texts)
         fitting = [(self._truncate(context, len(rest)), rest) for context, rest in pairs]
         self._warn_of_truncation(sum(len(a) < len(b) for (a, _), (b, _) in zip(fitting, pairs, strict=True)))
@@ -126,6 +128,7 @@ class HarnessModel(LM):
         as many tokens as fit, each further one the next `stride` after as much context as fits before them.
         """
         texts: list[str] = [request.args[0] for request in requests]
+        # The windows of all texts stand in one list, so that they are batched by length together.
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, ids in enumerate(self.tokenizer.encode_all(texts)):
@@ -151,6 +154,7 @@ class HarnessModel(LM):
         contexts = [self._truncate(ids, one.max_new_tokens) for ids, one in zip(full, settings, strict=True)]
         self._warn_of_truncation(sum(len(a) < len(b) for a, b in zip(contexts, full, strict=True)))
         items = [
+            # repr: requests share a batch if their settings are equal, as the engine takes one setting a batch.
             BatchItem((index,), repr(one), self._prompt(ids), (), [], [], one.max_new_tokens * one.n_beams)
             for index, (ids, one) in enumerate(zip(contexts, settings, strict=True))
         ]
@@ -183,6 +187,7 @@ class HarnessModel(LM):
         ids = []
         for (context, rest), alone, joined in zip(pairs, contexts, full, strict=True):
             n = min(len(alone), len(joined))
+            # The border is the first id that differs, or the end of the shorter sequence.
             differs = (alone[:n] != joined[:n]).nonzero()[0]
             border = int(differs[0]) if len(differs) else n
             if border == len(joined):
@@ -192,12 +197,13 @@ class HarnessModel(LM):
 
     def _truncate(self, context: list[int], n_new: int) -> list[int]:
         """Return the end of a context that leaves room for n_new tokens."""
-        room = self.max_length - 1 - n_new
+        room = self.max_length - 1 - n_new  # 1: <s>
         if room < 0:
             raise UserError(
                 f"kosmos_lit: {n_new} tokens after <s> do not fit into the model's {self.max_length} positions; if a task "
                 f"generates, give --gen_kwargs max_gen_toks={self.max_length // 2}"
             )
+        # Not context[-room:], which is the whole context where room is 0.
         return context[max(0, len(context) - room) :]
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
@@ -205,10 +211,11 @@ class HarnessModel(LM):
         room = self.max_length - 1
         # The first window ends where a row does, each further one `stride` later, the last one with the text.
         ends = [0, *range(min(room, len(ids)), len(ids), self.stride), len(ids)]
+        # start < end: an empty text has no window.
         return [(ids[max(0, end - room) : start], ids[start:end]) for start, end in pairwise(ends) if start < end]
 
     def _prompt(self, context: Sequence[int]) -> Prompt:
-        return Prompt(np.array([BOS, *context], dtype=np.int64), np.zeros(0, dtype=np.int64))
+        return Prompt(np.array([BOS, *context], dtype=np.int64), np.zeros(0, dtype=np.int64))  # no slots: no images
 
     # ---- the model
 
@@ -221,6 +228,7 @@ class HarnessModel(LM):
         for i, (context, _) in enumerate(pairs):
             by_context.setdefault(tuple(context), []).append(i)
         owners = list(by_context.values())
+        # An item is one context with the continuations of all its requests.
         items = []
         for index, (context, own) in enumerate(by_context.items()):
             candidates = [list(pairs[i][1]) for i in own]
@@ -253,8 +261,10 @@ def generation_config(generation_kwargs: Mapping[str, Any]) -> GenerationConfig:
 
     Raises: UserError naming unsupported keys: to ignore one would silently change the measurement.
     """
+    # A copy: keys are popped until only unsupported ones are left.
     rest = dict(generation_kwargs)
     until = rest.pop("until", None) or []
+    # All are popped: a second name of the length is no unsupported key.
     lengths = [rest.pop(name, None) for name in LENGTHS]
     length = next((n for n in lengths if n is not None), 256)  # lm_eval's own default
     temperature = rest.pop("temperature", None)
@@ -262,6 +272,7 @@ def generation_config(generation_kwargs: Mapping[str, Any]) -> GenerationConfig:
     do_sample = bool(temperature) if do_sample is None else do_sample
     if do_sample and temperature == 0:
         raise UserError("kosmos_lit: generation_kwargs have do_sample and temperature 0; raise it, or leave do_sample out")
+    # list: the loop removes keys from `rest`.
     named = {SETTINGS[name]: rest.pop(name) for name in list(rest) if name in SETTINGS}
     if rest:
         supported = ", ".join(sorted(["until", "do_sample", "temperature", LENGTHS[0], *SETTINGS]))
@@ -270,6 +281,7 @@ def generation_config(generation_kwargs: Mapping[str, Any]) -> GenerationConfig:
         named = {name: value for name, value in named.items() if name not in ("top_k", "top_p")}
     # Tasks give one string or a list, with empty ones in it, which would stop at once.
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+    # 0 stands for greedy decoding or beams in GenerationConfig, whatever the task's temperature.
     temperature = (1.0 if temperature is None else float(temperature)) if do_sample else 0.0
     return GenerationConfig(max_new_tokens=int(length), temperature=temperature, stop=stop, **named)
 
@@ -278,6 +290,7 @@ def main() -> int:
     """Run lm_eval's command; return its exit status."""
     try:
         cli_evaluate()
+    # Message and exit code as on the project's own command line, without lm_eval's traceback.
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

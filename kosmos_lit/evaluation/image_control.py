@@ -32,6 +32,7 @@ def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample | None]:
         Random(f"pictures {seed} {count}").shuffle(places)
         first: dict[tuple[Path, ...], int] = {}
         for i in places:
+            # Numbers groups of equal images in the order of the shuffle.
             first.setdefault(samples[i].images, len(first))
         # Equal images are neighbours on a circle: a step as long as the largest group ends in another group, as long as that
         # group is at most half of all.
@@ -39,6 +40,7 @@ def shuffle_images(samples: Sequence[Sample], seed: int) -> list[Sample | None]:
         step = max(Counter(first[samples[i].images] for i in circle).values())
         for at, i in enumerate(circle):
             images = samples[circle[(at + step) % len(circle)]].images
+            # Equal only within a group of more than half of all.
             if images != samples[i].images:
                 shuffled[i] = replace(samples[i], images=images)
     return shuffled

@@ -104,6 +104,7 @@ class MultipleChoice(Task):
 
         Raises: UserError naming the sample if its label is another one, as in a test split without labels.
         """
+        # Labels are numbers in some files, booleans in BoolQ, words in others.
         label = str(sample.data[name])
         if label not in labels:
             raise UserError(
@@ -125,6 +126,7 @@ class MultipleChoice(Task):
         """Return one request if all candidates continue one context, else one for each; `unconditional` adds as many."""
         question = self.question(sample)
         demonstrations: list[Parts] = [(self.question(shot).solved,) for shot in shots]
+        # One context takes one prefill for all candidates.
         if len(question.contexts) == 1:
             pairs = [(question.contexts[0], question.candidates)]
         else:
@@ -133,6 +135,7 @@ class MultipleChoice(Task):
             LogLikelihood(few_shot_prompt(demonstrations, (context,), self.separator), candidates)
             for context, candidates in pairs
         ]
+        # Grouped like `pairs`: candidate_scores halves the list of all candidates.
         unconditional = [LogLikelihood((self.unconditional,), candidates) for _, candidates in pairs]
         return [*conditional, *unconditional] if self.scoring == "unconditional" else conditional
 
@@ -173,7 +176,9 @@ def gap_question(before: str, after: str, options: Sequence[str], target: int) -
     """
     # DOTALL: a sentence may have line breaks.
     attached, rest = re.match(r"(\S*)(.*)", after, re.DOTALL).groups()  # type: ignore[union-attr]
+    # Nothing else could be scored, so what is attached becomes the candidate.
     if not rest.strip():
         attached, rest = "", after
     contexts = tuple(f"{before}{option}{attached}" for option in options)
+    # The candidates are equal; their contexts differ.
     return Question(contexts, (rest.strip(),) * len(options), tuple(options), target)

@@ -40,6 +40,7 @@ class TaskProgress:
         self._last_line = now
         # Never more than all: the other processes may have fewer samples.
         n_new = min(self._n_own * self._world_size, self._n_samples - self._n_before)
+        # Never 0 seconds: the first line comes an interval after the start. Samples of earlier starts took no time.
         speed, n_left = n_new / self.seconds, self._n_samples - self._n_before - n_new
         time_left = f"  {clock_time(n_left / speed)} left" if speed else ""
         n_done = self._n_before + n_new
@@ -67,6 +68,7 @@ def metrics_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a table of the tasks' main metrics, 100 times their values, with their intervals."""
     rows = []
     for name, entry in entries.items():
+        # A task whose samples all failed has no metrics, but a line.
         metric = entry["metrics"].get(entry["main_metric"], {"value": nan, "low": nan, "high": nan})
         value, low, high = (100 * metric[key] for key in ("value", "low", "high"))
         chance = None if entry["chance"] is None else f"{100 * entry['chance']:.1f}"

@@ -26,6 +26,7 @@ def fill_template(template: str, **fields: object) -> str:
     """
     try:
         return template.format(**fields)
+    # {other} is a KeyError, {} an IndexError, an unmatched brace a ValueError.
     except (KeyError, IndexError, ValueError) as error:
         allowed = ", ".join(f"{{{name}}}" for name in fields) or "no fields"
         raise UserError(f"the template {template!r} cannot be filled in ({error}); it may use {allowed}") from error
@@ -46,6 +47,7 @@ def encode_prompts(prompts: Iterable[Parts], tokenizer: Tokenizer, n_latents: in
         n_latents: slots an image.
     """
     trimmed_prompts = [[part for _, part in trimmed(_join_texts(parts))] for parts in prompts]
+    # The ids of all parts of all prompts are one flat list.
     ids = iter(tokenizer.encode_parts(trimmed_prompts))
     return [Prompt.of([next(ids) for _ in parts], tokenizer, n_latents) for parts in trimmed_prompts]
 
@@ -58,13 +60,16 @@ def encode_answers(parts: Parts, answers: Sequence[str], tokenizer: Tokenizer) -
 
 def _text_after(parts: Parts, answer: str, tokenizer: Tokenizer) -> str:
     """Return an answer as it is encoded after a prompt, with the blanks between them; empty if it has no word."""
+    # [-1:] and not [-1]: a text may be empty.
     has_gap = bool(parts) and isinstance(parts[-1], str) and parts[-1][-1:].isspace()
     before = _join_texts(parts)
+    # Trimmed together: the prompt decides which blanks before the answer remain.
     kept = list(trimmed((*before, answer if has_gap else f" {answer}")))
     if not kept or kept[-1][0] != len(before):  # trimming has removed the answer
         return ""
     text = kept[-1][1]
     assert isinstance(text, str)
+    # Behind a text the answer continues it; behind an image, or alone, it is a text of its own.
     return tokenizer.continuation(text) if len(kept) > 1 and isinstance(kept[-2][1], str) else text
 
 

@@ -53,6 +53,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: one line of `samples.jsonl`."""
+        # A failed sample has the same keys as any other.
         outcome = asdict(self.outcome) if self.outcome else {"prediction": None, "target": None, "scores": {}, "data": {}}
         return {"key": self.key, "requests": self.requests, **outcome, "error": str(self.failure) if self.failure else None}
 
@@ -73,6 +74,7 @@ def sample_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """
     if not path.is_file():
         return
+    # Counted in bytes, as `sample_at` seeks; positions in text are opaque numbers.
     position = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -88,6 +90,7 @@ def parse_sample(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """
     try:
         sample = json.loads(line)
+    # JSON's errors are ValueErrors, and so are bytes that are not UTF-8.
     except ValueError as error:
         raise UserError(f"{path}, line {number}: not a sample: {error}; remove the line to evaluate it again") from error
     if not isinstance(sample, dict) or "key" not in sample:
@@ -178,6 +181,7 @@ def read_results(folder: Path) -> Results:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         tasks = {name: _task_result(name, task) for name, task in data["tasks"].items()}
+    # The last two: JSON of another shape, such as a list in the place of an object.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the metrics of an evaluation ({type(error).__name__}: {error})") from error
     if not tasks:
@@ -202,7 +206,7 @@ def _task_result(name: str, entry: Mapping[str, Any]) -> TaskResult:
 
 
 def _number(value: float | None) -> float:
-    return NAN if value is None else float(value)
+    return NAN if value is None else float(value)  # `without_nan` has written null
 
 
 def without_nan(value: Any) -> Any:

@@ -103,6 +103,7 @@ class Evaluation:
         )
         self.samples = samples if samples is not None else read_samples(config)
         self.model_info = {"parameters": sum(p.numel() for p in engine.model.parameters()), **(model_info or {})}
+        # A digest of the weights, not their path: a moved checkpoint continues. Values after an underscore may differ.
         self.fingerprint = {
             "weights": weights_digest(engine.model), "tokenizer": self.scheduler.tokenizer.fingerprint,
             "image_control": config.image_control, "image_fit": config.image_fit,
@@ -123,6 +124,7 @@ class Evaluation:
 
         An error on one rank alone would leave the others waiting.
         """
+        # A pair of result and message, of which one is None.
         outcome: Any = None
         if self.ranks.rank == 0:
             try:
@@ -145,13 +147,16 @@ class Evaluation:
         done = self._on_rank_zero(lambda: store.gather(keys))
         pool = read_pool(name, task)
         controlled: Sequence[Sample | None] = samples
+        # All samples, also those with results: a restart must not change who exchanges images with whom.
         if self.config.image_control == "shuffled":
             controlled = shuffle_images(samples, task.seed)
         # Every n-th sample, not a block: datasets are often sorted by class or length, and ranks should take equally long.
         remaining = [i for i, key in enumerate(keys) if key not in done][self.ranks.rank :: self.ranks.world_size]
         is_quiet = self.quiet or self.ranks.rank > 0
+        # & keys: the folder may have samples that a smaller limit leaves out.
         progress = TaskProgress(name, len(samples), len(done & set(keys)), self.ranks.world_size, quiet=is_quiet)
         with store.writer(self.ranks.rank) as writer:
+            # Samples without a partner fail without a request.
             failed = [Result(keys[i], [], None, NO_PARTNER) for i in remaining if controlled[i] is None]
             writer.write(failed)
             progress.add(len(failed))
@@ -161,8 +166,9 @@ class Evaluation:
         self.ranks.broadcast(None)  # a barrier: all ranks have written
         entry: dict[str, Any] = self._on_rank_zero(lambda: self._write_metrics(name, task, store, keys, progress.seconds))
         progress.end(entry)
+        # Raised once all is on disk: the samples' file says why each of them failed.
         if entry["n_failed"] == entry["n_samples"] > 0:
-            [(reason, n)] = list(entry["failures"].items())[:1]
+            [(reason, n)] = list(entry["failures"].items())[:1]  # the most frequent: `failures` is sorted
             raise UserError(f"{name}: all samples failed, {n} of them so: {reason}, {entry['example']}")
         return entry
 
@@ -173,10 +179,12 @@ class Evaluation:
         # The folder may have more, from a start with a larger max_samples: they stay, but do not count.
         results = [result for result in store.results() if result.key in expected]
         answered = [(result.key, result.outcome) for result in results if result.outcome is not None]
+        # Scores such as CIDEr need all samples; they are written to each sample's line afterwards.
         outcomes = task.add_corpus_scores([outcome for _, outcome in answered])
         pairs = zip(answered, outcomes, strict=True)
         store.rescore({key: new.scores for (key, old), new in pairs if new.scores != old.scores})
         failures = [result.failure for result in results if result.failure is not None]
+        # A rank on a machine with another disk has written its part elsewhere.
         if missing := expected - {result.key for result in results}:
             raise UserError(f"{self.folder / name}: {len(missing)} results are missing: all processes must share the folder")
         entry = {
@@ -184,6 +192,7 @@ class Evaluation:
             "chance": task.chance, "n_shots": task.n_shots, "seed": task.seed, "n_samples": len(results),
             "n_failed": len(failures), "failures": dict(Counter(failure.reason for failure in failures).most_common()),
             "example": failures[0].detail if failures else None,
+            # Through JSON: tuples become lists, settings text, as in the fingerprint.
             "options": json.loads(json.dumps(task.options, default=str)), "seconds": round(seconds, 1),
             "metrics": {key: asdict(metric) for key, metric in task.metrics(outcomes).items()} if outcomes else {},
         }  # fmt: skip
@@ -191,6 +200,7 @@ class Evaluation:
             "model": self.model_info | {"weights": self.fingerprint["weights"]}, "image_control": self.config.image_control,
             "machine": describe_device(self.scheduler.engine.device),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            # Tasks are evaluated one after another; the entries of earlier ones stay.
             "tasks": read_metrics(self.folder).get("tasks", {}) | {name: entry},
         }  # fmt: skip
         failed_keys = [result.key for result in results if result.failure is not None]

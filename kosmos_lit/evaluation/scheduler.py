@@ -88,9 +88,12 @@ class RequestScheduler:
         sessions = [SampleSession(s, task.ask(s, task.shots(s, pool)), s.images if is_blank else ()) for s in samples]
         for session in sessions:
             session.start()
+        # Samples that failed before their first request, or need none.
         if done := [session.result() for session in sessions if session.is_done]:
             yield done
+        # Each round answers the requests that all samples wait for at the moment.
         while running := [session for session in sessions if not session.is_done]:
+            # For each request the number of its session, and its own number in that session.
             owners = [(number, i) for number, session in enumerate(running) for i in range(len(session.requests))]
             requests = [running[number].requests[i] for number, i in owners]
             blank = [running[number].blank for number, _ in owners]
@@ -107,6 +110,7 @@ class RequestScheduler:
     def respond(self, requests: Sequence[Request]) -> list[Response | Failure]:
         """Return the model's response to each request, or the reason why there is none."""
         responses: dict[int, Response | Failure] = {}
+        # Sample 0 throughout: any two requests may be merged.
         for some in self._respond(requests, [frozenset()] * len(requests), [0] * len(requests)):
             responses.update(some)
         return [responses[i] for i in range(len(requests))]
@@ -129,9 +133,11 @@ class RequestScheduler:
         with ThreadPoolExecutor(N_READERS) as readers:
             # One batch ahead: more would only hold more images in memory.
             ahead = [self._start_reading(batch, readers) for batch in queue[:1]]
+            # zip_longest: nothing follows the last batch.
             for batch, following in zip_longest(queue, queue[1:]):
                 pixels = {path: reading.result() for path, reading in ahead.pop().items()}
                 if following is not None:
+                    # Started before the batch runs, so that reading and computing overlap.
                     ahead.append(self._start_reading(following, readers))
                 yield self._run_batch(batch, pixels, requests)
 
@@ -146,11 +152,13 @@ class RequestScheduler:
         prompts = encode_prompts(parts_of, self.tokenizer, n_latents)
         n_steps_of: dict[tuple[str, ...], int | Failure] = {}
         for index, (request, parts, prompt) in enumerate(zip(requests, parts_of, prompts, strict=True)):
+            # Only images of the sample itself turn grey; demonstrations keep theirs.
             images = tuple((part, part in blank[index]) for part in parts if isinstance(part, Path))
             candidates: list[list[int]] = []
             if isinstance(request, LogLikelihood):
                 candidates = encode_answers(parts, request.candidates, self.tokenizer)
                 empty = next((t for t, ids in zip(request.candidates, candidates, strict=True) if not ids), None)
+                # Candidates are alternatives after one prompt: the longest one decides whether the row fits.
                 n_new = max(map(len, candidates), default=0)
                 if empty is not None:
                     failed.append((index, Failure("candidate without tokens", repr(empty))))
@@ -174,11 +182,12 @@ class RequestScheduler:
     def _merge(self, items: Sequence[BatchItem], sample_numbers: Sequence[int]) -> list[BatchItem]:
         by_sample: dict[int, list[BatchItem]] = {}
         for item in items:
-            by_sample.setdefault(sample_numbers[item.indices[0]], []).append(item)
+            by_sample.setdefault(sample_numbers[item.indices[0]], []).append(item)  # not merged yet: one index each
         merged = []
         image, n_latents = self.tokenizer.special.image, self.model.config.connector.n_latents
         for own in by_sample.values():
             merged += merge_prefixes([item for item in own if item.kind == "score"], image, n_latents)
+            # A prompt to generate from has no candidates that could take over its end.
             merged += [item for item in own if item.kind != "score"]
         return merged
 
@@ -192,10 +201,11 @@ class RequestScheduler:
             try:
                 n_steps_of[key] = ChoiceTrie(settings.choices, self.tokenizer, settings.max_new_tokens).n_steps
             except UserError as error:
-                n_steps_of[key] = Failure("invalid choices", str(error))
+                n_steps_of[key] = Failure("invalid choices", str(error))  # kept too: thousands of samples share it
         return n_steps_of[key]
 
     def _start_reading(self, batch: Batch, readers: ThreadPoolExecutor) -> dict[Path, Future[Pixels | Failure]]:
+        # Each file once, however many items show it.
         paths = dict.fromkeys(path for item in batch for path, _ in item.images)
         return {path: readers.submit(self._read, path) for path in paths}
 
@@ -219,9 +229,11 @@ class RequestScheduler:
                 responses += [(index, unreadable) for index in item.indices]
         if items:
             images, places = self._stack(items, pixels)
+            # A batch has requests of one kind: the first one stands for all.
             first = requests[items[0].indices[0]]
             try:
                 if isinstance(first, Generate):
+                    # indices[0]: requests to generate are not merged, so an item has one.
                     continuations = self._generate(items, first.settings, images, places)
                     responses += [(item.indices[0], text) for item, text in zip(items, continuations, strict=True)]
                 else:
@@ -262,6 +274,7 @@ class RequestScheduler:
         image_index = _prompt_images(items, places)
         scored = self.engine.token_log_probs(prompts, candidates, images, image_index=image_index, n_context=n_unscored)
         responses: list[IndexedResponse] = []
+        # Rows are in the order of candidates: each request of a merged item takes its own in turn.
         for item, rows in zip(items, map(iter, scored), strict=True):
             for index in item.indices:
                 request = requests[index]
@@ -273,6 +286,7 @@ class RequestScheduler:
 
 def _prompt_images(items: Batch, places: Sequence[Sequence[int]]) -> Tensor:
     """Return the index in the batch's images for each image of its prompts, (M,)."""
+    # Behind the prompt's images an item lists those of its candidates.
     indices = [place[: len(item.prompt.slots)] for item, place in zip(items, places, strict=True)]
     return torch.tensor(list(chain.from_iterable(indices)), dtype=torch.int64)
 

@@ -45,6 +45,7 @@ class SampleSession:
 
     def _advance(self, responses: Sequence[Response] | None) -> None:
         try:
+            # send(None) starts a generator.
             self.requests = self._generator.send(responses)  # type: ignore[arg-type]
             while not self.requests:  # no response would ever come for an empty list
                 self.requests = self._generator.send([])
@@ -61,10 +62,12 @@ class SampleSession:
         if isinstance(response, Failure):
             self.failure = response
             self._generator.close()
+            # The requests of this round are listed without responses.
             self._records += [_record(request) for request in self.requests]
             return True
         self._responses[i] = response
         if len(self._responses) == len(self.requests):
+            # In the order of the requests: batches answer them in any order.
             responses = [self._responses[i] for i in range(len(self.requests))]
             self._records += [_record(*each) for each in zip(self.requests, responses, strict=True)]
             self._advance(responses)

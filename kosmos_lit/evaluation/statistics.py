@@ -51,7 +51,7 @@ def mean_metric(values: Sequence[float] | Values) -> Metric:
     random = np.random.default_rng(0)  # fixed: equal scores have equal intervals in every report
     means, n_rows = np.empty(N_RESAMPLES), max(1, MAX_INDICES // len(scores))
     for first in range(0, N_RESAMPLES, n_rows):
-        rows = means[first : first + n_rows]
+        rows = means[first : first + n_rows]  # a view: assigning fills `means`
         rows[:] = scores[random.integers(len(scores), size=(len(rows), len(scores)))].mean(axis=1)
     return _metric(float(scores.mean()), means, len(scores))
 
@@ -69,10 +69,12 @@ def bootstrap(statistic: Callable[[Indices], float], n: int, seed: int = 0) -> M
         return NO_METRIC
     random = np.random.default_rng(seed)
     draws = np.array([statistic(random.integers(n, size=n)) for _ in range(N_RESAMPLES)], dtype=np.float64)
+    # The value itself takes each sample once.
     return _metric(statistic(np.arange(n)), draws, n)
 
 
 def _metric(value: float, draws: Values, n: int) -> Metric:
+    # A draw may have no value, as the AUC has none of a single class.
     defined = draws[~np.isnan(draws)]
     low, high = np.percentile(defined, [2.5, 97.5]) if len(defined) else (float("nan"), float("nan"))
     return Metric(value, float(low), float(high), n)
@@ -122,12 +124,14 @@ def auc_metric(scores: Sequence[float] | Values, labels: Sequence[int] | Indices
     value = float(binary_auroc(torch.from_numpy(rank / len(levels)), torch.from_numpy(label)))
 
     def area(at: Indices) -> float:
+        # Counts by level, (levels,): a draw costs no sort. minlength: a draw may lack the highest scores.
         positive = np.bincount(rank[at], weights=label[at], minlength=len(levels))
         negative = np.bincount(rank[at], minlength=len(levels)) - positive
         below = np.cumsum(negative) - negative  # negatives with a lower score than each level
         n_pairs = positive.sum() * negative.sum()
         return float((positive * (below + negative / 2)).sum() / n_pairs) if n_pairs else float("nan")
 
+    # `area` is for the draws alone; the value is that of torchmetrics.
     resampled = bootstrap(area, len(label), seed)
     return Metric(value, resampled.low, resampled.high, resampled.n)
 
@@ -148,6 +152,7 @@ def macro_f1_metric(predictions: Sequence[int] | Indices, labels: Sequence[int] 
     value = multiclass_f1_score(torch.from_numpy(prediction), torch.from_numpy(target), max(2, n_classes), average="macro")
 
     def mean_f1(at: Indices) -> float:
+        # The confusion matrix from one count of numbered pairs, targets by predictions.
         table = np.bincount(n_classes * target[at] + prediction[at], minlength=n_classes**2).reshape(n_classes, n_classes)
         both = table.sum(0) + table.sum(1)  # times predicted, plus times true
         counts = both > 0

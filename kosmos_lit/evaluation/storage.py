@@ -53,6 +53,7 @@ class Store:
         parts = sorted(self.folder.glob("samples.*.part"))
         lines: dict[str, bytes] = {}
         done = set()
+        # Parts are newer than the merged file: of two lines with one key the later counts.
         for path in (self.path, *parts):
             for number, _, line in sample_lines(path):
                 sample = parse_sample(path, number, line)
@@ -63,7 +64,9 @@ class Store:
                     continue
                 lines[key] = line
         places = {key: place for place, key in enumerate(order)}
+        # Samples outside of `order` stay, behind the others.
         keys = sorted(lines, key=lambda key: places.get(key, len(places)))
+        # A merged file that is in order already is left as it is.
         if parts or keys != list(lines):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, b"".join(lines[key] for key in keys))
@@ -98,6 +101,7 @@ class Writer:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Overwrites the part of an earlier start, which `gather` has merged.
         self._file = path.open("wb")
 
     def write(self, results: Iterable[Result]) -> None:
@@ -130,9 +134,11 @@ def check_fingerprint(folder: Path, fingerprint: Mapping[str, Any], *, replace: 
     if replace and is_of_earlier_version(folder):
         shutil.rmtree(folder)
     check_version(folder)
+    # As it reads back from the file: tuples become lists, paths text.
     actual = json.loads(json.dumps(fingerprint, default=str))
     if path.is_file():
         stored = _read(path)
+        # A merged dict, not a set of keys: the message lists them in the same order each time.
         names = [name for name in {**stored, **actual} if not name.startswith("_") and stored.get(name) != actual.get(name)]
         if names and not replace:
             differences = "; ".join(
@@ -152,6 +158,7 @@ def weights_digest(model: Kosmos) -> str:
     """Return a digest of a model's weights, whatever file they came from: sums of bits, equal on every device."""
     total = 0
     for name, tensor in sorted(model.state_dict().items()):
+        # Bits as integers: their sum does not depend on the order of additions, as a sum of floats does.
         flat = tensor.detach().contiguous().view(-1)
         ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         factor = _odd_hash(name + str(tuple(tensor.shape)))

@@ -57,6 +57,7 @@ class OptionRecorder(ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__call__(*args, **kwargs)
+        # Of the arguments as passed, whatever the constructor has made of them.
         instance.options = _constructor_options(cls, args, kwargs)
         return instance
 
@@ -99,6 +100,7 @@ class Task(metaclass=OptionRecorder):
             chance: Accuracy of guessing on such data; None: the task's own.
         """
         self.path, self.n_shots, self.seed, self.max_samples = Path(path), n_shots, seed, max_samples
+        # None keeps the class's value, or what a subclass's constructor has set before this one.
         if chance is not None:
             self.chance = chance
         if title is not None:
@@ -161,23 +163,26 @@ def limit_samples(task: Task, samples: Sequence[Sample], max_samples: int | None
     """
     if duplicates := [key for key, n in Counter(sample.key for sample in samples).items() if n > 1]:
         raise UserError(f"{task.title}: {len(duplicates)} keys belong to several samples, such as {duplicates[0]!r}")
+    # The first None stands for all samples, which no limit exceeds.
     n = min(len(samples) if limit is None else limit for limit in (None, task.max_samples, max_samples))
     if n >= len(samples):
         return list(samples)
     # The first n of one permutation: what a smaller n selects, a larger one does too.
     order = list(range(len(samples)))
     Random(f"samples {task.seed}").shuffle(order)
-    return [samples[i] for i in sorted(order[:n])]
+    return [samples[i] for i in sorted(order[:n])]  # in the files' order again
 
 
 def _constructor_options(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a constructor with defaults, and with those of base classes that its `**` reaches."""
     options: dict[str, Any] = {}
+    # From the class up, each constructor once; inherited ones are those of a base.
     for number, owner in enumerate(c for c in cls.__mro__ if "__init__" in vars(c)):
         parameters = list(signature(owner.__init__).parameters.values())[1:]  # type: ignore[misc]
         named = [p for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
         # Positional arguments are those of the class's own constructor; bases get theirs by keyword.
         positional = dict(zip((p.name for p in named), args, strict=False)) if number == 0 else {}
+        # A default of a subclass goes before that of its base.
         defaults = {p.name: p.default for p in named if p.default is not Parameter.empty and p.name not in options}
         options |= defaults | positional
         if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):

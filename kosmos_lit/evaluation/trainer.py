@@ -33,6 +33,7 @@ class TrainerRanks:
 
     def broadcast(self, value: Any) -> Any:
         """Return rank zero's value on all ranks, after all of them have called."""
+        # In a broadcast alone, rank zero would not wait for the others.
         self._strategy.barrier()
         return self._strategy.broadcast(value)
 
@@ -102,6 +103,7 @@ class EvaluatedLit(KosmosLit):
         if not isinstance(data, EvaluationData):
             return
         whole_net = ExitStack()
+        # Gathered once for all tasks, and freed in on_test_end.
         net = whole_net.enter_context(self.full_net())
         model_info = data.model_info | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
@@ -140,5 +142,6 @@ class EvaluatedLit(KosmosLit):
             print(metrics_table(running.entries))
             paths = [data.folder / METRICS, *data.write_report(data.folder)]
             print(f"wrote {', '.join(map(str, paths))}")
+        # Last: the metrics of the other tasks are on disk by now.
         if running.errors:
             raise UserError("; ".join(running.errors))

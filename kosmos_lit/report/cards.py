@@ -68,11 +68,14 @@ def _requests(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
     parts = [_prompt(str(first.get("prompt", "")), images, image_control)]
     same = [r for r in requests[1:] if r.get("prompt") == first.get("prompt")]
     if same and len(same) == len(requests) - 1:  # one prompt with several images, as for Raven's candidates
+        # Images that are not those of the first request at the same index.
         changed = [[str(p) for i, p in enumerate(r.get("images") or ()) if images[i : i + 1] != [str(p)]] for r in same]
+        # Counted from 2: the first request is shown in full.
         others = "".join(
             _image(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(changed, 2) for p in row
         )
         return f'{parts[0]}<div class="step"><span class="soft">the same prompt with each of</span><br>{others}</div>'
+    # In a chain of requests, what the model wrote last comes before each next prompt.
     for before, request in pairwise(requests):
         prompt = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
         parts.append(f'<div class="written">{_text(before.get("prediction", ""))}</div><div class="step">{prompt}</div>')
@@ -86,8 +89,10 @@ def _prompt(prompt: str, images: Sequence[str], image_control: str) -> str:
     if len(texts) != len(images) + 1:
         texts = [*("" for _ in images), prompt]
     parts = list(zip([None, *images], texts, strict=True))  # each image with the text after it; no image before the first
+    # From the end, parts are added until the visible texts are too long, too many, or have too many images.
     start, length, n_texts = len(parts) - 1, len(texts[-1]), 1
     while start and len(parts) - start <= MOST_IMAGES:
+        # Images side by side have empty texts between them, which do not count.
         length, n_texts = length + len(texts[start - 1]), n_texts + bool(texts[start - 1])
         if length > TAIL or n_texts > MOST_TEXTS:
             break
@@ -95,6 +100,7 @@ def _prompt(prompt: str, images: Sequence[str], image_control: str) -> str:
     head = "".join((MARK if image else "") + text for image, text in parts[:start])
     visible = ""
     for image, text in parts[start:]:
+        # Twice TAIL: a text that is a little longer is not worth folding.
         tail = text[-TAIL:] if len(text) > 2 * TAIL else text
         head += text[: len(text) - len(tail)]
         visible += (_image(image, side, image_control) if image else "") + escape(tail)
@@ -122,7 +128,7 @@ def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
         image = open_rgb(path.read_bytes())
     except OSError as error:
         raise ImageError("the image file is missing", str(path)) from error
-    image.thumbnail((side, side))
+    image.thumbnail((side, side))  # in place; smaller images keep their size
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, optimize=True)
     return image.width, image.height, base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -137,6 +143,7 @@ def _shares(shares: Sequence[tuple[str, float]], prediction: object) -> str:
         f'<li><span{mark}>{escape(name)}</span><i style="width:{100 * share:.0f}%"></i>'
         f"<span>{100 * share:.0f} %</span></li>"
         for name, share in ranked[:MOST_CANDIDATES]
+        # A list of one binds a name within the expression.
         for mark in [' class="prediction"' if name == prediction else ""]
     )
     n_more = len(ranked) - MOST_CANDIDATES
@@ -149,6 +156,7 @@ def _targets(target: object) -> str:
     """Return the target, or the first of several references."""
     if not isinstance(target, list):
         return _text(target)
+    # People often give the same answer; each is listed once.
     texts = list(dict.fromkeys(_plain(x) for x in target))
     more = f' <span class="soft">and {len(texts) - MOST_REFERENCES} more</span>' if len(texts) > MOST_REFERENCES else ""
     return "<br>".join(escape(x) for x in texts[:MOST_REFERENCES]) + more

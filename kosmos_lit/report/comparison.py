@@ -120,6 +120,7 @@ def compare(folders: Sequence[Path], names: Sequence[str] | None = None) -> Comp
                 f"report: {names[0]} and {name} have no task in common: {', '.join(first.tasks)}; {', '.join(other.tasks)}"
             )
     rows, warnings = [], []
+    # dict.fromkeys: each task once, in the order of the evaluations.
     for task in dict.fromkeys(name for results in evaluations for name in results.tasks):
         task_rows, task_warnings = _compare_task(task, evaluations, names)
         rows += task_rows
@@ -134,19 +135,23 @@ def _names_of(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(part[-n:]) for part in parts]
         if len(set(names)) == len(names):
             return names
+    # Only equal paths have no ends that differ.
     raise UserError(f"report: a folder is given twice: {', '.join(map(str, folders))}")
 
 
 def _compare_task(task: str, evaluations: Sequence[Results], names: Sequence[str]) -> tuple[list[ComparedMetric], list[str]]:
     entries = [results.tasks.get(task) for results in evaluations]
     scores = [_Scores.read(results.samples(task)) if task in results.tasks else _Scores() for results in evaluations]
+    # The first evaluation that has the task, in case the first of all has not.
     base = next(entry for entry in entries if entry)
     warnings = [f"{task}: {name} did not evaluate it." for name, entry in zip(names, entries, strict=True) if entry is None]
+    # The others, each against the first.
     for name, entry, other in list(zip(names, entries, scores, strict=True))[1:]:
         if entries[0] and entry:
             warnings += [f"{task}: {text}" for text in _warnings(names[0], entries[0], scores[0], name, entry, other)]
     metrics = dict.fromkeys(metric for entry in entries if entry for metric in entry.metrics)
     rows = []
+    # False sorts first: the main metric, then the others in their order.
     for metric in sorted(metrics, key=lambda metric: metric != base.main_metric):
         values = [in_points(entry.metrics[metric]) if entry and metric in entry.metrics else None for entry in entries]
         differences = [_difference(metric, values[0], scores[0], v, s) for v, s in zip(values[1:], scores[1:], strict=True)]
@@ -181,6 +186,7 @@ class _Scores:
         values = [scores[metric] for scores in self.by_key.values() if scores.get(metric) is not None]
         if not values or len(values) < len(self.by_key):
             return False
+        # 1e-6 points: the file's value has been added up in another order.
         return abs(100 * math.fsum(values) / len(values) - value.value) < 1e-6
 
 
@@ -192,9 +198,11 @@ def _difference(
         return None
     common = ours.by_key.keys() & others.by_key.keys()
     if common and ours.has_mean(metric, first) and others.has_mean(metric, second):
+        # Sorted: the bootstrap draws places, so their order must not depend on a set's.
         left, right = ({key: scores.by_key[key][metric] for key in sorted(common)} for scores in (ours, others))
         return Difference(metric=in_points(paired_difference(left, right)), paired=True)
     value = first.value - second.value
+    # Two independent intervals: their half-widths add in quadrature.
     low = value - math.hypot(first.value - first.low, second.high - second.value)
     high = value + math.hypot(first.high - first.value, second.value - second.low)
     return Difference(metric=Metric(value, low, high, min(first.n, second.n)), paired=False)
@@ -272,6 +280,7 @@ def comparison_html(c: Comparison, evaluations: Sequence[Results]) -> str:
             cells.append(f"<td>{value if i else f'<b class=ours>{value}</b>'}<small>{interval(m) if m else ''}</small></td>")
         for d in row.differences:
             colour = "" if d is None else "good" if d.is_better else "bad" if d.is_worse else ""
+            # The text is "value [low, high] mark"; the cell has the rest in small type.
             value, _, detail = _difference_text(d).partition(" ")
             cells.append(f'<td class="{colour}">{value}<small>{detail}</small></td>')
         cells += [f"<td>{_beats_all_text(row)}</td>"] if len(c.names) > 1 else []

@@ -75,6 +75,7 @@ def title_of(results: Results) -> str:
 def model_facts(results: Results) -> dict[str, str]:
     """Return the facts about the evaluated model and the evaluation, as text by name."""
     facts = {**results.model, "machine": results.machine, "date": results.date}
+    # Nested facts, such as the model's configuration, are left to metrics.json.
     plain_values = {name: value for name, value in facts.items() if value and isinstance(value, int | float | str)}
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in plain_values.items()}
 
@@ -85,6 +86,7 @@ def markdown_report(results: Results, benchmarks: list[Table]) -> str:
     control = CONTROLS.get(results.image_control, "")
     parts = [f"# {plain(title_of(results))}", "\n".join(facts), control, POINTS, _summary(results)]
     for table in benchmarks:
+        # An empty source stays empty, and is left out below.
         parts += [f"## {plain(table.title)}", table.source and f"{table.source}.", _markdown(table)]
         parts.append("\n".join(f"- {plain(note)}" for note in table.notes))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -107,6 +109,7 @@ def _markdown(table: Table) -> str:
     header = ["model", *(column.label for column in table.columns)]
     rows = [[line.model if line.ours else _model_name(line), *_cells(table, line)] for line in table.lines]
     if table.chance is not None:
+        # One value for the task, whatever the column.
         rows.append(["chance", number(table.chance), *("" for _ in table.columns[1:])])
     return markdown(header, rows)
 
@@ -125,6 +128,7 @@ def html_report(results: Results, benchmarks: list[Table]) -> str:
     anchors = {task.name: f"table-{i}" for i, table in enumerate(benchmarks) for task in table.tasks}
     parts = [_overview(results, anchors), f'<p class="soft">{escape(POINTS)}</p>']
     for i, table in enumerate(benchmarks):
+        # The first task's samples are visible, those of its variants folded.
         samples = [_samples(results, task, folded=n > 0) for n, task in enumerate(table.tasks)]
         parts.append(section(table, f"table-{i}", "\n".join(samples)))
     parts.append(
@@ -163,6 +167,7 @@ def _overview(results: Results, anchors: Mapping[str, str]) -> str:
 
 def _difference(ours: Metric | None, paper: float | None) -> str:
     """Return a cell with our value less the paper's, coloured if the paper's lies outside our interval."""
+    # The last condition is NaN's: it equals nothing.
     if ours is None or paper is None or ours.value != ours.value:
         return f"<td>{number(None)}</td>"
     colour, mark = ("good", " ▲") if ours.low > paper else ("bad", " ▼") if ours.high < paper else ("", "")

@@ -42,6 +42,7 @@ def section(table: Table, anchor: str, samples: str) -> str:
 
 def benchmark(table: Table) -> str:
     """Return a benchmark's table: metrics above numbers of shots."""
+    # groupby joins neighbours only; the columns are sorted by metric.
     groups = [(name, list(columns)) for name, columns in groupby(table.columns, key=lambda column: column.metric)]
     metrics = "".join(f'<th scope="colgroup" colspan="{len(c)}">{escape(metric_label(n))}</th>' for n, c in groups)
     shots = "".join(f'<th scope="col">{escape(shots_label(column.shots))}</th>' for column in table.columns)
@@ -87,6 +88,7 @@ def plot(metric: Metric | None, chance: float | None, paper: float | None, top: 
     middle = height / 2
 
     def x(points: float) -> float:
+        # 6 pixels at each end leave room for a whole diamond. Clamped: CIDEr and intervals may lie outside of the line.
         return 6 + (width - 12) * min(max(points, 0.0), top) / top
 
     shapes = [f'<line class="track" x1="6" x2="{width - 6}" y1="{middle}" y2="{middle}"/>']

@@ -58,24 +58,30 @@ def select_samples(
                 failed.append((str(sample["key"]), str(sample["error"])))
             continue
         sample_scores = sample.get("scores") or {}
+        # A task may have samples without its main metric: then their first score.
         metric = metric or (main_metric if main_metric in sample_scores else next(iter(sample_scores), ""))
         keys.append(str(sample["key"]))
         positions.append(position)
         score = sample_scores.get(metric)
+        # A sample without the score counts as right if it equals its target.
         scores.append(float(sample.get("prediction") == sample.get("target") if score is None else score))
         confidences.append(confidence(sample))
+    # (n,): the samples in the order of their keys, and so are all arrays below.
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     columns = (scores, confidences, positions)
     score_of, confidence_of, position_of = (np.asarray(values)[order] if keys else np.zeros(0) for values in columns)
+    # A score above 1, such as CIDEr's, is no share.
     threshold = 0.5 if not keys or score_of.max() <= 1 else float(np.median(score_of))
     failures, successes = np.flatnonzero(score_of < threshold), np.flatnonzero(score_of >= threshold)
     is_graded = len(np.unique(score_of)) > 2
     random = np.random.default_rng(seed)
 
     def select(group: np.ndarray[Any, Any], n: int, n_top: int, is_success: bool) -> tuple[SelectedSample, ...]:
+        # Ascending confidence among successes, descending among failures.
         sign = 1 if is_success else -1
         with_confidence = group[~np.isnan(confidence_of[group])]
         if len(with_confidence):
+            # Stable: equal confidences stay in the order of keys.
             top = with_confidence[np.argsort(sign * confidence_of[with_confidence], kind="stable")][:n_top]
             why = "lowest confidence" if is_success else "high confidence"
         elif is_graded:
@@ -102,6 +108,7 @@ def confidence(sample: Mapping[str, Any]) -> float:
     if not shares:
         return NAN
     predicted = [share for text, share in shares if text == sample.get("prediction")]
+    # Not so if a task's prediction is no candidate's text, or two candidates have the same.
     return predicted[0] if len(predicted) == 1 else max(share for _, share in shares)
 
 

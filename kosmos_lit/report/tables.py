@@ -64,6 +64,7 @@ def tables(results: Results, model: str = "this model") -> list[Table]:
     groups: dict[str, list[TaskResult]] = {}
     for task in results.tasks.values():
         key = task.published if published(task.published) else None
+        # Tasks without published results share a table if title and options are equal.
         groups.setdefault(key or f"{task.title} {_options_without_shots(task)}", []).append(task)
     order = [*(key for key in PUBLISHED if key in groups), *(key for key in groups if key not in PUBLISHED)]
     by_key = {key: benchmark_table(groups[key], PUBLISHED.get(key), model) for key in order}
@@ -111,7 +112,7 @@ def _published_line(model: str, note: str, metrics: Mapping[str, Mapping[int, fl
 
 def _columns(lines: Iterable[Line]) -> tuple[Column, ...]:
     """Return the columns by metric, the published ones first, then by number of shots."""
-    lines = sorted(lines, key=lambda line: line.ours)
+    lines = sorted(lines, key=lambda line: line.ours)  # False sorts first
     names = list(dict.fromkeys(column.metric for line in lines for column in line.cells))
     return tuple(sorted({c for line in lines for c in line.cells}, key=lambda c: (names.index(c.metric), c.shots)))
 
@@ -186,6 +187,7 @@ def number(points: float | None) -> str:
 
 def signed(points: float) -> str:
     """Return a difference in points with its sign."""
+    # A minus sign is as wide as the plus sign; a hyphen is not.
     return MISSING if math.isnan(points) else f"{points:+.1f}".replace("-", "−")
 
 
@@ -203,6 +205,7 @@ def sample_counts(task: TaskResult) -> str:
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
     """Return a Markdown table; columns after the first `left` are numbers."""
+    # A colon behind the dashes aligns a column to the right.
     rule = ["---"] * left + ["---:"] * (len(header) - left)
     cells = ([plain(cell) for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(row)} |" for row in ([plain(cell) for cell in header], rule, *cells))
@@ -210,6 +213,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int 
 
 def plain(text: str) -> str:
     """Return text with the characters escaped that begin a tag or a column in Markdown."""
+    # & first: it begins the other entities.
     for mark, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " ")):
         text = text.replace(mark, entity)
     return text

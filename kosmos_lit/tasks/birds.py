@@ -65,6 +65,7 @@ class Birds(Task):
         (file,) = require_files(self.title, self.path, ["birds.json"], SOURCE)
         with parsing(file):
             pairs = [(pair, [kind["images"] for kind in pair["classes"]]) for pair in read_json(file)]
+        # The slash at the end asks for a folder; the file may name it with or without one.
         require_files(self.title, self.path, [f"{name.rstrip('/')}/" for _, folders in pairs for name in folders], SOURCE)
         with parsing(file):
             return [
@@ -75,6 +76,7 @@ class Birds(Task):
                 )
                 for pair, folders in pairs
                 for i, name in enumerate(folders)
+                # Sorted: iterdir yields names in the file system's order.
                 for image in sorted((self.path / name).iterdir())
                 if image.is_file() and not image.name.startswith(".")  # .DS_Store and the like
             ]
@@ -92,6 +94,7 @@ class Birds(Task):
         """Ask for the name."""
         responses = yield [Generate(self.prompt(sample), self.settings)]
         prediction, names = generated_text(responses[0]), [kind["name"] for kind in sample.data["classes"]]
+        # An answer that names both kinds, or neither, is wrong.
         named_kinds = [i for i, name in enumerate(names) if _words(name) in _words(prediction)]
         target = sample.data["target"]
         return Outcome(prediction=prediction, target=names[target], scores={"accuracy": float(named_kinds == [target])})

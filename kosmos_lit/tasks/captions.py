@@ -75,6 +75,7 @@ class KarpathyCaptions(Task):
         super().__init__(path, **common)
         self.split, self.prompt, self.separator, self.settings = split, prompt, separator, settings
         self.metric_names, self.tokens = tuple(metrics), tokens
+        # `add_corpus_scores` and `metrics` ask for the scores of the same captions: inputs and results of the last call.
         self._last: tuple[list[str], list[Any], dict[str, tuple[float, Values]]] | None = None
         self.main_metric = "cider" if tokens == "ptb" else "cider_plain"  # type: ignore[misc]
 
@@ -122,11 +123,13 @@ class KarpathyCaptions(Task):
 
     def _demonstration(self, sample: Sample, shot: Sample) -> Parts:
         """Return another image with one of its captions, the same for the same seed and sample."""
+        # A string seeds by its SHA-512, alike in every process.
         caption = Random(f"{self.seed} {sample.key} {shot.key}").choice(shot.data["captions"])
         return (*shot.images, f"{self.prompt} {caption}")
 
     def add_corpus_scores(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Return outcomes with each caption's score by each metric."""
+        # Plain floats: scores go into lines of JSON.
         columns = {name: scores.tolist() for name, (_, scores) in self._caption_scores(outcomes).items()}
         rows = [{name: scores[i] for name, scores in columns.items()} for i in range(len(outcomes))]
         return [replace(outcome, scores={**outcome.scores, **row}) for outcome, row in zip(outcomes, rows, strict=True)]
@@ -136,6 +139,7 @@ class KarpathyCaptions(Task):
         # METEOR of all captions is not the mean of its scores: the value is the package's own.
         results = self._caption_scores(outcomes).items()
         metrics = {name: replace(mean_metric(scores), value=value) for name, (value, scores) in results}
+        # The base class adds the exact match, which the package does not have.
         return metrics | {name: metric for name, metric in super().metrics(outcomes).items() if name not in metrics}
 
     def _caption_scores(self, outcomes: Sequence[Outcome]) -> dict[str, tuple[float, Values]]:

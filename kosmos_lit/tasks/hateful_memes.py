@@ -84,10 +84,12 @@ class HatefulMemes(Task):
         candidates = scored_candidates(responses[0])
         probabilities, label = candidate_probabilities(candidates), sample.data["label"]
         return Outcome(
+            # The first of equals; the accuracy counts ties by share.
             prediction=self.answers[probabilities.index(max(probabilities))],
             target=self.answers[label],
             scores={"accuracy": accuracy_with_ties(probabilities, label)},
             data={
+                # math.exp turns the log-probability into P(yes); the area depends on the order of scores alone.
                 "score": probabilities[1] if self.score == "share" else math.exp(candidates[1].total), "label": label,
                 "probabilities": dict(zip(self.answers, probabilities, strict=True)),
             },

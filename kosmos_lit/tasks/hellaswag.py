@@ -33,6 +33,8 @@ class HellaSwag(MultipleChoice):
         return [Sample(key=f"{name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:
+        # Stripped: a candidate is joined to its context by one space.
         endings = tuple(ending.strip() for ending in sample.data["endings"])
+        # The file has indices; `label` compares text.
         target = self.label(sample, "label", tuple(map(str, range(len(endings)))))
         return Question((sample.data["ctx"].strip(),), endings, endings, target)

@@ -78,8 +78,10 @@ class ImageNet(Task):
 
     def _read(self, split: str) -> list[Sample]:
         (folder,) = require_files(self.title, self.path, [f"{split}/"], SOURCE)
+        # Without folders of classes, Kaggle's CSV says which class an image is of.
         in_folders = any(entry.is_dir() for entry in folder.iterdir())
         synset_of = _in_folders(folder) if in_folders else self._listed(split)
+        # Sorted: files without synsets name the classes in this order.
         name_of = self._name_of(sorted(set(synset_of.values())))
         self._choices = tuple(dict.fromkeys(name_of.values()))  # two classes may share a name
         # Not in __init__: the number of classes is that of the files.
@@ -115,6 +117,7 @@ class ImageNet(Task):
 
     def ask(self, sample: Sample, shots: Sequence[Sample]) -> RequestGenerator:
         """Ask for the name."""
+        # `samples` has set the choices: they are the names of the classes in the files.
         settings = replace(self.settings, choices=self._choices) if self.constrained else self.settings
         demonstrations: list[Parts] = [(*shot.images, f"{self.prompt} {shot.data['name']}") for shot in shots]
         prompt = few_shot_prompt(demonstrations, (*sample.images, self.prompt), self.separator)

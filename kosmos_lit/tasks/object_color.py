@@ -41,6 +41,7 @@ class ObjectColor(MultipleChoice):
             colors: The candidates.
             options: Those of `MultipleChoice`.
         """
+        # Before the base class's constructor, where the option `chance` takes its place.
         self.chance = 1 / len(colors)
         super().__init__(path, **options)
         self.prompt, self.colors = prompt, tuple(colors)
@@ -52,6 +53,7 @@ class ObjectColor(MultipleChoice):
         return self.samples()
 
     def question(self, sample: Sample) -> Question:
+        # strip: some objects have no descriptor.
         described = f"{sample.data['descriptor']} {sample.data['item']}".strip()
         context = fill_template(self.prompt, object=described, item=sample.data["item"])
         return Question((context,), self.colors, self.colors, self.label(sample, "label", self.colors))

@@ -45,6 +45,7 @@ class Piqa(MultipleChoice):
         return [Sample(key=f"{names[0]}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:
+        # Stripped: a candidate is joined to its context by one space.
         solutions = (sample.data["sol1"].strip(), sample.data["sol2"].strip())
         context = fill_template(self.prompt, goal=sample.data["goal"].strip())
         return Question((context,), solutions, solutions, self.label(sample, "label", ("0", "1")))

@@ -78,14 +78,17 @@ class Raven(Task):
         """Ask whether each candidate is correct."""
         n, target = sample.data["n_context"], int(sample.data["answer"])
         context, candidates = sample.images[:n], sample.images[n:]
+        # Numbers without a word of their own stay digits.
         start: Parts = (fill_template(self.before, n=NUMBERS[n] if n < len(NUMBERS) else n), *context, self.between)
         # Slices, not indices: a sample without images still has one request for each candidate.
         each = [candidates[i : i + 1] for i in range(sample.data["n_candidates"])]
         responses = yield [LogLikelihood((*start, *candidate, self.after), self.answers) for candidate in each]
         scored = [scored_candidates(response) for response in responses]
+        # With `no`, the share of yes among both answers; else the probability of yes itself.
         confidence = [candidate_probabilities(s)[0] if len(s) > 1 else math.exp(s[0].total) for s in scored]
         total = sum(confidence) or 1.0  # all may underflow to 0
         return Outcome(
+            # The first of equals; the accuracy counts ties by share.
             prediction=str(confidence.index(max(confidence))),
             target=str(target),
             scores={"accuracy": accuracy_with_ties(confidence, target)},

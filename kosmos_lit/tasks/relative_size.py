@@ -63,6 +63,7 @@ class RelativeSize(MultipleChoice):
                     raise UserError(f"{path}:{number}: {line!r} is not a pair of objects, the larger one first")
                 larger, smaller = (name.strip() for name in pair)
                 objects = {"first": larger, "second": smaller, "line": number}
+                # Labels are indices into `answers`: 0 is yes.
                 samples.append(Sample(key=f"{self.file}:{number}", data=objects | {"label": "0"}))
                 if self.orders == "both":
                     turned = objects | {"first": smaller, "second": larger, "label": "1"}

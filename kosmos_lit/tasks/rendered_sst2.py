@@ -45,6 +45,7 @@ class ImageClassification(Task):
             separator: Text after a demonstration. Blanks beside images are trimmed, as in training.
             **common: Options of every task.
         """
+        # Before the base class's constructor, where the option `chance` takes its place.
         self.chance = 1 / len(classes)
         super().__init__(path, **common)
         self.classes, self.split, self.template, self.separator = tuple(classes), split, template, separator
@@ -62,6 +63,7 @@ class ImageClassification(Task):
         return [
             Sample(key=f"{label}/{image.name}", images=(image,), data={"label": label})
             for label, folder in zip(self.classes, folders, strict=True)
+            # Sorted: iterdir yields names in the file system's order.
             for image in sorted(folder.iterdir())
             if image.is_file() and not image.name.startswith(".")  # .DS_Store and the like
         ]
@@ -75,6 +77,7 @@ class ImageClassification(Task):
         """Return the outcome of the classes' log-probabilities."""
         probabilities, label = candidate_probabilities(candidates), sample.data["label"]
         return Outcome(
+            # The first of equals; the accuracy counts ties by share.
             prediction=self.classes[probabilities.index(max(probabilities))],
             target=label,
             scores={"accuracy": accuracy_with_ties(probabilities, self.classes.index(label))},

@@ -54,6 +54,7 @@ class StoryCloze(MultipleChoice):
     def _read(self, name: str) -> list[Sample]:
         [path] = require_files(self.title, self.path, [name], SOURCE)
         rows = read_csv(path, [*SENTENCES, *ENDINGS, LABEL])
+        # The file's own name: `name` may be a pattern.
         return [Sample(key=f"{path.name}:{number}", data=row) for number, row in enumerate(rows, start=1)]
 
     def question(self, sample: Sample) -> Question:

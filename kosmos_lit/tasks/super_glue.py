@@ -65,6 +65,7 @@ class BoolQ(SuperGlue):
 
     def question(self, sample: Sample) -> Question:
         passage, question = sample.data["passage"].strip(), sample.data["question"].strip().removesuffix("?")
+        # str() of JSON's booleans.
         target = self.label(sample, "label", ("False", "True"))
         return Question(
             (fill_template(self.prompt, passage=passage, question=question),), self.answers, self.answers, target
@@ -138,6 +139,7 @@ class Copa(SuperGlue):
         self.connectives = {"cause": cause, "effect": effect}
 
     def question(self, sample: Sample) -> Question:
+        # Through `label`, which refuses any other kind with the sample's key.
         kind = tuple(self.connectives)[self.label(sample, "question", tuple(self.connectives))]
         context = f"{sample.data['premise'].strip().removesuffix('.')} {self.connectives[kind]}"
         choices = (sample.data["choice1"].strip(), sample.data["choice2"].strip())

@@ -78,6 +78,7 @@ class VisualQuestions(Task):
         prompt = few_shot_prompt(demonstrations, (*sample.images, self._question(sample)), self.separator)
         responses = yield [Generate(prompt, self.settings)]
         prediction, target = generated_text(responses[0]), sample.data.get("answers")
+        # Without answers there is no score, and so no metric: a 0 would look like a result.
         scores = (
             {} if target is None else {"vqa_accuracy": vqa_accuracy(prediction, target, leave_one_out=self.leave_one_out)}
         )
@@ -93,12 +94,14 @@ class VisualQuestions(Task):
 
     def submission_files(self, outcomes: Sequence[Outcome], failed_keys: Sequence[str]) -> dict[str, str]:
         """Return the answers as the input of the benchmark's server (https://eval.ai): one for every question."""
+        # Failed samples have an empty answer.
         rows = [outcome.data["submission"] for outcome in outcomes] + [self._submission(key, "") for key in failed_keys]
         return {f"submission_{self.split}.json": json.dumps(rows)}
 
 
 def most_frequent(answers: Sequence[str]) -> str:
     """Return the most frequent answer, the first one if several are."""
+    # Counter keeps equal counts in the order of their first answer.
     return Counter(answers).most_common(1)[0][0]
 
 
@@ -136,6 +139,7 @@ class Vqav2(VisualQuestions):
     def _read(self, split: str, *, need_answers: bool) -> list[Sample]:
         image_folder = split.replace("-dev", "")  # test-dev2015 has a part of the images of test2015
         questions_name, answers_name = f"v2_OpenEnded_mscoco_{split}_questions.json", f"v2_mscoco_{split}_annotations.json"
+        # Answers of the test splits are on the server alone.
         has_answers = need_answers or not split.startswith("test")
         names = [questions_name, f"{image_folder}/", *([answers_name] if has_answers else [])]
         questions, folder, *rest = require_files(self.title, self.path, names, "https://visualqa.org/download.html")
@@ -186,6 +190,7 @@ class VizWiz(VisualQuestions):
             return [self._sample(folder, row, need_answers) for row in read_json(file)]
 
     def _sample(self, folder: Path, row: dict[str, Any], need_answers: bool) -> Sample:
+        # Needed for demonstrations: a sample without them is an error there, but not in the test split.
         answers = {"answers": [each["answer"] for each in row["answers"]]} if need_answers or "answers" in row else {}
         return Sample(key=row["image"], images=(folder / row["image"],), data={"question": row["question"]} | answers)
 

@@ -80,7 +80,9 @@ class WebSrc(Task):
             split_of = {site: name for name, sites in read_json(splits).items() for site in sites}
         samples = []
         for file in sorted(self.path.glob("*/*/dataset.csv")):
+            # "au01": two letters of the domain, two digits of the site.
             if split_of.get(file.parent.parent.name[:2] + file.parent.name, "train") == self.split:
+                # utf-8-sig drops a byte order mark; csv asks for newline="".
                 with parsing(file), file.open(encoding="utf-8-sig", newline="") as lines:
                     samples += [self._sample(file.parent, row) for row in csv.DictReader(lines)]
         return samples
@@ -110,5 +112,6 @@ def page_text(path: Path, max_words: int | None) -> str:
         # lxml refuses an empty document; crawled pages may have broken bytes.
         page = html.fromstring(path.read_bytes().decode("utf-8", "replace") or "<html></html>")
     for element in page.xpath(UNSEEN):
-        element.drop_tree()
+        element.drop_tree()  # keeps the text behind the element, its tail in lxml
+    # Joined by blanks: the texts of neighbouring cells are separate words.
     return " ".join(" ".join(page.itertext()).split()[:max_words])
