@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}")
-        return _function_of(verb)(rest) or 0
+        return _function_of(verb)(rest) or 0  # most verbs return None
     except UserError as error:
         print(f"error: {_without_worker_traceback(str(error))}", file=sys.stderr)
         return 2
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = "; run the same command again to continue"
         advice = {"fit": f"{resume}, with --ckpt_path last", "prepare": resume, "test": f"{resume}, if it evaluates tasks"}
         print(f"interrupted{advice.get(verb, '')}", file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as shells have it
 
 
 def _function_of(verb: str) -> Callable[[list[str]], int | None]:
@@ -89,6 +89,7 @@ def _function_of(verb: str) -> Callable[[list[str]], int | None]:
             from kosmos_lit.cli.weights import export_weights
 
             return export_weights
+    # fit, validate, test and predict, whose verb Lightning's parser reads itself.
     from kosmos_lit.cli.trainer import run_trainer
 
     return lambda rest: run_trainer([verb, *rest])
@@ -96,6 +97,7 @@ def _function_of(verb: str) -> Callable[[list[str]], int | None]:
 
 def _without_worker_traceback(message: str) -> str:
     """Return the message of the original error, which a DataLoader worker wraps in its traceback."""
+    # DOTALL: a traceback has many lines. Greedy: of several messages the last one is the original.
     match = re.search(r"Caught UserError in DataLoader worker.*UserError: (.*)", message, re.DOTALL)
     return match[1].strip() if match else message
 

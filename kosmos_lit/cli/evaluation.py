@@ -40,6 +40,7 @@ def evaluation_data(
     """
     source = checkpoint or weights
     trained_with = load_tokenizer(source) if source else None
+    # Any data module may be configured, also one that knows no tokenizer.
     path = getattr(getattr(data, "tokenizer_config", None), "path", None)
     configured = Tokenizer.load(path) if path is not None and has_tokenizer(path) else None
     if trained_with is not None and configured is not None and trained_with.fingerprint != configured.fingerprint:
@@ -47,6 +48,7 @@ def evaluation_data(
             f"{source} was trained with tokenizer {trained_with.fingerprint}, but data.tokenizer.path, {path}, holds "
             f"{configured.fingerprint}: give the run's own configuration, or the folder of the weights' tokenizer"
         )
+    # Imported weights may come without a tokenizer.
     tokenizer = trained_with or configured
     if tokenizer is None:
         raise UserError(

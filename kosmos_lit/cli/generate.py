@@ -51,6 +51,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
 def generate(arguments: list[str]) -> None:
     """Print a model's continuation of a prompt, or the log-likelihoods of given ones."""
+    # Before the imports: --help and mistakes need no torch.
     a = generate_parser().parse_args(arguments)
     from kosmos_lit.inference.config import GenerationConfig
     from kosmos_lit.inference.engine import load
@@ -75,7 +76,9 @@ def _device(name: str | None) -> str:
 
     device = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # The least that uses the device. AssertionError: a torch that was built without CUDA.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        # The first line: CUDA's messages go on with advice.
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     return device

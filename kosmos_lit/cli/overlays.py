@@ -28,6 +28,7 @@ def value_at(node: Any, keys: Sequence[str]) -> Any:
 def _merged(one: Any, other: Any) -> Any:
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return other
+    # A file that names no class changes options of the class before.
     if one.get("class_path") != other.get("class_path", one.get("class_path")):
         return other  # what another class was made with
     return one | {key: _merged(one.get(key), value) for key, value in other.items()}
@@ -43,7 +44,7 @@ def with_all_named(arguments: Sequence[str]) -> list[str]:
     for word in words:
         expanded.append(word)
         if word in ("-c", "--config"):
-            expanded.append(next(words, ""))
+            expanded.append(next(words, ""))  # a missing value is the parser's to report
         elif not word.startswith("--config="):
             flags |= {keys: word.split("=")[0] for keys in MERGED if _is_of(word, keys)}
             continue
@@ -58,9 +59,12 @@ def with_all_named(arguments: Sequence[str]) -> list[str]:
                 raise UserError(
                     f"{flags[keys]} is given before {path}, which names {keys[-1]} too; put it behind the last file"
                 )
+            # A null replaces the table, and the next file begins with nothing.
             tables[keys] = _merged(before, named)
             if before and named:
+                # The table within its keys: {"data": {"init_args": {"sources": ...}}}.
                 node = reduce(lambda inner, key: {key: inner}, reversed(keys), tables[keys])
+                # The parser also takes YAML itself in the place of a file's name.
                 expanded.append(f"--config={yaml.safe_dump(node, sort_keys=False)}")
     return expanded
 
@@ -68,6 +72,7 @@ def with_all_named(arguments: Sequence[str]) -> list[str]:
 def _is_of(word: str, keys: Keys) -> bool:
     """Tell whether a flag sets something in the table at `keys`; `init_args` may be left out of its name."""
     names = (".".join(keys), ".".join(key for key in keys if key != "init_args"))
+    # `\b`: the table itself ("=", "+=") or a key of it (".").
     return any(re.match(rf"--{re.escape(name)}\b", word) for name in names)
 
 

@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         required = [name for action in self._actions if action.required for name in action.option_strings]
         for word in args or ():
             option = word.split("=")[0]
+            # Required options alone: argparse reports them as missing before it reports the misspelt word.
             close = difflib.get_close_matches(option, required, 1) if option.startswith("--") and option not in names else []
             if close:
                 self.error(f"unknown option {option}; did you mean {close[0]}?")

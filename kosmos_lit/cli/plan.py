@@ -99,6 +99,7 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
         cli = PlanCLI(arguments)
     config, notes = cli.config, list[str]()
     problems = list(linked_targets(arguments))
+    # Plain data: the dataclasses are made below, one by one, each with its own mistakes.
     model = config.as_dict()["model"]
 
     def attempt(make: Callable[[], T]) -> T | None:
@@ -117,13 +118,16 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
 
     n_before = len(problems)
     kosmos = attempt(lambda: KosmosConfig.from_dict(model["kosmos"]))
+    # A config with collected mistakes is returned all the same, for other checks to use.
     is_sound = len(problems) == n_before
+    # The defaults stand in for an optimizer that cannot be made.
     optimizer = attempt(lambda: OptimizerConfig.from_dict(model["optimizer"])) or OptimizerConfig()
     run = RunDescription(
         trainer=config.trainer, optimizer=optimizer, kosmos=kosmos, is_sound=is_sound, freeze=tuple(model["freeze"] or ()),
         data=attempt(cli.mixture), devices=devices or devices_per_node(config.trainer, notes),
         nodes=nodes or int(config.trainer.num_nodes or 1), problems=problems, notes=notes,
     )  # fmt: skip
+    # Last: the corpora belong to the run, and `run.problems` is this list of problems.
     attempt(run.open_corpora)
     return run
 

@@ -46,6 +46,7 @@ def prepare_parser() -> argparse.ArgumentParser:
 def prepare(arguments: list[str]) -> None:
     """Make a tokenizer or an indexed corpus."""
     a = prepare_parser().parse_args(arguments)
+    # After parsing, so that --help and mistakes answer at once.
     from datamodules.prepare.index import PendingShards, prepare_part
     from datamodules.prepare.report import describe
     from datamodules.prepare.tokenizer import train_tokenizer

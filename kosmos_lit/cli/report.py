@@ -35,6 +35,7 @@ def report(arguments: list[str]) -> None:
     names = None if a.names is None else [name.strip() for name in a.names.split(",")]
     if names is not None and not all(names):
         raise UserError(f"report: --names {a.names!r} has an empty name")
+    # Of one evaluation, this is the table of its metrics.
     comparison = compare(a.folders, names)
     output = a.output or a.folders[0]
     print(comparison_markdown(comparison))

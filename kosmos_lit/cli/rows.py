@@ -29,6 +29,7 @@ def rows(arguments: list[str]) -> None:
     a, run_arguments = rows_parser().parse_known_args(arguments)
     if a.step is not None and (a.split != "train" or a.start is not None or a.count is not None):
         raise UserError("rows: --step names all rows of a training step; leave out --start, --count and --split")
+    # The options default to None, so that --step can refuse them.
     start, count = a.start or 0, 1 if a.count is None else a.count
     if start < 0 or count < 0:
         raise UserError(f"rows: --start {start} and --count {count} must not be negative")
@@ -47,10 +48,12 @@ def rows(arguments: list[str]) -> None:
     if a.ckpt_path is not None:
         from kosmos_lit.checkpoint import load_checkpoint
 
+        # Lightning keeps the state of a data module under its class's name.
         data.restore_history(load_checkpoint(a.ckpt_path)[type(data).__qualname__])
     stream = data.stream(a.split)
     numbers = range(start, start + count) if a.step is None else data.steps.rows(a.step)
     if a.split == "val":
+        # The training stream has no last row; held-out rows have.
         n_rows = data.n_val_rows()
         if start >= n_rows:
             raise UserError(f"rows: --start {start}, but there are {n_rows} held-out rows, from 0")

@@ -57,6 +57,7 @@ IGNORED_WARNINGS = (
 )
 """Patterns of warnings that a user can do nothing about."""
 
+# Interpolations start at a file's root, but the parser nests the file below the verb: relative ones survive that.
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
 
 
@@ -69,14 +70,17 @@ class KosmosParser(LightningArgumentParser):
 
 def shorten(message: str) -> str:
     """Return the lines of a parser's message that say what is wrong, without the list of types that did not match."""
+    # What jsonargparse says of each type in a union that a value does not match.
     noise = re.compile(
         r"Does not validate against any|Subtypes: |Errors:$|Expected a <class 'NoneType'>|Given value( type)?: |^$"
         r"|Problem with given class_path|Expected a <class 'str'>$"
     )
     lines = [re.sub(r"^- ", "", line.strip()) for line in message.splitlines()]
     kept = [line for line in lines if not noise.search(line)]
+    # Classes nest, the innermost last: that one has the mistake.
     classes = [m[1] for line in lines if (m := re.search(r"Problem with given class_path '(.*)':", line))]
     kept = [re.sub(r"Expected a <class '(\w+)'>. Got value: ", r"expected \1, got ", line) for line in kept]
+    # dict.fromkeys: types of a union repeat one complaint. If all lines are noise, the message stays whole.
     return " ".join(dict.fromkeys([*kept, *(f"(in {name})" for name in classes[-1:])])) or message
 
 
@@ -84,6 +88,7 @@ class SaveConfigOnce(SaveConfigCallback):
     """Saves the configuration of every start of a run: config.yaml, then config.resume-1.yaml and so on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning's own file goes to the logger's folder, of which each start has another one.
         super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -93,6 +98,7 @@ class SaveConfigOnce(SaveConfigCallback):
         folder.mkdir(parents=True, exist_ok=True)
         n_starts = len(list(folder.glob("config*.yaml")))
         path = folder / (f"config.resume-{n_starts}.yaml" if n_starts else "config.yaml")
+        # Nulls are written too: they may replace defaults that are no nulls.
         self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=False)
 
 
@@ -115,8 +121,11 @@ class KosmosCLI(LightningCLI):
             parser_kwargs=kwargs | (per_verb if run else defaults),
             subclass_mode_data=True,
             seed_everything_default=0,
+            # The model makes its optimizer itself.
             auto_configure_optimizers=False,
+            # Else Lightning adds the class's path and all parsed arguments to the checkpoint's hyper-parameters.
             load_from_checkpoint_support=False,
+            # Loaders yield the rows of their own rank; Lightning's sampler would divide them again.
             trainer_defaults={"use_distributed_sampler": False},
             args=self.arguments,
             run=run,
@@ -156,6 +165,7 @@ class KosmosCLI(LightningCLI):
                 raise UserError(f"no checkpoint in {folder}")
             print(f"loading {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
             config["ckpt_path"] = str(path) if path else None
+        # A trial run (fast_dev_run) writes no checkpoints that could mix with older ones.
         elif path is None and verb == "fit" and not config.trainer.fast_dev_run:
             folder = _checkpoint_folder(config)
             if any(folder.glob("*.ckpt")):
@@ -166,12 +176,14 @@ class KosmosCLI(LightningCLI):
         elif path is None and verb != "fit" and not config.model.init_from:
             print(f"{verb}: no --ckpt_path, so the model is untrained")
         if path:
+            # Compared now, before anything large is built or loaded.
             kosmos = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
             saved = KosmosConfig.from_dict(load_checkpoint(path)["hyper_parameters"]["kosmos"])
             check_architecture(saved, kosmos, path)
 
     def instantiate_classes(self) -> None:
         """Build trainer, model and data; for `test` with tasks the data are the tasks."""
+        # A null removes a task, so a table of nulls has no tasks.
         evaluates = self.subcommand == "test" and any((self._get(self.config, "eval").tasks or {}).values())
         if evaluates and "blocklist" in (options := self._get(self.config, "data").get("init_args", {})):
             options["blocklist"] = None  # a file about corpora, which an evaluation does without
@@ -198,9 +210,10 @@ class KosmosCLI(LightningCLI):
         if self.subcommand == "fit" and evaluation.every_n_steps is not None:
             if not evaluation.enabled_tasks:
                 raise UserError(f"eval.every_n_steps is {evaluation.every_n_steps}, but there are no eval.tasks")
+            # Lightning lets kwargs replace the configured value: it must be repeated. The same holds for plugins.
             kwargs["callbacks"] = [*(config.get("callbacks") or []), EvaluateTasks(evaluation)]
         plugins = config.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = plugins if isinstance(plugins, list) else [plugins]  # Lightning also takes a single one
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
@@ -247,6 +260,7 @@ def user_errors(arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # The parser names an unknown option, but not the file that has it.
         unknown = re.search(r"[Oo]ption '(?:[\w.]*\.)?(\w+)'", str(error))
         files = [str(p) for p in config_files(arguments) if unknown and _mentions(read_yaml(p), unknown[1])]
         if files:
@@ -271,6 +285,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 def _user_error_behind(error: BaseException | None) -> UserError | None:
     while error is not None and not isinstance(error, UserError):
+        # Raised `from` a constructor's error, or while it was handled.
         error = error.__cause__ or error.__context__
     return error
 
@@ -285,7 +300,7 @@ def _checkpoint_folder(config: Namespace) -> Path:
 def linked_targets(arguments: Sequence[str]) -> Iterator[str]:
     """Yield a message for each value that a flag or a file sets although it is linked to another one."""
     for source, target in LINKS.items():
-        short = target.replace(".init_args", "")
+        short = target.replace(".init_args", "")  # as the parser also takes it
         advice = f"it follows from {source}; set that instead"
         for argument in arguments:
             if argument.split("=")[0] in (f"--{target}", f"--{short}"):

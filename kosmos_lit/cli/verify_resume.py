@@ -82,6 +82,7 @@ class CheckpointComparison:
         distances = {"weights": self.distance, "optimizer state": self.optimizer_distance}
         equal = [name for name, distance in distances.items() if not distance]
         parts = [f"{' and '.join(equal)} equal bit by bit"] if equal else []
+        # "weights differ", but "optimizer state differs".
         parts += [f"{name} differ{'s' * (name != 'weights')} by up to {d:.3g}" for name, d in distances.items() if d]
         return f"step {self.step:>8,}  {rows}, {', '.join(parts)}"
 
@@ -121,7 +122,7 @@ def read_log(run: Path) -> dict[int, dict[str, str]]:
     for path in sorted(files, key=lambda p: int(p.parent.name.rpartition("_")[2])):  # version_10 is after version_9
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                if row.get("train/loss"):
+                if row.get("train/loss"):  # validation has rows of its own
                     steps[int(float(row["step"]))] = row
     return steps
 
@@ -130,6 +131,7 @@ def _checkpoints(run: Path) -> dict[int, Path]:
     """Return a run's checkpoints by step."""
     if run.is_file():
         return {_step(run): run}
+    # The folder of a run, or that of its checkpoints.
     files = list(run.glob(f"checkpoints/*{SUFFIX}")) or list(run.glob(f"*{SUFFIX}"))
     if not files:
         raise UserError(f"no checkpoint in {run}; give a run's folder, or one of its checkpoints")
@@ -171,10 +173,12 @@ def _optimizer_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _next_row(checkpoint: Mapping[str, Any]) -> int:
     """Return the stream's position, which the data module stores under its class's name."""
+    # Not by the name: runs may have data modules of different classes.
     return next((int(v["next_row"]) for v in checkpoint.values() if isinstance(v, dict) and "next_row" in v), -1)
 
 
 def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    # A name of one side alone gives None, and so an infinite distance.
     names = first.keys() | second.keys()
     return max((_largest_difference(first.get(name), second.get(name)) for name in names), default=0.0)
 
@@ -182,7 +186,8 @@ def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> floa
 def _largest_difference(a: Tensor | None, b: Tensor | None) -> float:
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
         return float("inf")
-    if torch.equal(a, b):
+    if torch.equal(a, b):  # also of empty tensors, which have no maximum
         return 0.0
+    # float64: differences of 16-bit numbers and of integers are exact.
     difference = float((a.double() - b.double()).abs().max())
     return float("inf") if math.isnan(difference) else difference  # `max` would drop a NaN

@@ -39,6 +39,7 @@ def import_weights(arguments: list[str]) -> None:
         raise UserError(f"import: no file or folder {a.input}")
     if a.tokenizer is not None and a.format != "fairseq":
         raise UserError("import: --tokenizer is for --format fairseq; other folders have a tokenizer of their own")
+    # An output that exists is refused before weights are read.
     check_new(a.output)
     is_clip = a.format == "transformers" and a.input.is_dir() and model_type(a.input) in CLIP_TYPES
     if is_clip or a.format == "open_clip":
@@ -70,12 +71,14 @@ def export_weights(arguments: list[str]) -> None:
     from kosmos_lit.weights.kosmos2 import export_transformers
     from kosmos_lit.weights.load import load_model
 
+    # An output that exists is refused before weights are read.
     check_new(a.output)
     model, tokenizer = load_model(a.ckpt_path)
     if a.format == "adapter":
         save_adapter(model, a.output)
         print(f"{a.output}: an adapter; put it on its base with peft or kosmos_lit.lora.load_adapter")
         return
+    # Both other formats hold plain weights.
     model = merge_adapters(model)
     (export_transformers if a.format == "transformers" else save_folder)(model, tokenizer, a.output)
     print(f"{a.output}: {_summary(model, tokenizer)}")

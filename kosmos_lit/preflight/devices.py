@@ -61,6 +61,7 @@ def find_device(
     """
     if name is not None and name not in DEVICES:
         raise UserError(f"plan: no device {name!r}; there are {', '.join(DEVICES)}, or --memory 80GB --peak 989")
+    # Written so that NaN is refused too.
     if not 0 < share <= 1:
         raise UserError(f"plan: --peak-share must lie in (0, 1], got {share:g}")
     if peak is not None and not peak > 0:
@@ -69,10 +70,12 @@ def find_device(
     flops = None if peak is None else peak * 1e12
     if on_cpu and name is None:
         return Device("cpu", memory_bytes or device_memory(torch.device("cpu")), flops, share)
+    # The memory alone does not tell which device it is, so the peak is unknown unless set.
     if name is None and memory_bytes is not None:
         return Device("device", memory_bytes, flops, share)
     name = name or "h100"
     product, size = DEVICES[name]
+    # Lightning's names begin with the format: "bf16-mixed", "16-mixed".
     kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], _float32_format())  # type: ignore[assignment]
     return Device(name, memory_bytes or size, flops or peak_flops(product, kind), share)
 
@@ -87,6 +90,7 @@ def parse_bytes(text: str) -> float:
 
     Raises: UserError if the text is no size, or 0.
     """
+    # A number, then any of K, M, G, T, perhaps "I", perhaps "B"; UNITS decides which of these are sizes.
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", text.upper())
     if match is None or match[2] not in UNITS or not float(match[1]):
         raise UserError(f"plan: --memory {text} is no size; write 80GB or 80GiB")

@@ -122,15 +122,16 @@ def estimate_run(run: RunDescription, device: Device) -> Estimates:
     steps, end = _steps(run)
     forecasts, exact = _forecasts(run, steps)
     batch = _micro_batch(run)
-    net = _skeleton(run)
+    net = _skeleton(run)  # on the meta device: no storage
     n_micro = _n_micro_batches(run)
     memory, changes = None, list[str]()
     if net is not None and batch is not None:
         assert run.kosmos is not None
         try:
+            # `or 1`: rows that do not divide are a problem of their own, and memory is estimated all the same.
             memory = estimate(run.kosmos, setting_of(run, batch, n_micro or 1))
         except EstimateError as error:
-            run.notes.append(str(error))
+            run.notes.append(str(error))  # a plan is of use without its memory
         if memory is not None and device.memory is not None and not run.on_cpu and memory.needed > device.memory:
             assert run.data is not None
             rows = run.data.global_batch_rows // run.world_size
@@ -158,7 +159,7 @@ def _skeleton(run: RunDescription) -> Kosmos | None:
 def _steps(run: RunDescription) -> tuple[int, str | None]:
     if run.data is not None and run.has_corpora:
         end = last_step(run.data.prepared, run.data.kinds, run.data.schedule, run.data.steps)
-        if end is not None and (run.max_steps < 0 or end[0] < run.max_steps):
+        if end is not None and (run.max_steps < 0 or end[0] < run.max_steps):  # -1: no limit
             return end
     return max(0, run.max_steps), None
 
@@ -186,6 +187,7 @@ def _micro_batch(run: RunDescription) -> MicroBatch | None:
         images, targets = largest_micro_batch(data.prepared, data.kinds, data.schedule, m)
     else:
         images, targets = _typical(run).largest_micro_batch(m)
+    # min: the estimate lies some deviations above the mean, perhaps above what rows can hold.
     return MicroBatch(rows=m, seq_len=data.seq_len, n_images=images, n_targets=min(targets, m * data.seq_len))
 
 
@@ -232,16 +234,17 @@ def _flops(run: RunDescription, forecasts: Iterable[SourceForecast], steps: int)
 
 def _disk(run: RunDescription, net: Kosmos, steps: int) -> Disk:
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    moments = sum(2 * p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)
+    moments = sum(2 * p.numel() * p.element_size() for p in net.parameters() if p.requires_grad)  # Adam's two
     checkpoints = run.callback("Checkpoints")
     n = 0
     if checkpoints is not None:
+        # The defaults of the callback, which a configuration may leave out.
         every, keep = int(checkpoints.get("every_n_train_steps") or 1000), int(checkpoints.get("keep") or 2)
         n_written = steps // every
         # The run's last step has one of its own; the oldest is deleted after the newest is written.
         n = min(n_written, keep) + bool(steps % every) + (n_written > keep)
     indexes = None
     if run.data is not None and run.has_corpora:
-        folders = {Path(source.config.index) for source in run.data.sources.values()}
+        folders = {Path(source.config.index) for source in run.data.sources.values()}  # a set: sources may share an index
         indexes = sum(f.stat().st_size for folder in folders for f in folder.rglob("*") if f.is_file())
     return Disk(weights + moments, n, indexes)

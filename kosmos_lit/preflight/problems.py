@@ -31,6 +31,7 @@ SEARCH_RANGE = 64
 def find_problems(run: RunDescription, estimates: Estimates) -> list[str]:
     """Return everything that would stop the run, or make it differ from what its configuration says."""
     checks = (_sizes, _world, _steps, _validation, _strategy, _precision, _kernel, _fp8, _memory, _disk)
+    # dict.fromkeys: the same problem may be met when the configuration is read, and by a check.
     return list(dict.fromkeys([*run.problems, *(problem for check in checks for problem in check(run, estimates))]))
 
 
@@ -41,6 +42,7 @@ def _sizes(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     if decoder.max_seq_len < T:
         yield f"data.seq_len is {T}, but model.kosmos.decoder.max_seq_len is {decoder.max_seq_len}; raise the latter"
     ids, config = None, run.data.tokenizer_config
+    # The tokenizer itself if it is trained, else the size that it is to have.
     if run.has_corpora:
         ids = run.data.tokenizer.vocab_size
     elif config.vocab_size is not None:
@@ -59,6 +61,7 @@ def _world(run: RunDescription, estimates: Estimates) -> Iterator[str]:
         return
     G, m, W = run.data.global_batch_rows, run.data.micro_batch_rows, run.world_size
     if G % (m * W):
+        # The next multiples below and above; 0 is none.
         rows = sorted({G // (m * W) * m * W, -(-G // (m * W)) * m * W} - {0})
         ranks = _nearest(W, lambda w: G % (m * w) == 0)
         micro = [n for n in range(1, G // W + 1) if G % (n * W) == 0]
@@ -103,9 +106,10 @@ def _steps(run: RunDescription, estimates: Estimates) -> Iterator[str]:
 
 def _validation(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     every, last = run.trainer.val_check_interval, run.max_steps
+    # 1.0 is Lightning's own default, not a choice of the configuration.
     if isinstance(every, float) and every != 1.0:
         yield f"trainer.val_check_interval is {every:g}: the stream has no end to take a share of; give optimizer steps"
-    elif isinstance(every, int) and not isinstance(every, bool) and 0 < last < every:
+    elif isinstance(every, int) and not isinstance(every, bool) and 0 < last < every:  # bool is an int
         yield f"trainer.val_check_interval is {every:,}, but the run has {last:,} steps: it would never validate"
     if run.data is not None and run.has_corpora and not any(s.val is not None for s in run.data.prepared.values()):
         yield "no corpus has held-out documents; raise val_share of a corpus"
@@ -123,6 +127,7 @@ def _strategy(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     except UserError as error:
         yield str(error)
     else:
+        # Names that only the trainer would refuse.
         if isinstance(strategy, str) and name != "auto" and name not in StrategyRegistry:
             yield f"trainer.strategy: there is no {name}; use -c configs/trainer/ddp.yaml or fsdp.yaml, or leave it out"
 
@@ -167,6 +172,7 @@ def _memory(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     memory, available, batch = estimates.memory, estimates.device.memory, estimates.batch
     if memory is None or available is None or batch is None:
         return
+    # `needed` has what a GPU's caching allocator loses; a CPU's does not.
     needed = memory.total if run.on_cpu else memory.needed
     if needed > available:
         changes = "; or ".join(estimates.fitting) or "a smaller model, or more devices"

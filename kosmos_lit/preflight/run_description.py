@@ -62,6 +62,7 @@ class RunDescription:
         """Return how the model is distributed; Lightning's own choice for several devices is DDP."""
         strategy = self.trainer.strategy
         name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")) if strategy else "auto"
+        # Lightning writes both ModelParallelStrategy and model_parallel.
         if "fsdp" in name.lower() or "modelparallel" in name.lower().replace("_", ""):
             return "fsdp"
         return "ddp" if self.world_size > 1 else "one"
@@ -80,6 +81,7 @@ class RunDescription:
     def callback(self, class_name: str) -> dict[str, Any] | None:
         """Return the arguments of the callback of a class; None if the trainer has none."""
         for callback in self.trainer.callbacks or []:
+            # By the class's name: a package may re-export it under a shorter path.
             if callback.class_path.rpartition(".")[2] == class_name:
                 return dict(callback.get("init_args") or {})
         return None
@@ -107,6 +109,7 @@ class RunDescription:
 def devices_per_node(trainer: Namespace, notes: list[str]) -> int:
     """Return how many devices of a node `trainer.devices` stands for; an assumption is added to `notes`."""
     devices = trainer.devices
+    # A list of device numbers, or the same as text: "0,1".
     if isinstance(devices, list):
         return len(devices)
     if isinstance(devices, str) and "," in devices:

@@ -58,7 +58,7 @@ def _sources(estimates: Estimates) -> Iterator[str]:
     if not (sources := estimates.sources):
         return
     yield _entry("run", f"{estimates.steps:,} steps, {format_count(sum(s.positions for s in sources))} tokens")
-    n_rows = max(1, sum(s.rows for s in sources))
+    n_rows = max(1, sum(s.rows for s in sources))  # a run may have no steps
     rows = []
     for s in sources:
         counts = [format_count(n) for n in (s.rows, s.positions, s.targets, s.images)]
