@@ -127,7 +127,7 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
         data=attempt(cli.mixture), devices=devices or devices_per_node(config.trainer, notes),
         nodes=nodes or int(config.trainer.num_nodes or 1), problems=problems, notes=notes,
     )  # fmt: skip
-    # Last: the corpora belong to the run, and `run.problems` is this list of problems.
+    # Last: it opens the run's corpora; `problems` is the run's list by now.
     attempt(run.open_corpora)
     return run
 

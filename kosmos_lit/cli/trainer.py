@@ -123,7 +123,7 @@ class KosmosCLI(LightningCLI):
             seed_everything_default=0,
             # The model makes its optimizer itself.
             auto_configure_optimizers=False,
-            # Else Lightning adds the class's path and all parsed arguments to the checkpoint's hyper-parameters.
+            # Else checkpoints hold the parsed arguments, not those that the model's constructor received.
             load_from_checkpoint_support=False,
             # Loaders yield the rows of their own rank; Lightning's sampler would divide them again.
             trainer_defaults={"use_distributed_sampler": False},
@@ -165,8 +165,8 @@ class KosmosCLI(LightningCLI):
                 raise UserError(f"no checkpoint in {folder}")
             print(f"loading {path}" if path else f"no checkpoint in {folder}: starting from the beginning")
             config["ckpt_path"] = str(path) if path else None
-        # A trial run (fast_dev_run) writes no checkpoints that could mix with older ones.
         elif path is None and verb == "fit" and not config.trainer.fast_dev_run:
+            # A trial run (fast_dev_run) writes no checkpoints that could mix with older ones.
             folder = _checkpoint_folder(config)
             if any(folder.glob("*.ckpt")):
                 raise UserError(

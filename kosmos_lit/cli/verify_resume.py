@@ -188,6 +188,6 @@ def _largest_difference(a: Tensor | None, b: Tensor | None) -> float:
         return float("inf")
     if torch.equal(a, b):  # also of empty tensors, which have no maximum
         return 0.0
-    # float64: differences of 16-bit numbers and of integers are exact.
+    # float64: in their own dtype, differences of 16-bit numbers would be rounded.
     difference = float((a.double() - b.double()).abs().max())
     return float("inf") if math.isnan(difference) else difference  # `max` would drop a NaN

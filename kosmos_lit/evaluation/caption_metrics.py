@@ -97,8 +97,8 @@ def caption_scores(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the package prints its progress
             return _caption_scores(predictions, references, metrics, tokens)
-    # A Java process that dies shows as any of these: a broken pipe, an exit code, no number, a failed assert.
     except (OSError, subprocess.CalledProcessError, ValueError, AssertionError) as error:
+        # A Java process that dies shows as any of these: a broken pipe, an exit code, no number, a failed assert.
         raise UserError(
             f"pycocoevalcap failed at {', '.join(metrics)} with tokens: {tokens} ({type(error).__name__}: {error}); SPICE "
             "takes up to 8 GB of memory and Java 8 to 17, and the package's folder must be writable"

@@ -112,8 +112,8 @@ def parsing(path: Path) -> Iterator[None]:
     """Turn errors of reading and parsing a file into a UserError that names the file."""
     try:
         yield
-    # Raised by an inner reader, which has named its file already.
     except UserError:
+        # Raised by an inner reader, which has named its file already.
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

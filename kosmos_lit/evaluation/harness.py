@@ -290,8 +290,8 @@ def main() -> int:
     """Run lm_eval's command; return its exit status."""
     try:
         cli_evaluate()
-    # Message and exit code as on the project's own command line, without lm_eval's traceback.
     except UserError as error:
+        # Message and exit code as on the project's own command line, without lm_eval's traceback.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -26,8 +26,8 @@ def fill_template(template: str, **fields: object) -> str:
     """
     try:
         return template.format(**fields)
-    # {other} is a KeyError, {} an IndexError, an unmatched brace a ValueError.
     except (KeyError, IndexError, ValueError) as error:
+        # {other} is a KeyError, {} an IndexError, an unmatched brace a ValueError.
         allowed = ", ".join(f"{{{name}}}" for name in fields) or "no fields"
         raise UserError(f"the template {template!r} cannot be filled in ({error}); it may use {allowed}") from error
 

@@ -74,7 +74,7 @@ def sample_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """
     if not path.is_file():
         return
-    # Counted in bytes, as `sample_at` seeks; positions in text are opaque numbers.
+    # Counted in bytes, as `sample_at` seeks; positions in text mode are opaque numbers.
     position = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -90,8 +90,8 @@ def parse_sample(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """
     try:
         sample = json.loads(line)
-    # JSON's errors are ValueErrors, and so are bytes that are not UTF-8.
     except ValueError as error:
+        # JSON's errors are ValueErrors, and so are bytes that are not UTF-8.
         raise UserError(f"{path}, line {number}: not a sample: {error}; remove the line to evaluate it again") from error
     if not isinstance(sample, dict) or "key" not in sample:
         raise UserError(f"{path}, line {number}: not a sample: it has no key; remove the line to evaluate it again")
@@ -181,8 +181,8 @@ def read_results(folder: Path) -> Results:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         tasks = {name: _task_result(name, task) for name, task in data["tasks"].items()}
-    # The last two: JSON of another shape, such as a list in the place of an object.
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # The last two: JSON of another shape, such as a list in the place of an object.
         raise UserError(f"{path}: not the metrics of an evaluation ({type(error).__name__}: {error})") from error
     if not tasks:
         raise UserError(f"{path}: no tasks; nothing was evaluated")

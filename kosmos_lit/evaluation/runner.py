@@ -124,7 +124,7 @@ class Evaluation:
 
         An error on one rank alone would leave the others waiting.
         """
-        # A pair of result and message, of which one is None.
+        # On rank zero a pair of result and message, which the broadcast gives to the others.
         outcome: Any = None
         if self.ranks.rank == 0:
             try:

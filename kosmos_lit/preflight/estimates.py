@@ -125,6 +125,7 @@ def estimate_run(run: RunDescription, device: Device) -> Estimates:
     net = _skeleton(run)  # on the meta device: no storage
     n_micro = _n_micro_batches(run)
     memory, changes = None, list[str]()
+    # Memory needs a model that can be built, and data that can be made.
     if net is not None and batch is not None:
         assert run.kosmos is not None
         try:

@@ -88,6 +88,7 @@ class Comparison:
     @property
     def summary(self) -> str:
         """Return a sentence on how many tasks with images beat all other evaluations."""
+        # Tasks without images say nothing about what a model sees.
         rows = [row for row in self.rows if row.is_main and row.shows_images]
         missed = [row.task for row in rows if not row.beats_all]
         if not rows or len(self.names) < 2:
@@ -184,6 +185,7 @@ class _Scores:
     def has_mean(self, metric: str, value: Metric) -> bool:
         """Return whether a metric, in points, is the mean of the samples' scores of that name."""
         values = [scores[metric] for scores in self.by_key.values() if scores.get(metric) is not None]
+        # A score that some samples lack: the metric may be a mean of the others.
         if not values or len(values) < len(self.by_key):
             return False
         # 1e-6 points: the file's value has been added up in another order.

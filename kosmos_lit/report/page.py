@@ -49,6 +49,7 @@ def benchmark(table: Table) -> str:
     head = f'<tr><th rowspan="2" scope="col">model</th>{metrics}</tr>\n<tr>{shots}</tr>'
     rows = [_row(line, [cell(line.cells.get(c), line.ours) for c in table.columns]) for line in table.lines]
     if table.chance is not None:
+        # One value for the task, whatever the column.
         cells = f"<td>{number(table.chance)}</td>" + "<td></td>" * (len(table.columns) - 1)
         rows.append(f'<tr class="chance"><th scope="row">chance</th>{cells}</tr>')
     return scrolling_table(head, rows)

@@ -88,6 +88,7 @@ def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, mo
         lines += [_published_line(row.model, row.note, row.metrics) for row in benchmark.rows]
     chance = tasks[0].chance
     return Table(
+        # Unpublished tasks may have equal titles: a table of one has the task's name too.
         title=benchmark.title if benchmark else tasks[0].title if len(tasks) > 1 else f"{tasks[0].title} ({tasks[0].name})",
         source=f"KOSMOS-1 paper, {benchmark.table}; split: {benchmark.split}" if benchmark else "",
         columns=_columns(lines), lines=tuple(lines), chance=None if chance is None else 100 * chance,
@@ -137,6 +138,7 @@ def _notes(tasks: Sequence[TaskResult], benchmark: Benchmark | None) -> list[str
 def _average(parts: Sequence[Table], model: str) -> list[Table]:
     """Return the table of the mean of the language tasks if all were run with a common number of shots, else nothing."""
     ours = [{c: f for line in table.lines if line.ours for c, f in line.cells.items()} for table in parts]
+    # A mean over fewer tasks would not be the paper's.
     if len(parts) < len(LANGUAGE):
         return []
     common = [c for c in ours[0] if c.metric == "accuracy" and all(c in cells for cells in ours)]

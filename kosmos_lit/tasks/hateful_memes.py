@@ -65,6 +65,7 @@ class HatefulMemes(Task):
 
     def _read(self, names: Sequence[str]) -> list[Sample]:
         file, _ = require_files(
+            # The split's names are alternatives: one file of either name is enough.
             self.title, self.path, [names, "img/"], "https://hatefulmemeschallenge.com (request access there)"
         )
         with parsing(file):

@@ -141,6 +141,7 @@ class Copa(SuperGlue):
     def question(self, sample: Sample) -> Question:
         # Through `label`, which refuses any other kind with the sample's key.
         kind = tuple(self.connectives)[self.label(sample, "question", tuple(self.connectives))]
+        # The connective goes on with the premise's sentence, so its full stop goes.
         context = f"{sample.data['premise'].strip().removesuffix('.')} {self.connectives[kind]}"
         choices = (sample.data["choice1"].strip(), sample.data["choice2"].strip())
         return Question((context,), tuple(map(_lowered, choices)), choices, self.label(sample, "label", ("0", "1")))

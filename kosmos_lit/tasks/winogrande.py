@@ -46,6 +46,7 @@ class Winogrande(MultipleChoice):
 
     def question(self, sample: Sample) -> Question:
         sentence = sample.data["sentence"]
+        # "_" marks the gap in the authors' files.
         before, gap, after = sentence.partition("_")
         if not gap:
             raise UserError(f"{self.title}, {sample.key}: no _ in {sentence!r}; take the file as its authors publish it")
