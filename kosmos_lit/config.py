@@ -14,7 +14,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from kosmos_lit.errors import UserError
 
-# OpenAI's statistics of CLIP's training images, in RGB.
+# OpenAI's normalisation of CLIP's input, in RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -23,7 +23,7 @@ def loss_scaler(trainer: L.Trainer) -> object | None:
 def set_batch_progress(trainer: L.Trainer, n_batches: int) -> None:
     """Set the training loop's counts of micro-batches to `n_batches`, before the first one of a run."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    # `current` gives the next batch_idx, `total` the same over all epochs.
+    # `current` numbers batches within the epoch, `total` over all epochs.
     for counts in (progress.current, progress.total):
         shift = n_batches - counts.ready
         for name, count in vars(counts).items():  # ready, started, processed, completed

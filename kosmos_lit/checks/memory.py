@@ -107,7 +107,6 @@ def _alternatives(config: KosmosConfig, setting: Setting) -> Iterator[tuple[str,
         decoder = replace(config.decoder, recompute=recompute)
         yield f"decoder.recompute {recompute}", replace(config, decoder=decoder), setting
     if setting.strategy != "fsdp":
-        # The smallest world size that is no smaller than the run's.
         W = next((n for n in WORLD_SIZES if n >= setting.world_size), setting.world_size)
         yield f"configs/trainer/fsdp.yaml on {W} devices", config, replace(setting, strategy="fsdp", world_size=W)
 

@@ -96,7 +96,7 @@ class _WeightedNll(torch.autograd.Function):
         for at in range(0, S, chunk):
             rows = slice(at, at + chunk)
             logits = F.linear(x[rows], matrix)  # (chunk, padded V)
-            # Rows of padding get no probability, and so no gradient.
+            # The matrix's zero rows get no probability, and so no gradient.
             logits[:, V:] = -torch.inf
             nll[rows], d_logits = nll_and_gradient(logits, targets[rows, None], weights[rows, None])
             if d_hidden is not None:
