@@ -20,6 +20,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.files import atomic_file, remove_leftovers
 
 SUFFIX = ".ckpt"
+# What torch.load raises for truncated, damaged and foreign files, and for pickles that it refuses to run.
 READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
 
 
@@ -31,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         target = Path(path)
-        remove_leftovers(target.parent)
+        remove_leftovers(target.parent)  # first, as a killed writer's file may fill the disk
         try:
             with atomic_file(target) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -50,6 +51,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except READ_ERRORS as error:
         raise UserError(f"{path} is no checkpoint that can be read safely: {error}") from error
+    # Lightning's key for what `save_hyperparameters` stored.
     hparams = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
     if not hparams or "kosmos" not in hparams or "global_step" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of kosmos-lit: it does not say which model it holds")
@@ -75,6 +77,7 @@ def find_last(folder: Path) -> Path | None:
         raise UserError(f"no checkpoint in {folder} can be read: {'; '.join(damaged)}; delete them to start over")
     for message in damaged:
         print(f"skipped: {message}", file=sys.stderr)
+    # By the step in the file, whatever the file is called.
     return max(steps)[1] if steps else None
 
 

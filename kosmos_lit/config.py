@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from kosmos_lit.errors import UserError
 
+# OpenAI's normalisation of CLIP's input, in RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -27,6 +28,7 @@ Recompute = Literal["none", "selective", "full"]
 Kernel = Literal["auto", "xformers", "flex", "sdpa", "reference"]
 
 
+# None outside of `collect_errors`, where the first error raises.
 _collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
 
 
@@ -57,16 +59,20 @@ class BaseConfig:
         if isinstance(data, cls):
             return data
         assert isinstance(data, Mapping)
+        # Not `__annotations__`, which holds strings under `from __future__ import annotations`.
         hints = get_type_hints(cls)
         if unknown := sorted(set(data) - set(hints)):
             raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(hints)}")
         values = {}
         for key, value in data.items():
             if not _fits(value, hints[key]):
+                # A generic such as `tuple[float, float]` is no class; its own text says more than its name.
                 expected = getattr(hints[key], "__name__", None) if isinstance(hints[key], type) else hints[key]
                 raise UserError(f"{cls.__name__}: {key} must be {expected}, got {value!r}")
+            # The field's own table, or the one of `LoraConfig | None`.
             table = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
             values[key] = table.from_dict(value) if table and isinstance(value, Mapping) else value  # type: ignore[union-attr]
+            # JSON and YAML know no tuples.
             if isinstance(value, list):
                 values[key] = tuple(value)
         return cls(**values)
@@ -90,6 +96,7 @@ class BaseConfig:
                 self._check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
     def _check_rates(self) -> None:
+        # Dropout rates, by the names of their fields.
         for name in (f.name for f in fields(self) if f.name.endswith("_rate")):
             value = getattr(self, name)
             self._check(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
@@ -105,9 +112,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)
     if origin is tuple:
+        # Every tuple field has elements of one type.
         return isinstance(value, list | tuple) and all(_fits(v, args[0]) for v in value)
+    # bool is a subclass of int, and would pass for a number.
     if isinstance(value, bool):
         return hint is bool
+    # YAML may write 1 for 1.0; `dict[str, Any]` is checked as dict.
     return isinstance(value, int | float if hint is float else origin or hint)
 
 
@@ -144,13 +154,14 @@ class VisionConfig(BaseConfig):
         Raises: UserError if the file is missing or no model config.
         """
         path = self.architecture
+        # A name that open_clip knows, or a table already.
         if not isinstance(path, str) or not path.endswith(".json"):
             return self
         try:
             table = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"vision.architecture: no file {path} (looked from {Path.cwd()})") from error
-        except ValueError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise UserError(f"vision.architecture: {path} is no open_clip model config: {error}") from error
         return replace(self, architecture=table)
 
@@ -183,7 +194,7 @@ class ConnectorConfig(BaseConfig):
 class DecoderConfig(BaseConfig):
     """The language model: the paper's 1.3B decoder by default (Table 17)."""
 
-    vocab_size: int = 64_007
+    vocab_size: int = 64_007  # 64,000 SentencePiece pieces less their 3 control tokens, and 10 control tokens of the model
     """V: rows of the embedding, which is also the output matrix; at least the tokenizer's."""
     dim: int = 2048
     """D: width of the residual stream."""
@@ -233,7 +244,7 @@ class DecoderConfig(BaseConfig):
         self._check_positive("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim", "max_seq_len")
         self._check_rates()
         self._check(self.dim % self.n_heads == 0, f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
-        in_pairs = self.positions not in ("xpos", "rotary") or self.head_dim % 2 == 0
+        in_pairs = self.positions not in ("xpos", "rotary") or self.head_dim % 2 == 0  # rotations turn pairs of elements
         self._check(in_pairs, f"dim / n_heads must be even for {self.positions} positions, got {self.head_dim}")
         gain = self.branch_gain
         self._check(gain is None or gain > 0, f"branch_gain must be positive or null, got {gain}")
@@ -269,6 +280,7 @@ class KosmosConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         dim, heads = self.decoder.dim, self.connector.n_heads
+        # A perceiver works at the tower's width, which is not known before the tower is built.
         divides = self.connector.kind != "resampler" or dim % heads == 0
         self._check(divides, f"decoder.dim {dim} is not a multiple of connector.n_heads {heads}")
 
@@ -280,14 +292,18 @@ class KosmosConfig(BaseConfig):
         tables = {"vision": self.vision.resolved(), "connector": self.connector, "decoder": self.decoder}
         skip = {"vision.pretrained", "vision.trainable", "vision.chunk", "decoder.init", "decoder.branch_gain"}
         skip |= {f"decoder.{name}" for name in ("attention_kernel", "loss_chunk", "compile", "recompute", "fp8")}
+        # Other positions are computed for any length, and the centre of xPos cancels in q'k.
         if self.decoder.positions != "learned":
             skip.add("decoder.max_seq_len")
         if self.connector.kind != "perceiver":
             skip.add("connector.n_layers")
+        # The other kinds have no heads, or one.
         if self.connector.kind not in ("resampler", "perceiver"):
             skip.add("connector.n_heads")
         values = {f"{name}.{f.name}": getattr(table, f.name) for name, table in tables.items() for f in fields(table)}
+        # `_rate`: dropout.
         included = {name: value for name, value in values.items() if name not in skip and not name.endswith("_rate")}
+        # Without the dropout rate, and with targets as a set: their order changes nothing.
         lora = self.lora and (self.lora.rank, self.lora.alpha, tuple(sorted(set(self.lora.targets))))
         return included | {"lora": lora}
 
@@ -308,6 +324,7 @@ class LossWeights(BaseConfig):
     def __post_init__(self) -> None:
         weights = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, weight in weights.items():
+            # NaN fails every comparison, so it is refused too.
             self._check(0 <= weight < float("inf"), f"{name} must be finite and not negative, got {weight}")
         self._check(any(weights.values()), "at least one weight must be positive")
 

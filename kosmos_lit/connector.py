@@ -49,7 +49,7 @@ class CrossAttention(nn.Module):
         q = self.q_proj(queries).view(N, L, self.n_heads, -1)  # (N, L, H, K)
         k = self.k_proj(keys).view(N, keys.shape[1], self.n_heads, -1)  # (N, M, H, K)
         v = self.v_proj(keys).view(N, keys.shape[1], self.n_heads, -1)
-        out = attend(q, k, v, None, dropout=self.dropout_rate if self.training else 0.0)
+        out = attend(q, k, v, None, dropout=self.dropout_rate if self.training else 0.0)  # (N, L, H, K)
         return self.out_proj(out.reshape(N, L, D))  # type: ignore[no-any-return]
 
 
@@ -64,15 +64,16 @@ class Resampler(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (N, P, C) to (N, L, D)."""
-        x = self.dense(features)
+        x = self.dense(features)  # (N, P, D)
+        # Under autocast x has 16 bits, while the parameter stays float32.
         latents = self.latent_query.to(x.dtype).expand(len(x), -1, -1)
-        return self.x_attn(latents, torch.cat([x, latents], dim=1))  # type: ignore[no-any-return]
+        return self.x_attn(latents, torch.cat([x, latents], dim=1))  # type: ignore[no-any-return]  # keys (N, P + L, D)
 
     def init(self) -> None:
         uniform_linear(self.dense)
         nn.init.normal_(self.latent_query)
         for projection in (self.x_attn.q_proj, self.x_attn.k_proj, self.x_attn.v_proj):
-            uniform_linear(projection)
+            uniform_linear(projection)  # for the bias: Xavier replaces the weight
             nn.init.xavier_uniform_(projection.weight, gain=2**-0.5)
         nn.init.xavier_uniform_(self.x_attn.out_proj.weight)
         nn.init.zeros_(self.x_attn.out_proj.bias)
@@ -85,6 +86,7 @@ class PerceiverLayer(nn.Module):
         super().__init__()
         self.features_layer_norm = nn.LayerNorm(width)
         self.latents_layer_norm = nn.LayerNorm(width)
+        # No biases in the layers' matrices, as in re-implementations of Flamingo.
         self.x_attn = CrossAttention(width, n_heads, dropout_rate, bias=False)
         self.final_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, 4 * width, bias=False)
@@ -92,7 +94,7 @@ class PerceiverLayer(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """Map latents (N, L, C), given features (N, P, C), to (N, L, C)."""
-        latents = self.latents_layer_norm(x)
+        latents = self.latents_layer_norm(x)  # (N, L, C)
         x = x + self.x_attn(latents, torch.cat([self.features_layer_norm(features), latents], dim=1))
         hidden = self.fc1(self.final_layer_norm(x)).relu().square()  # squared ReLU: Flamingo's table of sizes
         return x + self.fc2(hidden)  # type: ignore[no-any-return]
@@ -104,6 +106,7 @@ class Perceiver(nn.Module):
     def __init__(self, config: ConnectorConfig, width: int, dim: int) -> None:
         """Raises: UserError if the heads do not divide the tower's width."""
         super().__init__()
+        # Not in the config's checks: only a built tower knows its width.
         if width % config.n_heads:
             raise UserError(
                 f"connector.n_heads {config.n_heads} does not divide the tower's width {width}, at which a perceiver works"
@@ -188,6 +191,7 @@ class PoolConnector(nn.Module):
 
 def average_neighbours(features: Tensor, n_latents: int) -> Tensor:
     """Map (N, P, C) to (N, L, C): means of L runs of features, neighbouring ones share one where L does not divide P."""
+    # Pooling runs along the last axis: (N, C, P) -> (N, C, L).
     return F.adaptive_avg_pool1d(features.transpose(1, 2), n_latents).transpose(1, 2)
 
 

@@ -17,7 +17,7 @@ class CorpusLoss(Metric):
     Bits per byte compare runs with different tokenizers; nats per token do not.
     """
 
-    full_state_update = False
+    full_state_update = False  # an update does not depend on earlier ones
     nll: Tensor
     tokens: Tensor
     bytes: Tensor
@@ -25,6 +25,7 @@ class CorpusLoss(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("nll", "tokens", "bytes"):
+            # float64: sums over millions of tokens.
             self.add_state(name, torch.zeros(len(CORPORA), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, batch: KosmosBatch) -> None:
@@ -33,6 +34,7 @@ class CorpusLoss(Metric):
         # Lightning casts the states with the module, and bfloat16 sums would lose tokens.
         self.nll = self.nll.double().index_add(0, rows, nll.detach().double())
         self.tokens = self.tokens.double().index_add(0, rows, torch.ones_like(rows, dtype=torch.float64))
+        # A row that only completes a validation batch has corpus -1, and no bytes.
         self.bytes = self.bytes.double().index_add(0, batch.corpus.clamp(min=0), batch.n_bytes.double())
 
     def compute(self) -> dict[str, Tensor]:
@@ -41,5 +43,5 @@ class CorpusLoss(Metric):
         for i, name in enumerate(CORPORA):
             if self.tokens[i] > 0:
                 metrics[f"loss/{name}"] = self.nll[i] / self.tokens[i]
-                metrics[f"bits_per_byte/{name}"] = self.nll[i] / math.log(2) / self.bytes[i]
+                metrics[f"bits_per_byte/{name}"] = self.nll[i] / math.log(2) / self.bytes[i]  # nats / ln 2 are bits
         return metrics

@@ -32,6 +32,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        # `padding_idx`: look-ups of <pad> give its row no gradient.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, padding_idx=PAD)
         self.embed_positions = (
             nn.Embedding(config.max_seq_len, config.dim) if config.positions == "learned" else nn.Identity()
@@ -65,11 +66,11 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(tokens)  # (B, T, D)
         if latents is not None and slots is not None:
-            x = splice(x, latents, slots)
+            x = splice(x, latents, slots)  # before the scale and the positions, which slots get as tokens do
         x = self._add_positions(x * math.sqrt(self.config.dim), positions)
         x = self.dropout(x)
         rotates = self.config.positions in ("xpos", "rotary")
-        rotated = rotation(self._table(x.device), positions) if rotates else None
+        rotated = rotation(self._table(x.device), positions) if rotates else None  # once for all layers
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, rotated, cache[i] if cache is not None else None)
         return self.layer_norm(x)  # type: ignore[no-any-return]
@@ -80,14 +81,15 @@ class Decoder(nn.Module):
 
     def new_cache(self, n_rows: int, n_positions: int) -> list[KVCache]:
         """Return an empty KV cache for `n_rows` sequences of at most `n_positions`."""
+        # The cache has the weights' dtype and device.
         weight = self.embed_tokens.weight
-        shape = (n_rows, n_positions, self.config.n_heads, self.config.head_dim)
+        shape = (n_rows, n_positions, self.config.n_heads, self.config.head_dim)  # (B, S, H, K)
         return [KVCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
 
     def _add_positions(self, x: Tensor, positions: Tensor) -> Tensor:
         match self.config.positions:
             case "sinusoidal":
-                return x + self._table(x.device)[positions].to(x.dtype)
+                return x + self._table(x.device)[positions].to(x.dtype)  # (B, T, D)
             case "learned":
                 return x + self.embed_positions(positions)  # type: ignore[no-any-return]
         return x

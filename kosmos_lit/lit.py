@@ -33,6 +33,7 @@ from kosmos_lit.sharding.strategy import ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
 from kosmos_lit.trainer_internals import attached_trainer, loss_scaler
 
+# Keeps a seed a non-negative int64.
 _MASK = (1 << 63) - 1
 
 
@@ -97,6 +98,7 @@ class KosmosLit(L.LightningModule):
         """Sum of the digests of the rows that this rank has trained on; on rank 0 also of all rows before a resume."""
 
     def configure_model(self) -> None:
+        # Lightning calls this hook once for each of fit, validate, test and predict.
         if hasattr(self, "net"):
             return
         strategy = self._strategy
@@ -126,6 +128,7 @@ class KosmosLit(L.LightningModule):
         if self.init_from is None:
             return Kosmos.create(self.config, self.seed)
         model, own = from_pretrained(self.init_from, self.config, self.seed)
+        # Outside a run there is no data whose tokenizer could differ.
         if attached_trainer(self) is not None and own is not None and own.fingerprint != self.tokenizer.fingerprint:
             raise UserError(
                 f"model.init_from: {self.init_from} was trained with tokenizer {own.fingerprint}, but the data's is "
@@ -158,6 +161,7 @@ class KosmosLit(L.LightningModule):
         if loss_scaler(self.trainer) is not None:
             raise UserError("trainer.precision: float16 with loss scaling is not supported; use bf16-mixed")
         rows, ids = self.config.decoder.vocab_size, self.tokenizer.vocab_size
+        # More rows than ids are allowed: the others are no token's.
         if rows < ids:
             raise UserError(
                 f"the tokenizer has {ids} ids, but model.kosmos.decoder.vocab_size is {rows}; set it to at least {ids}"
@@ -173,6 +177,7 @@ class KosmosLit(L.LightningModule):
 
         Raises: UserError if a document's tokens or images change another document's losses.
         """
+        # Before the test of attention, which so runs the layers that train.
         if uses_compile(self.config.decoder, self.device):
             self.net.compile_blocks()
         self._check_leaks()
@@ -188,6 +193,7 @@ class KosmosLit(L.LightningModule):
 
     def check_finite(self) -> None:
         """Raises: UserError if the last step's gradient had no finite norm."""
+        # Checked at rows of the log and checkpoints only, as reading the norm waits for the device.
         if self.grad_norm is not None and not torch.isfinite(self.grad_norm):
             raise UserError(
                 f"step {self.trainer.global_step}: the gradient's norm is {float(self.grad_norm)}; no further checkpoint "
@@ -195,8 +201,10 @@ class KosmosLit(L.LightningModule):
             )
 
     def on_train_batch_start(self, batch: KosmosBatch, batch_idx: int) -> None:
+        # `step_loss` sums over the micro-batches of one step.
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.step_loss.reset()
+        # A row's number is unique in the stream, so no two micro-batches share a seed, and a resumed run has the same.
         seed = (self.seed * 0x9E3779B97F4A7C15 + batch.rows[0] * 0xD1B54A32D192ED03) & _MASK
         # On a CPU run torch.manual_seed would queue the seed for CUDA's lazy start, with the call stack as text: slow.
         (torch.default_generator.manual_seed if self.device.type == "cpu" else torch.manual_seed)(seed)
@@ -243,7 +251,7 @@ class KosmosLit(L.LightningModule):
             raise UserError("set trainer.max_steps (or model.optimizer.total_steps): the learning rate decays over them")
         if (algorithm := self.trainer.gradient_clip_algorithm) not in (None, "norm"):
             raise UserError(f"trainer.gradient_clip_algorithm: only norm is supported, got {algorithm.value}")
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters() if p.requires_grad]  # no state for what is frozen
         optimizer = torch.optim.AdamW(
             trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
         )
@@ -268,6 +276,7 @@ class KosmosLit(L.LightningModule):
     def full_net(self) -> Iterator[Kosmos]:
         """Yield the unsharded model, which each rank can call on its own. Collective: all ranks must enter."""
         strategy = self._strategy
+        # Inside another `full_net` the copy that exists is shared.
         if self._full_net or not isinstance(strategy, ShardedStrategy):
             yield self._full_net[-1] if self._full_net else self.net
             return
@@ -278,7 +287,7 @@ class KosmosLit(L.LightningModule):
             self._full_net.clear()
 
     def on_predict_start(self) -> None:
-        self._predicting.enter_context(self.full_net())
+        self._predicting.enter_context(self.full_net())  # until on_predict_end
 
     def on_predict_end(self) -> None:
         self._predicting.close()
@@ -294,6 +303,7 @@ class KosmosLit(L.LightningModule):
             encode_prompt(text, n, tokenizer, n_latents)
             for text, n in zip(batch.prompts, batch.n_images, strict=True)
         ]
+        # Stored ids replace the text, which need not encode to the same ids.
         if batch.tokens is not None:
             prompts = [Prompt.of(ids, tokenizer, n_latents) for ids in batch.tokens]
         return [c.text for c in Engine(net, tokenizer).generate_batch(prompts, batch.images, settings)]
@@ -311,6 +321,7 @@ class KosmosLit(L.LightningModule):
         """Add the tokenizer, so that a checkpoint is complete in itself, and the digest of all rows trained on."""
         checkpoint["trained"] = self._trained()
         checkpoint["rows_digest"] = f"{self.total_digest():016x}"
+        # A bytearray, as torch warns of buffers that it could not write to.
         checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.to_bytes()), dtype=torch.uint8)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -327,6 +338,7 @@ class KosmosLit(L.LightningModule):
         trainer = attached_trainer(self)
         if trainer is None or trainer.world_size == 1:
             return self.rows_digest
+        # Below 2 ** 63, so it fits int64; a sum that wraps around stays right modulo 2 ** 63.
         own = torch.tensor(self.rows_digest, device=self.device)
         return int(trainer.strategy.reduce(own, reduce_op="sum")) & DIGEST_MASK
 

@@ -22,10 +22,13 @@ def start_at_step(trainer: L.Trainer, config: OptimizerConfig, rate: Callable[[i
     step = trainer.global_step
     # The checkpoint counts micro-batches of its own size; this run may accumulate another number of them per step.
     set_batch_progress(trainer, step * trainer.accumulate_grad_batches)
+    # The optimizer's loaded state holds the checkpoint's settings.
     settings = {"initial_lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     for group in trainer.optimizers[0].param_groups:
+        # The schedule sets the rate after each step, so the next step's is set by hand.
         group |= settings | {"lr": config.lr * rate(step)}
     for scheduler in lr_schedulers(trainer):
+        # Loaded as well; later rates are factors of these.
         scheduler.base_lrs = [config.lr] * len(scheduler.base_lrs)
 
 
@@ -34,6 +37,7 @@ def check_trained(saved: Sequence[str], current: Sequence[str]) -> None:
 
     Raises: UserError naming a parameter that differs.
     """
+    # In order: the optimizer's state is stored by a parameter's index.
     if list(saved) == list(current):
         return
     differing = sorted(set(saved) ^ set(current))

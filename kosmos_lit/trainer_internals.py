@@ -16,12 +16,14 @@ def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
 
 def loss_scaler(trainer: L.Trainer) -> object | None:
     """Return the gradient scaler of float16 training, or None for a precision that has none."""
+    # Only the mixed-precision plugin has the attribute, which is None for bfloat16.
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def set_batch_progress(trainer: L.Trainer, n_batches: int) -> None:
     """Set the training loop's counts of micro-batches to `n_batches`, before the first one of a run."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
+    # `current` numbers batches within the epoch, `total` over all epochs.
     for counts in (progress.current, progress.total):
         shift = n_batches - counts.ready
         for name, count in vars(counts).items():  # ready, started, processed, completed

@@ -60,10 +60,12 @@ class CaptionReport(Callback):
         self._positions = 0
 
     def state_dict(self) -> dict[str, Any]:
+        # Checkpoints are written while the clock runs.
         seconds = self._train_seconds + (time.monotonic() - self._started if self._started else 0.0)
         return {"loss_before": self.loss_before, "train_seconds": seconds, "positions": self._positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A resumed run has no sanity check that would measure them again.
         self.loss_before = state_dict["loss_before"]
         self._train_seconds, self._positions = state_dict["train_seconds"], state_dict["positions"]
 
@@ -75,12 +77,14 @@ class CaptionReport(Callback):
         self._started = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # An estimate: every rank counts as this one does, which needs no reduction at each step.
         self._positions += batch.n_real * trainer.world_size
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, KosmosLit)
         self._train_seconds += time.monotonic() - self._started
         self._started = 0.0
+        # All ranks answer, as gathering a sharded model is a collective; rank 0 writes.
         with pl_module.full_net() as net:
             answers = [a for batch in _question_batches(trainer) for a in self._answer(pl_module, batch)]
             n_parameters = sum(p.numel() for p in net.parameters())
@@ -89,10 +93,12 @@ class CaptionReport(Callback):
 
     def _answer(self, pl_module: KosmosLit, batch: PromptBatch) -> list[AnsweredQuestion]:
         batch = batch.to(pl_module.device)
+        # By half the batch, and at least by one: no image stays in its place unless it is the only one.
         shuffled = replace(batch, images=batch.images.roll(max(1, len(batch.images) // 2), dims=0))
         settings = GenerationConfig(max_new_tokens=self.max_new_tokens)
         prediction = pl_module.generate_texts(batch, settings)
         prediction_shuffled = pl_module.generate_texts(shuffled, settings)
+        # Index of each question's first image, then the total, which `strict=False` leaves out.
         first = accumulate(batch.n_images, initial=0)
         images = [batch.images[i].cpu() if n else None for i, n in zip(first, batch.n_images, strict=False)]
         return [
@@ -107,7 +113,7 @@ class CaptionReport(Callback):
         by_task: dict[str, list[AnsweredQuestion]] = defaultdict(list)
         for a in answers:
             by_task[a.task].append(a)
-        counted = [a for a in answers if a.task in self.tasks]
+        counted = [a for a in answers if a.task in self.tasks]  # `exact_match` covers these tasks alone
         metrics = {
             "exact_match": exact_match(counted),
             "exact_match_shuffled": exact_match_shuffled(counted),
@@ -137,6 +143,7 @@ class CaptionReport(Callback):
                     "prediction_shuffled": a.prediction_shuffled,
                 }
                 file.write(json.dumps(row) + "\n")
+        # An equal share of the sheet for each task.
         per_task = max(1, self.sheet // max(1, len(by_task)))
         draw_contact_sheet([a for rows in by_task.values() for a in rows[:per_task]]).save(folder / "sheet.png")
         print(format_metrics(metrics))
@@ -175,6 +182,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         for name, row in (metrics["tasks"] | {"counted": counted}).items()
     ]
     before, after = metrics["loss_before"], metrics["loss_after"]
+    # NaN without a validation before training.
     losses = [(name, f"{before.get(name, math.nan):.3f}", f"{loss:.3f}") for name, loss in after.items()]
     return "\n".join(
         [
@@ -194,13 +202,16 @@ def format_metrics(metrics: dict[str, Any]) -> str:
 
 def draw_contact_sheet(answers: Sequence[AnsweredQuestion], columns: int = 4, side: int = 144) -> Image.Image:
     """Return a contact sheet of images, each with its target in grey and its prediction in green or red."""
+    # Room for two lines of target and two of prediction below an image.
     width, height = side + 116, side + 76
-    rows = -(-len(answers) // columns)
+    rows = -(-len(answers) // columns)  # rounded up
+    # One row at least: PIL cannot write an image without pixels.
     sheet = Image.new("RGB", (columns * width, max(1, rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, a in enumerate(answers):
         x, y = i % columns * width + 8, i // columns * height + 8
         if a.image is not None:  # a question without images has an empty frame
+            # PIL reads (H, W, 3).
             image = Image.fromarray(a.image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(image, (x, y))
         draw.rectangle((x - 1, y - 1, x + side, y + side), outline="lightgrey")
@@ -214,5 +225,5 @@ def _wrapped(text: str, width: int = 40) -> str:
     if len(text) <= width:
         return text
     at = text.rfind(" ", 0, width)
-    at = at if at > 0 else width
+    at = at if at > 0 else width  # a word longer than the line is cut
     return f"{text[:at]}\n{text[at:].strip()[:width]}"

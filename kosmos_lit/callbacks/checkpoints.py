@@ -33,9 +33,9 @@ class Checkpoints(ModelCheckpoint):
         """
         super().__init__(
             dirpath=dirpath,
-            filename="step={step:08d}",
-            auto_insert_metric_name=False,
-            monitor="step",
+            filename="step={step:08d}",  # zeros, so that names sort by step
+            auto_insert_metric_name=False,  # else Lightning writes step=step=
+            monitor="step",  # the highest steps count as the best, which makes the newest ones stay
             mode="max",
             save_top_k=keep,
             every_n_train_steps=every_n_train_steps,
@@ -53,6 +53,7 @@ class Checkpoints(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
         # Ranks would receive a signal at different steps, and the first one to stop would leave the others waiting.
+        # Python sets handlers in the main thread only.
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -66,6 +67,7 @@ class Checkpoints(ModelCheckpoint):
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._restore_handlers()
+        # With the former handlers back, a second signal stops at once.
         self._signal = number
         print("\nending this step and writing a checkpoint; a second signal stops without one", file=sys.stderr)
 
@@ -83,12 +85,14 @@ class Checkpoints(ModelCheckpoint):
             return  # the step's other micro-batches are still to come
         regular = step % self.every_n_train_steps == 0
         last = (step == trainer.max_steps or self._signal is not None) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        # Before writing: a broken checkpoint would push out a good one.
         if regular or last:
             pl_module.check_finite()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        # Lightning writes the regular ones only.
         if last and not regular:
             trainer.save_checkpoint(self.format_checkpoint_name(self._monitor_candidates(trainer)), weights_only=False)
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is not None:
-            sys.exit(128 + self._signal)
+            sys.exit(128 + self._signal)  # a shell's status for a process that a signal ended

@@ -54,6 +54,7 @@ class EvaluateTasks(Callback):
         with isolated_evaluation(trainer, pl_module):
             metrics, lines = self._evaluate(trainer, pl_module)
         log_separate_row(trainer, pl_module, metrics)
+        # Through the bar, which would otherwise overwrite the lines.
         if (bar := trainer.progress_bar_callback) is not None:
             for line in lines:
                 bar.print(f"step {step:,} {line}")
@@ -61,6 +62,7 @@ class EvaluateTasks(Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: KosmosLit) -> tuple[dict[str, float], list[str]]:
         folder = Path(self.config.folder or Path(trainer.default_root_dir) / "eval")
         model_info = {"checkpoint": None, "step": trainer.global_step, "precision": str(trainer.precision)}
+        # In the run's precision, which an engine alone does not know.
         with pl_module.full_net() as net, trainer.precision_plugin.val_step_context():
             evaluation = Evaluation(
                 Engine(net, pl_module.tokenizer), self.config, folder / f"step={trainer.global_step:08d}",

@@ -25,6 +25,7 @@ def isolated_evaluation(trainer: L.Trainer, pl_module: KosmosLit) -> Iterator[No
             callback.pause(trainer)
     model = trainer.strategy.model or pl_module  # with the wrappers that a strategy adds around the module
     modes = [(module, module.training) for module in model.modules()]
+    # By default fork_rng would save the state of every GPU of the machine.
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -35,6 +36,7 @@ def isolated_evaluation(trainer: L.Trainer, pl_module: KosmosLit) -> Iterator[No
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        # Validation sums into the same metric.
         pl_module.val_loss.reset()
         for module, training in modes:
             module.training = training

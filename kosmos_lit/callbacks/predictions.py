@@ -20,7 +20,7 @@ class Predictions(Callback):
         if trainer.is_global_zero:
             path = self._path(trainer)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("", encoding="utf-8")
+            path.write_text("", encoding="utf-8")  # emptied, as batches append to it
 
     def on_predict_batch_end(
         self,
@@ -37,7 +37,7 @@ class Predictions(Callback):
         with self._path(trainer).open("a", encoding="utf-8") as file:
             for task, prompt, target, prediction in rows:
                 row: dict[str, Any] = {"task": task, "prompt": prompt, "target": target, "prediction": prediction}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")  # readable in every script
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -34,12 +34,14 @@ class Progress(ProgressBar):
         self._enabled = True
         self._step, self._metrics, self._drawn_at = 0, "", 0.0
 
+    # Lightning calls this on all ranks but 0.
     def disable(self) -> None:
         self._enabled = False
 
     def enable(self) -> None:
         self._enabled = True
 
+    # Lightning's `self.print` of a module comes through this method.
     def print(self, *args: Any, **kwargs: Any) -> None:
         self._line(kwargs.get("sep", " ").join(map(str, args)), keep=True)
 
@@ -70,7 +72,7 @@ class Progress(ProgressBar):
             self._line(f"{when}validation  {_losses(losses)}", keep=True)
 
     def on_train_end(self, *_: Any) -> None:
-        self._line("", keep=True)
+        self._line("", keep=True)  # ends the bar's line
 
     @staticmethod
     def _bar(trainer: L.Trainer) -> str:

@@ -50,14 +50,17 @@ class StepLog(Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, KosmosLit)
+        # A row reads numbers from the device anyway.
         pl_module.check_finite()
-        sources = list(pl_module.kinds)
+        sources = list(pl_module.kinds)  # in one order on all ranks
         counted = [count[name] for count in (self._mix, self._bad) for name in sources]
+        # Reduced before the sum, which float64 keeps exact up to 2 ** 53 only, and again after it.
         own = [pl_module.rows_digest % DIGEST_MODULUS, self._bad_images, *counted]
         digest, bad, *counts = gather_values(trainer, own).sum(0).tolist()
         amounts, bad_samples = counts[: len(sources)], counts[len(sources) :]
         losses = {f"train/{k}": v.float() for k, v in pl_module.step_loss.compute().items()}
         metrics: dict[str, Any] = (
+            # Defaults first: losses of this step replace them.
             _nan_losses(pl_module.kinds)
             | losses
             | {
@@ -84,10 +87,11 @@ def _nan_losses(kinds: Mapping[str, int]) -> dict[str, float]:
 
 def _shares(kinds: Mapping[str, int], amounts: Sequence[float]) -> dict[str, float]:
     """Return the share of each corpus kind, and of each source that is not named after its kind."""
-    total = sum(amounts) or 1.0
+    total = sum(amounts) or 1.0  # 1 while no row has been counted
     shares = {f"mix/{name}": 0.0 for name in CORPORA}
     for (source, kind), amount in zip(kinds.items(), amounts, strict=True):
         shares[f"mix/{CORPORA[kind]}"] += amount / total
+        # A source named after its kind would repeat the kind's key.
         if source not in CORPORA:
             shares[f"mix/{CORPORA[kind]}/{source}"] = amount / total
     return shares

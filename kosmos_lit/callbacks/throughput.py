@@ -87,6 +87,7 @@ class Throughput(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._running:
+            # The wait for this batch came before the hook, so the clock starts earlier by it.
             self._started = self.clock() - (_loader_wait(trainer) - self._paused_waited)
             self._running = True
 
@@ -96,7 +97,7 @@ class Throughput(Callback):
         assert self._flops is not None
         work = Work.of_batch(batch, self._flops.config.decoder.document_attention)
         flops = self._flops.training(work)
-        counts = (batch.n_real, batch.tokens.numel(), len(batch.images), flops.total, flops.full)
+        counts = (batch.n_real, batch.tokens.numel(), len(batch.images), flops.total, flops.full)  # sizes on the host
         self._sums = [total + count for total, count in zip(self._sums, counts, strict=True)]
         if trainer.global_step == self._step:
             return  # not the step's last micro-batch
@@ -114,6 +115,7 @@ class Throughput(Callback):
         seconds = self._elapsed + (now - self._started if self._running else 0.0)
         memory = _peak_memory(device)
         ranks = gather_values(trainer, [*self._sums, waited - self._row_waited, *memory.values()])  # (ranks, values)
+        # Amounts add up over ranks; wait and memory are those of the worst rank.
         real, positions, images, flops, flops_full = ranks[:, :5].sum(0).tolist()
         longest_wait, *peak_bytes = ranks[:, 5:].amax(0).tolist()
         metrics = {
@@ -126,12 +128,13 @@ class Throughput(Callback):
         } | {f"memory/{name}": size for name, size in zip(memory, peak_bytes, strict=True)}
         if (peak := _peak_flops(trainer)) is not None:
             metrics["peak_share"] = flops / seconds / world / peak
-        speed = seconds / (self._step - self._row_step)
+        speed = seconds / (self._step - self._row_step)  # seconds a step
         if self._is_first_row:
             self._is_first_row = False
         else:
             self._speeds.append(speed)
         if trainer.max_steps > 0:
+            # The median: one slow row must not move the estimate.
             metrics["seconds_left"] = statistics.median(self._speeds or [speed]) * (trainer.max_steps - self._step)
         self._begin(self._step, waited)
         self._started = now

@@ -63,6 +63,7 @@ class VisualUse(Callback):
         assert isinstance(pl_module, KosmosLit)
         self._step = self._measured_at = trainer.global_step
         self._rows = None
+        # Without validation, or without a corpus that has images, nothing can be measured.
         self._is_off = not trainer.limit_val_batches or not set(pl_module.kinds.values()) - {TEXT}
 
     def on_train_batch_end(
@@ -71,12 +72,15 @@ class VisualUse(Callback):
         assert isinstance(pl_module, KosmosLit)
         step, before = trainer.global_step, self._step
         self._step = step
+        # Due once a multiple of `every_n_steps` has passed, which need not fall on a row of the log.
         is_row = step != before and step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if self._is_off or not is_row or step // self.every_n_steps == self._measured_at // self.every_n_steps:
             return
         self._measured_at = step
         with isolated_evaluation(trainer, pl_module):
+            # Read once: every measurement is of the same tokens.
             rows = self._rows = self._rows or self._collect(trainer, pl_module)
+            # On all ranks or on none, as the counts were gathered.
             if rows is None:
                 self._is_off = True
                 rank_zero_info("VisualUse is off: no rank has two held-out images; raise a corpus's val_share")
@@ -95,7 +99,9 @@ class VisualUse(Callback):
         image_kinds = set(pl_module.kinds.values()) - {TEXT}
         spare: KosmosBatch | None = None
         for batch in data.val_dataloader():
+            # The base of fillers on a rank with too few batches.
             spare = batch if spare is None else spare
+            # Corpora of the rows that have images.
             seen = set(batch.corpus[batch.slots[:, 0]].tolist())
             if any(counts[kind] < self.batches for kind in seen):
                 # Copied, as the loader reuses memory that it shares with its processes.
@@ -111,7 +117,7 @@ class VisualUse(Callback):
             return None
         config = pl_module.config.vision
         fillers = [_without_targets(spare, config.image_size)] * (most - len(batches))
-        unmoved = [[(b, 0)] for b in range(len(batches), most)]
+        unmoved = [[(b, 0)] for b in range(len(batches), most)]  # a filler's image replaces itself
         return ControlledBatches([*batches, *fillers], [*shuffled_images(batches), *unmoved], config.mean)
 
 
@@ -136,6 +142,7 @@ class ControlledBatches:
         return replace(self.batches[b], images=torch.stack(images))
 
     def _blank(self, batch: KosmosBatch) -> KosmosBatch:
+        # The tower subtracts this colour, so a blank image is about zero.
         colour = (255 * torch.tensor(self.mean)).round().to(torch.uint8)
         return replace(batch, images=colour.view(1, 3, 1, 1).expand_as(batch.images).contiguous())
 
@@ -146,11 +153,13 @@ def shuffled_images(batches: Sequence[KosmosBatch], seed: int = 0) -> list[list[
     The permutation is one cycle, in random order within a corpus, so that only the last image of each corpus is replaced by
     one of another corpus.
     """
+    # A fixed seed: a resumed run shuffles as the first one did.
     generator = torch.Generator().manual_seed(seed)
     places = [(b, i) for b, batch in enumerate(batches) for i in range(len(batch.images))]
     kinds = [kind for batch in batches for kind in batch.corpus[batch.slots[:, 0]].tolist()]
     order = torch.randperm(len(places), generator=generator).tolist()
     cycle = [places[n] for n in sorted(order, key=kinds.__getitem__)]  # stable: a random order within each kind
+    # Each image takes its successor's, the last one the first's: none keeps its own.
     next_place = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
     return [[next_place[b, i] for i in range(len(batch.images))] for b, batch in enumerate(batches)]
 
@@ -167,6 +176,7 @@ def _without_targets(batch: KosmosBatch, side: int) -> KosmosBatch:
         batch,
         loss_at=batch.loss_at[:0],
         images=torch.zeros(1, 3, side, side, dtype=torch.uint8),
+        # Latents at the start of row 0 harm nothing without a loss.
         slots=torch.zeros(1, 2, dtype=torch.int64),
     )
 

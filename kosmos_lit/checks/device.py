@@ -31,6 +31,7 @@ def check_device(trainer: L.Trainer, config: DecoderConfig, row_len: int, *, tra
 def compute_dtype(precision: object) -> torch.dtype:
     """Return the dtype of matrix products and attention under a trainer's precision."""
     dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    # "bf16-mixed", "16-true", 32 ...
     return dtypes.get(str(precision).split("-")[0], torch.float32)
 
 
@@ -65,6 +66,7 @@ def has_bf16_instructions() -> bool:
     # Private functions of torch that come and go between versions.
     probes = [getattr(torch.cpu, n, None) for n in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     available = [probe for probe in probes if probe is not None]
+    # Other architectures report VSX, Z VECTOR or SVE256.
     is_x86 = torch.backends.cpu.get_cpu_capability().startswith(("AVX", "DEFAULT", "NO AVX"))
     return not available or not is_x86 or any(probe() for probe in available)
 
@@ -80,7 +82,7 @@ def describe_device(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux only
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -58,7 +58,7 @@ def check_leaks(trainer: L.Trainer, model: Kosmos, row_len: int, special: Specia
 
     Raises: UserError naming the two documents.
     """
-    with trainer.precision_plugin.forward_context():
+    with trainer.precision_plugin.forward_context():  # autocast as in training
         leak = find_leak(model, row_len, special)
     if not trainer.strategy.reduce_boolean_decision(leak is None, all=True):
         kernel, device = model.config.decoder.attention_kernel, trainer.strategy.root_device
@@ -80,7 +80,7 @@ def find_leak(model: Kosmos, row_len: int, special: SpecialTokens) -> str | None
     batch, documents = probe_batch(model.config, row_len, special, model.decoder.embed_tokens.weight.device)
     with torch.no_grad(), evaluation_mode(model):
         try:
-            baseline, repeat = model.nll(batch), model.nll(batch)
+            baseline, repeat = model.nll(batch), model.nll(batch)  # two equal passes, for the noise
         except NotImplementedError as error:
             kernel = model.config.decoder.attention_kernel
             raise UserError(f"decoder.attention_kernel: {kernel} does not run here ({error}); set it to sdpa") from error
@@ -90,6 +90,7 @@ def find_leak(model: Kosmos, row_len: int, special: SpecialTokens) -> str | None
         noise = NOISE * float((baseline - repeat).abs().max())
         for changed in documents:
             for part, perturbed in perturbations(batch, changed, special):
+                # NaN compares false with everything, and would pass for no change.
                 change = (model.nll(perturbed) - baseline).abs().nan_to_num(nan=float("inf"))
                 if part == "tokens" and not float(change[changed.losses].max()) > noise:
                     return f"the losses of {changed} stay the same when its own tokens change"
@@ -108,6 +109,7 @@ def probe_batch(
 
     A document starts with an image if it is long enough for one; some of its positions are supervised.
     """
+    # Its own generator: the run's random numbers stay as they are.
     generator, size, L = torch.Generator().manual_seed(0), config.vision.image_size, config.connector.n_latents
     tokens = torch.full((N_ROWS, row_len), PAD)
     lengths: list[int] = []
@@ -118,20 +120,23 @@ def probe_batch(
         at = 0
         # The second row has the reverse order, so that no two documents of the batch have the same place in a row.
         for number, part in enumerate(PROPORTIONS if row == 0 else PROPORTIONS[::-1]):
+            # A document's share of seven eighths of the row, one position at least.
             n, n_slots, n_losses = max(1, row_len * part * 7 // (8 * sum(PROPORTIONS))), len(slots), len(loss_at)
             tokens[row, at : at + n] = _random_tokens(n, special, generator)
             tokens[row, at] = BOS
             if n >= L + 5:  # <s>, <image>, slots, </image> and two tokens
+                # <image> and its slots have one id.
                 tokens[row, at + 1 : at + 2 + L] = special.image
                 tokens[row, at + 2 + L] = special.image_end
                 slots.append((row, at + 2))
             start = row * row_len + at
+            # A set, as a short document yields positions more than once.
             loss_at += sorted({start + i * (n - 1) // (N_TARGETS - 1) for i in range(N_TARGETS)})
             images, losses = slice(n_slots, len(slots)), slice(n_losses, len(loss_at))
             documents.append(ProbeDocument(row, number, slice(start, start + n), images, losses))
             lengths.append(n)
             at += n
-        lengths.append(row_len - at)
+        lengths.append(row_len - at)  # padding is a document of its own
     targets = torch.full((N_ROWS * row_len,), IGNORE)
     targets[loss_at] = _random_tokens(len(loss_at), special, generator)
     batch = KosmosBatch(
@@ -144,7 +149,7 @@ def probe_batch(
         slots=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
         corpus=torch.zeros(N_ROWS, dtype=torch.int64),
         n_bytes=torch.zeros(N_ROWS, dtype=torch.int64),
-        rows=(-1,) * N_ROWS,
+        rows=(-1,) * N_ROWS,  # no rows of the stream
         n_step_targets=len(loss_at),
         n_real=int((tokens != PAD).sum()),
         padding=(lengths[-1],) * N_ROWS,
@@ -159,6 +164,7 @@ def perturbations(
     tokens, n_pieces = batch.tokens.flatten().clone(), special.mask - len(LEADING)
     own = tokens[document.span]
     of_image = (own == special.image) | (own == special.image_end)  # kept: slots must match the images
+    # Modulo keeps <s>, whose difference is negative, among the pieces too.
     tokens[document.span] = torch.where(of_image, own, len(LEADING) + (own - len(LEADING) + 1) % n_pieces)
     yield "tokens", replace(batch, tokens=tokens.view_as(batch.tokens))
     if document.images.start < document.images.stop:
@@ -168,13 +174,14 @@ def perturbations(
 
 
 def _random_tokens(n: int, special: SpecialTokens, generator: torch.Generator) -> Tensor:
+    # Ids of text lie between the leading control tokens and <mask>.
     return torch.randint(len(LEADING), special.mask, (n,), generator=generator)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and each module back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]  # parts of a model may be in different modes
     model.eval()
     try:
         yield

@@ -71,16 +71,17 @@ def remedies(config: KosmosConfig, setting: Setting, needed: float, available: f
     """
     m, slope = setting.batch.rows, 0.0
     # Memory is linear in the rows of a micro-batch, so two estimates give all smaller ones without running each.
-    smaller = [n for n in range(m - 1, 0, -1) if rows % n == 0]
+    smaller = [n for n in range(m - 1, 0, -1) if rows % n == 0]  # largest first
     if smaller:
         least = _needed(config, replace(setting, batch=setting.batch.with_rows(smaller[-1])))
+        # Bytes of a row.
         slope = (needed - least) / (m - smaller[-1])
     suggestions, has_recompute = [], False
     for change, model, changed in _alternatives(config, setting):
         recomputes = model.decoder.recompute != config.decoder.recompute
         if recomputes and has_recompute:
             continue  # the cheaper kind of recompute is enough
-        unreduced = _needed(model, changed) if change else needed
+        unreduced = _needed(model, changed) if change else needed  # at the run's own micro-batch
         if unreduced <= available:
             suggestions.append(change)
             break  # the next alternatives cost more, and each estimate takes seconds

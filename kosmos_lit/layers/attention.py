@@ -23,7 +23,7 @@ class KVCache:
         end = self.length + k.shape[1]
         self.keys[:, self.length : end], self.values[:, self.length : end] = k, v
         self.length = end
-        return self.keys[:, :end], self.values[:, :end]
+        return self.keys[:, :end], self.values[:, :end]  # views
 
 
 class SelfAttention(nn.Module):

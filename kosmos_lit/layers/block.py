@@ -54,6 +54,7 @@ class Block(nn.Module):
         self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, cache: KVCache | None = None
     ) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
+        # Without gradients nothing is kept, and a cache must not be appended to twice.
         if self.recompute == "full" and torch.is_grad_enabled() and cache is None:
             out: Tensor = checkpoint(self._run, x, mask, rotation, use_reentrant=False)
             return out
@@ -64,6 +65,7 @@ class Block(nn.Module):
     ) -> Tensor:
         recomputes = self.recompute == "selective" and torch.is_grad_enabled()
         before, after = (_recomputed_before, _recomputed_after) if recomputes else (_before_kernel, _after_kernel)
+        # Generation has other shapes at each call, and would compile each time.
         if self._is_compiled and cache is None and isinstance(mask, DocumentMask):
             before, after = _compiled(before), _compiled(after)
         q, k, v = before(self, x, rotation)
@@ -105,4 +107,5 @@ def _keep_matmuls() -> Any:
 
 @cache
 def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    # A break in the graph is an error, not a slow run; B and T are those of every step.
     return torch.compile(part, fullgraph=True, dynamic=False)

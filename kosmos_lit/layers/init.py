@@ -49,10 +49,11 @@ def init_decoder(decoder: nn.Module, config: DecoderConfig) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=embedding_std(config))
+            # A table of learned positions has no row for padding.
             if name == "embed_tokens":
                 module.weight.data[PAD] = 0
         elif isinstance(module, nn.Linear):
-            kind = name.rsplit(".", 1)[-1]
+            kind = name.rsplit(".", 1)[-1]  # the matrix's name within its layer
             scale = gain if kind in BRANCH else 1.0
             match config.init:
                 case "torchscale":

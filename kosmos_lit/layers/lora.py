@@ -25,6 +25,7 @@ def inject_lora(model: nn.Module, config: LoraConfig) -> None:
     from peft import inject_adapter_in_model
 
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith("vision.")]
+    # Whole parts of a dotted name: `fc1` is not the end of `xfc1`.
     matches = {target: [n for n in linear if f".{n}".endswith(f".{target}")] for target in config.targets}
     if missing := [target for target, layers in matches.items() if not layers]:
         raise UserError(f"lora.targets: no matrix of decoder or connector ends with {', '.join(missing)}")

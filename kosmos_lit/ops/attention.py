@@ -45,11 +45,11 @@ def attend(
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Return the formula written out, with softmax in float32: the reference in the tests of all other kernels."""
-    scores = torch.einsum("bqhk,bshk->bhqs", q, k).float() / math.sqrt(q.shape[-1])
+    scores = torch.einsum("bqhk,bshk->bhqs", q, k).float() / math.sqrt(q.shape[-1])  # (B, H, Tq, Tk)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(-1), dropout).to(q.dtype)
-    return torch.einsum("bhqs,bshk->bqhk", weights, v)
+    return torch.einsum("bhqs,bshk->bqhk", weights, v)  # (B, Tq, H, K)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

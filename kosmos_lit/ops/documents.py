@@ -42,19 +42,20 @@ class Buckets:
 def plan_buckets(mask: DocumentMask) -> Buckets:
     """Return a micro-batch's buckets, planned on the host from the lengths alone."""
     spans = mask.spans
-    members: list[list[tuple[int, int]]] = []
+    members: list[list[tuple[int, int]]] = []  # spans of each bucket, longest first
     longest = 0
     for first, length in sorted(spans, key=lambda span: -span[1]):  # stable: equal lengths stay in order
         if not members or (length < LENGTH_RATIO * longest and longest > SHORT_LENGTH):
             members.append([])
-            longest = length
+            longest = length  # the bucket's padded length
         members[-1].append((first, length))
     sizes = [(len(bucket), bucket[0][1]) for bucket in members]
     n_positions, n_real = mask.n_rows * mask.row_len, sum(length for _, length in spans)
+    # Documents of one length and no padding at all: the bucket is the micro-batch.
     if len(sizes) == 1 and sizes[0][0] * sizes[0][1] == n_positions == n_real:
         return Buckets(tuple(sizes), None, None, None)
-    to_stream = np.zeros(sum(n * width for n, width in sizes), dtype=np.int64)
-    to_bucket = np.full(n_positions, -1, dtype=np.int64)
+    to_stream = np.zeros(sum(n * width for n, width in sizes), dtype=np.int64)  # padding reads position 0
+    to_bucket = np.full(n_positions, -1, dtype=np.int64)  # -1: a row's padding
     at = 0
     for (_, width), bucket in zip(sizes, members, strict=True):
         for first, length in bucket:
@@ -70,8 +71,9 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, dropou
     """Return causal attention within documents, (B, T, H, K); zero at the rows' padding, as far as the mask holds it."""
     plan = mask.cached_form(plan_buckets)
     B, T, H, K = q.shape
+    # Heads stay together: one index moves a whole position.
     flat = [x.reshape(B * T, H * K) for x in (q, k, v)]
-    padded = [_Pad.apply(x, plan) for x in flat]
+    padded = [_Pad.apply(x, plan) for x in flat]  # (P, H * K) each
     widths = [n * width for n, width in plan.sizes]
     outs = []
     for (n, width), *qkv in zip(plan.sizes, *(x.split(widths) for x in padded), strict=True):
@@ -111,6 +113,7 @@ class _Pad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Each real position has one bucket position, so nothing adds up as in index_select's own backward.
         return _gather_real(gradient, ctx.plan, ctx.n_positions), None
 
 

@@ -55,6 +55,7 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    # The products take matrices: all axes but the last are one.
     out: Tensor = _LinearFp8.apply(x.reshape(-1, x.shape[-1]), weight, dtype)
     if bias is not None:
         out = out + bias.to(dtype)
@@ -64,7 +65,9 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return a tensor in 8 bits, and the () float32 scale that restores it by multiplication."""
     x = x.float()
+    # Bounded below, as a tensor of zeros would divide by 0.
     scale = x.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(dtype).max
+    # Clamped, as rounding may carry a quotient past the format's largest number.
     return (x / scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype), scale
 
 
@@ -82,6 +85,7 @@ class _LinearFp8(torch.autograd.Function):
         x8, of_x, w8, of_w = ctx.saved_tensors
         dy8, of_dy = to_fp8(upstream, BACKWARD)
         dx = dw = None
+        # Factors in the layout that `_product` takes: both with the summed axis last.
         if ctx.needs_input_grad[0]:
             dx = _product(dy8, w8.t().contiguous(), of_dy, of_w, ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
@@ -91,4 +95,5 @@ class _LinearFp8(torch.autograd.Function):
 
 def _product(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
     """Return a b', (M, N), of a (M, K) and b (N, K); `fast` accumulates in fewer bits, enough for a forward pass."""
+    # 8-bit products take a row-major and a column-major factor, which `b.t()` is.
     return torch._scaled_mm(a, b.t(), of_a, of_b, out_dtype=dtype, use_fast_accum=fast)

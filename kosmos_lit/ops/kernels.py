@@ -53,7 +53,7 @@ def check_kernel(kernel: str, device: torch.device, dtype: torch.dtype, head_dim
     if resolved in ("xformers", "flex") and device.type != "cuda":
         problem, remedy = f"needs a CUDA device, but the run's is {device.type}", "set it to auto or sdpa"
     elif resolved == "xformers":
-        step = 4 if dtype == torch.float32 else 8
+        step = 4 if dtype == torch.float32 else 8  # 16 bytes
         if not xformers_is_installed():
             problem, remedy = "is not installed", "install xformers, or set it to auto, flex or sdpa"
         elif dtype not in (torch.float32, *HALF_DTYPES):
@@ -85,6 +85,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, dropout: float
 
     B, T, H, K = q.shape
     q, k, v = (x.reshape(1, B * T, H, K) for x in (q, k, v))
+    # One sequence of B * T positions, which the mask divides into documents.
     out: Tensor = memory_efficient_attention(q, k, v, attn_bias=mask.cached_form(block_diagonal), p=dropout)
     return out.view(B, T, H, K)
 
@@ -128,9 +129,10 @@ def document_blocks(mask: DocumentMask) -> Any:
     document = mask.document
 
     def within(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (document[b, query] == document[b, key]) & (query >= key)
+        return (document[b, query] == document[b, key]) & (query >= key)  # a row's padding is a document too
 
     build = _compiled_blocks() if mask.device.type == "cuda" else create_block_mask
+    # None: one mask for all heads.
     return build(within, mask.n_rows, None, mask.row_len, mask.row_len, device=str(mask.device))
 
 
@@ -169,6 +171,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask) -> Tensor:
     starts, longest = mask.cached_form(stream_starts), max(mask.lengths)
     q, k, v = (x.reshape(B * T, H, K) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # cuDNN would compile a plan for each new shape
+        # The window reaches back without limit and not ahead: causal.
         out = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=(-1, 0))
     assert isinstance(out, Tensor)
     return out.view(B, T, H, K)

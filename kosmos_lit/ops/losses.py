@@ -39,7 +39,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None =
 
 
 def _nll(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")
+    return F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="none")  # sums over V in float32
 
 
 def weighted_nll(
@@ -96,6 +96,7 @@ class _WeightedNll(torch.autograd.Function):
         for at in range(0, S, chunk):
             rows = slice(at, at + chunk)
             logits = F.linear(x[rows], matrix)  # (chunk, padded V)
+            # The matrix's zero rows get no probability, and so no gradient.
             logits[:, V:] = -torch.inf
             nll[rows], d_logits = nll_and_gradient(logits, targets[rows, None], weights[rows, None])
             if d_hidden is not None:
@@ -103,7 +104,7 @@ class _WeightedNll(torch.autograd.Function):
             if d_head is not None:
                 _add_product(d_head, d_logits.t(), x[rows])
         ctx.gradients = d_hidden, None if d_head is None else d_head[:V].to(head.dtype)
-        ctx.mark_non_differentiable(nll)
+        ctx.mark_non_differentiable(nll)  # for logs only
         return (weights * nll).sum(), nll
 
     @staticmethod
@@ -112,6 +113,7 @@ class _WeightedNll(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("a first backward pass has consumed the loss's gradients; compute the loss again")
         (d_hidden, d_head), ctx.gradients = ctx.gradients, None
+        # Linear in the loss's own gradient, which is a number; in place, as they are used once.
         gradients = [None if g is None else g.mul_(upstream) for g in (d_hidden, d_head)]
         return (*gradients, None, None, None, None, None)
 
@@ -122,8 +124,9 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple
     Targets and weights are (S, 1). Overwrites float32 logits.
     """
     x = logits.float()
-    top = x.amax(-1, keepdim=True)
+    top = x.amax(-1, keepdim=True)  # subtracted, so that exp does not overflow
     of_target = x.gather(-1, targets)
+    # float() returns float32 logits themselves, which may be overwritten.
     x = x.sub_(top).exp_() if x is logits else (x - top).exp()
     total = x.sum(-1, keepdim=True)
     nll = total.log() + top - of_target  # (S, 1)
@@ -146,6 +149,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        total += torch.mm(a, b, out_dtype=torch.float32)  # CUDA alone returns float32 products of 16 bits
     else:
         total += a @ b

@@ -56,7 +56,9 @@ class DocumentMask:
         """First position in the stream and length of each document that is not padding."""
         firsts = accumulate(self.lengths, initial=0)
         spans = []
+        # `firsts` ends with the stream's length, one more than there are documents.
         for first, length in zip(firsts, self.lengths, strict=False):
+            # The last position's row and column: padding reaches a row's end.
             row, end = divmod(first + length - 1, self.row_len)
             if not (self.padding[row] and end == self.row_len - 1):
                 spans.append((first, length))
@@ -67,6 +69,7 @@ class DocumentMask:
         """(B, T) int64: number of each position's document in the stream."""
         lengths = to_device(self.lengths, torch.int64, self.device)
         numbers = torch.arange(len(self.lengths), device=self.device)
+        # With the size known beforehand, the host need not wait for a GPU's sum.
         flat = numbers.repeat_interleave(lengths, output_size=self.n_rows * self.row_len)
         return flat.view(self.n_rows, self.row_len)
 
@@ -101,4 +104,5 @@ def padded_positions(real: Tensor) -> tuple[Tensor, Tensor]:
     T = real.shape[1]
     itself = torch.eye(T, dtype=torch.bool, device=real.device)
     mask = causal(T, T, real.device) & (real[:, None, :] | itself)
+    # Padding on the left counts as -1: any valid position will do.
     return (real.cumsum(1) - 1).clamp(min=0), mask.unsqueeze(1)

@@ -43,9 +43,10 @@ class Rotation(NamedTuple):
 def xpos_tables(n_positions: int, head_dim: int) -> Tensor:
     """Return (4, n_positions, K) float32: cos_q, sin_q, cos_k, sin_k of every position, decay included."""
     n, pair, cos, sin = _angles(n_positions, head_dim)
+    # Centred, so that neither the factor nor its inverse grows large within the table.
     decay = ((pair + GAMMA) / (1 + GAMMA)) ** ((n - n_positions // 2) / SCALE_BASE)
     tables = torch.stack([cos * decay, sin * decay, cos / decay, sin / decay])
-    return tables.repeat_interleave(2, dim=-1).float()
+    return tables.repeat_interleave(2, dim=-1).float()  # both elements of a pair have the same factors
 
 
 def rotary_tables(n_positions: int, head_dim: int) -> Tensor:
@@ -56,6 +57,7 @@ def rotary_tables(n_positions: int, head_dim: int) -> Tensor:
 
 def _angles(n_positions: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return n (n_positions, 1), 2i/K (K/2,), and cosine and sine of n theta_i, float64."""
+    # float64: float32 would lose digits of n theta at large n; tables are rounded once.
     pair = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     n = torch.arange(n_positions, dtype=torch.float64)[:, None]
     angle = n * THETA_BASE**-pair
@@ -66,6 +68,7 @@ def rotation(tables: Tensor, positions: Tensor) -> Rotation:
     """Return the rotation of (B, T) positions, which all layers of a step share."""
     values = tables[:, positions].unsqueeze(-2)  # (4, B, T, 1, K)
     cos_q, sin_q, cos_k, sin_k = values
+    # Every second entry, as both of a pair are equal.
     cis_q, cis_k = (torch.complex(cos[..., ::2], sin[..., ::2]) for cos, sin in ((cos_q, sin_q), (cos_k, sin_k)))
     return Rotation(cos_q, sin_q, cos_k, sin_k, cis_q, cis_k)
 
@@ -98,9 +101,10 @@ def rotate_real(q: Tensor, k: Tensor, by: Rotation) -> tuple[Tensor, Tensor]:
 
 def sinusoids(n_positions: int, dim: int) -> Tensor:
     """Return (n_positions, D) float32 in fairseq's layout: sines in the first half, cosines in the second."""
-    step = math.log(THETA_BASE) / (dim // 2 - 1)
+    step = math.log(THETA_BASE) / (dim // 2 - 1)  # the last frequency is 1 / 10,000
     frequency = torch.exp(-step * torch.arange(dim // 2, dtype=torch.float64))
     angle = (torch.arange(n_positions, dtype=torch.float64)[:, None] + FIRST_SINUSOID) * frequency
     table = torch.zeros(n_positions, dim)
+    # An odd width keeps a last column of zeros.
     table[:, : dim // 2 * 2] = torch.cat([angle.sin(), angle.cos()], dim=1).float()
     return table

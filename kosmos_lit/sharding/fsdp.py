@@ -45,6 +45,7 @@ class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
             sync_every_micro_batch: Whether gradients are reduced over ranks after each micro-batch of a step, or only
                 after the last one: less traffic, but until then each rank holds the full float32 gradient.
         """
+        # A checkpoint is one file, as without sharding.
         super().__init__(save_distributed_checkpoint=False)
         self.reshard_after_forward, self.sync_every_micro_batch = reshard_after_forward, sync_every_micro_batch
 
@@ -55,16 +56,20 @@ class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
 
     def _apply_fsdp(self, net: Kosmos) -> None:
         mesh = self.device_mesh["data_parallel"]
+        # Blocks first: the root's unit takes the parameters that no other unit holds.
         for block in net.decoder.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=self._policy())
+        # No policy: the root's weights stay float32, and autocast casts its products.
         fully_shard(net, mesh=mesh, reshard_after_forward=False, ignored_params=frozen_tower_parameters(net))
         for method in FORWARD_METHODS:
             register_fsdp_forward_method(net, method)
+        # After sharding, so that a full model never takes up memory.
         net.to_empty(device=self.root_device)
 
     def _policy(self) -> MixedPrecisionPolicy:
         if self.precision_plugin.precision != "bf16-mixed":
             return MixedPrecisionPolicy()
+        # Weights are gathered in bfloat16, gradients reduced in float32.
         return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=_casts_inputs(self.root_device))
 
     def _units(self) -> list[FSDPModule]:
@@ -82,6 +87,7 @@ class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
         try:
             yield
         finally:
+            # On again for the last micro-batch, which runs outside this context.
             root.set_requires_gradient_sync(True)
 
 
@@ -117,6 +123,7 @@ class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
     def _unit(self, module: nn.Module, **kwargs: Any) -> FullyShardedDataParallel:
         gpu = self.root_device.index if self.root_device.type == "cuda" else self.root_device
         return FullyShardedDataParallel(
+            # `use_orig_params`: parameters keep their names, and a unit may hold frozen ones beside others.
             module, sharding_strategy=self.sharding_strategy, device_id=gpu, use_orig_params=True,
             param_init_fn=partial(_materialise, device=self.root_device), **kwargs
         )  # fmt: skip
@@ -128,11 +135,13 @@ class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
             mixed = Fsdp1Precision(torch.bfloat16, torch.float32, cast_forward_inputs=_casts_inputs(self.root_device))
         for index, block in enumerate(net.decoder.layers):
             net.decoder.layers[index] = self._unit(block, mixed_precision=mixed)
+        # The root is sharded in `setup` only; until then each rank holds all of its tensors.
         for module in net.modules():
             if any(t.is_meta for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
                 _materialise(module, self.root_device)
 
         for method in FORWARD_METHODS:
+            # On the instance, in place of the class's method.
             setattr(net, method, self._through_root(getattr(net, method)))
 
     def _through_root(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,7 +156,7 @@ class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
             try:
                 return self._root(*args)
             finally:
-                del module.forward
+                del module.forward  # the class's own comes back
 
         return call
 
@@ -161,6 +170,7 @@ class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
         if self._root is None or self._root.module is not model:
             model.to(self.root_device)  # buffers of the metrics
             model.register_forward_pre_hook(self._enter)
+            # `always_call`: also after a forward that raises.
             model.register_forward_hook(self._leave, always_call=True)
             self._root = self._unit(model, ignored_states=frozen_tower_parameters(self.net))
         return self._root
@@ -174,7 +184,9 @@ def check_strategy(strategy: Strategy | str | None) -> None:
 
     Raises: UserError naming the overlays to use instead.
     """
+    # A class's path, as YAML has it, ends in the class's name.
     name = strategy.rpartition(".")[2] if isinstance(strategy, str) else type(strategy).__name__
+    # Lightning registers the names "fsdp" and "fsdp_cpu_offload".
     is_lightnings = name.startswith("fsdp") or name in (FSDPStrategy.__name__, ModelParallelStrategy.__name__)
     if is_lightnings or (
         isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy)

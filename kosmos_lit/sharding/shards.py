@@ -33,9 +33,10 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     Each element of a gradient must lie on exactly one rank. On one rank this is torch.nn.utils.clip_grad_norm_.
     """
     grads = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    square = nn.utils.get_total_norm(grads).square()
+    square = nn.utils.get_total_norm(grads).square()  # squares of norms add up over shards
     dist.all_reduce(square)
     norm = square.sqrt()
+    # 1e-6 as in torch; at most 1, as clipping never scales up.
     torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
@@ -66,6 +67,7 @@ class ShardedTensors:
         """
         self.module, self.shapes, self.device = module, shapes, device
         tensors = named_tensors(module)
+        # What is still on the meta device counts as missing.
         local_sizes = [0 if tensors[name].is_meta else local_shard(tensors[name]).numel() for name in shapes]
         table = torch.empty(dist.get_world_size() * len(local_sizes), dtype=torch.int64, device=device)
         dist.all_gather_into_tensor(table, torch.tensor(local_sizes, device=device))
@@ -98,7 +100,7 @@ class ShardedTensors:
         """
         tensors, checksums = named_tensors(self.module), torch.zeros(len(self.shapes), dtype=torch.int64, device=self.device)
         for number, (name, shape) in enumerate(self.shapes.items()):
-            full = torch.empty(shape, dtype=tensors[name].dtype, device=self.device)
+            full = torch.empty(shape, dtype=tensors[name].dtype, device=self.device)  # one tensor at a time
             if full_tensors is not None:
                 checksums[number] = checksum(full.copy_(full_tensors[name]).view(-1))
             dist.broadcast(full, src=0)
@@ -125,6 +127,7 @@ class ShardedTensors:
         padded[: len(shard)] = shard
         shards = shard.new_empty(len(counts), longest)
         dist.all_gather_into_tensor(shards.view(-1), padded)
+        # Without each rank's padding.
         return torch.cat([row[:n] for row, n in zip(shards, counts, strict=True)]).view(self.shapes[name])
 
     @torch.no_grad()
@@ -135,6 +138,7 @@ class ShardedTensors:
         is_sharded = torch.tensor([self._is_sharded(name) for name in self.shapes], device=self.device)
         totals = of_shards.clone()
         dist.all_reduce(totals)
+        # A replicated tensor was summed once for each rank.
         return torch.where(is_sharded, totals, of_shards)
 
     def check(self, expected: Tensor, moment: str) -> None:
@@ -161,8 +165,10 @@ def checksum(flat: Tensor, start: int = 0) -> Tensor:
         flat: (n,) elements of any dtype.
         start: index of the first one in the full tensor.
     """
+    # Bits, not values: NaN equals itself, and -0 differs from 0.
     bits, total = flat.contiguous().view(INTEGER_DTYPES[flat.element_size()]), flat.new_zeros((), dtype=torch.int64)
     for first in range(0, len(bits), CHECKSUM_CHUNK):
         part = bits[first : first + CHECKSUM_CHUNK].long()
+        # Times the index, so that elements in another order differ.
         total += (part * torch.arange(start + first + 1, start + first + 1 + len(part), device=part.device)).sum()
     return total

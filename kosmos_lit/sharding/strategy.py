@@ -61,8 +61,10 @@ class ShardedStrategy(ParallelStrategy):
         """
         check_precision(self.precision_plugin.precision, self.config_file)
         self._outline = outline
+        # First, so that a failure ends all ranks before any of them waits for weights.
         full_tensors = build_on_rank_zero(build)
         self.net = net = outline()
+        # Before sharding, which changes shapes and, with FSDP1, names.
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(net).items()}
         self._state_names = list(net.state_dict())
         self._apply_fsdp(net)
@@ -92,6 +94,7 @@ class ShardedStrategy(ParallelStrategy):
         Each rank can call the copy on its own: generation takes ranks different numbers of forward passes.
         """
         self._reshard()
+        # The copy is uninitialised until the loop fills it.
         copy, sharded = self._outline().to_empty(device=self.root_device), named_tensors(self.net)
         for name, tensor in named_tensors(copy).items():
             tensor.copy_(self._shards.gather(name, sharded[name]))
@@ -101,6 +104,7 @@ class ShardedStrategy(ParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
+        # Lightning's FSDP strategies load it in `load_checkpoint`, which this class replaces.
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -119,6 +123,7 @@ class ShardedStrategy(ParallelStrategy):
         sharded, state = optimizer.state_dict(), {}
         for index, (name, _) in enumerate(self._trained(optimizer)):
             values = sharded["state"].get(index, {})
+            # A value without axes is AdamW's step count, which every rank has.
             full = {key: self._shards.gather(name, value) if value.ndim else value for key, value in values.items()}
             if self.is_global_zero and full:
                 state[index] = {key: value.cpu() for key, value in full.items()}
@@ -138,6 +143,7 @@ class ShardedStrategy(ParallelStrategy):
         state = {name.removeprefix(NET): tensor for name, tensor in checkpoint["state_dict"].items()}
         actual = {name: tensor.shape for name, tensor in state.items()}
         expected = {name: self._shapes[name] for name in self._state_names}
+        # A tensor that one side lacks has no shape on that side, and so differs.
         if wrong := sorted(n for n in actual.keys() | expected.keys() if actual.get(n) != expected.get(n)):
             raise UserError(f"the checkpoint's tensors are not this model's: {len(wrong)} differ, {wrong[0]} for one")
         self._shards.load(state)
@@ -145,6 +151,7 @@ class ShardedStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             trained = list(self._trained(optimizer))
+            # Values by the parameter's index, as torch stores them.
             state = {
                 index: {key: self._shard_like(trained[index], value) for key, value in values.items()}
                 for index, values in saved["state"].items()
@@ -163,8 +170,9 @@ class ShardedStrategy(ParallelStrategy):
         name, parameter = trained
         if not full.ndim:  # AdamW's step count
             return full
+        # A copy: the slice is a view of the checkpoint's mapped file.
         shard = self._shards.local_slice(name, full).to(self.root_device, copy=True)
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor):  # FSDP1
             return shard.view(parameter.shape)
         shard = shard.view(parameter.to_local().shape)
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -188,10 +196,11 @@ def build_on_rank_zero(build: Callable[[], Kosmos]) -> dict[str, Tensor] | None:
             full_tensors = named_tensors(build())
             _check_finite(full_tensors)
     finally:  # `finally`, as the other ranks would wait for the broadcast of the weights forever
-        error = sys.exc_info()[1]
+        error = sys.exc_info()[1]  # None unless an exception is on its way out
         if error is not None:
             errors = [(str(error), isinstance(error, UserError))]
         dist.broadcast_object_list(errors, src=0)
+    # Rank 0 does not reach this loop with an error, as its own exception goes on.
     for message, is_user_error in filter(None, errors):
         if is_user_error:
             sys.exit(2)  # rank 0 prints the message
