@@ -44,7 +44,7 @@ from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 REASON = "blocked"
 """A ledger's reason for a blocked document."""
-# sha256 or md5 in hexadecimal digits
+# sha256 or md5 in hexadecimal digits.
 DIGEST = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{32}")
 AMBIGUOUS_KEY = re.compile(r"(line|row) \d+")
 """A key that every file of texts has."""
@@ -79,17 +79,17 @@ class Blocklist:
     @cached_property
     def _entries(self) -> dict[Kind, U64]:
         """Per kind the sorted hashes."""
-        # array: 8 bytes an entry while files are read, where Python's integers take over 30
+        # array: 8 bytes an entry while files are read, where Python's integers take over 30.
         entries: dict[Kind, array[int]] = {"digest": array("Q"), "url": array("Q"), "key": array("Q")}
         for path in self.files:
             _read(path, entries)
-        # np.unique also sorts, as searchsorted requires
+        # np.unique also sorts, as searchsorted requires.
         return {kind: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for kind, hashes in entries.items()}
 
     def _has(self, kind: Kind, name: str) -> bool:
         entries, entry = self._entries[kind], np.uint64(_hash_entry(kind, name))
         at = int(np.searchsorted(entries, entry))
-        # searchsorted gives len(entries) for a hash above all of them
+        # searchsorted gives len(entries) for a hash above all of them.
         return at < len(entries) and bool(entries[at] == entry)
 
     def match(self, corpus: IndexedCorpus, document: int) -> str | None:
@@ -121,7 +121,7 @@ class Blocklist:
                     return f"image's hash {digest}"
             for image in images:
                 data = corpus.image_bytes(image)
-                # usedforsecurity=False: a machine in FIPS mode refuses md5 otherwise
+                # usedforsecurity=False: a machine in FIPS mode refuses md5 otherwise.
                 for digest in (hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()):
                     if self._has("digest", digest):
                         return f"image's hash {digest}"
@@ -137,7 +137,7 @@ class Blocklist:
         try:
             matches = {n: self.match(corpus, segment.document) for n, segment in enumerate(row.segments)}
         except OSError as error:
-            # not skipped: a blocked document might be learnt
+            # Not skipped: a blocked document might be learnt.
             raise UserError(f"row {row.number}: a document cannot be compared with the blocklist: {error}") from error
         blocked = {n: entry for n, entry in matches.items() if entry is not None}
         return mask_segments(row, blocked, special), blocked
@@ -169,7 +169,7 @@ def _hash_entry(kind: Kind, name: str) -> int:
             return int(name[:16], 16)  # a hash already: its first 64 bits
         case "url":
             name = name.strip().partition("#")[0]
-    # surrogatepass: keys of tars may hold lone surrogates
+    # surrogatepass: keys of tars may hold lone surrogates.
     return hash_bytes(name.encode("utf-8", "surrogatepass"))
 
 

@@ -72,13 +72,13 @@ class ImageReader:
 
         Raises: UserError if too many of a source's images so far were bad, or a shard is gone.
         """
-        # (rows,): one past each row's last image
+        # (rows,): one past each row's last image.
         ends = np.cumsum([len(row.images) for row in rows])
-        # not zeroed: `_decode` writes each image, or makes it black
+        # Not zeroed: `_decode` writes each image, or makes it black.
         images = np.empty((int(ends[-1]), 3, self.size, self.size), dtype=np.uint8)
         places = np.split(images, ends[:-1])  # views: rows decode straight into the batch
         decoded = [
-            # a row of padding has no source
+            # A row of padding has no source.
             self._decode(row, corpora[row.source], out) if row.source else DecodedRow(row)
             for row, out in zip(rows, places, strict=True)
         ]
@@ -88,7 +88,7 @@ class ImageReader:
         source = row.source
         blocked: dict[int, str] = {}
         if self.blocklist is not None:
-            # before decoding, which blocked images do not need
+            # Before decoding, which blocked images do not need.
             row, blocked = self.blocklist.apply(row, corpus, self.special)
         bad = [(source, REASON)] * len(blocked)
         for n, entry in blocked.items():
@@ -152,12 +152,12 @@ def collate(
     # np.stack copies: the rows' own targets stay, as digests and amounts below need them.
     targets = np.stack([row.targets for row in rows])
     for d, row_targets in zip(decoded, targets, strict=True):
-        # once per image, so a segment may come twice
+        # Once per image, so a segment may come twice.
         for n in d.undecodable:
             segment = d.row.segments[n]
             row_targets[segment.position : segment.position + segment.length] = IGNORE
     tokens = np.stack([row.tokens for row in rows])
-    # view: without images the list is empty, and its tensor (0,) instead of (0, 2)
+    # view: without images the list is empty, and its tensor (0,) instead of (0, 2).
     slots = torch.tensor(
         [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
     ).view(-1, 2)
@@ -188,13 +188,13 @@ def collate(
 def empty_row(seq_len: int) -> Row:
     """Return a row of padding, for the last validation batch."""
     tokens, targets = np.full(seq_len, PAD, dtype=np.int64), np.full(seq_len, IGNORE, dtype=np.int64)
-    # number and corpus -1, no source, epoch 0
+    # Number and corpus -1, no source, epoch 0.
     return Row(-1, -1, "", 0, tokens, targets, (), (), (), np.zeros(0, dtype=np.int64))
 
 
 def _positions(row: Row) -> Ids:
-    # segments, and the padding as one more
+    # Segments, and the padding as one more.
     lengths = np.array(row.lengths)
     firsts: Ids = np.cumsum(lengths) - lengths
-    # (T,): the place in the row less the first place of its segment
+    # (T,): the place in the row less the first place of its segment.
     return np.arange(len(row.tokens)) - np.repeat(firsts, lengths)

@@ -76,7 +76,7 @@ class RatioConfig:
     def weights(self, defaults: Sequence[float], is_configured: Sequence[bool]) -> tuple[float, ...]:
         """Return the weights in the order of `CORPORA`; None is replaced by the default of a configured corpus, or 0."""
         defaults = [default if has else 0.0 for default, has in zip(defaults, is_configured, strict=True)]
-        # astuple has the fields' order, which is that of CORPORA
+        # astuple has the fields' order, which is that of CORPORA.
         return tuple(default if w is None else w for w, default in zip(astuple(self), defaults, strict=True))
 
 

@@ -63,7 +63,7 @@ def last_step(
             row = schedule.row_of(index, math.floor(limit * sources[name].train.plan.n_rows))
             reason = f"source {name} would be read more than {limit:g} times (max_epochs)"
             ends += [] if row is None else [(steps.step(row), reason)]
-    # the earliest step, as it comes first in each pair
+    # The earliest step, as it comes first in each pair.
     return min(ends, default=None)
 
 
@@ -123,11 +123,11 @@ def typical_epoch(kind: int, seq_len: int, n_latents: int) -> tuple[Amounts, flo
     T = seq_len
     if (document := TYPICAL_DOCUMENTS.get(CORPORA[kind])) is None:
         return Amounts(EPOCH_ROWS, EPOCH_ROWS * T, EPOCH_ROWS * T, 0), float(T)
-    # an image takes L + 2 positions, of which its marker among the tokens is one
+    # An image takes L + 2 positions, of which its marker among the tokens is one.
     positions = document.tokens + (n_latents + 1) * document.images
-    # documents in full rows
+    # Documents that fill EPOCH_ROWS rows.
     n = EPOCH_ROWS * T / positions
-    # images are no targets
+    # Images are no targets.
     targets = round(n * (document.tokens - document.images) * document.supervised_share)
     return Amounts(EPOCH_ROWS, EPOCH_ROWS * T, targets, round(n * document.images)), float(min(T, positions))
 
@@ -151,7 +151,7 @@ class TypicalForecast:
         epochs = {name: typical_epoch(kind, seq_len, n_latents) for name, kind in kinds.items()}
         totals = {
             name: Totals(
-                # of these fields, `row_shares` reads rows, begun and targets
+                # Of these fields, `row_shares` reads rows, begun and targets.
                 documents=EPOCH_ROWS, begun=max(1, round(a.positions / length)), rows=EPOCH_ROWS, positions=a.positions,
                 targets=a.targets, images=a.images, dropped={}, first_dropped={},
             )
@@ -173,7 +173,7 @@ class TypicalForecast:
     def largest_micro_batch(self, micro_batch_rows: int) -> tuple[int, int]:
         """Return about how many images and supervised tokens a micro-batch holds at most."""
         epochs = {index: self.epochs[name][0] for index, name in enumerate(self.kinds)}
-        # no deviation: typical documents are all alike
+        # No deviation: typical documents are all alike.
         images = {index: (a.images / EPOCH_ROWS, 0.0) for index, a in epochs.items()}
         targets = {index: (a.targets / EPOCH_ROWS, 0.0) for index, a in epochs.items()}
         return (

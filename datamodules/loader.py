@@ -32,7 +32,7 @@ def n_micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
     """
     G, m, W = global_rows, micro_rows, world_size
     if G % (m * W):
-        # micro-batch sizes that would do; none where the ranks alone do not divide the rows
+        # Micro-batch sizes that would do; none where the ranks alone do not divide the rows.
         fits = [d for d in range(1, G // W + 1) if G % (d * W) == 0]
         ranks = [w for w in range(1, G + 1) if G % (w * m) == 0]
         advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
@@ -105,7 +105,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         self.stream, self.layout, self.options, self.n_rows = stream, layout, options, n_rows
 
     def __iter__(self) -> Iterator[KosmosBatch]:
-        # None in the training process itself, with num_workers 0
+        # None in the training process itself, with num_workers 0.
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         o = self.options
@@ -121,7 +121,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
             if self.n_rows is None and (step_rows := self.layout.step_rows(k)) != counted:
                 counted, n_targets = step_rows, self.stream.n_targets(step_rows.start, step_rows.stop)
             rows, images = reader.read([self._row(number) for number in self.layout.rows(k)], corpora)
-            # max: a step may have no target, and the loss is divided by their number
+            # max: a step may have no target, and the loss is divided by their number.
             yield collate(
                 rows, images, tokenizer=o.tokenizer, n_latents=o.n_latents, n_step_targets=max(1, n_targets), unit=o.unit
             )
@@ -136,7 +136,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
     def n_batches(self) -> int:
         """Micro-batches of a finite stream, the same on every rank."""
         assert self.n_rows is not None
-        # rounded up: `_row` completes the last one
+        # Rounded up: `_row` completes the last one.
         return -(-self.n_rows // (self.layout.micro_batch_rows * self.layout.world_size))
 
 
@@ -205,7 +205,7 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         """Raises: UserError if there is no prompt."""
         batches = self._build()
-        # an empty generator shows only when it is asked
+        # An empty generator shows only when it is asked.
         first = next(batches, None)
         if first is None:
             raise UserError(

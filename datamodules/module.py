@@ -103,7 +103,7 @@ class MixtureData(L.LightningDataModule):
         named = name_sources(by_kind, sources)
         self.unit, self.accept_changes = unit, accept_changes
         self.ratios = ratios_by_step(ratio, ratio_stages, self.default_ratio, named.values())
-        # in any stage: a kind that only a later one reads is opened from the start
+        # In any stage: a kind that only a later one reads is opened from the start.
         is_used = [any(ratio[kind] for _, ratio in self.ratios) for kind in range(len(CORPORA))]
         self.sources = {n: s for n, s in named.items() if is_used[s.kind] and s.config.weight}
         sizes = {"seq_len": seq_len, "global_batch_rows": global_batch_rows, "micro_batch_rows": micro_batch_rows}
@@ -156,7 +156,7 @@ class MixtureData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.open()
-        # validation, tests and prediction have no optimizer steps
+        # Validation, tests and prediction have no optimizer steps.
         if self.trainer is not None and stage == "fit" and self.trainer is not self._configured_trainer:
             G, m, W = self.global_batch_rows, self.micro_batch_rows, self.trainer.world_size
             reason = f"{G} rows a step on {W} ranks with micro-batches of {m}"
@@ -178,7 +178,7 @@ class MixtureData(L.LightningDataModule):
     def stream(self, split: str = "train") -> Stream:
         """Return the rows of `train` (endless) or `val` (each held-out row once, source by source)."""
         if split == "train":
-            # None: a source of past rows that is no longer configured
+            # None: a source of past rows that is no longer configured.
             packed = [self.prepared[n].train if n in self.prepared else None for n in self.kinds]
             return Stream(packed, self.schedule, self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
@@ -230,7 +230,7 @@ class MixtureData(L.LightningDataModule):
         """End training with the last whole step before a source has been read `max_epochs` times."""
         if (end := last_step(self.prepared, self.kinds, self.schedule, self.steps)) is None:
             return
-        # max_steps is read now, as `limit_steps` changes it.
+        # `max_steps` is read now, as `limit_steps` changes it.
         (last, reason), step, configured = end, trainer.global_step, trainer.max_steps
         if last < max(1, step):
             raise UserError(f"after step {last:,} {reason}, and the run is at step {step:,}; raise max_epochs")
@@ -265,7 +265,7 @@ class MixtureData(L.LightningDataModule):
 
     def _held_out(self, source: PreparedSource) -> Iterator[int]:
         for document in source.held_out():
-            # skipped, not masked: a prompt is no row, where places must stay
+            # Skipped, not masked: a prompt is no row, where places must stay.
             if self.blocklist is None or self.blocklist.match(source.corpus, document) is None:
                 yield document
 

@@ -53,10 +53,10 @@ def example_prompts(
     for document in islice(documents, MAX_PROMPTS):
         ids, supervised = corpus.document_tokens(document), corpus.document_supervised(document)
         assert supervised is not None
-        # the last answer begins behind the last token that is not supervised
+        # The last answer begins behind the last token that is not supervised.
         start = 0 if supervised.all() else int(np.flatnonzero(~supervised)[-1]) + 1
         n_images = int((ids == options.tokenizer.special.image).sum())
-        # <s>, and for each image the L + 1 positions beside its marker
+        # <s>, and for each image the L + 1 positions beside its marker.
         if start + 1 + (options.n_latents + 1) * n_images + ANSWER_POSITIONS > seq_len:
             n_long += 1
         elif (decoded := _decoded_images(corpus, document, options.image_size)) is not None:
@@ -86,14 +86,14 @@ def _example_batch(examples: Sequence[tuple[Ids, list[Pixels], str]], options: R
 
 def _decoded_images(corpus: IndexedCorpus, document: int, size: int) -> list[Pixels] | None:
     try:
-        # "square", as the released evaluation fits images, whatever training does
+        # "square", as the released evaluation fits images, whatever training does.
         return [decode(corpus.image_bytes(image), size, "square") for image in corpus.document_images(document)]
     except ImageError:
         return None
 
 
 def _stack(images: list[Pixels], size: int) -> torch.Tensor:
-    # np.stack refuses an empty list
+    # np.stack refuses an empty list.
     return torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
 
 

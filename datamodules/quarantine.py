@@ -73,7 +73,7 @@ class Ledger:
         line = sample.to_line()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # os.write, not a buffered file, which may divide a line between two writes
+            # os.write, not a buffered file, which may divide a line between two writes.
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 n_written = os.write(file, line)
@@ -81,7 +81,7 @@ class Ledger:
                 os.close(file)
         except OSError as error:
             raise UserError(f"the ledger of bad samples {self.path} cannot be written: {error}") from error
-        # a disk that fills up takes a part of the line, without an error
+        # A disk that fills up takes a part of the line, without an error.
         if n_written != len(line):
             raise UserError(f"the ledger of bad samples {self.path} cannot be written: the disk is full")
 
@@ -144,7 +144,7 @@ class Budget:
         self.n_read += 1
         self.n_in_a_row += 1
         self.reasons[reason] += 1
-        # in a small sample, a few bad images are a large share by chance
+        # In a small sample, a few bad images are a large share by chance.
         too_many = self.n_read >= MIN_IMAGES and self.n_bad > self.max_bad_share * self.n_read
         if not too_many and self.n_in_a_row < MAX_IN_A_ROW:
             return

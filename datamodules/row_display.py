@@ -69,7 +69,7 @@ def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer, blocked: Mappin
             # Of an image's ids, <image> and </image> are printed, and of its slots, which repeat <image>, none.
             elif id_ != tokenizer.special.image or at + 1 in first_slots:
                 text += tokenizer.name(id_)
-        # the segment's last target, which is no input: behind an arrow
+        # The segment's last target, which is no input: behind an arrow.
         last = int(row.targets[segment.position + segment.length - 1])
         text += f" -> {tokenizer.name(last)}" if last != IGNORE else ""
         lines.append(f"- {shard}, {name}, targets {segment.start} to {segment.end}\n  {text}")

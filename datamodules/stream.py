@@ -42,13 +42,13 @@ class SequentialSchedule:
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the source of row `row`, and its number among that source's rows."""
-        # side="right": a row at the end of a source belongs to the next, and empty ones are passed over
+        # side="right": a row at the end of a source belongs to the next, and empty ones are passed over.
         source = int(np.searchsorted(self._ends, row, side="right"))
         return source, row - (int(self._ends[source - 1]) if source else 0)
 
     def counts(self, n_rows: int) -> list[int]:
         """Return how many of the first `n_rows` rows come from each source."""
-        # the sources' ends, none behind n_rows: their differences are the rows read of each
+        # The sources' ends, none behind n_rows: their differences are the rows read of each.
         return [int(n) for n in np.diff(np.minimum(self._ends, n_rows), prepend=0)]
 
 
@@ -188,7 +188,7 @@ class Stream:
         """Return stream row `number`."""
         source, epoch, planned_row = self.locate(number)
         corpus, planned = source.corpus, source.plan.segments(planned_row)
-        # segments as stored, with one marker for each image
+        # Segments as stored, with one marker for each image.
         stored_inputs, stored_targets = zip(
             *(
                 inputs_and_targets(corpus.document_tokens(n), start, end, self.special, corpus.document_supervised(n))
@@ -196,7 +196,7 @@ class Stream:
             ),
             strict=True,
         )
-        # all in one go: a row of captions has some 24 segments
+        # All in one go: a row of captions has some 24 segments.
         row_inputs, row_targets, slots, last = render(
             np.concatenate(stored_inputs), np.concatenate(stored_targets), self.special, source.plan.n_latents
         )
@@ -231,10 +231,10 @@ def inputs_and_targets(
     </s>, and the next turn is not a target.
     """
     inputs, targets = np.empty(end - start, dtype=np.int64), np.append(stored, EOS)
-    # inputs lag targets by one
+    # Inputs lag targets by one.
     inputs[0], inputs[1:] = BOS, stored[start : end - 1]
     if answers is not None:
-        # (n + 1,): </s> is a target if the last token is one
+        # (n + 1,): </s> is a target if the last token is one.
         is_answer = np.append(answers, answers[-1:])
         # The first target behind a run of answers; the document's own </s> belongs to the last run.
         is_end = np.append(False, is_answer[:-1] & ~is_answer[1:])
@@ -250,6 +250,6 @@ def render(inputs: Ids, targets: Ids, special: SpecialTokens, n_latents: int) ->
     """
     tokens, last, slots = expand_images(inputs, special, n_latents)
     expanded = np.full(len(tokens), IGNORE, dtype=np.int64)
-    # the id behind an image is predicted at its last position, </image>
+    # The id behind an image is predicted at its last position, </image>.
     expanded[last] = targets
     return tokens, expanded, slots, last

@@ -46,14 +46,14 @@ class IdealCounts:
     def __init__(self, borders: Sequence[int], parts: Sequence[Sequence[int]]) -> None:
         """Take the first row of each stage, and the integer parts of each option in it."""
         self.borders, self.parts = borders, parts
-        # options that ever have a share: the others get no turn
+        # Options that ever have a share: the others get no turn.
         k = sum(any(column) for column in zip(*parts, strict=True))
         periods = [sum(stage) for stage in parts]
         self.d = math.lcm(*periods)
-        # max: for a single option, 2k - 2 is 0
+        # max: for a single option, 2k - 2 is 0.
         self.unit = self.d * max(2, 2 * k - 2)
         """One row; then shares are integers, and `self.d` is the d of this module."""
-        # without remainder, since each period divides the unit
+        # Without remainder, since each period divides the unit.
         self.step = [[w * self.unit // p for w in stage] for stage, p in zip(parts, periods, strict=True)]
         """(stages, options): growth with each row."""
         self.base = [[0] * len(parts[0])]
@@ -91,7 +91,7 @@ class IdealCounts:
         if stage + 1 == len(self.borders):
             return math.inf
         ends = self.base[stage + 1]
-        # of each option, the first turn m with m - d >= T at the stage's end
+        # Of each option, the first turn m with m - d >= T at the stage's end.
         first_turns = [(i, -(-(ends[i] + self.d) // self.unit)) for i, step in enumerate(self.step[stage]) if step]
         return min(self.borders[stage + 1], *(self.due(i, turn)[0] for i, turn in first_turns))
 
@@ -107,9 +107,9 @@ class Apportioner:
     def _queue_turns(self) -> None:
         """Queue each option's next turn as waiting; the next row moves those that are due."""
         options = range(len(self.counts))
-        # where the searches for due row and deadline go on: both ascend with the turn
+        # Where the searches for due row and deadline go on: both ascend with the turn.
         self._stages = [(0, 0) for _ in options]
-        # heaps: of open turns by deadline, ties going to the lower option, and of waiting ones by due row
+        # Heaps: of open turns by deadline, ties going to the lower option, and of waiting ones by due row.
         self._open: list[tuple[float, int]] = []
         self._waiting = [turn for i in options if (turn := self._next_turn(i))[0] < math.inf]
         heapify(self._waiting)
@@ -152,7 +152,7 @@ def apportion(ideal: IdealCounts) -> list[Cycle]:
     apportioner, cycles = Apportioner(ideal), []
     for stage, first in enumerate(ideal.borders):
         parts = ideal.parts[stage]
-        # after a period, T has grown by whole rows, by `parts`
+        # After a period, T has grown by whole rows, by `parts`.
         period = sum(parts)
         end = ideal.borders[stage + 1] if stage + 1 < len(ideal.borders) else math.inf
         cycles_end = ideal.end_of_cycles(stage)
@@ -162,21 +162,21 @@ def apportion(ideal: IdealCounts) -> list[Cycle]:
             n = len(options)
             # The counts less those of whole periods: equal values mean that the sequence repeats.
             ahead = tuple(c - n // period * w for c, w in zip(apportioner.counts, parts, strict=True))
-            # rows since the counts were as far ahead before; 0: never
+            # Rows since the counts were as far ahead before; 0: never.
             length = n - seen.setdefault(ahead, n)
             if not length or apportioner.row + length > cycles_end:
-                # one period at a time, up to the stage's end
+                # One period at a time, up to the stage's end.
                 options += apportioner.assign(int(min(period, end - apportioner.row)))
                 continue
-            # rows before the repetition, which are not repeated themselves
+            # Rows before the repetition, which are not repeated themselves.
             if n > length:
                 cycles.append(Cycle(first, counts, options[:-length]))
-            # the counts where the last repetition began
+            # The counts where the last repetition began.
             before = tuple(c - length // period * w for c, w in zip(apportioner.counts, parts, strict=True))
             cycles.append(Cycle(apportioner.row - length, before, options[-length:]))
             if math.isinf(cycles_end):
                 return cycles
-            # whole repetitions up to the end of cycles: `Cycle` repeats them, and nothing is stored
+            # Whole repetitions up to the end of cycles: `Cycle` repeats them, and nothing is stored.
             rounds = int(cycles_end - apportioner.row) // length
             apportioner.skip(rounds * length, [rounds * length // period * w for w in parts])
             first, counts, options, seen = apportioner.row, tuple(apportioner.counts), [], {}

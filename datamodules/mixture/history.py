@@ -101,6 +101,6 @@ def contents(source: NamedSource, corpus: IndexedCorpus, held_out: Sequence[Any]
 
 
 def _differences(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
-    # keys of either side: one that the other lacks is a difference
+    # Keys of either side: one that the other lacks is a difference.
     keys = [*run, *(k for k in checkpoint if k not in run)]
     return [f"{k} was {checkpoint.get(k)!r}, is {run.get(k)!r}" for k in keys if checkpoint.get(k) != run.get(k)]

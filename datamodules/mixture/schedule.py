@@ -62,7 +62,7 @@ class MixtureSchedule:
         """
         check_order([row for row, _ in phases])
         self.first_rows, self.mixtures = [row for row, _ in phases], [mixture for _, mixture in phases]
-        # (phases, sources): rows of each source before each phase
+        # (phases, sources): rows of each source before each phase.
         self._before = [[0] * len(self.mixtures[0].kind_of)]
         for n, first in enumerate(self.first_rows[1:]):
             self._before.append(self._counts_in(n, first - self.first_rows[n]))
@@ -80,7 +80,7 @@ class MixtureSchedule:
 
     def row_of(self, source: int, number: int) -> int | None:
         """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
-        # the last phase before which the source had no more than `number` rows
+        # The last phase before which the source had no more than `number` rows.
         phase = bisect_right(self._before, number, key=lambda before: before[source]) - 1
         row = self.mixtures[phase].row_of(source, number - self._before[phase][source])
         return None if row is None else self.first_rows[phase] + row
@@ -98,7 +98,7 @@ def build_schedule(phases: Sequence[Phase], kinds: Mapping[str, int]) -> Mixture
 
     def mixture(phase: Phase) -> SourceMixture:
         stages = [
-            # rows from the phase's first one on; a source that the phase does not name has weight 0
+            # Rows from the phase's first one on; a source that the phase does not name has weight 0.
             SourceMixtureStage(s.first_row - phase.first_row, s.ratio, tuple(s.weights.get(name, _NONE) for name in kinds))
             for s in phase.stages
         ]

@@ -84,7 +84,7 @@ class Blocks:
     @cached_property
     def n_blocks(self) -> int:
         documents = self.corpus.n_documents * max(self.split.share(self.part), SPARSEST)
-        # min: a block has at least one run
+        # min: a block has at least one run.
         return max(1, min(round(documents / self.layout.block_documents), self.n_runs))
 
     @cached_property
@@ -93,10 +93,10 @@ class Blocks:
 
     def runs(self, block: int) -> list[tuple[int, int]]:
         """Return the stretches of the corpus that a block is drawn from, ascending."""
-        # runs are dealt evenly: blocks differ by one at most
+        # Runs are dealt evenly: blocks differ by one at most.
         first, stop = (b * self.n_runs // self.n_blocks for b in (block, block + 1))
         size, n = self.layout.run_documents, self.corpus.n_documents
-        # ascending, as they lie on disk; an empty run where the corpus is empty
+        # Ascending, as they lie on disk; an empty run where the corpus is empty.
         return [(run * size, min((run + 1) * size, n)) for run in sorted(self._run_order[first:stop].tolist())] or [(0, 0)]
 
     def packed(self, block: int) -> tuple[PackedRows, int]:
@@ -105,13 +105,13 @@ class Blocks:
         documents, n_tokens, n_images = (np.concatenate(column) for column in zip(*runs, strict=True))
         order = permutation(len(documents), hash_key("documents", self.layout.seed, *_block_key(block)))
         T, L = self.layout.seq_len, self.layout.n_latents
-        # + 1: </s> is a target too
+        # + 1: </s> is a target too.
         return pack(self.corpus, documents[order], n_tokens[order] + 1, n_images[order], T, L), len(documents)
 
     def _run(self, first: int, stop: int) -> tuple[Array, Array, Array]:
         """Return the split's documents among [first, stop), and their tokens and images."""
         documents = self.split.documents(first, stop, self.part)
-        # all offsets of the stretch, of which there is one more than documents
+        # All offsets of the stretch, of which there is one more than documents.
         offsets = (o[first : stop + 1].astype(np.int64) for o in (self.corpus.token_offsets, self.corpus.image_offsets))
         n_tokens, n_images = (np.diff(o)[documents - first] for o in offsets)
         return documents, n_tokens, n_images
@@ -127,7 +127,7 @@ def count_block(packed: PackedRows, n_documents: int) -> npt.NDArray[np.void]:
     dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
     counts = np.zeros(1, COUNTS)
     counts["documents"] = n_documents
-    # a document begins in its first segment alone
+    # A document begins in its first segment alone.
     counts["begun"] = np.count_nonzero(packed.start == 0)
     counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
     counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
@@ -222,7 +222,7 @@ class RowPlan:
         """
         self.name, self.seed, self.n_latents, self.shuffle = name, layout.seed, layout.n_latents, shuffle
         T, L = layout.seq_len, layout.n_latents
-        # <s>, <image>, L slots, </image> and a token of text
+        # <s>, <image>, L slots, </image> and a token of text.
         if corpus.image_offsets[-1] and L + 4 > T:
             raise UserError(f"seq_len {T} has no room for an image of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
@@ -233,7 +233,7 @@ class RowPlan:
             counts = count_parts(self.blocks, f"planning {name}, {part}", workers)
         self._counts = counts
         self._n_rows = counts["rows"].astype(np.int64)
-        # rows in the blocks before each
+        # Rows in the blocks before each.
         self._first_ids = np.cumsum(self._n_rows) - self._n_rows
         self.totals = _totals(counts)
         self.n_rows = self.totals.rows
@@ -258,7 +258,7 @@ class RowPlan:
 
     def _raise_no_rows(self) -> None:
         corpus, T = self.blocks.corpus, self.blocks.layout.seq_len
-        # with documents and no rows, at least one was dropped
+        # With documents and no rows, at least one was dropped.
         reason, first = next(iter(self.totals.first_dropped.items()))
         raise UserError(
             f"{corpus.folder}: none of {self.totals.documents} documents fits rows of {T} positions; document {first}, for "
@@ -269,7 +269,7 @@ class RowPlan:
         """Return the id of the row at place `number` of an epoch."""
         assert 0 <= number < self.n_rows, number
         order, ends = self._block_order(epoch)
-        # side="right": a row at the end of a block is the next one's, and blocks without rows are passed over
+        # side="right": a row at the end of a block is the next one's, and blocks without rows are passed over.
         place = int(np.searchsorted(ends, number, side="right"))
         block = int(order[place])
         at = number - int(ends[place]) + int(self._n_rows[block])  # its place in the block
@@ -301,7 +301,7 @@ class RowPlan:
             place = int(np.searchsorted(ends, number, side="right"))
             block, n_left = int(order[place]), min(int(ends[place]) - number, stop - first)
             at = number - int(ends[place]) + int(self._n_rows[block])
-            # up to the block's end in one step
+            # Up to the block's end in one step.
             rows = self._row_order(block, epoch)[at : at + n_left]
             n_targets += int(self._packed(block)[0].row_targets[rows].sum())
             first += n_left
@@ -313,10 +313,10 @@ class RowPlan:
         order, ends = self._block_order(epochs)
         n_blocks = int(np.searchsorted(ends, n_left, side="right"))  # that the last epoch reads to their end
         counted = self._counts[order[:n_blocks]]
-        # whole epochs and whole blocks by their stored counts
+        # Whole epochs and whole blocks by their stored counts.
         sums = [epochs * getattr(self.totals, n) + int(counted[n].sum()) for n in ("positions", "targets", "images")]
         if n_left > (before := int(ends[n_blocks - 1]) if n_blocks else 0):
-            # the block that is read in part, which must be packed
+            # The block that is read in part, which must be packed.
             block = int(order[n_blocks])
             rows, packed = self._row_order(block, epochs)[: n_left - before], self._packed(block)[0]
             columns = (packed.row_positions, packed.row_targets, packed.row_images)
@@ -336,7 +336,7 @@ class RowPlan:
         runs = self.blocks.runs(0)
         records = self.blocks.corpus.records
         ends = [(int(records[first]) >> PLACE_BITS, int(records[stop - 1]) >> PLACE_BITS) for first, stop in runs]
-        # neighbouring runs may share a shard
+        # Neighbouring runs may share a shard.
         shards = {shard for first, last in ends for shard in range(first, last + 1)}
         return Window(
             blocks=n, documents=self.totals.begun // n, rows=self.n_rows // n, runs=len(runs), shards=len(shards)
@@ -346,7 +346,7 @@ class RowPlan:
 def _totals(counts: npt.NDArray[np.void]) -> Totals:
     sums = {name: int(counts[name].sum()) for name in ("documents", "begun", "rows", "positions", "targets", "images")}
     dropped = dict(zip(REASONS, counts["dropped"].sum(axis=0).tolist(), strict=True))
-    # blocks that dropped none hold -1, which must not be the minimum
+    # Blocks that dropped none hold -1, which must not be the minimum.
     numbers = np.where(counts["first_dropped"] < 0, np.iinfo(np.int64).max, counts["first_dropped"]).min(axis=0).tolist()
     first = dict(zip(REASONS, numbers, strict=True))
     return Totals(
