@@ -44,6 +44,7 @@ from kosmos_lit.tokenizer import IGNORE, PAD, SpecialTokens
 
 REASON = "blocked"
 """A ledger's reason for a blocked document."""
+# sha256 or md5 in hexadecimal digits.
 DIGEST = re.compile(r"[0-9a-fA-F]{64}|[0-9a-fA-F]{32}")
 AMBIGUOUS_KEY = re.compile(r"(line|row) \d+")
 """A key that every file of texts has."""
@@ -78,14 +79,17 @@ class Blocklist:
     @cached_property
     def _entries(self) -> dict[Kind, U64]:
         """Per kind the sorted hashes."""
+        # array: 8 bytes an entry while files are read, where Python's integers take over 30.
         entries: dict[Kind, array[int]] = {"digest": array("Q"), "url": array("Q"), "key": array("Q")}
         for path in self.files:
             _read(path, entries)
+        # np.unique also sorts, as searchsorted requires.
         return {kind: np.unique(np.frombuffer(hashes, dtype=np.uint64)) for kind, hashes in entries.items()}
 
     def _has(self, kind: Kind, name: str) -> bool:
         entries, entry = self._entries[kind], np.uint64(_hash_entry(kind, name))
         at = int(np.searchsorted(entries, entry))
+        # searchsorted gives len(entries) for a hash above all of them.
         return at < len(entries) and bool(entries[at] == entry)
 
     def match(self, corpus: IndexedCorpus, document: int) -> str | None:
@@ -95,6 +99,7 @@ class Blocklist:
 
         Raises: OSError if a shard is gone or has changed.
         """
+        # The cheapest comparisons come first; the images' bytes are read last.
         images = corpus.document_images(document)
         digests: tuple[str, ...] = ()
         if len(self._entries["key"]) or len(self._entries["url"]) or (images and len(self._entries["digest"])):
@@ -116,6 +121,7 @@ class Blocklist:
                     return f"image's hash {digest}"
             for image in images:
                 data = corpus.image_bytes(image)
+                # usedforsecurity=False: a machine in FIPS mode refuses md5 otherwise.
                 for digest in (hashlib.sha256(data).hexdigest(), hashlib.md5(data, usedforsecurity=False).hexdigest()):
                     if self._has("digest", digest):
                         return f"image's hash {digest}"
@@ -131,6 +137,7 @@ class Blocklist:
         try:
             matches = {n: self.match(corpus, segment.document) for n, segment in enumerate(row.segments)}
         except OSError as error:
+            # Not skipped: a blocked document might be learnt.
             raise UserError(f"row {row.number}: a document cannot be compared with the blocklist: {error}") from error
         blocked = {n: entry for n, entry in matches.items() if entry is not None}
         return mask_segments(row, blocked, special), blocked
@@ -149,6 +156,7 @@ def mask_segments(row: Row, segments: Collection[int], special: SpecialTokens) -
     tokens, targets = row.tokens.copy(), row.targets.copy()
     for n in segments:
         place = slice(row.segments[n].position, row.segments[n].position + row.segments[n].length)
+        # <image>, the slots, which repeat its id, and </image> stay: the batch's slots are checked against them.
         marks = (tokens[place] == special.image) | (tokens[place] == special.image_end)
         tokens[place] = np.where(marks, tokens[place], PAD)
         targets[place] = IGNORE
@@ -161,6 +169,7 @@ def _hash_entry(kind: Kind, name: str) -> int:
             return int(name[:16], 16)  # a hash already: its first 64 bits
         case "url":
             name = name.strip().partition("#")[0]
+    # surrogatepass: keys of tars may hold lone surrogates.
     return hash_bytes(name.encode("utf-8", "surrogatepass"))
 
 
@@ -169,7 +178,7 @@ def _read(path: Path, entries: dict[Kind, array[int]]) -> None:
 
     Raises: UserError naming the line.
     """
-    number = 0
+    number = 0  # for the message, if the file cannot be opened at all
     try:
         for number, line in enumerate(lines(path), start=1):
             entry = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()  # a byte order mark may come first
@@ -191,5 +200,6 @@ def _read(path: Path, entries: dict[Kind, array[int]]) -> None:
         raise UserError(
             f"blocklist {path}, line {number}: it is not UTF-8 ({error.reason}); give text, .gz or .zst, one entry a line"
         ) from error
+    # Compressed files that end early or are damaged raise any of these.
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"blocklist {path} cannot be read after line {number}: {error}") from error

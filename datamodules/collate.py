@@ -72,10 +72,13 @@ class ImageReader:
 
         Raises: UserError if too many of a source's images so far were bad, or a shard is gone.
         """
+        # (rows,): one past each row's last image.
         ends = np.cumsum([len(row.images) for row in rows])
+        # Not zeroed: `_decode` writes each image, or makes it black.
         images = np.empty((int(ends[-1]), 3, self.size, self.size), dtype=np.uint8)
         places = np.split(images, ends[:-1])  # views: rows decode straight into the batch
         decoded = [
+            # A row of padding has no source.
             self._decode(row, corpora[row.source], out) if row.source else DecodedRow(row)
             for row, out in zip(rows, places, strict=True)
         ]
@@ -85,6 +88,7 @@ class ImageReader:
         source = row.source
         blocked: dict[int, str] = {}
         if self.blocklist is not None:
+            # Before decoding, which blocked images do not need.
             row, blocked = self.blocklist.apply(row, corpus, self.special)
         bad = [(source, REASON)] * len(blocked)
         for n, entry in blocked.items():
@@ -92,16 +96,17 @@ class ImageReader:
         undecodable = []
         for image, segment, pixels in zip(row.images, row.image_segments, out, strict=True):
             if segment in blocked:
-                pixels[:] = 0
+                pixels[:] = 0  # blocked images keep their slots, so that no other one moves
                 continue
             try:
                 decode(corpus.image_bytes(image), self.size, self.fit, pixels)
                 self.budgets[source].count_good()
             except ImageError as error:
-                pixels[:] = 0
+                pixels[:] = 0  # `out` is uninitialised memory until an image is decoded
                 undecodable.append(segment)
                 bad.append((source, error.reason))
                 self._quarantine(row, source, corpus, row.segments[segment].document, image, error)
+            # The image is not to blame but its shard, which is gone: no budget covers that.
             except OSError as error:
                 raise UserError(f"row {row.number}: an image cannot be read: {error}") from error
         return DecodedRow(row, tuple(undecodable), tuple(bad))
@@ -111,6 +116,7 @@ class ImageReader:
     ) -> None:
         """Record a bad image, under its own URL if it has one, and charge it to its source's budget."""
         shard, key = corpus.shard_and_name(document)
+        # In a crawl, an image has a record and a URL of its own, apart from its page's.
         if url := corpus.image_url(image):
             shard, key = str(corpus.image_file(image)), url
         detail = f"{image.path}: {error}" if image.path else str(error)
@@ -143,12 +149,15 @@ def collate(
     A document with an image that cannot be decoded stays in its row without targets.
     """
     rows = [d.row for d in decoded]
+    # np.stack copies: the rows' own targets stay, as digests and amounts below need them.
     targets = np.stack([row.targets for row in rows])
     for d, row_targets in zip(decoded, targets, strict=True):
+        # Once per image, so a segment may come twice.
         for n in d.undecodable:
             segment = d.row.segments[n]
             row_targets[segment.position : segment.position + segment.length] = IGNORE
     tokens = np.stack([row.tokens for row in rows])
+    # view: without images the list is empty, and its tensor (0,) instead of (0, 2).
     slots = torch.tensor(
         [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
     ).view(-1, 2)
@@ -162,13 +171,13 @@ def collate(
         loss_at=torch.from_numpy(np.flatnonzero(targets != IGNORE)),
         images=torch.from_numpy(images),
         slots=slots,
-        corpus=torch.tensor([row.corpus for row in rows]),
-        n_bytes=torch.from_numpy(tokenizer.count_bytes(tokens, targets).sum(1)),
+        corpus=torch.tensor([row.corpus for row in rows]),  # -1 for a row of padding
+        n_bytes=torch.from_numpy(tokenizer.count_bytes(tokens, targets).sum(1)),  # (B, T) to (B,)
         rows=tuple(row.number for row in rows),
         sources=tuple(row.source for row in rows),
         amounts=tuple(row.amount(unit) for row in rows),
         padding=tuple(len(row.tokens) - row.n_real for row in rows),
-        digest=sum(row.digest() for row in rows if row.number >= 0) & DIGEST_MASK,
+        digest=sum(row.digest() for row in rows if row.number >= 0) & DIGEST_MASK,  # rows of padding are not of the stream
         n_step_targets=n_step_targets,
         n_real=sum(row.n_real for row in rows),
         n_bad_images=sum(len(d.undecodable) for d in decoded),
@@ -179,10 +188,13 @@ def collate(
 def empty_row(seq_len: int) -> Row:
     """Return a row of padding, for the last validation batch."""
     tokens, targets = np.full(seq_len, PAD, dtype=np.int64), np.full(seq_len, IGNORE, dtype=np.int64)
+    # Number and corpus -1, no source, epoch 0.
     return Row(-1, -1, "", 0, tokens, targets, (), (), (), np.zeros(0, dtype=np.int64))
 
 
 def _positions(row: Row) -> Ids:
+    # Segments, and the padding as one more.
     lengths = np.array(row.lengths)
     firsts: Ids = np.cumsum(lengths) - lengths
+    # (T,): the place in the row less the first place of its segment.
     return np.arange(len(row.tokens)) - np.repeat(firsts, lengths)

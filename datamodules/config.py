@@ -51,6 +51,7 @@ class CorpusConfig:
     """How documents are read from the files."""
 
     def __post_init__(self) -> None:
+        # `not` before the comparisons: NaN, which fails them all, is refused too.
         for name in ("val_share", "max_bad_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)} for the index {self.index}")
@@ -75,6 +76,7 @@ class RatioConfig:
     def weights(self, defaults: Sequence[float], is_configured: Sequence[bool]) -> tuple[float, ...]:
         """Return the weights in the order of `CORPORA`; None is replaced by the default of a configured corpus, or 0."""
         defaults = [default if has else 0.0 for default, has in zip(defaults, is_configured, strict=True)]
+        # astuple has the fields' order, which is that of CORPORA.
         return tuple(default if w is None else w for w, default in zip(astuple(self), defaults, strict=True))
 
 

@@ -46,6 +46,7 @@ SHARDS_PER_CHECK = 1000
 """Shards whose sizes one task of a thread compares."""
 DOCUMENTS_PER_CHUNK = 1 << 14
 """Documents whose tokens are counted at a time."""
+# "<": files are little-endian, whatever machine writes them.
 COLUMNS = {
     "token_offsets": "<u8",
     "image_offsets": "<u8",
@@ -90,7 +91,7 @@ class IndexedCorpus:
         self.token_offsets, self.image_offsets = self._map("token_offsets"), self._map("image_offsets")
         self.records, self.image_places = self._map("records"), self._map("image_places")
         self.image_lengths, self.image_positions = self._map("image_lengths"), self._map("image_positions")
-        self.n_documents = len(self.records)
+        self.n_documents = len(self.records)  # the offsets have one entry more
         self.extra = {column: self._map(column) for column in self.source.columns}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -100,6 +101,7 @@ class IndexedCorpus:
         path = self.folder / f"{column}.npy"
         try:
             return np.asarray(np.load(path, mmap_mode="r"))  # mapped; np.memmap's own indexing takes five times as long
+        # ValueError: the file is shorter than its header says, or has none.
         except (OSError, ValueError) as error:
             raise UserError(f"the index in {self.folder} is damaged: {path.name}: {error}; prepare it again") from error
 
@@ -143,7 +145,7 @@ class IndexedCorpus:
     def document_tokens(self, document: int) -> npt.NDArray[np.int64]:
         """Return a document's ids, one marker per image, without <s> and </s>."""
         start, end = self.token_offsets[document : document + 2]
-        return self.tokens[int(start) : int(end)].astype(np.int64)
+        return self.tokens[int(start) : int(end)].astype(np.int64)  # astype copies: the mapped file is read-only
 
     def document_images(self, document: int) -> list[StoredImage]:
         """Return a document's images in order."""
@@ -160,6 +162,7 @@ class IndexedCorpus:
         if "image_paths" not in self.extra:
             return ""
         start, end = (int(x) for x in self.extra["image_path_offsets"][image : image + 2])
+        # The inverse of os.fsencode, by which paths were stored.
         return self.extra["image_paths"][start:end].tobytes().decode("utf-8", "surrogateescape")
 
     def document_supervised(self, document: int) -> npt.NDArray[np.bool_] | None:
@@ -174,16 +177,19 @@ class IndexedCorpus:
         if "supervised" not in self.extra:
             return None
         counts = np.zeros(len(documents), dtype=np.int64)
+        # In chunks, since the arrays below have an entry per token.
         for at in range(0, len(documents), DOCUMENTS_PER_CHUNK):
             chunk = documents[at : at + DOCUMENTS_PER_CHUNK]
             start = self.token_offsets[chunk].astype(np.int64)
             length = self.token_offsets[chunk + 1].astype(np.int64) - start
             first = np.cumsum(length) - length  # no document is empty, as reduceat below requires
+            # (tokens,): each one's place in the corpus, document after document.
             positions = np.repeat(start - first, length) + np.arange(length.sum())
             supervised = self.extra["supervised"][positions].astype(np.bool_)
             continues = np.append(supervised[1:], False)
-            continues[first + length - 1] = False
+            continues[first + length - 1] = False  # the next token is another document's
             ends = supervised & ~continues  # each run is followed by </s>, one more target
+            # As integers: the sum of two boolean arrays is their union.
             counts[at : at + DOCUMENTS_PER_CHUNK] = np.add.reduceat(supervised + ends.astype(np.int64), first)
         return counts
 
@@ -229,6 +235,7 @@ class _ShardPaths(Sequence[Path]):
 
     def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]) -> None:
         self._folder, self._shards = folder, shards
+        # On the instance: a cache of the class would keep each of them in memory.
         self._path = lru_cache(maxsize=1 << 10)(self._path_of)
 
     def __len__(self) -> int:
@@ -244,6 +251,7 @@ class _ShardPaths(Sequence[Path]):
         return self._path(index)
 
     def _path_of(self, index: int) -> Path:
+        # normpath: paths are relative to the index's folder, and may begin with "..".
         return Path(os.path.normpath(os.path.join(self._folder, self._shards[index]["path"])))
 
 
@@ -278,10 +286,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     Raises: UserError if it is of another version or damaged.
     """
     path = folder / MANIFEST
+    # The manifest is written last: without it the index is unfinished.
     if not path.is_file():
         return None
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # Malformed JSON and malformed UTF-8 alike.
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; delete the folder and prepare the corpus again") from error
     if manifest.get("version") != VERSION:

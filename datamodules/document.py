@@ -82,10 +82,12 @@ class Tally:
 
     def _count(self, counter: Counter[str], reason: str, place: object) -> None:
         counter[reason] += 1
+        # Cut, since URLs and readers' messages may be long, and manifests hold them.
         self.examples.setdefault(reason, str(place)[:300])
 
     def add(self, other: Tally) -> None:
         self.documents += other.documents
+        # Counter.update adds where a dictionary's would replace.
         self.broken.update(other.broken)
         self.skipped.update(other.skipped)
         self.notes.update(other.notes)
@@ -107,4 +109,5 @@ class Tally:
     def broken_share(self) -> float:
         """Broken records as a share of all."""
         broken = self.broken.total()
+        # max: a shard may be empty.
         return broken / max(1, broken + self.documents + self.skipped.total())

@@ -59,9 +59,11 @@ def last_step(
     ends = []
     for index, name in enumerate(kinds):
         if name in sources and (limit := sources[name].config.max_epochs) is not None:
+            # The source's first row beyond the limit, as its rows count from 0; a run may never read it.
             row = schedule.row_of(index, math.floor(limit * sources[name].train.plan.n_rows))
             reason = f"source {name} would be read more than {limit:g} times (max_epochs)"
             ends += [] if row is None else [(steps.step(row), reason)]
+    # The earliest step, as it comes first in each pair.
     return min(ends, default=None)
 
 
@@ -85,6 +87,7 @@ def largest_amount(
         micro_batch_rows: rows of a micro-batch, neighbours in the stream.
     """
     n = -(-max(SAMPLED_ROWS, micro_batch_rows) // micro_batch_rows) * micro_batch_rows  # whole micro-batches
+    # (micro-batches, rows of each, mean and deviation)
     by_row = np.array([row_amounts[schedule.locate(row)[0]] for row in range(n)]).reshape(-1, micro_batch_rows, 2)
     # Rows vary independently, so that their variances add up.
     means, deviations = by_row[..., 0].sum(axis=1), np.sqrt((by_row[..., 1] ** 2).sum(axis=1))
@@ -120,8 +123,11 @@ def typical_epoch(kind: int, seq_len: int, n_latents: int) -> tuple[Amounts, flo
     T = seq_len
     if (document := TYPICAL_DOCUMENTS.get(CORPORA[kind])) is None:
         return Amounts(EPOCH_ROWS, EPOCH_ROWS * T, EPOCH_ROWS * T, 0), float(T)
+    # An image takes L + 2 positions, of which its marker among the tokens is one.
     positions = document.tokens + (n_latents + 1) * document.images
+    # Documents that fill EPOCH_ROWS rows.
     n = EPOCH_ROWS * T / positions
+    # Images are no targets.
     targets = round(n * (document.tokens - document.images) * document.supervised_share)
     return Amounts(EPOCH_ROWS, EPOCH_ROWS * T, targets, round(n * document.images)), float(min(T, positions))
 
@@ -145,6 +151,7 @@ class TypicalForecast:
         epochs = {name: typical_epoch(kind, seq_len, n_latents) for name, kind in kinds.items()}
         totals = {
             name: Totals(
+                # Of these fields, `row_shares` reads rows, begun and targets.
                 documents=EPOCH_ROWS, begun=max(1, round(a.positions / length)), rows=EPOCH_ROWS, positions=a.positions,
                 targets=a.targets, images=a.images, dropped={}, first_dropped={},
             )
@@ -166,6 +173,7 @@ class TypicalForecast:
     def largest_micro_batch(self, micro_batch_rows: int) -> tuple[int, int]:
         """Return about how many images and supervised tokens a micro-batch holds at most."""
         epochs = {index: self.epochs[name][0] for index, name in enumerate(self.kinds)}
+        # No deviation: typical documents are all alike.
         images = {index: (a.images / EPOCH_ROWS, 0.0) for index, a in epochs.items()}
         targets = {index: (a.targets / EPOCH_ROWS, 0.0) for index, a in epochs.items()}
         return (

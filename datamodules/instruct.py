@@ -11,7 +11,7 @@ from datamodules.module import MixtureData
 class InstructData(MixtureData):
     """Examples of prompts and answers and, by ratio, the corpora that the model was trained on before."""
 
-    default_ratio = (0.0, 0.0, 0.0, 1.0)
+    default_ratio = (0.0, 0.0, 0.0, 1.0)  # in the order of CORPORA
 
     def __init__(
         self,
@@ -26,4 +26,5 @@ class InstructData(MixtureData):
             ratio: Shares in positions, by default 0 : 0 : 0 : 1; the other corpora are configured as in MixtureData.
             **options: Those of MixtureData.
         """
+        # jsonargparse follows this call to learn names and types of **options.
         super().__init__(instruct=instruct, ratio=ratio, **options)

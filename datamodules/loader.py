@@ -32,6 +32,7 @@ def n_micro_batches(global_rows: int, micro_rows: int, world_size: int) -> int:
     """
     G, m, W = global_rows, micro_rows, world_size
     if G % (m * W):
+        # Micro-batch sizes that would do; none where the ranks alone do not divide the rows.
         fits = [d for d in range(1, G // W + 1) if G % (d * W) == 0]
         ranks = [w for w in range(1, G + 1) if G % (w * m) == 0]
         advice = f"micro_batch_rows could be {', '.join(map(str, fits))}" if fits else f"use a multiple of {W} rows"
@@ -104,20 +105,23 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         self.stream, self.layout, self.options, self.n_rows = stream, layout, options, n_rows
 
     def __iter__(self) -> Iterator[KosmosBatch]:
+        # None in the training process itself, with num_workers 0.
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         o = self.options
         reader = ImageReader(
             o.image_size, o.fit, o.tokenizer.special, o.max_bad_share, ledger=o.ledger, blocklist=o.blocklist,
-            split=None if self.n_rows is None else "val",
+            split=None if self.n_rows is None else "val",  # finite streams are of held-out rows
         )  # fmt: skip
         corpora = {name: source.corpus for name, source in self.stream.by_name.items()}
         # Several micro-batches belong to one step: its targets are counted once.
         counted, n_targets = range(0), 1
         for k in count(first, step) if self.n_rows is None else range(first, self.n_batches, step):
+            # A finite stream has no steps: its loss is not divided by their targets.
             if self.n_rows is None and (step_rows := self.layout.step_rows(k)) != counted:
                 counted, n_targets = step_rows, self.stream.n_targets(step_rows.start, step_rows.stop)
             rows, images = reader.read([self._row(number) for number in self.layout.rows(k)], corpora)
+            # max: a step may have no target, and the loss is divided by their number.
             yield collate(
                 rows, images, tokenizer=o.tokenizer, n_latents=o.n_latents, n_step_targets=max(1, n_targets), unit=o.unit
             )
@@ -132,6 +136,7 @@ class MicroBatches(IterableDataset[KosmosBatch]):
     def n_batches(self) -> int:
         """Micro-batches of a finite stream, the same on every rank."""
         assert self.n_rows is not None
+        # Rounded up: `_row` completes the last one.
         return -(-self.n_rows // (self.layout.micro_batch_rows * self.layout.world_size))
 
 
@@ -145,8 +150,8 @@ class Loader:
             batches,
             batch_size=None,  # the dataset yields whole micro-batches
             num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if num_workers else None,
+            pin_memory=torch.cuda.is_available(),  # so that copies to the GPU are asynchronous
+            prefetch_factor=4 if num_workers else None,  # torch refuses a number without workers
             worker_init_fn=_ignore_run_signals,
         )
 
@@ -169,6 +174,7 @@ def _ignore_run_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
+        # Blocked, not ignored: sigwaitinfo below takes it, and the new thread inherits the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_from, args=(os.getppid(),), daemon=True).start()
     else:
@@ -199,6 +205,7 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         """Raises: UserError if there is no prompt."""
         batches = self._build()
+        # An empty generator shows only when it is asked.
         first = next(batches, None)
         if first is None:
             raise UserError(

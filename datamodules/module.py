@@ -34,7 +34,7 @@ from kosmos_lit.images import Fit
 class MixtureData(L.LightningDataModule):
     """Rows of the corpora by ratio: the same rows on any number of ranks and workers, from any row on."""
 
-    default_ratio: ClassVar[Sequence[float]] = (5.0, 5.0, 2.0, 0.0)
+    default_ratio: ClassVar[Sequence[float]] = (5.0, 5.0, 2.0, 0.0)  # in the order of CORPORA
     """Shares of the configured corpora: the paper's batch."""
 
     def __init__(
@@ -43,7 +43,7 @@ class MixtureData(L.LightningDataModule):
         text: CorpusConfig | None = None,
         caption: CorpusConfig | None = None,
         interleaved: CorpusConfig | None = None,
-        ratio: RatioConfig = RatioConfig(),
+        ratio: RatioConfig = RatioConfig(),  # frozen, so that all instances may share it
         seq_len: int = 2048,
         global_batch_rows: int = 12,
         micro_batch_rows: int = 1,
@@ -103,6 +103,7 @@ class MixtureData(L.LightningDataModule):
         named = name_sources(by_kind, sources)
         self.unit, self.accept_changes = unit, accept_changes
         self.ratios = ratios_by_step(ratio, ratio_stages, self.default_ratio, named.values())
+        # In any stage: a kind that only a later one reads is opened from the start.
         is_used = [any(ratio[kind] for _, ratio in self.ratios) for kind in range(len(CORPORA))]
         self.sources = {n: s for n, s in named.items() if is_used[s.kind] and s.config.weight}
         sizes = {"seq_len": seq_len, "global_batch_rows": global_batch_rows, "micro_batch_rows": micro_batch_rows}
@@ -133,6 +134,7 @@ class MixtureData(L.LightningDataModule):
         prepare_tokenizer(self.tokenizer_config, self.sources.values())
         for source in self.sources.values():
             prepare_source(source, self.tokenizer_config.path, self.prepare_workers)
+        # Counts all blocks and stores the counts, which the other ranks read in `setup`.
         self._open_sources(self.prepare_workers)
 
     def _open_sources(self, workers: int) -> None:
@@ -154,6 +156,7 @@ class MixtureData(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.open()
+        # Validation, tests and prediction have no optimizer steps.
         if self.trainer is not None and stage == "fit" and self.trainer is not self._configured_trainer:
             G, m, W = self.global_batch_rows, self.micro_batch_rows, self.trainer.world_size
             reason = f"{G} rows a step on {W} ranks with micro-batches of {m}"
@@ -175,6 +178,7 @@ class MixtureData(L.LightningDataModule):
     def stream(self, split: str = "train") -> Stream:
         """Return the rows of `train` (endless) or `val` (each held-out row once, source by source)."""
         if split == "train":
+            # None: a source of past rows that is no longer configured.
             packed = [self.prepared[n].train if n in self.prepared else None for n in self.kinds]
             return Stream(packed, self.schedule, self.tokenizer.special, self.seq_len)
         return self._val_stream(None)[0]
@@ -209,12 +213,13 @@ class MixtureData(L.LightningDataModule):
         first_row = 0
         if self.trainer is not None:
             path = resumed_checkpoint(self.trainer)
+            # Lightning calls `load_state_dict` only if the checkpoint has a state under this class's name.
             if path is not None and path != self._resumed_from:
                 raise UserError(
                     f"{path} is of a run with another kind of data than {type(self).__name__}: resume with that run's data, "
                     "or start anew from its weights with model.init_from"
                 )
-            self._limit_steps(self.trainer)
+            self._limit_steps(self.trainer)  # before the table, which says how much is read by then
             rank_zero_info(self.describe(self.trainer.max_steps))
             if self.blocklist is not None:
                 rank_zero_info(f"blocklist: {len(self.blocklist):,} entries")
@@ -225,6 +230,7 @@ class MixtureData(L.LightningDataModule):
         """End training with the last whole step before a source has been read `max_epochs` times."""
         if (end := last_step(self.prepared, self.kinds, self.schedule, self.steps)) is None:
             return
+        # `max_steps` is read now, as `limit_steps` changes it.
         (last, reason), step, configured = end, trainer.global_step, trainer.max_steps
         if last < max(1, step):
             raise UserError(f"after step {last:,} {reason}, and the run is at step {step:,}; raise max_epochs")
@@ -259,6 +265,7 @@ class MixtureData(L.LightningDataModule):
 
     def _held_out(self, source: PreparedSource) -> Iterator[int]:
         for document in source.held_out():
+            # Skipped, not masked: a prompt is no row, where places must stay.
             if self.blocklist is None or self.blocklist.match(source.corpus, document) is None:
                 yield document
 
@@ -291,6 +298,7 @@ class MixtureData(L.LightningDataModule):
         totals = {name: source.train.plan.totals for name, source in self.prepared.items()}
         sources = list(self.sources.values())
         stages = tuple(row_shares(steps.row(step), ratio, sources, totals, self.unit) for step, ratio in self.ratios)
+        # What changes a row: ranks, workers and micro-batches do not.
         names = ("seed", "seq_len", "n_latents", "image_size", "image_fit", "block_documents", "run_documents")
         rules = {n: getattr(self, n) for n in names} | {"tokenizer": self.tokenizer.fingerprint, "packing": VERSION}
         return History(rules, {n: s.contents for n, s in self.prepared.items()}, [Phase(0, stages)])

@@ -50,6 +50,7 @@ def prepare_source(source: NamedSource, tokenizer: str, workers: int) -> None:
             max_bad_share=config.max_bad_share,
         )
         rank_zero_info(describe(corpus))
+    # Once, not on each rank: that is a system call per shard.
     IndexedCorpus(config.index).check_shards()
 
 
@@ -85,6 +86,7 @@ class PreparedSource:
         held_out = RowLayout(seq_len=layout.seq_len, n_latents=layout.n_latents, seed=0)
         self.val: PackedSource | None = None
         """None where nothing is held out."""
+        # A row plan refuses an empty split.
         if len(self.split.first("val", 1)):
             plan = RowPlan(self.name, self.corpus, self.split, "val", held_out, shuffle=False, workers=workers)
             self.val = self._packed(plan)

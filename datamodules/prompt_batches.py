@@ -32,7 +32,7 @@ def caption_prompts(
         for document in numbers[first : first + BATCH_SIZE]:
             decoded = _decoded_images(corpus, document, image_size)
             if decoded is not None:
-                images.append(decoded[0])
+                images.append(decoded[0])  # a caption pair has one image
                 targets.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
         if n := len(targets):
             yield PromptBatch(
@@ -53,8 +53,10 @@ def example_prompts(
     for document in islice(documents, MAX_PROMPTS):
         ids, supervised = corpus.document_tokens(document), corpus.document_supervised(document)
         assert supervised is not None
+        # The last answer begins behind the last token that is not supervised.
         start = 0 if supervised.all() else int(np.flatnonzero(~supervised)[-1]) + 1
         n_images = int((ids == options.tokenizer.special.image).sum())
+        # <s>, and for each image the L + 1 positions beside its marker.
         if start + 1 + (options.n_latents + 1) * n_images + ANSWER_POSITIONS > seq_len:
             n_long += 1
         elif (decoded := _decoded_images(corpus, document, options.image_size)) is not None:
@@ -84,17 +86,20 @@ def _example_batch(examples: Sequence[tuple[Ids, list[Pixels], str]], options: R
 
 def _decoded_images(corpus: IndexedCorpus, document: int, size: int) -> list[Pixels] | None:
     try:
+        # "square", as the released evaluation fits images, whatever training does.
         return [decode(corpus.image_bytes(image), size, "square") for image in corpus.document_images(document)]
     except ImageError:
         return None
 
 
 def _stack(images: list[Pixels], size: int) -> torch.Tensor:
+    # np.stack refuses an empty list.
     return torch.from_numpy(np.stack(images) if images else np.zeros((0, 3, size, size), np.uint8))
 
 
 def _readable(ids: Ids, tokenizer: Tokenizer) -> str:
     """Return a prompt as text, with <image> for each image."""
+    # All parts but the first begin with an image's marker.
     parts = np.split(ids, np.flatnonzero(ids == tokenizer.special.image))
     texts = [tokenizer.decode(part.tolist()) for part in parts]  # decoding drops the marker that a part begins with
     return " ".join([texts[0], *(f"<image> {text}".strip() for text in texts[1:])]).strip()

@@ -73,6 +73,7 @@ class Ledger:
         line = sample.to_line()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # os.write, not a buffered file, which may divide a line between two writes.
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 n_written = os.write(file, line)
@@ -80,6 +81,7 @@ class Ledger:
                 os.close(file)
         except OSError as error:
             raise UserError(f"the ledger of bad samples {self.path} cannot be written: {error}") from error
+        # A disk that fills up takes a part of the line, without an error.
         if n_written != len(line):
             raise UserError(f"the ledger of bad samples {self.path} cannot be written: the disk is full")
 
@@ -94,6 +96,7 @@ def read_ledger(path: str | Path) -> Iterator[BadSample]:
     """
     seen: set[int] = set()
     with Path(path).open("rb") as file:
+        # A line may hold several samples: a truncated one has no newline, and the next follows it.
         for number, line in enumerate(file, start=1):
             head, *tails = line.split(BEGIN)  # cannot occur inside a sample, where quotes are escaped
             # A truncated line may end inside its beginning, before the next sample.
@@ -141,6 +144,7 @@ class Budget:
         self.n_read += 1
         self.n_in_a_row += 1
         self.reasons[reason] += 1
+        # In a small sample, a few bad images are a large share by chance.
         too_many = self.n_read >= MIN_IMAGES and self.n_bad > self.max_bad_share * self.n_read
         if not too_many and self.n_in_a_row < MAX_IN_A_ROW:
             return

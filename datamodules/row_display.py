@@ -52,7 +52,7 @@ def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer, blocked: Mappin
         f"row {row.number}: {kind}, epoch {row.epoch}, {len(row.segments)} documents, "
         f"{row.n_real} of {len(row.tokens)} positions, {n_targets} supervised, {len(row.images)} images"
     ]
-    n_images = 0
+    n_images = 0  # the row's images are in the order of its slots
     first_slots = {int(slot): n for n, slot in enumerate(row.slots)}
     for n, segment in enumerate(row.segments):
         shard, name = corpus.shard_and_name(segment.document)
@@ -69,6 +69,7 @@ def readable_row(row: Row, stream: Stream, tokenizer: Tokenizer, blocked: Mappin
             # Of an image's ids, <image> and </image> are printed, and of its slots, which repeat <image>, none.
             elif id_ != tokenizer.special.image or at + 1 in first_slots:
                 text += tokenizer.name(id_)
+        # The segment's last target, which is no input: behind an arrow.
         last = int(row.targets[segment.position + segment.length - 1])
         text += f" -> {tokenizer.name(last)}" if last != IGNORE else ""
         lines.append(f"- {shard}, {name}, targets {segment.start} to {segment.end}\n  {text}")

@@ -42,11 +42,13 @@ class SequentialSchedule:
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the source of row `row`, and its number among that source's rows."""
+        # side="right": a row at the end of a source belongs to the next, and empty ones are passed over.
         source = int(np.searchsorted(self._ends, row, side="right"))
         return source, row - (int(self._ends[source - 1]) if source else 0)
 
     def counts(self, n_rows: int) -> list[int]:
         """Return how many of the first `n_rows` rows come from each source."""
+        # The sources' ends, none behind n_rows: their differences are the rows read of each.
         return [int(n) for n in np.diff(np.minimum(self._ends, n_rows), prepend=0)]
 
 
@@ -129,12 +131,13 @@ class Row:
 
     def digest(self) -> int:
         """Return a 63-bit hash of the row: of its number, where its documents and images lie, ids and targets."""
+        # Not the path of the shard: a corpus that has moved gives the same digest.
         images = [(i.shard, i.offset, i.length, i.path) for i in self.images]
         identity = (self.number, self.source, self.epoch, tuple(map(_DigestedSegment, self.segments)), images)
         digest = blake2b(repr(identity).encode(), digest_size=8)
         for ids in (self.tokens, self.targets):  # of one byte order on all machines
             digest.update(np.ascontiguousarray(ids, dtype="<i8").data)
-        return int.from_bytes(digest.digest(), "little") >> 1
+        return int.from_bytes(digest.digest(), "little") >> 1  # torch sums digests as int64
 
 
 class _DigestedSegment:
@@ -185,6 +188,7 @@ class Stream:
         """Return stream row `number`."""
         source, epoch, planned_row = self.locate(number)
         corpus, planned = source.corpus, source.plan.segments(planned_row)
+        # Segments as stored, with one marker for each image.
         stored_inputs, stored_targets = zip(
             *(
                 inputs_and_targets(corpus.document_tokens(n), start, end, self.special, corpus.document_supervised(n))
@@ -192,9 +196,11 @@ class Stream:
             ),
             strict=True,
         )
+        # All in one go: a row of captions has some 24 segments.
         row_inputs, row_targets, slots, last = render(
             np.concatenate(stored_inputs), np.concatenate(stored_targets), self.special, source.plan.n_latents
         )
+        # (T,), padded at the end
         tokens = np.full(self.seq_len, PAD, dtype=np.int64)
         targets = np.full(self.seq_len, IGNORE, dtype=np.int64)
         tokens[: len(row_inputs)], targets[: len(row_inputs)] = row_inputs, row_targets
@@ -225,8 +231,10 @@ def inputs_and_targets(
     </s>, and the next turn is not a target.
     """
     inputs, targets = np.empty(end - start, dtype=np.int64), np.append(stored, EOS)
+    # Inputs lag targets by one.
     inputs[0], inputs[1:] = BOS, stored[start : end - 1]
     if answers is not None:
+        # (n + 1,): </s> is a target if the last token is one.
         is_answer = np.append(answers, answers[-1:])
         # The first target behind a run of answers; the document's own </s> belongs to the last run.
         is_end = np.append(False, is_answer[:-1] & ~is_answer[1:])
@@ -242,5 +250,6 @@ def render(inputs: Ids, targets: Ids, special: SpecialTokens, n_latents: int) ->
     """
     tokens, last, slots = expand_images(inputs, special, n_latents)
     expanded = np.full(len(tokens), IGNORE, dtype=np.int64)
+    # The id behind an image is predicted at its last position, </image>.
     expanded[last] = targets
     return tokens, expanded, slots, last

@@ -20,6 +20,7 @@ def set_accumulation(trainer: L.Trainer, n_micro_batches: int, reason: str) -> N
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but it follows from the data's "
             f"numbers: {reason} make {n_micro_batches}; leave it out"
         )
+    # The training loop reads this at each micro-batch: `setup` is early enough.
     trainer.accumulate_grad_batches = n_micro_batches
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= n_micro_batches  # Lightning counts micro-batches there, and configs steps
@@ -28,7 +29,7 @@ def set_accumulation(trainer: L.Trainer, n_micro_batches: int, reason: str) -> N
 def limit_steps(trainer: L.Trainer, last_step: int) -> bool:
     """End training with `last_step`; return False, and change nothing, if it ends no later anyway."""
     loop = trainer.fit_loop.epoch_loop  # `trainer.max_steps` reads this and has no setter
-    if 0 <= loop.max_steps <= last_step:
+    if 0 <= loop.max_steps <= last_step:  # Lightning's -1 is no limit
         return False
     loop.max_steps = last_step
     return True

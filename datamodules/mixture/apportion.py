@@ -46,11 +46,14 @@ class IdealCounts:
     def __init__(self, borders: Sequence[int], parts: Sequence[Sequence[int]]) -> None:
         """Take the first row of each stage, and the integer parts of each option in it."""
         self.borders, self.parts = borders, parts
+        # Options that ever have a share: the others get no turn.
         k = sum(any(column) for column in zip(*parts, strict=True))
         periods = [sum(stage) for stage in parts]
         self.d = math.lcm(*periods)
+        # max: for a single option, 2k - 2 is 0.
         self.unit = self.d * max(2, 2 * k - 2)
         """One row; then shares are integers, and `self.d` is the d of this module."""
+        # Without remainder, since each period divides the unit.
         self.step = [[w * self.unit // p for w in stage] for stage, p in zip(parts, periods, strict=True)]
         """(stages, options): growth with each row."""
         self.base = [[0] * len(parts[0])]
@@ -63,17 +66,19 @@ class IdealCounts:
     def due(self, option: int, turn: int, stage: int = 0) -> tuple[float, int]:
         """Return the row at which a turn (from 1) becomes due, or infinity, and its stage; searches from `stage` on."""
         threshold = (turn - 1) * self.unit + self.d
+        # `<`: a stage whose end just reaches the threshold has the row.
         while stage + 1 < len(self.base) and self.base[stage + 1][option] < threshold:
             stage += 1
         step = self.step[stage][option]
         if not step:
-            return math.inf, stage
+            return math.inf, stage  # no share in the last stage: the turn never comes
         # -(a // b) rounds up: the first row whose own share reaches the threshold.
         return self.borders[stage] - (self.base[stage][option] - threshold) // step - 1, stage
 
     def deadline(self, option: int, turn: int, stage: int = 0) -> tuple[float, int]:
         """Return where a turn (from 1) is overdue, in parts of `fine` of a row, or infinity, and its stage."""
         threshold = turn * self.unit - self.d
+        # `<=`: T must exceed the threshold, not only reach it.
         while stage + 1 < len(self.base) and self.base[stage + 1][option] <= threshold:
             stage += 1
         step = self.step[stage][option]
@@ -86,6 +91,7 @@ class IdealCounts:
         if stage + 1 == len(self.borders):
             return math.inf
         ends = self.base[stage + 1]
+        # Of each option, the first turn m with m - d >= T at the stage's end.
         first_turns = [(i, -(-(ends[i] + self.d) // self.unit)) for i, step in enumerate(self.step[stage]) if step]
         return min(self.borders[stage + 1], *(self.due(i, turn)[0] for i, turn in first_turns))
 
@@ -101,7 +107,9 @@ class Apportioner:
     def _queue_turns(self) -> None:
         """Queue each option's next turn as waiting; the next row moves those that are due."""
         options = range(len(self.counts))
+        # Where the searches for due row and deadline go on: both ascend with the turn.
         self._stages = [(0, 0) for _ in options]
+        # Heaps: of open turns by deadline, ties going to the lower option, and of waiting ones by due row.
         self._open: list[tuple[float, int]] = []
         self._waiting = [turn for i in options if (turn := self._next_turn(i))[0] < math.inf]
         heapify(self._waiting)
@@ -120,7 +128,7 @@ class Apportioner:
             while waiting and waiting[0][0] <= row:
                 _, deadline, option = heappop(waiting)
                 heappush(open_turns, (deadline, option))
-            _, option = heappop(open_turns)
+            _, option = heappop(open_turns)  # never empty: see 1 of the proof
             options.append(option)
             self.counts[option] += 1
             turn = self._next_turn(option)
@@ -144,6 +152,7 @@ def apportion(ideal: IdealCounts) -> list[Cycle]:
     apportioner, cycles = Apportioner(ideal), []
     for stage, first in enumerate(ideal.borders):
         parts = ideal.parts[stage]
+        # After a period, T has grown by whole rows, by `parts`.
         period = sum(parts)
         end = ideal.borders[stage + 1] if stage + 1 < len(ideal.borders) else math.inf
         cycles_end = ideal.end_of_cycles(stage)
@@ -153,16 +162,21 @@ def apportion(ideal: IdealCounts) -> list[Cycle]:
             n = len(options)
             # The counts less those of whole periods: equal values mean that the sequence repeats.
             ahead = tuple(c - n // period * w for c, w in zip(apportioner.counts, parts, strict=True))
+            # Rows since the counts were as far ahead before; 0: never.
             length = n - seen.setdefault(ahead, n)
             if not length or apportioner.row + length > cycles_end:
+                # One period at a time, up to the stage's end.
                 options += apportioner.assign(int(min(period, end - apportioner.row)))
                 continue
+            # Rows before the repetition, which are not repeated themselves.
             if n > length:
                 cycles.append(Cycle(first, counts, options[:-length]))
+            # The counts where the last repetition began.
             before = tuple(c - length // period * w for c, w in zip(apportioner.counts, parts, strict=True))
             cycles.append(Cycle(apportioner.row - length, before, options[-length:]))
             if math.isinf(cycles_end):
                 return cycles
+            # Whole repetitions up to the end of cycles: `Cycle` repeats them, and nothing is stored.
             rounds = int(cycles_end - apportioner.row) // length
             apportioner.skip(rounds * length, [rounds * length // period * w for w in parts])
             first, counts, options, seen = apportioner.row, tuple(apportioner.counts), [], {}

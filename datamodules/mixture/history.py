@@ -55,6 +55,7 @@ class History:
             raise UserError(
                 f"the checkpoint's data stream was another one: {'; '.join(differences)}; resume with that run's data"
             )
+        # A source of one side only is a change of shares, which may be accepted.
         for name in sorted(self.sources.keys() & configured.sources.keys()):
             if differences := _differences(self.sources[name], configured.sources[name]):
                 raise UserError(
@@ -74,6 +75,7 @@ class History:
         return merged, changes
 
     def _changes(self, configured: History, row: int) -> list[str]:
+        # Shares of rows that are read already do not count.
         before, after = (h.phases[-1].starting_at(row) for h in (self, configured))
         old_names, new_names = ({name for stage in phase.stages for name in stage.weights} for phase in (before, after))
         changes = [f"source {name} is no longer read" for name in sorted(old_names - new_names)]
@@ -93,11 +95,12 @@ def contents(source: NamedSource, corpus: IndexedCorpus, held_out: Sequence[Any]
     assert manifest is not None
     identity: dict[str, Any] = {"kind": CORPORA[source.kind]}
     identity |= {key: manifest[key] for key in ("format", "options", "documents", "tokens", "images")}
-    identity["shards"] = f"{hash_key(json.dumps(corpus.shards_key)):016x}"
+    identity["shards"] = f"{hash_key(json.dumps(corpus.shards_key)):016x}"  # hashed: there may be 200,000
     identity["held_out"] = f"{hash_key(json.dumps(held_out)):016x}"
     return identity
 
 
 def _differences(checkpoint: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
+    # Keys of either side: one that the other lacks is a difference.
     keys = [*run, *(k for k in checkpoint if k not in run)]
     return [f"{k} was {checkpoint.get(k)!r}, is {run.get(k)!r}" for k in keys if checkpoint.get(k) != run.get(k)]

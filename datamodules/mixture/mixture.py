@@ -67,6 +67,7 @@ class Mixture:
         parts = [to_parts(s.weights) for s in stages]
         if math.lcm(*map(sum, parts)) > MAX_COMMON_PERIOD:
             parts = [to_parts(s.weights, round_always=True) for s in stages]
+        # A stage with the parts of the one before it changes nothing: cycles run on.
         changes = [n for n in range(len(stages)) if n == 0 or parts[n] != parts[n - 1]]
         self.n_options = len(parts[0])
         self.first_rows = [stages[n].first_row for n in changes]
@@ -83,6 +84,7 @@ class Mixture:
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the option of row `row`, and its number among that option's rows."""
+        # The last cycle that begins at the row or before it.
         return self._cycles[bisect_right(self._starts, row) - 1].locate(row)
 
     def counts(self, n_rows: int) -> list[int]:
@@ -100,6 +102,7 @@ class Mixture:
 
     def row_of(self, option: int, number: int) -> int | None:
         """Return the row that is the option's `number`-th (from 0), or None if it has no such row."""
+        # Of cycles with equal counts before them, only the last has rows of the option.
         at = bisect_right(self._cycles, number, key=lambda cycle: cycle.before[option]) - 1
         return self._cycles[at].row_of(option, number)
 
@@ -109,8 +112,10 @@ class _IndexedCycle:
 
     def __init__(self, cycle: Cycle, n_options: int) -> None:
         self.first_row, self.before = cycle.first_row, cycle.counts
+        # One byte a row, for up to 255 options.
         self.options = np.array(cycle.options, dtype=np.min_scalar_type(n_options))
         self.period = len(self.options)
+        # Counts at every BLOCK-th row: a lookup counts fewer than BLOCK rows itself.
         starts = np.arange(0, self.period, BLOCK)
         per_block = [np.bincount(self.options[s : s + BLOCK], minlength=n_options) for s in starts]
         self.marks: npt.NDArray[np.int32] = np.cumsum([np.zeros(n_options), *per_block], axis=0).astype(np.int32)
@@ -136,6 +141,7 @@ class _IndexedCycle:
         if not per_round:
             return None
         rounds, nth = divmod(number - self.before[option], per_round)
+        # side="right": blocks without the option have the mark of the next one, and are passed over.
         block = int(np.searchsorted(self.marks[:, option], nth, side="right")) - 1
         places = np.flatnonzero(self.options[block * BLOCK : (block + 1) * BLOCK] == option)
         at = block * BLOCK + int(places[nth - int(self.marks[block, option])])
@@ -169,6 +175,7 @@ class SourceMixture:
         check_order([stage.first_row for stage in stages])
         self.kind_of, self.n_kinds, self.stages = list(kind_of), n_kinds, list(stages)
         self._sources = [[s for s, k in enumerate(kind_of) if k == kind] for kind in range(n_kinds)]
+        # Of each source, its option in the mixture of its kind.
         self._place = [self._sources[kind].index(s) for s, kind in enumerate(kind_of)]
         for n, stage in enumerate(stages):
             if (len(stage.ratio), len(stage.weights)) != (n_kinds, len(kind_of)):
@@ -185,6 +192,7 @@ class SourceMixture:
         for stage in self.stages:
             if stage.ratio[kind]:
                 weights = tuple(stage.weights[s] for s in self._sources[kind])
+                # Only in stages in which the kind has a share: in others all its weights may be 0.
                 check_weights(f"from row {stage.first_row} on, sources of kind {kind}", weights)
                 first = self.kinds.counts(stage.first_row)[kind] if within else 0
                 within[first] = Stage(first, weights)  # of stages without a row in between, the later one counts

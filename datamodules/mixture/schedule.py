@@ -33,15 +33,17 @@ class Phase:
 
     def starting_at(self, row: int) -> Phase:
         """Return the phase as if it began at a later row: the shares in force there, and those to come."""
-        past = [s for s in self.stages if s.first_row <= row]
+        past = [s for s in self.stages if s.first_row <= row]  # never empty: a phase has a stage at its first row
         return Phase(row, (replace(past[-1], first_row=row), *(s for s in self.stages if s.first_row > row)))
 
 
 def extend_phases(phases: Sequence[Phase], configured: Phase, row: int) -> list[Phase]:
     """Return the phases of a run that read up to `row` by `phases` and goes on as `configured`."""
     new = configured.starting_at(row)
+    # Unchanged shares begin no phase: the rows stay those of a run that was not interrupted.
     if new == phases[-1].starting_at(row):
         return list(phases)
+    # A phase that begins at `row` has no rows yet, and is replaced.
     return [*(phase for phase in phases if phase.first_row < row), new]
 
 
@@ -60,6 +62,7 @@ class MixtureSchedule:
         """
         check_order([row for row, _ in phases])
         self.first_rows, self.mixtures = [row for row, _ in phases], [mixture for _, mixture in phases]
+        # (phases, sources): rows of each source before each phase.
         self._before = [[0] * len(self.mixtures[0].kind_of)]
         for n, first in enumerate(self.first_rows[1:]):
             self._before.append(self._counts_in(n, first - self.first_rows[n]))
@@ -77,6 +80,7 @@ class MixtureSchedule:
 
     def row_of(self, source: int, number: int) -> int | None:
         """Return the row that is the source's `number`-th (from 0), or None if it has no such row."""
+        # The last phase before which the source had no more than `number` rows.
         phase = bisect_right(self._before, number, key=lambda before: before[source]) - 1
         row = self.mixtures[phase].row_of(source, number - self._before[phase][source])
         return None if row is None else self.first_rows[phase] + row
@@ -94,6 +98,7 @@ def build_schedule(phases: Sequence[Phase], kinds: Mapping[str, int]) -> Mixture
 
     def mixture(phase: Phase) -> SourceMixture:
         stages = [
+            # Rows from the phase's first one on; a source that the phase does not name has weight 0.
             SourceMixtureStage(s.first_row - phase.first_row, s.ratio, tuple(s.weights.get(name, _NONE) for name in kinds))
             for s in phase.stages
         ]

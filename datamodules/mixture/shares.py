@@ -41,13 +41,14 @@ def name_sources(
     """
     named = {k: NamedSource(k, CORPORA.index(k), c) for k, c in kinds.items() if c is not None}
     for name, config in (sources or {}).items():
-        if config is None:
+        if config is None:  # null: a later config file removes the source
             continue
         if name in CORPORA:
             raise UserError(f"data.sources.{name}: that name belongs to data.{name}; choose another")
         named[name] = NamedSource(name, CORPORA.index(SOURCES[config.format].kind), config)
     by_index: dict[str, str] = {}
     for name, source in named.items():
+        # setdefault returns the first source of the index.
         if (other := by_index.setdefault(source.config.index, name)) != name:
             raise UserError(f"the sources {other} and {name} have the same index {source.config.index}; give each its own")
     return named
@@ -67,6 +68,7 @@ def ratios_by_step(
     for stage in stages or ():
         if stage.from_step <= ratios[-1][0]:
             raise UserError(f"data.ratio_stages: from_step must rise, got {stage.from_step} behind {ratios[-1][0]}")
+        # None: as in the stage before, whether the corpus is configured or not.
         ratios.append((stage.from_step, stage.ratio.weights(ratios[-1][1], [True] * len(CORPORA))))
     configured = ", ".join(name for name, has in zip(CORPORA, has_source, strict=True) if has) or "no corpus"
     for step, weights in ratios:
@@ -93,7 +95,7 @@ class Shares:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
-        weights = {name: str(w) for name, w in self.weights.items()}
+        weights = {name: str(w) for name, w in self.weights.items()}  # exact as text, as "5/12"
         return {"first_row": self.first_row, "ratio": [str(r) for r in self.ratio], "weights": weights}
 
     @classmethod
@@ -109,6 +111,7 @@ class Shares:
 
 def amount(totals: Totals, unit: Unit) -> int:
     """Return how much of a unit an epoch of a source has."""
+    # Rows, not positions: they are equally long, padding included.
     return {"tokens": totals.rows, "loss_tokens": totals.targets, "documents": totals.begun}[unit]
 
 
@@ -116,6 +119,7 @@ def row_shares(
     first_row: int, ratio: Sequence[float], sources: Sequence[NamedSource], totals: Mapping[str, Totals], unit: Unit
 ) -> Shares:
     """Return shares in rows from a ratio and weights that count `unit`."""
+    # Exact fractions throughout, as apportioning takes whole numbers.
     counted = [s for s in sources if ratio[s.kind] and s.config.weight]
     weight_of_kind = {k: sum(exact(s.config.weight) for s in counted if s.kind == k) for k in _KINDS}
     rows = {}
@@ -124,5 +128,6 @@ def row_shares(
         # max: a source may have none of the unit, as captions without a supervised token.
         rows[s.name] = in_unit * Fraction(totals[s.name].rows, max(1, amount(totals[s.name], unit)))
     of_kind = [sum((rows[s.name] for s in counted if s.kind == k), _NONE) for k in _KINDS]
+    # Per kind, as `SourceMixture` takes them.
     weights = {s.name: rows[s.name] / of_kind[s.kind] for s in counted}
     return Shares(first_row, tuple(r / sum(of_kind) for r in of_kind), weights)

@@ -32,12 +32,14 @@ class Steps:
         """Return the steps of a run that goes on after `step` steps."""
         # A border at `step` itself has no steps yet: the new one replaces it.
         past = tuple(border for border in self.borders if border[0] < step)
+        # No border where steps keep their size.
         if past and past[-1][2] == global_batch_rows:
             return Steps(past)
         return Steps((*past, (step, self.row(step), global_batch_rows)))
 
     def row(self, step: int) -> int:
         """Return the rows read by `step` steps, which is also the first row of the next one."""
+        # The last border at the step or before it.
         first, row, size = self.borders[bisect_right(self.borders, step, key=lambda border: border[0]) - 1]
         return row + (step - first) * size
 

@@ -37,6 +37,7 @@ def to_parts(weights: Sequence[Weight], *, round_always: bool = False) -> list[i
     """
     fractions = [exact(w) for w in weights]
     scale = math.lcm(*(f.denominator for f in fractions))
+    # Exact: the scale is a multiple of each denominator.
     integers = [int(f * scale) for f in fractions]
     divisor = math.gcd(*integers)
     integers = [w // divisor for w in integers]
@@ -44,6 +45,7 @@ def to_parts(weights: Sequence[Weight], *, round_always: bool = False) -> list[i
         return integers
     parts = [Fraction(w * MAX_PERIOD, sum(integers)) for w in integers]
     rounded = [int(p) for p in parts]
+    # The largest remainders first; of equal ones the lower option, as sorting is stable.
     by_remainder = sorted(range(len(parts)), key=lambda k: rounded[k] - parts[k])
     for k in by_remainder[: MAX_PERIOD - sum(rounded)]:
         rounded[k] += 1

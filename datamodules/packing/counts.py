@@ -54,11 +54,13 @@ def count_parts(blocks: CountableBlocks, title: str, workers: int) -> Counts:
     n, file, index = blocks.n_blocks, f"{blocks.key}.npz", Path(blocks.corpus.folder)
     folders = [index / "plans", *_cache_folder(index)] if index.is_dir() else []
     for folder in folders:
+        # Without a lock: files are written atomically, complete or absent.
         if (counts := _read(folder / file, n)) is not None:
             return counts
     with ExitStack() as locks:
         store = next((folder for folder in folders if _try_lock(folder, locks)), None)
         if store is None:
+            # For the parts, by which the processes hand over their counts.
             temporary = locks.enter_context(tempfile.TemporaryDirectory())
             return _count_all(blocks, Path(temporary), title, workers)
         if store != folders[0]:
@@ -67,13 +69,15 @@ def count_parts(blocks: CountableBlocks, title: str, workers: int) -> Counts:
             parts = store / f"{blocks.key}.parts"
             counts = _count_all(blocks, parts, title, workers)
             _write(store / file, counts)
-            shutil.rmtree(parts)
+            shutil.rmtree(parts)  # only now: until then, an interrupted run goes on from them
         return counts
 
 
 def _cache_folder(index: Path) -> list[Path]:
     """Return the folder for the counts of an index in the user's cache; none if the cache has no absolute path."""
+    # `~` stays where there is no home; XDG ignores paths that are not absolute.
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # realpath: an index has one folder, by whatever link it is opened.
     name = f"{hash_key(os.path.realpath(index)):016x}"
     return [Path(cache) / "kosmos-lit" / "plans" / name] if os.path.isabs(cache) else []
 
@@ -92,6 +96,7 @@ def _count_all(blocks: CountableBlocks, folder: Path, title: str, workers: int) 
     n = blocks.n_blocks
     tasks = [(blocks, first, min(first + PART, n), folder / f"{first}.npz") for first in range(0, n, PART)]
     run_all(_count, [t for t in tasks if _read(t[3], t[2] - t[1]) is None], workers, title, "documents", "part")
+    # From the files, also of parts that were just counted.
     parts = [part for _, first, stop, path in tasks if (part := _read(path, stop - first)) is not None]
     counts = np.concatenate(parts)
     assert len(counts) == n, (len(counts), n)
@@ -109,6 +114,7 @@ def _count(task: tuple[CountableBlocks, int, int, Path], progress: Progress) -> 
 
 
 def _write(path: Path, counts: Counts) -> None:
+    # In memory: np.savez would add .npz to the temporary name.
     data = io.BytesIO()
     np.savez(data, counts=counts)  # a zip file, so with a checksum
     write_atomically(path, data.getvalue())
@@ -119,6 +125,8 @@ def _read(path: Path, n: int) -> Counts | None:
     try:
         with np.load(path) as file:
             counts = file["counts"]
+    # np.load: no file, not a zip file, an empty one, one without `counts`, a damaged one.
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None
+    # A part's file may have been written with another PART.
     return counts if len(counts) == n else None

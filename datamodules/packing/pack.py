@@ -118,12 +118,17 @@ def pack(corpus: IndexedCorpus, order: Array, n_targets: Array, n_images: Array,
 
 def _pack_split(order: Array, n_targets: Array, seq_len: int, n_latents: int) -> PackedRows:
     """Place documents one after another and cut them where a row ends."""
+    # One past each document's last target, all documents being one sequence.
     ends = np.cumsum(n_targets)
     rows = np.arange(0, ends[-1], seq_len)
+    # Where a document or a row begins, ascending and each once.
     cuts = np.union1d(np.concatenate([[0], ends[:-1]]), rows)
+    # The document of each cut; side="right": at an end, the next one begins.
     owner = np.searchsorted(ends, cuts, side="right")
     first = ends[owner] - n_targets[owner]
+    # A segment reaches to the next cut.
     stop = np.append(cuts[1:], ends[-1])
+    # Each row begins at a cut, so that the search is exact.
     row_starts = np.append(np.searchsorted(cuts, rows), len(cuts))
     return PackedRows(row_starts, order[owner], cuts - first, stop - first, np.zeros_like(cuts), n_latents)
 
@@ -133,15 +138,19 @@ def _pack_whole(
 ) -> PackedRows:
     """Keep each document in one segment if it fits a row."""
     is_long = n_targets + (n_latents + 1) * n_images > seq_len
+    # (4, segments): document, start, end, images.
     uncut = np.stack([order[~is_long], np.zeros_like(order[~is_long]), n_targets[~is_long], n_images[~is_long]])
     cuts_of = {number: _cut(corpus, number, seq_len, n_latents) for number in order[is_long].tolist()}
+    # Of each segment of a long document the same four.
     cut = [(number, *segment) for number, segments in cuts_of.items() for segment in segments]
     columns = np.concatenate([uncut, np.array(cut, dtype=np.int64).reshape(-1, 4).T], axis=1)
     # Segments of a cut document would otherwise be neighbours. The key's word is part of the seed.
     columns = columns[:, permutation(columns.shape[1], hash_key("pieces"))] if is_long.any() else columns
+    # Positions: an image takes L + 1 beside its marker.
     widths = columns[2] - columns[1] + (n_latents + 1) * columns[3]
     row = exact_fill(widths, seq_len) if widths.sum() * CROWDED <= seq_len * len(widths) else best_fit(widths, seq_len)
-    by_row = np.argsort(row, kind="stable")
+    by_row = np.argsort(row, kind="stable")  # stable: a row keeps the order of its segments
+    # One start past the last row; initial=-1: no row where no segment is.
     row_starts = np.searchsorted(row[by_row], np.arange(row.max(initial=-1) + 2))
     document_of, start_of, end_of, images_of = columns[:, by_row]
     impossible = np.sort(np.array([number for number, segments in cuts_of.items() if not segments], dtype=np.int64))
@@ -170,6 +179,7 @@ def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> 
     """
     first, last = (int(x) for x in corpus.image_offsets[document : document + 2])
     n_targets = int(corpus.token_offsets[document + 1] - corpus.token_offsets[document]) + 1
+    # The last of them is </s>, never an image.
     is_image = np.zeros(n_targets, dtype=bool)
     is_image[corpus.image_positions[first:last].astype(np.int64)] = True
     # ends[j]: positions of the document up to and with the one that reads e[j-1] and has target e[j]
@@ -200,16 +210,17 @@ def best_fit(widths: Array, capacity: int, window: int = WINDOW) -> Array:
             width = int(widths[i])
             roomy = spaces >> width  # its lowest bit is the tightest space that is wide enough
             if roomy:
+                # x & -x keeps the lowest bit.
                 space = width + (roomy & -roomy).bit_length() - 1
                 row = rows_with_space[space].pop()
                 if not rows_with_space[space]:
-                    spaces ^= 1 << space
+                    spaces ^= 1 << space  # no row with this space is left
             else:
                 space, row = capacity, n_rows
                 n_rows += 1
             row_of[i] = row
             left = space - width
-            if left:
+            if left:  # a full row takes no more segments
                 rows_with_space.setdefault(left, []).append(row)
                 spaces |= 1 << left
     return row_of
@@ -242,6 +253,7 @@ class _WidthIndex:
 
     def widest(self, space: int) -> list[int]:
         """Return the widest width up to `space`, or an empty list."""
+        # The highest bit among those up to `space`.
         width = (self.widths & ((2 << space) - 1)).bit_length() - 1
         return [width] if width > 0 else []
 
@@ -255,15 +267,16 @@ class _WidthIndex:
             width = narrower.bit_length() - 1
             if 2 * width < total or len(self._segments[width]) > 1:
                 return [width, total - width]
-            narrower ^= 1 << width
+            narrower ^= 1 << width  # a single segment of half the sum: not two
         return []
 
     def three(self, total: int) -> list[int]:
         """Return three widths of that sum, as equal as possible, or an empty list."""
         if total < 3:
             return []
+        # Widths nearest to a third come first: from there down, then up.
         third = total // 3
-        below = self.widths & ((2 << third) - 1)
+        below = self.widths & ((2 << third) - 1)  # bits up to `third`
         above = self.widths ^ below
         while below or above:
             if below:
@@ -273,6 +286,7 @@ class _WidthIndex:
                 width = (above & -above).bit_length() - 1
                 above ^= 1 << width
             two = self.two(total - width)
+            # A width that occurs twice or three times takes as many segments.
             if two and len(self._segments[width]) > two.count(width):
                 return [width, *two]
         return []
@@ -285,9 +299,11 @@ def exact_fill(widths: Array, capacity: int, window: int = WINDOW) -> Array:
     with its widest first leaves segments of one width, and in each row a space in which no segment fits.
     """
     width_of: list[int] = widths.tolist()
+    # -1: not in a row yet.
     row_of = [-1] * len(width_of)
     last_space = 5 * sum(width_of) // max(1, 2 * len(width_of))  # room for three: between 2.5 and 3.5 mean widths
     ahead = _WidthIndex(capacity)
+    # oldest: the first segment in no row; newest: the first that is not in `ahead` yet.
     oldest = newest = row = 0
     while True:
         space = capacity
@@ -296,6 +312,7 @@ def exact_fill(widths: Array, capacity: int, window: int = WINDOW) -> Array:
                 oldest += 1
             if oldest == len(row_of):
                 return np.array(row_of, dtype=np.int64)
+            # The window is counted from the oldest segment.
             while newest < min(len(row_of), oldest + window):
                 ahead.put(newest, width_of[newest])
                 newest += 1
@@ -305,6 +322,7 @@ def exact_fill(widths: Array, capacity: int, window: int = WINDOW) -> Array:
                 break
             row_of[ahead.take(width)] = row
             space -= width
+        # Three that fill the row to its last positions; else two or the widest, until nothing fits.
         last = next((three for lack in range(SLACK + 1) if (three := ahead.three(space - lack))), [])
         while last or (last := ahead.two(space) or ahead.widest(space)):
             width = last.pop()

@@ -84,6 +84,7 @@ class Blocks:
     @cached_property
     def n_blocks(self) -> int:
         documents = self.corpus.n_documents * max(self.split.share(self.part), SPARSEST)
+        # min: a block has at least one run.
         return max(1, min(round(documents / self.layout.block_documents), self.n_runs))
 
     @cached_property
@@ -92,8 +93,10 @@ class Blocks:
 
     def runs(self, block: int) -> list[tuple[int, int]]:
         """Return the stretches of the corpus that a block is drawn from, ascending."""
+        # Runs are dealt evenly: blocks differ by one at most.
         first, stop = (b * self.n_runs // self.n_blocks for b in (block, block + 1))
         size, n = self.layout.run_documents, self.corpus.n_documents
+        # Ascending, as they lie on disk; an empty run where the corpus is empty.
         return [(run * size, min((run + 1) * size, n)) for run in sorted(self._run_order[first:stop].tolist())] or [(0, 0)]
 
     def packed(self, block: int) -> tuple[PackedRows, int]:
@@ -102,11 +105,13 @@ class Blocks:
         documents, n_tokens, n_images = (np.concatenate(column) for column in zip(*runs, strict=True))
         order = permutation(len(documents), hash_key("documents", self.layout.seed, *_block_key(block)))
         T, L = self.layout.seq_len, self.layout.n_latents
+        # + 1: </s> is a target too.
         return pack(self.corpus, documents[order], n_tokens[order] + 1, n_images[order], T, L), len(documents)
 
     def _run(self, first: int, stop: int) -> tuple[Array, Array, Array]:
         """Return the split's documents among [first, stop), and their tokens and images."""
         documents = self.split.documents(first, stop, self.part)
+        # All offsets of the stretch, of which there is one more than documents.
         offsets = (o[first : stop + 1].astype(np.int64) for o in (self.corpus.token_offsets, self.corpus.image_offsets))
         n_tokens, n_images = (np.diff(o)[documents - first] for o in offsets)
         return documents, n_tokens, n_images
@@ -122,11 +127,12 @@ def count_block(packed: PackedRows, n_documents: int) -> npt.NDArray[np.void]:
     dropped = [packed.dropped[reason].tolist() if reason in packed.dropped else [] for reason in REASONS]
     counts = np.zeros(1, COUNTS)
     counts["documents"] = n_documents
+    # A document begins in its first segment alone.
     counts["begun"] = np.count_nonzero(packed.start == 0)
     counts["rows"], counts["images"] = packed.n_rows, packed.n_images.sum()
     counts["positions"], counts["targets"] = packed.row_positions.sum(), packed.row_targets.sum()
     counts["dropped"] = [len(documents) for documents in dropped]
-    counts["first_dropped"] = [documents[0] if documents else -1 for documents in dropped]
+    counts["first_dropped"] = [documents[0] if documents else -1 for documents in dropped]  # they ascend
     return counts
 
 
@@ -216,6 +222,7 @@ class RowPlan:
         """
         self.name, self.seed, self.n_latents, self.shuffle = name, layout.seed, layout.n_latents, shuffle
         T, L = layout.seq_len, layout.n_latents
+        # <s>, <image>, L slots, </image> and a token of text.
         if corpus.image_offsets[-1] and L + 4 > T:
             raise UserError(f"seq_len {T} has no room for an image of {L} latents; it needs {L + 4}")
         self.blocks = Blocks(corpus, split, part, layout)
@@ -226,6 +233,7 @@ class RowPlan:
             counts = count_parts(self.blocks, f"planning {name}, {part}", workers)
         self._counts = counts
         self._n_rows = counts["rows"].astype(np.int64)
+        # Rows in the blocks before each.
         self._first_ids = np.cumsum(self._n_rows) - self._n_rows
         self.totals = _totals(counts)
         self.n_rows = self.totals.rows
@@ -250,6 +258,7 @@ class RowPlan:
 
     def _raise_no_rows(self) -> None:
         corpus, T = self.blocks.corpus, self.blocks.layout.seq_len
+        # With documents and no rows, at least one was dropped.
         reason, first = next(iter(self.totals.first_dropped.items()))
         raise UserError(
             f"{corpus.folder}: none of {self.totals.documents} documents fits rows of {T} positions; document {first}, for "
@@ -260,9 +269,10 @@ class RowPlan:
         """Return the id of the row at place `number` of an epoch."""
         assert 0 <= number < self.n_rows, number
         order, ends = self._block_order(epoch)
+        # side="right": a row at the end of a block is the next one's, and blocks without rows are passed over.
         place = int(np.searchsorted(ends, number, side="right"))
         block = int(order[place])
-        at = number - int(ends[place]) + int(self._n_rows[block])
+        at = number - int(ends[place]) + int(self._n_rows[block])  # its place in the block
         return int(self._first_ids[block]) + int(self._row_order(block, epoch)[at])
 
     def _order_of_blocks(self, epoch: int) -> tuple[Array, Array]:
@@ -278,6 +288,7 @@ class RowPlan:
 
     def segments(self, row: int) -> list[tuple[int, int, int]]:
         """Return the segments of the row with id `row` as (document, start, end)."""
+        # Blocks without rows have the first id of the next one: the last of them has the row.
         block = int(np.searchsorted(self._first_ids, row, side="right")) - 1
         return self._packed(block)[0].segments(row - int(self._first_ids[block]))
 
@@ -290,6 +301,7 @@ class RowPlan:
             place = int(np.searchsorted(ends, number, side="right"))
             block, n_left = int(order[place]), min(int(ends[place]) - number, stop - first)
             at = number - int(ends[place]) + int(self._n_rows[block])
+            # Up to the block's end in one step.
             rows = self._row_order(block, epoch)[at : at + n_left]
             n_targets += int(self._packed(block)[0].row_targets[rows].sum())
             first += n_left
@@ -301,8 +313,10 @@ class RowPlan:
         order, ends = self._block_order(epochs)
         n_blocks = int(np.searchsorted(ends, n_left, side="right"))  # that the last epoch reads to their end
         counted = self._counts[order[:n_blocks]]
+        # Whole epochs and whole blocks by their stored counts.
         sums = [epochs * getattr(self.totals, n) + int(counted[n].sum()) for n in ("positions", "targets", "images")]
         if n_left > (before := int(ends[n_blocks - 1]) if n_blocks else 0):
+            # The block that is read in part, which must be packed.
             block = int(order[n_blocks])
             rows, packed = self._row_order(block, epochs)[: n_left - before], self._packed(block)[0]
             columns = (packed.row_positions, packed.row_targets, packed.row_images)
@@ -322,6 +336,7 @@ class RowPlan:
         runs = self.blocks.runs(0)
         records = self.blocks.corpus.records
         ends = [(int(records[first]) >> PLACE_BITS, int(records[stop - 1]) >> PLACE_BITS) for first, stop in runs]
+        # Neighbouring runs may share a shard.
         shards = {shard for first, last in ends for shard in range(first, last + 1)}
         return Window(
             blocks=n, documents=self.totals.begun // n, rows=self.n_rows // n, runs=len(runs), shards=len(shards)
@@ -331,6 +346,7 @@ class RowPlan:
 def _totals(counts: npt.NDArray[np.void]) -> Totals:
     sums = {name: int(counts[name].sum()) for name in ("documents", "begun", "rows", "positions", "targets", "images")}
     dropped = dict(zip(REASONS, counts["dropped"].sum(axis=0).tolist(), strict=True))
+    # Blocks that dropped none hold -1, which must not be the minimum.
     numbers = np.where(counts["first_dropped"] < 0, np.iinfo(np.int64).max, counts["first_dropped"]).min(axis=0).tolist()
     first = dict(zip(REASONS, numbers, strict=True))
     return Totals(

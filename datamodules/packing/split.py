@@ -49,7 +49,9 @@ class Split:
         manifest = self.corpus.manifest
         assert manifest is not None
         identity = json.dumps([manifest[name] for name in IDENTITY], sort_keys=True)
+        # Names without folders: corpora may move.
         shards = "".join(f"{shard['path'].rpartition('/')[2]} {shard['bytes']}\n" for shard in manifest["shards"])
+        # As bits, 8 shards a byte.
         held_out = self.val_share if self._held_out is None else np.packbits(self._held_out).tobytes().hex()
         return f"{hash_key(identity, shards, str(held_out)):016x}"
 
@@ -66,9 +68,11 @@ class Split:
         for begin in range(first, stop, CHUNK):
             numbers = np.arange(begin, min(begin + CHUNK, stop))
             if self._held_out is None:
+                # Hashes are uniform below 2 ** 64.
                 is_val = hash_numbers(numbers, hash_key("validation")) < self._below
             else:
                 records = self.corpus.records[begin : begin + len(numbers)]
+                # By the shard, the high bits of a record's place.
                 is_val = self._held_out[(records >> np.uint64(PLACE_BITS)).astype(np.int64)]
             chunks.append(numbers[is_val if part == "val" else ~is_val])
         return np.concatenate(chunks)
@@ -98,21 +102,25 @@ class Split:
     def _shard_spans(self) -> list[tuple[int, int, bool]]:
         """(first document, end, whether held out) of each run of neighbouring files on the same side of the split."""
         assert self._held_out is not None
-        changes = np.flatnonzero(np.diff(self._held_out)) + 1
+        changes = np.flatnonzero(np.diff(self._held_out)) + 1  # np.diff of booleans is their inequality
         firsts = np.array([0, *changes, len(self._held_out)], dtype=np.uint64)  # shards, in whose order documents lie
+        # Records ascend: each shard's first document is where its place 0 would be.
         documents = np.searchsorted(self.corpus.records, firsts << np.uint64(PLACE_BITS)).tolist()
         return list(zip(documents[:-1], documents[1:], self._held_out[firsts[:-1].astype(np.int64)].tolist(), strict=True))
 
 
 def _named_shards(corpus: IndexedCorpus, val_input: Sequence[str]) -> npt.NDArray[np.bool_]:
+    # Text may be used without its files: then the patterns match the paths that the index stores.
     patterns = [translate(os.path.abspath(os.path.expanduser(pattern))) for pattern in val_input]
     fits = re.compile("|".join(patterns)).match
+    # Files that exist are compared without regard to links.
     named = {os.path.realpath(path) for path in matches(val_input)}
     paths = [os.path.abspath(path) for path in corpus.shards]
 
     def held_out(real: Callable[[str], str]) -> npt.NDArray[np.bool_]:
         return np.array([real(path) in named or fits(path) is not None for path in paths], dtype=np.bool_)
 
+    # Shards share few folders, so that resolving those alone is fast.
     folder = lru_cache(os.path.realpath)
     is_held_out = held_out(lambda path: os.path.join(folder(os.path.dirname(path)), os.path.basename(path)))
     if is_held_out.sum() < len(named):  # shards may be links themselves, and following 200,000 of them takes 20 s
