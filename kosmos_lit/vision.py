@@ -138,7 +138,7 @@ def _eager(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    # One wrapper for all blocks, which share a graph for each of the two sizes of chunk: no size need be dynamic.
+    # One wrapper for all blocks; not dynamic, as chunks have one of two sizes.
     return torch.compile(_eager, fullgraph=True, dynamic=False)
 
 

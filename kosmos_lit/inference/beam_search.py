@@ -95,6 +95,7 @@ def search_beams(
         best, parents, tokens = _best(scores, totals, 2 * n)  # enough to go on if n of them end
         # Beams that do not go on repeat rank 0; their totals become NEVER below.
         ranks = torch.zeros(B, n, dtype=torch.int64)
+        # Each row's continuations, the best first: the first n that do not end go on.
         for b, ranked in enumerate(zip(best.tolist(), parents.tolist(), tokens.tolist(), strict=True)):
             extended: list[list[int]] = []
             for rank, (total, parent, token) in enumerate(zip(*ranked, strict=True)):
@@ -111,6 +112,7 @@ def search_beams(
                     finished[b].add(total, ids, step, finish_reason)
             alive[b] = torch.arange(n) < len(extended)
             generated[b] = extended + [[]] * (n - len(extended))
+        # From 2n continuations to the n beams that go on.
         ranks = ranks.to(tree.device)
         totals = best.gather(1, ranks).masked_fill(~alive.to(tree.device), NEVER)
         parents, tokens = parents.gather(1, ranks), tokens.gather(1, ranks)
@@ -120,6 +122,7 @@ def search_beams(
         if step == processors.n_steps or all(beams.is_done for beams in finished):
             break
         hidden = tree.extend(parents, tokens, step - 1)
+    # What still runs at the limit counts too; `add` leaves out prompts whose search has ended.
     for b, beams in enumerate(finished):
         for total, ids in zip(running[b], generated[b], strict=True):
             if total > NEVER:
