@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from kosmos_lit._version import __version__
 
 if TYPE_CHECKING:
+    # `as` tells type checkers that a name is exported.
     from kosmos_lit.inference.engine import Engine as Engine
     from kosmos_lit.inference.engine import load as load
     from kosmos_lit.model import Kosmos as Kosmos

@@ -39,6 +39,7 @@ def from_pretrained(path: str, config: KosmosConfig, seed: int = 0) -> LoadedMod
     source = pretrained if keeps_adapters else merge_adapters(pretrained)
     weights = {k: tensor.float() if tensor.is_floating_point() else tensor for k, tensor in source.state_dict().items()}
     weights[ROWS] = _resized(weights[ROWS], config.decoder, seed)
+    # `copy=False`: `load_model` has made copies of the file's tensors already.
     model = build_model(config if keeps_adapters else replace(config, lora=None), weights, path, copy=False)
     if config.lora is not None and not keeps_adapters:
         with torch.random.fork_rng():
@@ -52,6 +53,7 @@ def _resized(rows: Tensor, config: DecoderConfig, seed: int) -> Tensor:
     n_new = config.vocab_size - len(rows)
     if n_new <= 0:
         return rows if n_new == 0 else rows[:n_new].clone()  # a slice would keep, and save, the whole storage
+    # By a generator of its own: the caller's random numbers stay as they were.
     new = torch.randn(n_new, rows.shape[1], generator=torch.Generator().manual_seed(seed))
     return torch.cat([rows, embedding_std(config) * new])
 
@@ -77,4 +79,5 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def matches(name: str, pattern: str) -> bool:
     """Return whether a pattern of `freeze` covers a parameter's name."""
+    # `fnmatch` itself ignores case on some systems.
     return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

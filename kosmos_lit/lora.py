@@ -41,6 +41,7 @@ def base_weights(model: Kosmos) -> dict[str, Tensor]:
         if layer is None:
             weights[name] = tensor
         elif name.startswith(f"{layer}.base_layer."):
+            # peft's layer keeps the matrix that it stands in place of as `base_layer`.
             weights[name.replace(".base_layer.", ".")] = tensor
     return weights
 
@@ -51,6 +52,7 @@ def without_lora(model: Kosmos, weights: Mapping[str, Tensor]) -> Kosmos:
 
 
 def _without_adapters(model: Kosmos, weights: Mapping[str, Tensor]) -> Kosmos:
+    # Not copied again: the callers' tensors are copies already.
     base = build_model(replace(model.config, lora=None), weights, "the model", copy=False)
     for name, buffer in model.named_buffers(remove_duplicate=False):  # a tower's, which may be in no state dict
         owner, _, attribute = name.rpartition(".")
@@ -75,7 +77,7 @@ def merge_adapters(model: Kosmos) -> Kosmos:
 def _merge(weight: Tensor, layer: Any) -> Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     a, b = (part[ADAPTER].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
-    merged: Tensor = weight.to(dtype) + (b @ a) * layer.scaling[ADAPTER]
+    merged: Tensor = weight.to(dtype) + (b @ a) * layer.scaling[ADAPTER]  # b @ a: (out, r) (r, in)
     return merged.to(weight.dtype)
 
 
@@ -94,7 +96,7 @@ def save_adapter(model: Kosmos, folder: str | Path) -> None:
     names = (name for name, _ in adapted_layers(model))
     peft_config(replace(lora, dropout_rate=0.0), names).save_pretrained(str(folder))
     weights = {
-        key: tensor.detach().cpu().contiguous()
+        key: tensor.detach().cpu().contiguous()  # safetensors takes no strided views
         for name, tensor in model.state_dict().items()
         if (key := _key(name)) is not None
     }
@@ -116,6 +118,7 @@ def load_adapter(base: Kosmos, folder: str | Path) -> Kosmos:
     try:
         table = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS_FILE)
+        # peft keeps the targets as a set, so that their order in the file is arbitrary.
         targets = tuple(sorted(table["target_modules"]))
         lora = LoraConfig(rank=table["r"], alpha=table["lora_alpha"], dropout_rate=0.0, targets=targets)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -125,10 +128,12 @@ def load_adapter(base: Kosmos, folder: str | Path) -> Kosmos:
     with torch.random.fork_rng():  # these draws are replaced below, and must not move the caller's
         model.add_lora(lora)
     own = {name: (key, tensor.device) for name, tensor in model.state_dict().items() if (key := _key(name)) is not None}
+    # `^`: weights that the file lacks, and those that it has besides.
     if wrong := sorted({key for key, _ in own.values()} ^ set(weights)):
         raise UserError(f"{folder}: the adapter is of another model; {len(wrong)} weights differ by name: {wrong[:3]}")
     try:
         adapters = {name: weights[key].to(device) for name, (key, device) in own.items()}
+        # Not strict: the file has the adapters alone. Assigned, so that they keep the file's dtype.
         model.load_state_dict(adapters, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder}: the adapter is of another model: {error}") from error
@@ -138,6 +143,7 @@ def load_adapter(base: Kosmos, folder: str | Path) -> Kosmos:
 def _key(name: str) -> str | None:
     """Return the name of an adapter's weight in peft's files; None for any other weight."""
     is_adapter = ".lora_A." in name or ".lora_B." in name
+    # peft leaves the adapter's name out of its files.
     return PREFIX + name.replace(f".{ADAPTER}.", ".") if is_adapter else None
 
 
@@ -148,7 +154,7 @@ def _check_plain(table: Mapping[str, Any], path: Path) -> None:
     """
     wrong = {} if table.get("peft_type") == "LORA" else {"peft_type": table.get("peft_type")}
     if isinstance(table["target_modules"], str):
-        wrong["target_modules"] = table["target_modules"]
+        wrong["target_modules"] = table["target_modules"]  # a regular expression, or `all-linear`
     for name, value in table.items():
         if name == "init_lora_weights":
             is_plain = value in NEUTRAL_INITS

@@ -37,6 +37,7 @@ class Kosmos(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = cls(replace(config, lora=None))
+            # Adapters come last: `init` tells matrices by their names, which peft changes.
             model.init()
             if config.lora is not None:
                 model.add_lora(config.lora)
@@ -45,6 +46,7 @@ class Kosmos(nn.Module):
     @classmethod
     def on_meta(cls, config: KosmosConfig) -> Kosmos:
         """Return the model on the meta device, where tensors have shapes but no elements."""
+        # Without `pretrained`, which open_clip would read or download.
         with torch.device("meta"):
             return cls(replace(config, vision=replace(config.vision, pretrained=None)))
 
@@ -82,6 +84,7 @@ class Kosmos(nn.Module):
         positions, mask = batch.positions, DocumentMask(batch.lengths, B, T, tokens.device, batch.padding)
         if self.config.decoder.document_attention == "row":
             positions = torch.arange(T, device=tokens.device).expand(B, T)
+            # Each row is one document: positions run on past </s>, and tokens see what comes before it.
             mask = DocumentMask((T,) * B, B, T, tokens.device)
         images, latents = batch.images, None
         if not len(images) and torch.distributed.is_initialized() and self.training:
@@ -89,7 +92,7 @@ class Kosmos(nn.Module):
             # and all ranks in one order, in the backward pass too.
             images = images.new_zeros(1, *images.shape[1:])
         if len(images):
-            latents = self.encode_images(images)[: len(batch.slots)]  # (N, L, D)
+            latents = self.encode_images(images)[: len(batch.slots)]  # (N, L, D), without the blank image
         return self.decoder(tokens, positions, mask, latents, batch.slots)  # type: ignore[no-any-return]
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class VisionTower(nn.Module):
         # Of open_clip's ViT and of timm's; a convolutional tower has neither.
         self._has_tokens = hasattr(trunk, "class_embedding") or hasattr(trunk, "num_prefix_tokens")
         self.width = self._find_width()
+        # What open_clip holds fixed, such as sinusoidal positions, stays so under every rule.
         for parameter, trains in _trainable(self.visual, config.trainable):
             parameter.requires_grad_(trains and parameter.requires_grad)
         self._is_compiled = False
@@ -55,6 +56,7 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) uint8 to features (N, 1 + P, C); towers without a class token give (N, P, C)."""
+        # `[:n]` drops the padding of the last chunk.
         return torch.cat([self._features(chunk)[:n] for chunk, n in self._chunks(images)])
 
     def compile_blocks(self) -> None:
@@ -70,7 +72,7 @@ class VisionTower(nn.Module):
         part = max(1, size // PARTS) if static else size
         for first in (*range(0, n_full, size), *range(n_full, max(N, 1), part)):  # no image is one empty chunk
             chunk = images[first : first + (size if first < n_full else part)]
-            missing = part - len(chunk) if static else 0
+            missing = part - len(chunk) if static else 0  # negative for whole chunks
             if missing > 0:
                 yield torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]), len(chunk)
             else:
@@ -78,10 +80,12 @@ class VisionTower(nn.Module):
 
     def _blocks(self) -> list[nn.Module]:
         """Return the transformer blocks; a convolutional tower has none."""
+        # `fullmatch`: a block, and not the modules inside it.
         return [module for name, module in self.visual.named_modules() if BLOCK.fullmatch(name)]
 
     def _features(self, images: Tensor) -> Tensor:
         mean, std = self._mean_std(images.device)
+        # In float32, then rounded once to the dtype of the weights.
         pixels = (images.float() - mean) / std
         features = self._last_layer(pixels.to(next(self.visual.parameters()).dtype))
         length = self.config.feature_length
@@ -92,14 +96,15 @@ class VisionTower(nn.Module):
         layout: dict[str, Any] = {"output_fmt": "NCHW"}
         if self._has_tokens:
             layout = {"output_fmt": "NLC", "output_extra_tokens": True}
+        # `indices` counts from the end: 1 is the last block alone.
         outputs: dict[str, Any] = self.visual.forward_intermediates(  # type: ignore[operator]
             pixels, indices=1, normalize_intermediates=True, intermediates_only=True, **layout
         )
         features: Tensor = outputs["image_intermediates"][-1]
         if not self._has_tokens:  # a convolutional tower: the positions of its feature map are the patches
-            return features.flatten(2).transpose(1, 2)
+            return features.flatten(2).transpose(1, 2)  # (N, P, C)
         if prefix := outputs.get("image_intermediates_prefix"):
-            features = torch.cat([prefix[-1], features], dim=1)
+            features = torch.cat([prefix[-1], features], dim=1)  # (N, 1 + P, C): the class token comes first
         return features
 
     def _find_width(self) -> int:
@@ -127,11 +132,13 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _eager(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # The class's own `forward`: the instance's one is `_forward`, which calls this function.
     return type(block).forward(block, *args, **kwargs)
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
+    # One wrapper for all blocks; not dynamic, as chunks have one of two sizes.
     return torch.compile(_eager, fullgraph=True, dynamic=False)
 
 
@@ -139,7 +146,7 @@ def _build(config: VisionConfig) -> nn.Module:
     import open_clip
 
     table = describe(config)
-    size = table["vision_cfg"].get("image_size", 224)
+    size = table["vision_cfg"].get("image_size", 224)  # open_clip's default
     if size != config.image_size:
         raise UserError(f"vision.image_size is {config.image_size}, but {config.architecture} reads {size} pixels")
     local = Path(config.pretrained) if config.pretrained is not None and Path(config.pretrained).exists() else None
@@ -149,8 +156,10 @@ def _build(config: VisionConfig) -> nn.Module:
             text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
             pair = open_clip.CLIP(table["embed_dim"], table["vision_cfg"], text, quick_gelu=table.get("quick_gelu", False))
         elif isinstance(config.architecture, str) and not config.architecture.endswith(".json"):
+            # Without `require_pretrained` an unknown tag would leave random weights behind a warning.
             pair = open_clip.create_model(config.architecture, pretrained=config.pretrained, require_pretrained=True)
         else:
+            # A UserError is a ValueError: the clause below completes the message.
             raise UserError("only names of open_clip have released weights, and there is no such file")
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AssertionError) as error:
         raise UserError(
@@ -193,9 +202,11 @@ def _trainable(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:
     """
     named = list(visual.named_parameters())
     if rule == "last_block":
+        # With the dot behind the number, so that block 1 is no beginning of block 11's names.
         blocks = [match[0] for name, _ in named if (match := re.match(f"{BLOCK.pattern}\\.", name))]
         if not blocks:
             raise UserError("vision.trainable: last_block, but the tower has no numbered blocks; use none or all")
+        # The norm after the last block, as open_clip's ViT, timm's ViT and ConvNeXt name it.
         last = (blocks[-1], "ln_post.", "trunk.norm.", "trunk.head.norm.")
         return [(parameter, name.startswith(last)) for name, parameter in named]
     return [(parameter, rule == "all") for _, parameter in named]

@@ -64,6 +64,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         result = func(*args, **(kwargs or {}))
         if not self._is_enabled:
             return result
+        # Autocast casts weights by `_to_copy`.
         copies = func is torch.ops.aten._to_copy.default and _key(args[0]) in self._weights
         for tensor in tree_leaves(result):
             # Views and in-place operators return storages that are counted already.
@@ -79,8 +80,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
             self.current[previous] -= size
             self._total -= size
         else:
-            size = -(-storage.nbytes() // ROUNDING[self.device]) * ROUNDING[self.device]
-            weakref.finalize(storage, self._remove, key)
+            size = -(-storage.nbytes() // ROUNDING[self.device]) * ROUNDING[self.device]  # rounded up
+            weakref.finalize(storage, self._remove, key)  # when its last reference goes
         self._storages[key] = category, size
         self.current[category] += size
         self._total += size
@@ -105,6 +106,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
             self.category = previous.pop()
 
         module.register_forward_pre_hook(before)
+        # Always: checkpointing ends a recomputation early, by an exception.
         module.register_forward_hook(after, always_call=True)
 
     @contextmanager
@@ -185,7 +187,7 @@ class _FakeFlashAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, H, T, _ = q.shape
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(B, H, T, dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(B, H, T, dtype=torch.float32))  # the last: log-sum-exp
         return out
 
     @staticmethod
@@ -225,7 +227,7 @@ def backward(outputs: list[Tensor], gradients: Sequence[Tensor] | None = None) -
         while ready:
             node = heapq.heappop(ready)[-1]
             buffer = buffers.pop(node, {})
-            if hasattr(node, "variable"):
+            if hasattr(node, "variable"):  # AccumulateGrad, where a path ends at a parameter
                 _accumulate_grad(node.variable, buffer)
                 continue
             arguments = [buffer.pop(i, None) for i in range(len(node._input_metadata))]
@@ -275,6 +277,7 @@ def _priority(node: Any) -> tuple[float, int]:
 
 
 def _add_to_buffer(buffer: dict[int, Tensor], number: int, grad: Tensor, expected: Any) -> None:
+    # The engine does the same: broadcasting and autocast change shapes and dtypes of gradients.
     if grad.shape != expected.shape:
         grad = grad.sum_to_size(expected.shape)
     if grad.dtype != expected.dtype:
@@ -317,10 +320,11 @@ def joint_partition(
         with torch.enable_grad():
             outputs = function(leaves)
         results = [output.detach() for output in outputs]
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(inputs[0].device.type, enabled=False):  # outside autocast, as in training
             backward(outputs, tangents)
         return [*results, *(leaf.grad for leaf in leaves)]
 
+    # Inductor's decompositions: the partitioner sees the operators that it sees in torch.compile.
     graph = make_fx(joint, decomposition_table=select_decomp_table())(
         [t.detach() for t in inputs], [torch.empty_like(t) for t in examples]
     )

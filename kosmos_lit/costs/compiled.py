@@ -27,9 +27,10 @@ from kosmos_lit.ops import losses
 Part = Callable[..., Any]
 """A function of a module and its arguments that is compiled as one graph."""
 aten = torch.ops.aten
+# Operators whose result lies in the memory of their first argument.
 VIEWS = {aten.view.default, aten.permute.default, aten.t.default, aten.alias.default, aten.unsqueeze.default}
 VIEWS |= {aten.expand.default, aten.slice.Tensor, aten.squeeze.dim, aten.reshape.default, aten.detach.default}
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}  # not fused: their results are in memory
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def compiled_parts(tracker: AllocationTracker, partitions: dict[Any, Partition])
         return lambda module, *args, **kwargs: _run(vision._eager, module, args, kwargs, partitions, tracker)
 
     def of_loss() -> Part:
+        # The loss's kernel returns (S,) nats, and a gradient in the shape and dtype of the logits.
         return lambda logits, *_: (logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits))
 
     with patched((block, "_compiled", of_block), (vision, "_compiled", of_tower), (losses, "_compiled", of_loss)):
@@ -94,10 +96,11 @@ def _run(
     named = dict(module.named_parameters())
     inputs = [*named.values(), *tensors]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-        return part(module, *args, **kwargs)
+        return part(module, *args, **kwargs)  # without gradients nothing is kept
 
     def call(values: list[Tensor]) -> list[Tensor]:
         args, kwargs = join(values[len(named) :])
+        # `values` begins with the weights, and goes on with the arguments.
         weights = {f"module.{name}": t for name, t in zip(named, values, strict=False)}
         results = functional_call(_Call(part, module), weights, args, kwargs)
         return list(results) if isinstance(results, tuple) else [results]
@@ -135,6 +138,7 @@ def _read(forward: GraphModule, backward: GraphModule, n_outputs: int, n_inputs:
     inputs = {node: i for i, node in enumerate(n for n in forward.graph.nodes if n.op == "placeholder")}
     (output,) = (node for node in forward.graph.nodes if node.op == "output")
     outputs = [_base(node) for node in output.args[0][:n_outputs]]
+    # Views of one tensor keep it once, so bases count; sizes among what is kept are numbers.
     kept = dict.fromkeys(_base(n) for n in output.args[0][n_outputs:] if isinstance(n.meta.get("val"), Tensor))
     inside = [node for node in kept if node not in inputs and node not in outputs]
     copies = [n for n in inside if _is_copy(n, inputs)]
@@ -183,5 +187,5 @@ class _StandIn(torch.autograd.Function):
         device = next(g for g in grads if g is not None).device
         workspace = [spec.empty(device) for spec in ctx.partition.workspace]
         gradients = [spec.empty(device) if needs else None for spec, needs in ctx.inputs]
-        del workspace
+        del workspace  # only now: it is in memory beside the gradients
         return *gradients, None, None

@@ -59,6 +59,7 @@ class Work:
         if document_attention == "row":
             filled = [T - n for n in batch.padding or (0,) * B]
             return cls.of_documents(filled, len(batch.loss_at), len(batch.images))
+        # Among the lengths, a row's padding is a document of its own.
         pairs = sum(n * n for n in batch.lengths) - sum(n * n for n in batch.padding)
         return cls(batch.n_real, pairs, len(batch.loss_at), len(batch.images))
 
@@ -187,10 +188,11 @@ class _Trace:
     def linear(self, part: Part, name: str, n_in: int, n_out: int, x: bool, rows: int = 1, *, bias: bool = True) -> bool:
         """Count a linear layer, with its adapter if it has one."""
         lora = self.config.lora
+        # With a dot before both, a target is whole parts of the name's end; the tower has no adapters.
         adapted = lora is not None and part != "vision" and any(f".{name}".endswith(f".{end}") for end in lora.targets)
         base = f"{name}.base_layer" if adapted else name
         out = self.matmul(part, 2 * rows * n_in * n_out, x, self.trains(f"{base}.weight"))
-        out = out or (bias and self.trains(f"{base}.bias"))
+        out = out or (bias and self.trains(f"{base}.bias"))  # a bias costs nothing, but its gradient needs the output's
         if adapted and lora is not None:
             inner = self.matmul(part, 2 * rows * n_in * lora.rank, x, self.trains(f"{name}.lora_A.default.weight"))
             outer = self.trains(f"{name}.lora_B.default.weight")
@@ -215,9 +217,9 @@ class _Trace:
             first, last = f"{layer}.self_attn_layer_norm", f"{layer}.final_layer_norm"
             h = x if c.normalises_sums else self.norm(first, x)
             q, k, v = (self.linear("blocks", f"{layer}.self_attn.{p}_proj", D, D, h) for p in "qkv")
-            h = self.attention("attention", 1, D, q, k, v)
+            h = self.attention("attention", 1, D, q, k, v)  # one pair of positions: a unit of `_scale`
             h = self.norm(f"{layer}.self_attn.inner_attn_ln", h) if c.norm == "sub" else h
-            x = self.linear("blocks", f"{layer}.self_attn.out_proj", D, D, h) or x
+            x = self.linear("blocks", f"{layer}.self_attn.out_proj", D, D, h) or x  # `or x`: beside the residual
             x = self.norm(first, x) if c.normalises_sums else x
             h = self.linear("blocks", f"{layer}.ffn.fc1", D, F, x if c.normalises_sums else self.norm(last, x))
             h = self.norm(f"{layer}.ffn.ffn_layernorm", h) if c.norm == "sub" else h
@@ -233,6 +235,7 @@ class _Trace:
         match c.kind:
             case "resampler":
                 x = self.linear("connector", "connector.dense", C, D, features, P)
+                # Latents attend to P features and L latents.
                 return self._cross("connector.x_attn", D, L, P + L, query, x or query)
             case "perceiver":
                 x = query
@@ -246,10 +249,11 @@ class _Trace:
                     x = self.linear("connector", f"{layer}.fc2", 4 * C, C, h, L, bias=False) or x
                 return self.linear("connector", "connector.dense", C, D, self.norm("connector.layer_norm", x), L)
             case "pool":
+                # Without projections: the features themselves are keys and values.
                 x = self.attention("connector", L * P, C, query, features, features)
                 return self.linear("connector", "connector.dense", C, D, x, L)
             case "linear":
-                return self.linear("connector", "connector.dense", C, D, features, L)
+                return self.linear("connector", "connector.dense", C, D, features, L)  # after the mean, which is no product
             case "mlp":
                 x = self.linear("connector", "connector.dense", C, D, features, L)
                 return self.linear("connector", "connector.predict", D, D, x, L)
@@ -277,7 +281,7 @@ class _Trace:
             block = f"{visual}.transformer.resblocks.{i}"
             h = self.norm(f"{block}.ln_1", x)
             weight, bias = self.trains(f"{block}.attn.in_proj_weight"), self.trains(f"{block}.attn.in_proj_bias")
-            h = self.matmul("vision", 2 * P * C * 3 * C, h, weight) or bias
+            h = self.matmul("vision", 2 * P * C * 3 * C, h, weight) or bias  # q, k and v in one
             h = self.attention("vision", P * P, C, h, h, h)
             x = self.linear("vision", f"{block}.attn.out_proj", C, C, h, P) or x
             h = self.linear("vision", f"{block}.mlp.c_fc", C, hidden, self.norm(f"{block}.ln_2", x), P)
@@ -313,7 +317,7 @@ def _count_tower(config: VisionConfig, freeze: Sequence[str]) -> _CountedTower:
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         features = tower(torch.zeros(1, 3, side, side, dtype=torch.uint8, device="meta"))
         forward = counter.get_total_flops()
-        if features.requires_grad:
+        if features.requires_grad:  # a frozen tower has no backward pass
             features.sum().backward()
     backward = counter.get_total_flops() - forward
     return _CountedTower(forward, backward, features.shape[1], features.shape[2], features.requires_grad)

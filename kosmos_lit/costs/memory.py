@@ -59,7 +59,7 @@ class MicroBatch:
 
     def with_rows(self, rows: int) -> MicroBatch:
         """Return the sizes with another number of rows that are as full."""
-        images, targets = (-(-n * rows // self.rows) for n in (self.n_images, self.n_targets))
+        images, targets = (-(-n * rows // self.rows) for n in (self.n_images, self.n_targets))  # rounded up
         return replace(self, rows=rows, n_images=images, n_targets=targets)
 
 
@@ -115,16 +115,17 @@ def estimate(config: KosmosConfig, setting: Setting) -> Memory:
     with torch.random.fork_rng(devices=[]):  # a run's own random numbers must not depend on whether it is estimated
         net = training_model(config, setting)
     try:
+        # By `repr`: a tower's architecture may be a table, which cannot be hashed.
         parts = _micro_batch_peak(net, setting, _partitions(repr(config), setting.precision))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    except Exception as error:  # private parts of another PyTorch may raise anything
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]  # PyTorch's messages go on for many lines
         raise EstimateError(f"the memory of a step is unknown, as its estimate failed: {reason}") from error
     if _is_sharded(setting):
         return Memory(_ordered(parts | _shards(net, setting)))
     trained = bytes_of(p for p in net.parameters() if p.requires_grad)
-    parts[MOMENTS] = 2 * trained
+    parts[MOMENTS] = 2 * trained  # AdamW's two
     if setting.strategy == "ddp" and setting.world_size > 1:
-        parts[BUCKETS] = trained
+        parts[BUCKETS] = trained  # DDP copies gradients into buckets for its sums
     return Memory(_ordered(parts))
 
 
@@ -150,6 +151,7 @@ def meta_model(config: KosmosConfig, freeze: Sequence[str] = ()) -> Kosmos:
 
 def training_model(config: KosmosConfig, setting: Setting) -> Kosmos:
     """Return a model on the meta device whose weights have the dtypes that they have in training."""
+    # sdpa: the kernel that `fake_device` stands in for.
     net = meta_model(replace(config, decoder=replace(config.decoder, attention_kernel="sdpa")), setting.freeze)
     if setting.precision in TRUE:
         net.to(TRUE[setting.precision])
@@ -173,11 +175,12 @@ def _micro_batch_peak(net: Kosmos, setting: Setting, partitions: dict[Any, Parti
     with fake_device(setting.device), ExitStack() as stack:
         net.to_empty(device=setting.device)
         tracker = AllocationTracker(setting.device, BATCH, COPIES)
-        if compiles or (compiles is None and setting.device == "cuda"):
+        if compiles or (compiles is None and setting.device == "cuda"):  # null: on CUDA
             net.compile_blocks()
             stack.enter_context(compiled_parts(tracker, partitions))
         stack.enter_context(tracker)
         tracker.add_weights(net, WEIGHTS)
+        # The peak is that of a later micro-batch, which starts with the gradients of those before it.
         if setting.n_micro_batches > 1 and not is_sharded:
             _allocate_gradients(net, tracker)
         _run(net, setting, tracker, keep_gradients=not is_sharded)
@@ -200,7 +203,7 @@ def _run(net: Kosmos, setting: Setting, tracker: AllocationTracker, *, keep_grad
         if keep_gradients:
             tracker.add(parameter.grad, GRADIENTS)
         else:
-            parameter.grad = None
+            parameter.grad = None  # `_shards` counts what a rank holds of it
 
     for parameter in net.parameters():
         if parameter.requires_grad:
@@ -243,7 +246,7 @@ def _shards(net: Kosmos, setting: Setting) -> dict[str, int]:
     trained = sum(4 * p.numel() for p in parameters.values() if p.requires_grad)
     total = sum(4 * p.numel() for p in parameters.values())
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in net.decoder.layers]
-    root = total - frozen - 4 * sum(blocks)
+    root = total - frozen - 4 * sum(blocks)  # what is in no block: embeddings, connector, trained parts of the tower
     gathered = 2 * max(blocks) if setting.reshards else sum(blocks)
     W, keeps_gradients = setting.world_size, setting.n_micro_batches > 1 and not setting.sums_every_micro_batch
     return {

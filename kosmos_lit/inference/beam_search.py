@@ -60,11 +60,11 @@ class BeamTree:
         B, self.device = len(prefill.tokens), prefill.device
         self.ancestors = torch.zeros(B, n, 0, dtype=torch.bool, device=self.device)
         self.history = prefill.tokens[:, None].expand(B, n, -1) if need_history else None  # (B, n, T + t)
-        self._itself = torch.eye(n, dtype=torch.bool, device=self.device).expand(B, n, n)
+        self._itself = torch.eye(n, dtype=torch.bool, device=self.device).expand(B, n, n)  # a beam's new token sees itself
 
     def extend(self, parents: Tensor, tokens: Tensor, depth: int) -> Tensor:
         """Make beam i of each row beam `parents[i]` plus `tokens[i]`, (B, n) both; return (B, n, D)."""
-        self.ancestors = torch.cat([_pick(self.ancestors, parents), self._itself], dim=2)
+        self.ancestors = torch.cat([_pick(self.ancestors, parents), self._itself], dim=2)  # (B, n, n t) after t steps
         if self.history is not None:
             self.history = torch.cat([_pick(self.history, parents), tokens[:, :, None]], dim=2)
         return self.prefill.decode(tokens, depth, self.ancestors)
@@ -93,21 +93,26 @@ def search_beams(
     for step in range(1, processors.n_steps + 1):
         scores = _scores(head, processors, hidden, tree.history, generated)  # (B, n, V)
         best, parents, tokens = _best(scores, totals, 2 * n)  # enough to go on if n of them end
+        # Beams that do not go on repeat rank 0; their totals become NEVER below.
         ranks = torch.zeros(B, n, dtype=torch.int64)
+        # Each row's continuations, the best first: the first n that do not end go on.
         for b, ranked in enumerate(zip(best.tolist(), parents.tolist(), tokens.tolist(), strict=True)):
             extended: list[list[int]] = []
             for rank, (total, parent, token) in enumerate(zip(*ranked, strict=True)):
                 ids = generated[b][parent] if token == EOS else [*generated[b][parent], token]
                 finish_reason = "end" if token == EOS else "stop" if stop_strings.occurs_in(ids) else ""
+                # Ranks descend: all that follow are impossible too, or n beams go on and no later end is among the n best.
                 if total == NEVER or len(extended) == n:
                     break
                 if not finish_reason:
                     ranks[b, len(extended)] = rank
                     extended.append(ids)
                 elif rank < n:
+                    # The length is `step`: </s> counts, which `ids` lack.
                     finished[b].add(total, ids, step, finish_reason)
             alive[b] = torch.arange(n) < len(extended)
             generated[b] = extended + [[]] * (n - len(extended))
+        # From 2n continuations to the n beams that go on.
         ranks = ranks.to(tree.device)
         totals = best.gather(1, ranks).masked_fill(~alive.to(tree.device), NEVER)
         parents, tokens = parents.gather(1, ranks), tokens.gather(1, ranks)
@@ -117,6 +122,7 @@ def search_beams(
         if step == processors.n_steps or all(beams.is_done for beams in finished):
             break
         hidden = tree.extend(parents, tokens, step - 1)
+    # What still runs at the limit counts too; `add` leaves out prompts whose search has ended.
     for b, beams in enumerate(finished):
         for total, ids in zip(running[b], generated[b], strict=True):
             if total > NEVER:
@@ -147,7 +153,7 @@ def _best(scores: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
         k: how many.
     """
     (B, n, V), k_each = scores.shape, min(k, scores.shape[2])  # only the k best of a beam can be among the row's
-    each, tokens = (x.view(B, n, k_each) for x in _highest(scores.flatten(0, 1), k_each))
+    each, tokens = (x.view(B, n, k_each) for x in _highest(scores.flatten(0, 1), k_each))  # (B, n, k_each)
     best, index = (each + totals[:, :, None]).flatten(1).topk(min(k, n * V))
     return best, index // each.shape[2], tokens.flatten(1).gather(1, index)
 
@@ -155,7 +161,7 @@ def _best(scores: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
 def _highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return values and indices, (R, k) each, of the k highest of each row of (R, V), the highest first."""
     R, n = len(scores), scores.shape[1] // BLOCK
-    if n <= 2 * k:
+    if n <= 2 * k:  # the top blocks would be half of the vocabulary or more
         return scores.topk(k)
     # topk over a whole vocabulary is slow. The k blocks with the highest maxima, and the tail, hold all of the k highest.
     blocks = scores[:, : n * BLOCK].view(R, n, BLOCK)

@@ -54,6 +54,7 @@ class GenerationConfig(BaseConfig):
         self._check_choices()
         self._check_positive("max_new_tokens", "n_beams", "repetition_penalty")
         for name in ("temperature", "length_penalty", "repetition_penalty"):
+            # Comparisons alone would let infinity pass.
             self._check(math.isfinite(getattr(self, name)), f"{name} must be finite, got {getattr(self, name)}")
         self._check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
         for name in ("top_k", "no_repeat_ngram_size"):
@@ -62,6 +63,7 @@ class GenerationConfig(BaseConfig):
         self._check(self.top_p is None or 0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         for name in ("stop", "choices"):
             value = getattr(self, name)
+            # A single string is a sequence of strings too.
             ok = not isinstance(value, str) and all(isinstance(text, str) and text for text in value)
             self._check(ok, f"{name} must be a list of strings that are not empty, got {value!r}")
         self._check_together()

@@ -114,7 +114,7 @@ class Engine:
                 check_slots(rows, slots, len(pixels), config.connector.n_latents, special.image, special.image_end)
             except ValueError as error:
                 raise UserError(str(error)) from error
-        positions, mask = padded_positions(rows != PAD)
+        positions, mask = padded_positions(rows != PAD)  # (B, T), (B, 1, T, T)
         rows, slots, positions, mask = (t.to(self.device) for t in (rows, slots, positions, mask))
         latents = model.encode_images(pixels) if len(pixels) else None
         logits = model.decoder.logits(model.decoder(rows, positions, mask, latents, slots))
@@ -127,7 +127,7 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         images: Tensor,
-        settings: GenerationConfig = GenerationConfig(),
+        settings: GenerationConfig = GenerationConfig(),  # frozen, so that calls can share it
         *,
         image_index: Tensor | None = None,
     ) -> list[Continuation]:
@@ -150,6 +150,7 @@ class Engine:
         stop_strings = StopStrings(settings.stop, tokenizer)
         check_length(max(len(prompt.tokens) for prompt in prompts), processors.n_steps, decoder.config.max_seq_len)
         with _evaluating(self.model):
+            # Each step appends one token per beam to a prompt's row of the cache.
             prefill = self._prefill(prompts, images, processors.n_steps * settings.n_beams, image_index)
             head = LMHead(decoder, processors.forbidden)
             if settings.n_beams > 1:
@@ -219,6 +220,7 @@ class Engine:
 
         Raises: UserError if a candidate with its prompt is longer than the model's rows.
         """
+        # Without a candidate, no prompt needs the model.
         if not any(candidates):
             return [[] for _ in prompts]
         for prompt, row in zip(prompts, candidates, strict=True):
@@ -259,6 +261,7 @@ class Engine:
         self, prompts: Sequence[Prompt], images: Tensor, capacity: int, image_index: Tensor | None
     ) -> Prefill:
         prefill = Prefill(self.model, prompts, images, self._require_tokenizer().special, capacity, image_index)
+        # `argmax` takes NaN for the maximum: decoding would return some token in silence.
         if not bool(prefill.hidden.isfinite().all()):
             raise UserError("the model gives no finite numbers after the prompt; its weights have diverged or are damaged")
         return prefill
@@ -277,10 +280,11 @@ def _checked_ids(tokens: Tensor | Sequence[int], vocab_size: int, max_seq_len: i
     kind = str(ids.dtype).removeprefix("torch.")
     if ids.ndim not in (1, 2) or not ids.numel() or "int" not in kind:
         raise UserError(f"tokens must be (T,) or (B, T) ids, at least one of them; got {tuple(ids.shape)} {kind}")
+    # Checked on the host: on a GPU, an id beyond the embedding is an assertion after which CUDA is unusable.
     low, high, longest = int(ids.min()), int(ids.max()), int((ids != PAD).sum(-1).max())
     if low < 0 or high >= vocab_size:
         raise UserError(f"tokens lie in {low} to {high}, but the model has {vocab_size} embeddings, from 0 on")
-    if longest > max_seq_len:
+    if longest > max_seq_len:  # padding takes no position
         raise UserError(f"{longest} tokens exceed the model's {max_seq_len} positions")
     return ids.long()
 
@@ -294,4 +298,4 @@ def _evaluating(model: Kosmos) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            module.training = training  # not `train()`, which would set the children too

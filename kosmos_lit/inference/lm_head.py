@@ -54,6 +54,7 @@ class Int8Weights(NamedTuple):
         """Round a (V, D) float32 matrix."""
         parts = []
         for w in _slices(weight.detach()):
+            # 127 is int8's largest; a row of zeros, as that of <pad> is at first, must not be divided by 0.
             scale = w.abs().amax(1).clamp(min=1e-20) / 127
             rows = (w / scale[:, None]).round_()
             rounded = rows * scale[:, None]
@@ -65,6 +66,7 @@ class Int8Weights(NamedTuple):
         """Return approximate logits (B, V) of hidden states (B, D), and |x| and |ex| (B, 1) for their error bound."""
         scale = x.abs().amax(1, keepdim=True).clamp(min=1e-20) / 127  # (B, 1)
         x8 = (x / scale).round_()
+        # Sums in int32 are exact while 127 * 127 * D is below 2 ** 31: for any D up to 133,000.
         logits = torch._int_mm(x8.to(torch.int8), self.rows.t()).float().mul_(self.scales).mul_(scale)
         return logits, x.norm(dim=1, keepdim=True), (x - x8 * scale).norm(dim=1, keepdim=True)
 
@@ -79,7 +81,7 @@ class LMHead:
 
     @cached_property
     def _int8_weights(self) -> Int8Weights | None:
-        return _int8_weights_of(self._decoder)
+        return _int8_weights_of(self._decoder)  # once a head: weights stay while it is used
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (B, D) to (B, V) in float32."""
@@ -102,6 +104,7 @@ class LMHead:
         approximate[:, self._forbidden] = float("-inf")
         bound = norm * int8.errors.amax() + error * int8.norms.amax()  # (B, 1): holds for every token of a row
         # Candidates by row, then by id.
+        # Twice the bound: both the token and the best one may be off by one.
         row, ids = (approximate >= approximate.amax(1, keepdim=True) - 2 * bound).nonzero(as_tuple=True)
         # The few that remain once more, each with its own bound.
         own_bound = norm[row, 0] * int8.errors[ids] + error[row, 0] * int8.norms[ids]
@@ -130,6 +133,7 @@ def _slices(weight: Tensor) -> tuple[Tensor, ...]:
     return torch.split(weight, max(1, SLICE_WEIGHTS // weight.shape[1]))
 
 
+# Weak: an entry goes when its decoder does.
 _int8_cache: WeakKeyDictionary[Decoder, tuple[tuple[int, int, float], Int8Weights]] = WeakKeyDictionary()
 
 
@@ -141,7 +145,7 @@ def _int8_weights_of(decoder: Decoder) -> Int8Weights | None:
     weight = decoder.embed_tokens.weight
     if not _is_large(weight) or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    version = 0 if weight.is_inference() else weight._version
+    version = 0 if weight.is_inference() else weight._version  # tensors of inference mode have no counter
     # Rows that were written past autograd's version counter show in a sum that weighs each row differently.
     sums = weight.detach()[:, :CHECKED_COLUMNS].sum(1)
     state = (weight.data_ptr(), version, float(sums @ torch.linspace(1.0, 2.0, len(sums))))

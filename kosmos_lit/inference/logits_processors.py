@@ -32,6 +32,7 @@ def forbid_repeated_ngrams(scores: Tensor, history: Tensor, size: int) -> Tensor
     S = history.shape[1]
     if size > S:
         return scores
+    # Of size 1, both beginnings are empty and equal: every token of the history is forbidden.
     runs = history.unfold(1, size, 1)  # (R, S - size + 1, size)
     repeated = (runs[..., :-1] == history[:, None, S - size + 1 :]).all(-1)
     row, start = repeated.nonzero(as_tuple=True)
@@ -59,7 +60,7 @@ def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the ids that stand for no text: control tokens but </s> and </line>, and rows beyond the tokenizer's."""
     s = tokenizer.special
     control = [BOS, PAD, UNK, s.mask, s.doc_end, s.image, s.image_end, s.chunk_end]
-    return [*control, *range(tokenizer.vocab_size, vocab_size)]
+    return [*control, *range(tokenizer.vocab_size, vocab_size)]  # the embedding may have more rows than there are ids
 
 
 class LogitsProcessors:
@@ -88,6 +89,7 @@ class LogitsProcessors:
             generated: the R continuations so far.
         """
         s = self.settings
+        # The order of transformers: each processor sees what those before it have left.
         if history is not None and s.repetition_penalty != 1:
             scores = penalise_repetition(scores, history, s.repetition_penalty)
         if history is not None and s.no_repeat_ngram_size is not None:

@@ -53,9 +53,9 @@ class Prefill:
         """(B, T) ids of the prompts."""
         self._is_real = self.tokens != PAD  # (B, T)
         # Without padding, tokens that follow one another need no mask, and kernels without one are faster.
-        self._is_padded = bool((tokens == PAD).any())
+        self._is_padded = bool((tokens == PAD).any())  # on the host, without waiting for a GPU
         positions, mask = padded_positions(self._is_real)
-        self._prompt_lengths = positions[:, -1:] + 1  # (B, 1)
+        self._prompt_lengths = positions[:, -1:] + 1  # (B, 1), as positions count from 0
         (B, T), self._n_decoded = self.tokens.shape, 0
         self._cache = self.decoder.new_cache(B, T + capacity)
         self.image_latents = model.encode_images(images.to(self.device)) if len(images) else None
@@ -63,8 +63,9 @@ class Prefill:
         self.image_id = special.image
         latents = self.image_latents
         if latents is not None and image_index is not None:
-            latents = latents[image_index.to(self.device)]
+            latents = latents[image_index.to(self.device)]  # (M, L, D)
         hidden = self.decoder(self.tokens, positions, mask, latents, slots.to(self.device), self._cache)
+        # Padded on the left, all prompts end in the last column.
         self.hidden: Tensor = hidden[:, -1]
         """(B, D) after the last token of each prompt."""
 
@@ -95,14 +96,14 @@ class Prefill:
                 ancestors = self._is_real.new_ones(B, n, self._n_decoded)
             prompt = self._is_real[:, None, :].expand(B, n, T)
             mask = torch.cat([prompt, ancestors], dim=2).unsqueeze(1)  # (B, 1, n, T + S)
-        positions = (self._prompt_lengths + depth).expand(B, n)
+        positions = (self._prompt_lengths + depth).expand(B, n)  # tokens side by side may share one
         return self.decoder(tokens, positions, mask, latents, slots, self._cache)  # type: ignore[no-any-return]
 
     def rewind(self) -> None:
         """Drop the decoded tokens from the cache and keep the prompts."""
         self._n_decoded = 0
         for layer in self._cache:
-            layer.length = self.tokens.shape[1]
+            layer.length = self.tokens.shape[1]  # the next `decode` overwrites what lies beyond
 
 
 def check_length(n_prompt: int, n_new: int, limit: int) -> None:

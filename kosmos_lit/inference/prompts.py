@@ -52,9 +52,9 @@ def encode_prompt(text: str, n_images: int, tokenizer: Tokenizer, n_latents: int
         raise UserError(f"the prompt has {len(texts) - 1} {IMAGE_MARK} marks, but {n_images} images are given")
     image = tokenizer.special.image
     # Blanks at the ends and beside images are no text, as in training rows (`tokenizer.trimmed`).
-    ids = [image] * (n_images - len(texts) + 1)
+    ids = [image] * (n_images - len(texts) + 1)  # n marks cut the text into n + 1 parts
     for i, part in enumerate(texts):
-        ids += [image] if i else []
+        ids += [image] if i else []  # a mark stood before each part but the first
         ids += tokenizer.encode_marked(part.strip()).tolist() if part.strip() else []
     return Prompt.of(np.array(ids, dtype=np.int64), tokenizer, n_latents)
 
@@ -72,7 +72,7 @@ def pad_left(prompts: Sequence[Prompt], n_images: int, n_latents: int, special: 
     for b, prompt in enumerate(prompts):
         padding = T - len(prompt.tokens)
         tokens[b, padding:] = torch.from_numpy(prompt.tokens)
-        slots += [(b, padding + int(first)) for first in prompt.slots]
+        slots += [(b, padding + int(first)) for first in prompt.slots]  # slots move with their tokens
     table = torch.tensor(slots, dtype=torch.int64).view(-1, 2)  # (0, 2) without images
     check_slots(tokens, table, n_images, n_latents, special.image, special.image_end)
     return tokens, table

@@ -27,10 +27,11 @@ class RandomStreams:
         self._streams, first = [], 0
         for prompt in prompts:
             n = len(prompt.slots)
+            # Not `hash`, whose value for a string is another one in each process.
             digest = hashlib.sha256(f"{seed} {prompt.tokens.tolist()} ".encode())
             own = slice(first, first + n) if image_index is None else image_index[first : first + n].cpu()
             digest.update(images.cpu()[own].contiguous().numpy().tobytes())
-            stream_seed = int.from_bytes(digest.digest()[:8], "little", signed=True)
+            stream_seed = int.from_bytes(digest.digest()[:8], "little", signed=True)  # 64 bits, all that a seed has
             self._streams.append(torch.Generator().manual_seed(stream_seed))
             first += n
 
@@ -38,6 +39,7 @@ class RandomStreams:
         """Return one id a row, drawn from softmax of (B, V) scores by inverting the cumulative distribution."""
         # One double a step from a generator on the CPU: the same draws on every device.
         uniform = torch.stack([torch.rand((), generator=stream, dtype=torch.float64) for stream in self._streams])
+        # In float64: float32 sums over a vocabulary would lose its rarest ids.
         cumulative = scores.double().softmax(-1).cumsum(-1)
         # The last sum is 1 but for rounding. `right` skips ids of probability 0 when the number falls on an edge.
         ids = torch.searchsorted(cumulative, uniform.to(scores.device)[:, None] * cumulative[:, -1:], right=True)
@@ -84,7 +86,7 @@ def sample_tokens(
                 finish_reasons[b] = "stop"
         if all(finish_reasons) or step + 1 == processors.n_steps:
             break
-        hidden = prefill.decode(tokens[:, None], step)[:, -1]
+        hidden = prefill.decode(tokens[:, None], step)[:, -1]  # (B, D)
         if history is not None:
             history = torch.cat([history, tokens[:, None]], dim=1)
     return [(ids, reason or "length") for ids, reason in zip(generated, finish_reasons, strict=True)]

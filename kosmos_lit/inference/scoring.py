@@ -34,12 +34,13 @@ class TokenLogProb(NamedTuple):
 
 def cache_capacity(candidates: Sequence[Sequence[int]]) -> int:
     """Return the tokens that a row's cache needs room for to score these candidates."""
+    # A candidate longer than MAX_NODES is a part of its own; without any, `max` needs the 0 as a second number.
     return min(max(MAX_NODES, *map(len, candidates), 0), sum(map(len, candidates)))
 
 
 def slot_token(image: int) -> int:
     """Return the number that stands in a candidate for a slot of the image with that index; its own inverse."""
-    return -1 - image
+    return -1 - image  # negative, as no token's id is
 
 
 def score_candidates(
@@ -61,13 +62,14 @@ def score_candidates(
     scored: list[list[list[TokenLogProb]]] = [[[] for _ in row] for row in candidates]
     parts = [list(_parts(row)) for row in candidates]
     for number in range(max(len(row) for row in parts)):
+        # Rows with fewer parts wait beside the others with an empty one.
         part = [row[number] if number < len(row) else [] for row in parts]  # B lists of indices into `candidates`
         tries = [Trie([row[i] for i in indices]) for row, indices in zip(candidates, part, strict=True)]
         paths = [
             [_path(trie, end)[skipped[b][i] :] for i, end in zip(part[b], trie.ends, strict=True)]
             for b, trie in enumerate(tries)
         ]
-        targets = [sorted({node for path in row for node in path}) for row in paths]
+        targets = [sorted({node for path in row for node in path}) for row in paths]  # shared nodes once
         for b, of_node in enumerate(_score_tries(prefill, head, tries, targets)):
             for i, path in zip(part[b], paths[b], strict=True):
                 scored[b][i] = [of_node[node] for node in path]
@@ -110,6 +112,7 @@ def _score_tries(
         ancestors = torch.eye(n, dtype=torch.bool).repeat(B, 1, 1)  # padding too attends to itself
         for b, trie in enumerate(tries):
             ids = torch.tensor(trie.tokens, dtype=torch.int64)
+            # Slots hold the id of <image>, as in prompts; latents replace its embedding.
             tokens[b, : len(trie)] = torch.where(ids < 0, prefill.image_id, ids)
             depths[b, : len(trie)] = torch.tensor(trie.depths, dtype=torch.int64)
             ancestors[b, : len(trie), : len(trie)] = torch.from_numpy(trie.ancestors())

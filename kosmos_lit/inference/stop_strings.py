@@ -20,7 +20,7 @@ class StopStrings:
     def cut(self, tokens: Sequence[int]) -> str:
         """Return the tokens' text before the first stop string."""
         text = self._text(tokens)
-        return text[: self._first(text)]
+        return text[: self._first(text)]  # None, without a stop string, cuts nothing
 
     def _text(self, tokens: Sequence[int]) -> str:
         # Grounding tokens are part of an answer; in a vocabulary without them, no control token is.

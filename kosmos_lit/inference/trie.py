@@ -66,11 +66,11 @@ class ChoiceTrie:
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, max_new_tokens: int) -> None:
         """Raises: UserError if two of them have the same tokens, or one has too many."""
         self._text_of: dict[tuple[int, ...], str] = {}
-        for text in dict.fromkeys(texts):
+        for text in dict.fromkeys(texts):  # a choice that is repeated counts once
             ids = tuple(tokenizer.encode(text).tolist())
             if other := self._text_of.get(ids):
                 raise UserError(f"choices: {other!r} and {text!r} are the same tokens; leave one of them out")
-            if not 0 < len(ids) < max_new_tokens:
+            if not 0 < len(ids) < max_new_tokens:  # `<`: </s> needs room too
                 raise UserError(
                     f"choices: {text!r} has {len(ids)} tokens; with </s> it must take 2 to max_new_tokens = {max_new_tokens}"
                 )

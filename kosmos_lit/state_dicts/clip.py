@@ -60,10 +60,11 @@ def read_tower(path: Path) -> TowerTensors:
     # DistributedDataParallel, with which some towers were trained, puts `module.` in front.
     tensors = {name.removeprefix("module."): tensor for name, tensor in read_tensors(path).items()}
     if any(name.startswith(PREFIX) for name in tensors):
+        # Without CLIP's projection: KOSMOS reads the features before it.
         tower = {n: t for n, t in tensors.items() if n.startswith(PREFIX) and n != f"{PREFIX}proj"}
         return TowerTensors(tower, is_open_clip=True)
     # A CLIPVisionModel of transformers 5 leaves the prefix out.
-    bare = ("embeddings.", "encoder.", "pre_lay", "post_lay")
+    bare = ("embeddings.", "encoder.", "pre_lay", "post_lay")  # the layernorms, of which one is misspelled
     tower = {n: t for n, t in tensors.items() if n.startswith(_TRANSFORMERS_PREFIX)} or {
         _TRANSFORMERS_PREFIX + n: t for n, t in tensors.items() if n.startswith(bare)
     }

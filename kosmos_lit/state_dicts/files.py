@@ -33,7 +33,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises: UserError if there is no such file, or it is damaged or holds anything but tensors.
     """
     if path.is_dir():
-        for name in (SAFETENSORS, PICKLE):
+        for name in (SAFETENSORS, PICKLE):  # whole files before shards, safetensors before pickles
             if (path / name).is_file():
                 return read_tensors(path / name)
         for name in (INDEX, PICKLE_INDEX):
@@ -55,7 +55,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} is no whole safetensors file: {error}") from error
     content = read_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+        content = content["state_dict"]  # as open_clip's training writes it, beside epoch and optimizer
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path} is no table of tensors by name")
     return content
@@ -71,13 +71,14 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
+# Pickles of numpy's numbers call this private function; no import of a private module is needed.
 _numpy_scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]
 PLAIN: list[Any] = [
     argparse.Namespace,  # training scripts leave their options as a bag of attributes
     (_numpy_scalar, "numpy.core.multiarray.scalar"),  # and counters as numpy's numbers
-    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),  # its name since numpy 2
     np.dtype,
-    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},  # booleans, signed and unsigned integers, floats
 ]
 """Types and functions that a file may refer to beside tensors and Python's own data; none can run code."""
 
@@ -98,6 +99,7 @@ def read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of unusual pickles, which are read or refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
+        # Matches the name in torch's message, as in `Unsupported global: GLOBAL posix.system was not`.
         culprit = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(?:GLOBAL\s+)?(\S+)", str(error))
         reason = f"it refers to {culprit[1]}" if culprit else "it is no plain data"
         raise UserError(
@@ -110,7 +112,7 @@ def read_pickle(path: Path) -> Any:
 
 def _is_program(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())  # in TorchScript's archives only
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class KeyMap:
         """Return the external names of our tensor `name`: one, or three whose rows follow one another (q, k, v)."""
         for prefix, external in self.prefixes:
             if name.startswith(prefix + "."):
+                # Names differ behind the prefix in the tower only.
                 inside, is_tower = name.removeprefix(prefix), "visual" in prefix
                 for part, other in self.parts if is_tower else ():
                     inside = inside.replace(part, other)
@@ -72,7 +73,7 @@ class KeyMap:
         external: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             names = self.external_names(name)
-            external |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
+            external |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))  # q, k and v share the rows
             if self.head and name == "decoder.embed_tokens.weight":
                 external[self.head] = shape
         return external
@@ -82,7 +83,7 @@ class KeyMap:
         kosmos = {}
         for name in names:
             parts = [tensors[n] for n in self.external_names(name)]
-            kosmos[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            kosmos[name] = parts[0] if len(parts) == 1 else torch.cat(parts)  # q, k, v by rows
         return kosmos
 
     def to_external(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,7 +93,7 @@ class KeyMap:
             names = self.external_names(name)
             external |= dict(zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True))
             if self.head and name == "decoder.embed_tokens.weight":
-                external[self.head] = tensor
+                external[self.head] = tensor  # tied: the same tensor under both names
         return external
 
 

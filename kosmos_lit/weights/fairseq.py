@@ -49,6 +49,7 @@ def from_fairseq(path: str | Path, tokenizer: str | Path | None = None) -> Loade
     shapes = shapes_of(Kosmos.on_meta(config).state_dict())
     check_shapes(shapes_of(tensors), FAIRSEQ.external_shapes(shapes), str(path), allowed=list(FAIRSEQ.unused))
     embedding, head = FAIRSEQ.external_names("decoder.embed_tokens.weight")[0], str(FAIRSEQ.head)
+    # fairseq writes the tied matrix under both names; if they differed, one of them would be lost.
     if not torch.equal(tensors[head], tensors[embedding]):
         raise UserError(f"{path}: {head} differs from {embedding}, and a Kosmos has one matrix for both")
     model = build_model(config, FAIRSEQ.to_kosmos(tensors, shapes), str(path))
@@ -97,7 +98,7 @@ def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: st
     if wrong := [f"{name} is {size[part]}" for part, (n_axes, name) in sources.items() if len(size[part]) != n_axes]:
         raise UserError(f"{where} is no released Kosmos checkpoint: {', '.join(wrong)}, which has another number of axes")
     V, D = size["embedding"]
-    C, _, patch, _ = size["patches"]
+    C, _, patch, _ = size["patches"]  # (C, 3, patch, patch)
     heads = options.get("decoder_attention_heads")
     n_heads = heads if isinstance(heads, int) else max(1, D // HEAD_DIM)
 
@@ -119,4 +120,4 @@ def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: st
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     """Return one more than the largest number that `pattern` matches in the names."""
-    return 1 + max(int(match[1]) for name in tensors if (match := re.match(pattern, name)))
+    return 1 + max(int(match[1]) for name in tensors if (match := re.match(pattern, name)))  # layers count from 0

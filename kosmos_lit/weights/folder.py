@@ -45,6 +45,7 @@ def build_model(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str,
     check_shapes(shapes_of(tensors), shapes_of(model.state_dict()), where)
     if copy:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    # Assigned: a model on the meta device has no memory to copy into.
     model.load_state_dict(tensors, assign=True)
     if any(t.is_meta for t in chain(model.parameters(), model.buffers())):
         # A tower with buffers that are in no file: only a real construction computes them.
@@ -66,6 +67,7 @@ def save_folder(model: Kosmos, tokenizer: Tokenizer | None, folder: str | Path) 
     table = {"model_type": MODEL_TYPE, "version": __version__, "has_tokenizer": has_tokenizer, "kosmos": asdict(config)}
     with new_folder(folder) as path:
         (path / CONFIG).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        # safetensors takes no strided views.
         save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, path / SAFETENSORS)
         if tokenizer is not None:
             tokenizer.save(path)
@@ -85,7 +87,7 @@ def load_folder(folder: str | Path) -> LoadedModel:
         )
     config = KosmosConfig.from_dict(table["kosmos"])
     model = build_model(config, read_tensors(path / SAFETENSORS), str(path / SAFETENSORS))
-    tokenizer = Tokenizer.load(path) if table.get("has_tokenizer", True) else None
+    tokenizer = Tokenizer.load(path) if table.get("has_tokenizer", True) else None  # older folders lack the key
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, str(path))
     return LoadedModel(model, tokenizer)
@@ -108,7 +110,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises: UserError if `folder` exists and is not empty, or cannot be written.
     """
     target = Path(folder)
-    check_new(target)
+    check_new(target)  # before the work, and again after it
     try:
         with atomic_folder(target) as temporary:
             yield temporary

@@ -54,6 +54,7 @@ def to_transformers(model: Kosmos) -> Kosmos2ForConditionalGeneration:
 
     config = transformers_config(model.config)
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    # Without the output matrix: transformers ties it to the embedding.
     tensors = {name: t.clone() for name, t in TRANSFORMERS.to_external(tensors).items() if name != TRANSFORMERS.head}
     dtype = next(iter(tensors.values())).dtype
     kosmos2: Any = Kosmos2ForConditionalGeneration.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
@@ -76,6 +77,7 @@ def export_transformers(model: Kosmos, tokenizer: Tokenizer | None, folder: str 
     kosmos2, vision = to_transformers(model), model.config.vision
     side = {"height": vision.image_size, "width": vision.image_size}
     image_processor = CLIPImageProcessor(
+        # No crop: images are scaled on both sides, as `Engine.pixels` does.
         size=side, crop_size=side, do_center_crop=False, image_mean=list(vision.mean), image_std=list(vision.std)
     )
     n_patch_tokens = sum(name.startswith("<patch_index_") for name in tokenizer.extra)
@@ -100,6 +102,7 @@ def kosmos_config(
     """
     text: Any = config.text_config
     vision: Any = config.vision_config
+    # Settings of transformers that a Kosmos has as constants.
     fixed: dict[str, Any] = {
         "activation_function": "gelu", "layer_norm_eps": 1e-5, "scale_embedding": True, "activation_dropout": 0,
         "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
@@ -169,7 +172,7 @@ def transformers_config(config: KosmosConfig) -> Kosmos2Config:
 
 def _build_model(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str) -> Kosmos:
     shapes = shapes_of(Kosmos.on_meta(config).state_dict())
-    tensors = {name: t for name, t in tensors.items() if name not in _POSITION_BUFFERS}
+    tensors = {name: t for name, t in tensors.items() if name not in _POSITION_BUFFERS}  # computed anew
     embedding = TRANSFORMERS.external_names("decoder.embed_tokens.weight")[0]
     head = tensors.pop(str(TRANSFORMERS.head), None)  # tied to the embedding: some files have it, some do not
     expected = TRANSFORMERS.external_shapes(shapes)
@@ -194,6 +197,7 @@ def _read_config(folder: Path) -> Kosmos2Config:
 
 def _statistics(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and deviation of the folder's image processor; CLIP's if it has none."""
+    # Recent versions nest the image processor in the first; earlier ones wrote the second, flat.
     for name in ("processor_config.json", "preprocessor_config.json"):
         table = read_json(folder / name) if (folder / name).is_file() else {}
         table = table.get("image_processor", table)

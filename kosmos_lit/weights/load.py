@@ -24,6 +24,7 @@ def load_model(path: str | Path) -> LoadedModel:
     """
     folder = Path(path)
     if folder.is_dir():
+        # Literals, as `case MODEL_TYPE` would bind the name instead of comparing with it.
         match model_type(folder):
             case "kosmos-lit":
                 return load_folder(folder)
@@ -38,6 +39,7 @@ def load_model(path: str | Path) -> LoadedModel:
     # The rest of the state dict is the LightningModule's own, such as metrics.
     weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     model = build_model(KosmosConfig.from_dict(checkpoint["hyper_parameters"]["kosmos"]), weights, str(path))
+    # A checkpoint is tensors and plain data: the tokenizer's files are a tensor of their bytes.
     return LoadedModel(model, Tokenizer.from_bytes(checkpoint["tokenizer"].numpy().tobytes()))
 
 

@@ -50,6 +50,7 @@ def tower_sizes(vision: VisionConfig) -> dict[str, Any] | None:
     """Return a tower's sizes as a Kosmos2VisionConfig has them, or None if it is no plain ViT."""
     table = describe(vision)
     sizes = dict(table["vision_cfg"])
+    # Defaults are open_clip's.
     width, layers = sizes.pop("width", 768), sizes.pop("layers", 12)
     fields = {
         "hidden_size": width,
@@ -92,9 +93,10 @@ def parse_config(config_class: Any, table: dict[str, Any], folder: Path) -> Any:
 
     Raises: UserError if a value is of the wrong type.
     """
-    from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.errors import StrictDataclassError  # transformers' configs are such dataclasses
 
     try:
         return config_class.from_dict(table)
     except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        # Such an error has several lines, which are made one.
         raise UserError(f"{folder}/config.json is no {config_class.__name__}: {' '.join(str(error).split())}") from error
