@@ -13,6 +13,7 @@ from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.layers.block import Block
 from kosmos_lit.layers.lora import inject_lora
+from kosmos_lit.ops.graphs import Compiler, Graphs
 from kosmos_lit.ops.losses import token_nll, weighted_nll
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.vision import VisionTower
@@ -24,7 +25,7 @@ class Kosmos(nn.Module):
     def __init__(self, config: KosmosConfig) -> None:
         super().__init__()
         self.config = config
-        self._is_compiled = False
+        self._compiler: Compiler | None = None
         self.vision = VisionTower(config.vision)
         self.connector = build_connector(config, self.vision.width)
         self.decoder = Decoder(config.decoder)
@@ -64,19 +65,22 @@ class Kosmos(nn.Module):
         self.connector.init()
         self.decoder.init()
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, compiler: Compiler | None = None) -> None:
         """Run decoder layers, the tower's blocks and the loss through torch.compile in training.
 
         Compilation happens at the first use, and no parameter changes its name: this can be called at any time.
+
+        Args:
+            compiler: what to take in place of torch.compile.
         """
         # Else torch.compile cuts graphs where DDP's buckets of gradients end, in the middle of a block. Parts of layers have
         # a backward pass each as it is, so that sums over ranks begin early all the same.
         torch._dynamo.config.optimize_ddp = False
+        self._compiler = compiler or Graphs()
         for module in self.modules():
             if isinstance(module, Block):
-                module.compile_parts()
-        self.vision.compile_blocks()
-        self._is_compiled = True
+                module.compile_parts(self._compiler)
+        self.vision.compile_blocks(self._compiler)
 
     def forward(self, batch: KosmosBatch) -> Tensor:
         """Return the decoder's hidden states (B, T, D)."""
@@ -113,7 +117,7 @@ class Kosmos(nn.Module):
         """Return the sum of `weights` times `nll`, and `nll` without gradient; `weights` is one number, or (S,) float32."""
         hidden, targets = self._supervised(batch)
         head, chunk = self.decoder.embed_tokens.weight, self.config.decoder.loss_chunk
-        return weighted_nll(hidden, head, targets, weights, chunk, compiled=self._is_compiled)
+        return weighted_nll(hidden, head, targets, weights, chunk, compiler=self._compiler)
 
     def _supervised(self, batch: KosmosBatch) -> tuple[Tensor, Tensor]:
         """Return hidden states (S, D) and targets (S,) of the supervised positions, the only ones that need logits."""

@@ -7,8 +7,8 @@ projection, each vector scaled to length 1 (released Kosmos-2 `clip.py`; the pap
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kosmos_lit.config import VisionConfig
 from kosmos_lit.errors import UserError
+from kosmos_lit.ops.graphs import Compiler, Graphs
 from kosmos_lit.state_dicts.clip import load_tower
 
 BLOCK = re.compile(r"(?:.*\.)?(?:resblocks|blocks)\.\d+")
@@ -59,10 +60,15 @@ class VisionTower(nn.Module):
         # `[:n]` drops the padding of the last chunk.
         return torch.cat([self._features(chunk)[:n] for chunk, n in self._chunks(images)])
 
-    def compile_blocks(self) -> None:
-        """Run each transformer block through torch.compile in training, where chunks then have one of two sizes."""
+    def compile_blocks(self, compiler: Compiler | None = None) -> None:
+        """Run each transformer block through torch.compile in training, where chunks then have one of two sizes.
+
+        Args:
+            compiler: of the whole model; None: graphs of the tower's own.
+        """
+        compiler = compiler or Graphs()
         for block in self._blocks():
-            block.forward = partial(_forward, block)  # no module around it: parameters keep their names
+            block.forward = partial(_forward, block, compiler)  # no module around it: parameters keep their names
         self._is_compiled = True
 
     def _chunks(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -125,21 +131,15 @@ class VisionTower(nn.Module):
         return self._statistics[device]
 
 
-def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward(block: nn.Module, compiler: Compiler, *args: Any, **kwargs: Any) -> Any:
     """Run a block, compiled in training; in evaluation numbers of images vary, and each would be compiled anew."""
-    run = _compiled() if torch.is_grad_enabled() else _eager
+    run = compiler(_eager) if torch.is_grad_enabled() else _eager
     return run(block, *args, **kwargs)
 
 
 def _eager(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # The class's own `forward`: the instance's one is `_forward`, which calls this function.
     return type(block).forward(block, *args, **kwargs)
-
-
-@cache
-def _compiled() -> Callable[..., Any]:
-    # One wrapper for all blocks; not dynamic, as chunks have one of two sizes.
-    return torch.compile(_eager, fullgraph=True, dynamic=False)
 
 
 def _build(config: VisionConfig) -> nn.Module:

@@ -23,6 +23,7 @@ from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.layers.block import Block
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.attention import attend
+from kosmos_lit.ops.graphs import Graphs
 from kosmos_lit.ops.kernels import check_kernel
 from kosmos_lit.ops.losses import weighted_nll
 from kosmos_lit.ops.masks import DocumentMask
@@ -177,9 +178,9 @@ def head(bench: Bench) -> Results:
         "compiled": partial(bench.compiled(_plain_loss), hidden, matrix, targets),
     }
     for chunk in chunks:
-        variants[f"gradients in chunks of {chunk}"] = partial(_chunked_loss, hidden, matrix, targets, chunk, False)
+        variants[f"gradients in chunks of {chunk}"] = partial(_chunked_loss, hidden, matrix, targets, chunk, None)
         variants[f"gradients in chunks of {chunk}, compiled"] = partial(
-            _chunked_loss, hidden, matrix, targets, chunk, bench.use_compile
+            _chunked_loss, hidden, matrix, targets, chunk, Graphs() if bench.use_compile else None
         )
     return attempts({name: partial(_loss, bench, act, hidden, matrix, flops) for name, act in variants.items()})
 
@@ -188,8 +189,8 @@ def _plain_loss(hidden: Tensor, matrix: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, matrix).float(), targets)
 
 
-def _chunked_loss(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk: int, compiled: bool) -> Tensor:
-    return weighted_nll(hidden, matrix, targets, 1 / len(targets), chunk, compiled=compiled)[0]
+def _chunked_loss(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk: int, compiler: Graphs | None) -> Tensor:
+    return weighted_nll(hidden, matrix, targets, 1 / len(targets), chunk, compiler=compiler)[0]
 
 
 def _loss(bench: Bench, act: Callable[[], Tensor], hidden: Tensor, matrix: Tensor, flops: float) -> Results:

@@ -9,8 +9,7 @@ never in memory.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
 
-from kosmos_lit import vision
-from kosmos_lit.costs.allocations import AllocationTracker, joint_partition, patched, split_tensors
+from kosmos_lit.costs.allocations import AllocationTracker, joint_partition, split_tensors
 from kosmos_lit.layers import block
-from kosmos_lit.ops import losses
+from kosmos_lit.ops.graphs import Compiler
+from kosmos_lit.ops.losses import nll_and_gradient
 
 Part = Callable[..., Any]
 """A function of a module and its arguments that is compiled as one graph."""
@@ -63,29 +62,23 @@ class Partition:
     workspace: list[TensorSpec]
 
 
-@contextmanager
-def compiled_parts(tracker: AllocationTracker, partitions: dict[Any, Partition]) -> Iterator[None]:
-    """Replace what a model compiles by stand-ins in a block.
+def stand_ins(tracker: AllocationTracker, partitions: dict[Any, Partition]) -> Compiler:
+    """Return what `Kosmos.compile_blocks` takes in place of torch.compile.
 
     Args:
         tracker: counts their allocations.
         partitions: of parts of models with the same layers and precision; those of new parts are added.
     """
 
-    def of_block(part: Part) -> Part:
-        # With `recompute`, what these two keep is chosen by hand, and torch.compile has nothing left to choose.
-        recomputed = part in (block._recomputed_before, block._recomputed_after)
-        return part if recomputed else lambda module, *args, **kwargs: _run(part, module, args, kwargs, partitions, tracker)
+    def stand_in(function: Part, *, dynamic: bool | None = False) -> Part:
+        if function is nll_and_gradient:
+            # The loss's kernel returns (S,) nats, and a gradient in the shape and dtype of the logits.
+            return lambda logits, *_: (logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits))
+        if function in (block._recomputed_before, block._recomputed_after):
+            return function  # what these two keep is chosen by hand, and torch.compile has nothing left to choose
+        return lambda module, *args, **kwargs: _run(function, module, args, kwargs, partitions, tracker)
 
-    def of_tower() -> Part:
-        return lambda module, *args, **kwargs: _run(vision._eager, module, args, kwargs, partitions, tracker)
-
-    def of_loss() -> Part:
-        # The loss's kernel returns (S,) nats, and a gradient in the shape and dtype of the logits.
-        return lambda logits, *_: (logits.new_empty(len(logits), dtype=torch.float32), torch.empty_like(logits))
-
-    with patched((block, "_compiled", of_block), (vision, "_compiled", of_tower), (losses, "_compiled", of_loss)):
-        yield
+    return stand_in
 
 
 def _run(

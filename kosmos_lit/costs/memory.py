@@ -10,7 +10,6 @@ measures it. A process needs `RESERVE` beside it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -169,21 +168,20 @@ def _micro_batch_peak(net: Kosmos, setting: Setting, partitions: dict[Any, Parti
     """Return the peak bytes by category while a micro-batch goes through the model, forward and backward."""
     # Imported here so that a PyTorch without the private parts that these files use fails an estimate, and not a run.
     from kosmos_lit.costs.allocations import AllocationTracker, fake_device
-    from kosmos_lit.costs.compiled import compiled_parts
+    from kosmos_lit.costs.compiled import stand_ins
 
     is_sharded, compiles = _is_sharded(setting), net.config.decoder.compile
-    with fake_device(setting.device), ExitStack() as stack:
+    with fake_device(setting.device):
         net.to_empty(device=setting.device)
         tracker = AllocationTracker(setting.device, BATCH, COPIES)
         if compiles or (compiles is None and setting.device == "cuda"):  # null: on CUDA
-            net.compile_blocks()
-            stack.enter_context(compiled_parts(tracker, partitions))
-        stack.enter_context(tracker)
-        tracker.add_weights(net, WEIGHTS)
-        # The peak is that of a later micro-batch, which starts with the gradients of those before it.
-        if setting.n_micro_batches > 1 and not is_sharded:
-            _allocate_gradients(net, tracker)
-        _run(net, setting, tracker, keep_gradients=not is_sharded)
+            net.compile_blocks(stand_ins(tracker, partitions))
+        with tracker:
+            tracker.add_weights(net, WEIGHTS)
+            # The peak is that of a later micro-batch, which starts with the gradients of those before it.
+            if setting.n_micro_batches > 1 and not is_sharded:
+                _allocate_gradients(net, tracker)
+            _run(net, setting, tracker, keep_gradients=not is_sharded)
     return +tracker.peak  # positive counts only
 
 

@@ -8,13 +8,12 @@ Parameter names are those of the released checkpoints for every norm.
 
 A layer is two parts around the attention kernel: the projections to q, k and v, and everything after the kernel. Only the
 kernel depends on the documents of a micro-batch, so the parts have the same shapes at every step: `compile_parts` compiles
-each into one graph, which all layers share.
+each into one graph, which all layers of a model share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.layers.attention import KVCache, SelfAttention
 from kosmos_lit.layers.feed_forward import FeedForward
+from kosmos_lit.ops.graphs import Compiler, Graphs
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.ops.positions import Rotation
 
@@ -44,11 +44,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
         self.normalises_sums, self.residual_scale = config.normalises_sums, config.residual_scale
         self.recompute = config.recompute
-        self._is_compiled = False
+        self._compiler: Compiler | None = None
 
-    def compile_parts(self) -> None:
-        """Compile each part by torch.compile; with a KV cache or a tensor as mask the layer still runs eagerly."""
-        self._is_compiled = True
+    def compile_parts(self, compiler: Compiler | None = None) -> None:
+        """Compile each part by torch.compile; with a KV cache or a tensor as mask the layer still runs eagerly.
+
+        Args:
+            compiler: of all layers of a model; None: graphs of this layer's own.
+        """
+        self._compiler = compiler or Graphs()
 
     def forward(
         self, x: Tensor, mask: DocumentMask | Tensor | None, rotation: Rotation | None, cache: KVCache | None = None
@@ -66,8 +70,8 @@ class Block(nn.Module):
         recomputes = self.recompute == "selective" and torch.is_grad_enabled()
         before, after = (_recomputed_before, _recomputed_after) if recomputes else (_before_kernel, _after_kernel)
         # Generation has other shapes at each call, and would compile each time.
-        if self._is_compiled and cache is None and isinstance(mask, DocumentMask):
-            before, after = _compiled(before), _compiled(after)
+        if self._compiler is not None and cache is None and isinstance(mask, DocumentMask):
+            before, after = self._compiler(before), self._compiler(after)  # B and T are those of every step
         q, k, v = before(self, x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -103,9 +107,3 @@ def _recomputed_after(block: Block, x: Tensor, heads: Tensor) -> Any:
 
 def _keep_matmuls() -> Any:
     return create_selective_checkpoint_contexts(MATMULS)  # type: ignore[no-untyped-call]
-
-
-@cache
-def _compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    # A break in the graph is an error, not a slow run; B and T are those of every step.
-    return torch.compile(part, fullgraph=True, dynamic=False)

@@ -9,14 +9,14 @@ the vocabulary projection runs once, not again in the backward pass, and only on
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kosmos_lit.ops.graphs import Compiler
 
 VOCAB_ALIGNMENT = 64
 """In 16 bits the output matrix is padded with zero rows to a multiple of this: GPUs use slow kernels for matrices whose rows
@@ -49,7 +49,7 @@ def weighted_nll(
     weights: Tensor | float,
     chunk: int | None = None,
     *,
-    compiled: bool = False,
+    compiler: Compiler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the () float32 sum of `weights * token_nll(...)`, and (S,) `token_nll(...)` without gradient.
 
@@ -59,7 +59,7 @@ def weighted_nll(
         targets: (S,) ids.
         weights: (S,) float32, or one number for all; without gradient.
         chunk: most positions whose (chunk, V) logits are held at once; None for all.
-        compiled: whether torch.compile fuses the elementwise operations on logits.
+        compiler: fuses the elementwise operations on logits into one kernel instead of five; None: they run one by one.
     """
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head.requires_grad):
         nll = token_nll(hidden, head, targets, chunk)
@@ -68,7 +68,7 @@ def weighted_nll(
         weights = torch.full(targets.shape, weights, device=hidden.device)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    loss_and_nll: tuple[Tensor, Tensor] = _WeightedNll.apply(hidden, head, targets, weights, chunk, dtype, compiled)
+    loss_and_nll: tuple[Tensor, Tensor] = _WeightedNll.apply(hidden, head, targets, weights, chunk, dtype, compiler)
     return loss_and_nll
 
 
@@ -82,7 +82,7 @@ class _WeightedNll(torch.autograd.Function):
         weights: Tensor,
         chunk: int | None,
         dtype: torch.dtype,
-        compiled: bool,
+        compiler: Compiler | None,
     ) -> tuple[Tensor, Tensor]:
         S, V, chunk = len(hidden), len(head), chunk or max(1, len(hidden))
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
@@ -92,13 +92,17 @@ class _WeightedNll(torch.autograd.Function):
         if (n_padding := -V % VOCAB_ALIGNMENT) and dtype.itemsize == 2:
             matrix = F.pad(matrix, (0, 0, 0, n_padding))
         d_head = torch.zeros_like(matrix, dtype=torch.float32) if wants_head else None
-        nll_and_gradient = _compiled() if compiled else _nll_and_gradient
         for at in range(0, S, chunk):
             rows = slice(at, at + chunk)
+            run = nll_and_gradient
+            if compiler is not None and S - at > 1:  # torch.compile would make a graph for one row, apart from all others
+                # None: it compiles for full chunks, then once more for any other number of rows, and keeps the vocabulary's
+                # size a constant in both, which allows wide loads.
+                run = compiler(nll_and_gradient, dynamic=None)
             logits = F.linear(x[rows], matrix)  # (chunk, padded V)
             # The matrix's zero rows get no probability, and so no gradient.
             logits[:, V:] = -torch.inf
-            nll[rows], d_logits = nll_and_gradient(logits, targets[rows, None], weights[rows, None])
+            nll[rows], d_logits = run(logits, targets[rows, None], weights[rows, None])
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ matrix
             if d_head is not None:
@@ -118,7 +122,7 @@ class _WeightedNll(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
-def _nll_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def nll_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return (S,) float32 nats, and (S, V) the gradient of their weighted sum in the logits' dtype.
 
     Targets and weights are (S, 1). Overwrites float32 logits.
@@ -134,14 +138,6 @@ def _nll_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple
     # w (p - 1) at the target, without the cancellation where p is nearly 1
     gradient.scatter_(-1, targets, (weights * torch.expm1(-nll)).to(logits.dtype))
     return nll.squeeze(-1), gradient
-
-
-@cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return `_nll_and_gradient` as one kernel over the logits instead of five."""
-    # Not `dynamic=True`: torch compiles for full chunks, then once more for any other number of rows, and keeps the
-    # vocabulary's size a constant in both, which allows wide loads.
-    return torch.compile(_nll_and_gradient, fullgraph=True)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

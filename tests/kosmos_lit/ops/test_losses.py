@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kosmos_lit.ops.graphs import Graphs
 from kosmos_lit.ops.losses import VOCAB_ALIGNMENT, token_nll, weighted_nll
 from tests.kosmos_lit.tiny_kosmos import normal
 
@@ -52,7 +53,7 @@ def test_no_supervised_position_gives_no_loss():
 
 
 def in_one_go(
-    chunk: int | None, dtype: torch.dtype = torch.float32, **options: bool
+    chunk: int | None, dtype: torch.dtype = torch.float32, **options: Graphs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden, head = (normal(*shape, seed=i).to(dtype).requires_grad_() for i, shape in ((1, (S, D)), (2, (V, D))))
     loss, nll = weighted_nll(hidden, head, TARGETS, normal(S, seed=3).abs(), chunk, **options)
@@ -78,7 +79,7 @@ def test_loss_and_gradients_in_one_go_are_those_of_autograd(chunk):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
 def test_fused_logits_give_the_same():
-    for actual, expected in zip(in_one_go(4, compiled=True), autograd_loss(), strict=True):
+    for actual, expected in zip(in_one_go(4, compiler=Graphs()), autograd_loss(), strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)  # fp32, sums of 17
 
 
