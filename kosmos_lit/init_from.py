@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kosmos_lit.checkpoint import check_architecture
 from kosmos_lit.config import DecoderConfig, KosmosConfig
 from kosmos_lit.errors import UserError
-from kosmos_lit.layers.init import embedding_std
+from kosmos_lit.layers.init import drawn_on_cpu, embedding_std
 from kosmos_lit.lora import merge_adapters
 from kosmos_lit.weights.folder import LoadedModel, build_model
 from kosmos_lit.weights.load import load_model
@@ -42,8 +42,7 @@ def from_pretrained(path: str, config: KosmosConfig, seed: int = 0) -> LoadedMod
     # `copy=False`: `load_model` has made copies of the file's tensors already.
     model = build_model(config if keeps_adapters else replace(config, lora=None), weights, path, copy=False)
     if config.lora is not None and not keeps_adapters:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with drawn_on_cpu(seed):
             model.add_lora(config.lora)
     return LoadedModel(model.train(), tokenizer)
 
@@ -53,8 +52,8 @@ def _resized(rows: Tensor, config: DecoderConfig, seed: int) -> Tensor:
     n_new = config.vocab_size - len(rows)
     if n_new <= 0:
         return rows if n_new == 0 else rows[:n_new].clone()  # a slice would keep, and save, the whole storage
-    # By a generator of its own: the caller's random numbers stay as they were.
-    new = torch.randn(n_new, rows.shape[1], generator=torch.Generator().manual_seed(seed))
+    with drawn_on_cpu(seed):
+        new = torch.randn(n_new, rows.shape[1])
     return torch.cat([rows, embedding_std(config) * new])
 
 

@@ -120,7 +120,11 @@ class KosmosLit(L.LightningModule):
         return model
 
     def _build_model(self) -> Kosmos:
-        model = self._initialised_model()
+        # Lightning makes a GPU the default device in `configure_model`. Built there, random weights would be others than
+        # the CPU's, which rank 0 of a sharded run draws, and a file's weights would meet new ones on another device. The
+        # strategy moves the model to the GPU afterwards.
+        with torch.device("cpu"):
+            model = self._initialised_model()
         freeze(model, self.frozen)
         return model
 

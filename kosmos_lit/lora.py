@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kosmos_lit.config import LoraConfig
 from kosmos_lit.errors import UserError
+from kosmos_lit.layers.init import drawn_on_cpu
 from kosmos_lit.layers.lora import ADAPTER, adapted_layers, peft_config
 from kosmos_lit.model import Kosmos
 from kosmos_lit.weights.folder import build_model
@@ -125,7 +126,7 @@ def load_adapter(base: Kosmos, folder: str | Path) -> Kosmos:
         raise UserError(f"{folder} holds no LoRA adapter: {error}; it needs {CONFIG_FILE} and {WEIGHTS_FILE}") from error
     _check_plain(table, folder / CONFIG_FILE)
     model = without_lora(base, base.state_dict())
-    with torch.random.fork_rng():  # these draws are replaced below, and must not move the caller's
+    with drawn_on_cpu(0):  # these draws are replaced below, and must not move the caller's
         model.add_lora(lora)
     own = {name: (key, tensor.device) for name, tensor in model.state_dict().items() if (key := _key(name)) is not None}
     # `^`: weights that the file lacks, and those that it has besides.

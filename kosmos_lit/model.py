@@ -12,6 +12,7 @@ from kosmos_lit.config import KosmosConfig, LoraConfig
 from kosmos_lit.connector import build_connector
 from kosmos_lit.decoder import Decoder
 from kosmos_lit.layers.block import Block
+from kosmos_lit.layers.init import drawn_on_cpu
 from kosmos_lit.layers.lora import inject_lora
 from kosmos_lit.ops.graphs import Compiler, Graphs
 from kosmos_lit.ops.losses import token_nll, weighted_nll
@@ -34,9 +35,8 @@ class Kosmos(nn.Module):
 
     @classmethod
     def create(cls, config: KosmosConfig, seed: int = 0) -> Kosmos:
-        """Return a new model whose random weights depend on `config` and `seed` alone."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        """Return a new model on the CPU whose random weights depend on `config` and `seed` alone."""
+        with drawn_on_cpu(seed):
             model = cls(replace(config, lora=None))
             # Adapters come last: `init` tells matrices by their names, which peft changes.
             model.init()

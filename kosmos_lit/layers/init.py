@@ -28,7 +28,10 @@ factor, so the first logits have the same spread of about 0.02 sqrt(D) as GPT-2'
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from kosmos_lit.config import DecoderConfig
@@ -38,6 +41,20 @@ BRANCH = ("fc1", "fc2", "v_proj", "out_proj")
 BRANCH_END = ("fc2", "out_proj")
 """The last matrix of each residual branch."""
 GPT2_STD = 0.02
+
+
+@contextmanager
+def drawn_on_cpu(seed: int) -> Iterator[None]:
+    """Create tensors on the CPU, whatever the default device, drawn from `seed`; the caller's draws stay as they were.
+
+    A GPU's generator draws other numbers from a seed than the CPU's. Lightning makes the GPU the default device while it
+    builds a model under some strategies, and not under others.
+    """
+    # No `devices`: by default fork_rng would start a context on every GPU of the machine. Seeded by the CPU's generator, as
+    # torch.manual_seed would seed theirs too.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def init_decoder(decoder: nn.Module, config: DecoderConfig) -> None:

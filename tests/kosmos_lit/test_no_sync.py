@@ -7,41 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import LossWeights, OptimizerConfig
 from kosmos_lit.lit import KosmosLit
+from tests.host_waits import HostWaits
 from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config, tiny_model
 
 T = 37
-aten = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense, aten.item, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.equal, aten.is_nonzero,
-    aten._unique2, aten.unique_consecutive, aten.unique_dim, aten.bincount, aten.allclose,
-}  # fmt: skip
-"""Operations whose result is a number on the host, or has as many elements as the values say."""
-
-
-class Waiting(TorchDispatchMode):
-    """Collects the operations that would let the host wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-        self.n_operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.n_operations += 1
-        by_mask = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        counts = func.overloadpacket is aten.repeat_interleave and (kwargs or {}).get("output_size") is None
-        if func.overloadpacket in WAITS or by_mask or counts:
-            self.calls.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 BATCH = batch_of([[image_doc(4, n_images=2), text_doc(7)], [text_doc(19), image_doc(2)]], T, corpus=[2, 1])
 
 
@@ -66,7 +39,7 @@ def test_a_training_step_asks_no_tensor_for_its_value(
     )  # type: ignore[assignment]
     optimizer = lit.configure_optimizers()["optimizer"]  # type: ignore[index, call-overload]
     step(lit, optimizer)  # tables and optimizer state are made once
-    with Waiting() as waiting:
+    with HostWaits() as waiting:
         step(lit, optimizer)
     assert waiting.n_operations > 100
     assert waiting.calls == []
@@ -74,6 +47,6 @@ def test_a_training_step_asks_no_tensor_for_its_value(
 
 @pytest.mark.parametrize("ask", [lambda t: t.item(), lambda t: t[t > 0], lambda t: bool(t > 0), lambda t: t.nonzero()])
 def test_asking_a_tensor_for_its_value_is_noticed(ask: Any) -> None:
-    with Waiting() as waiting:
+    with HostWaits() as waiting:
         ask(torch.ones(1))
     assert waiting.calls
