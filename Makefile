@@ -10,7 +10,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: setup quickstart finetune world world-report test test-all lint type format golden golden-torchscale bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-step check clean
+.PHONY: setup quickstart finetune world world-report test test-all lint type format golden golden-torchscale bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
 
 setup: $(READY)
 
@@ -88,7 +88,7 @@ $(GOLDEN_VENV)/.ready: tests/golden/make_torchscale.py
 bench: $(READY)
 	$(BIN)/python benchmarks/full_size_step.py $(ARGS)
 
-bench-costs bench-evaluation bench-generation bench-gpu bench-loop bench-images bench-plan bench-step: $(READY)
+bench-costs bench-evaluation bench-generation bench-gpu bench-loop bench-images bench-plan bench-shared bench-step: $(READY)
 	$(BIN)/python -m benchmarks.$(@:bench-%=%) $(ARGS)
 
 # Beside the libraries that they are compared with.

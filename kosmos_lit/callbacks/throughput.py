@@ -34,17 +34,19 @@ class Throughput(Callback):
     peak_share          tflops / the device's peak at the run's precision; absent for devices without a known peak, as CPUs
     memory/...          peak bytes so far, on the rank with most: on CUDA `allocated` to tensors and `reserved` by PyTorch,
                         on other devices `resident` of the process
-    seconds_left        of training to `max_steps`, at the median speed of the last rows; the first row, in which kernels
-                        are compiled and processes start, does not count
+    seconds_left        of training to `max_steps`, at the median speed of the last few rows: one slow row does not move it,
+                        and a machine that has become slower shows as soon as most of them are slow; the first row, in
+                        which kernels are compiled and processes start, does not count
 
     Only a row of the log and a pause wait for the device.
     """
 
-    def __init__(self, remember: int = 20) -> None:
+    def __init__(self, remember: int = 5) -> None:
         """Set how steady the estimate of the time left is.
 
         Args:
-            remember: Rows of the log whose median speed the estimate uses.
+            remember: Rows of the log whose median speed the estimate uses. It follows a lasting change after more than half
+                as many rows, and ignores disturbances of fewer.
         """
         self.clock: Callable[[], float] = time.monotonic
         self._step = 0
@@ -134,8 +136,8 @@ class Throughput(Callback):
         else:
             self._speeds.append(speed)
         if trainer.max_steps > 0:
-            # The median: one slow row must not move the estimate.
-            metrics["seconds_left"] = statistics.median(self._speeds or [speed]) * (trainer.max_steps - self._step)
+            # The lower median: the mean of a usual and a disturbed row would be the speed of neither.
+            metrics["seconds_left"] = statistics.median_low(self._speeds or [speed]) * (trainer.max_steps - self._step)
         self._begin(self._step, waited)
         self._started = now
         return metrics

@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from kosmos_lit.checks.cpus import shared_cpus
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel
@@ -44,11 +45,13 @@ def uses_compile(config: DecoderConfig, device: torch.device) -> bool:
 
 
 def configure_cpu(n_processes: int, dtype: torch.dtype) -> None:
-    """Divide the cores among this machine's processes, and warn if the run's precision makes it slower."""
+    """Divide the CPUs, or a container's quota, among the run's processes here; warn if its precision makes it slower."""
     # OMP_NUM_THREADS is the user's choice, or Lightning's for processes that it starts; Slurm sets none. Loader processes
     # have one thread each by PyTorch's default.
-    if n_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_per_process(n_processes, os.cpu_count() or 1, torch.get_num_threads()))
+    n_current = torch.get_num_threads()
+    n_threads = threads_per_process(n_processes, shared_cpus(), n_current)
+    if n_threads != n_current and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(n_threads)
     if dtype == torch.bfloat16 and not has_bf16_instructions():
         rank_zero_warn(
             "trainer.precision: this CPU has no instructions for bfloat16 (AVX512_BF16 or AMX), so bf16-mixed is slower "

@@ -26,9 +26,14 @@ VERBS = {
     "export": "write a trained model for transformers, or as safetensors",
 }
 
+SPIN_COUNT = 2_000
+"""How often a thread of libgomp, the OpenMP of PyTorch's Linux wheels, looks for work before it sleeps. By default these are
+300,000 times, milliseconds in which it keeps a CPU that the thread that it waits for may need (docs/speed.md)."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 for a negative answer, 2 for a user's mistake, 130 when interrupted."""
+    set_spin_count()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -53,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = {"fit": f"{resume}, with --ckpt_path last", "prepare": resume, "test": f"{resume}, if it evaluates tasks"}
         print(f"interrupted{advice.get(verb, '')}", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
+
+
+def set_spin_count() -> None:
+    """Let this process and its children share CPUs with other work, unless the environment says how threads wait.
+
+    libgomp reads the environment once, when torch is imported, so this comes before a verb's imports.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def _function_of(verb: str) -> Callable[[list[str]], int | None]:

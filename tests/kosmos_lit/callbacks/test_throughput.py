@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -154,14 +155,45 @@ def test_ranks_are_added_up_and_the_slowest_and_fullest_counts(module: Recorder,
     assert row["memory/resident"] == 1e15
 
 
-def test_time_left_is_that_of_a_median_step_and_leaves_the_first_row_out(module: Recorder, texts: KosmosBatch) -> None:
-    run = FakeRun(max_steps=20)
+def seconds_left_per_step(module: Recorder, batch: KosmosBatch, row_seconds: Sequence[float]) -> list[float]:
+    """Return the seconds a step that the time left of each row assumes; `row_seconds` is what each row's only step took."""
+    run = FakeRun(max_steps=1000, log_every_n_steps=1)
     callback = begun(run, module)
-    for seconds in (90, 1, 1, 1, 40, 1, 1, 1, 1, 1):  # compilation, and a hiccup
+    for seconds in row_seconds:
+        run.micro_batch(callback, module, batch, takes=seconds)
+    return [row["seconds_left"] / (1000 - step) for step, row in enumerate(module.rows, start=1)]
+
+
+def test_time_left_is_that_of_all_steps_to_come(module: Recorder, texts: KosmosBatch) -> None:
+    run = FakeRun(max_steps=20)  # a row every other step
+    callback = begun(run, module)
+    for seconds in (90, 1, 1, 1, 2, 4):
         run.micro_batch(callback, module, texts, takes=seconds)
 
-    left = [row["seconds_left"] for row in module.rows]
-    assert left == pytest.approx([18 * 45.5, 16 * 1, 14 * (1 + 20.5) / 2, 12 * 1, 10 * 1])
+    assert [row["seconds_left"] for row in module.rows] == pytest.approx([18 * 45.5, 16 * 1, 14 * 1])
+
+
+def test_time_left_forgets_the_first_row(module: Recorder, texts: KosmosBatch) -> None:
+    assert seconds_left_per_step(module, texts, [90, 1, 1]) == pytest.approx([90, 1, 1])  # compilation
+
+
+@pytest.mark.parametrize("n_usual", [1, 2, 3, 4, 30])
+def test_time_left_ignores_one_slow_row(n_usual: int, module: Recorder, texts: KosmosBatch) -> None:
+    usual = [1.0, 1.06, 0.97, 1.03, 0.98]  # of a quiet machine
+    rows = [usual[i % 5] for i in range(n_usual)]
+    estimates = seconds_left_per_step(module, texts, [9.0, *rows, 50.0, *usual, *usual])
+
+    assert estimates[1:] == pytest.approx([1.0] * (n_usual + 11), rel=0.07)
+
+
+@pytest.mark.parametrize("factor", [10.0, 0.1])
+def test_time_left_follows_a_lasting_change_within_three_rows(factor: float, module: Recorder, texts: KosmosBatch) -> None:
+    usual = [1.0, 1.06, 0.97, 1.03, 0.98]
+    changed = [factor * seconds for seconds in (1.1, 0.9, 1.0, 1.15, 0.85, 1.05)]
+    estimates = seconds_left_per_step(module, texts, [9.0, *usual * 6, *changed])
+
+    assert estimates[-6:-4] == pytest.approx([1.0] * 2, rel=0.1)  # two rows could be a disturbance
+    assert estimates[-4:] == pytest.approx([factor] * 4, rel=0.25)
 
 
 def test_a_run_without_end_has_no_time_left(module: Recorder, texts: KosmosBatch) -> None:

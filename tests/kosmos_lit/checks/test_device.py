@@ -15,17 +15,33 @@ def test_processes_share_the_cores(n_processes, n_cores, n_current, expected):
     assert threads_per_process(n_processes, n_cores, n_current) == expected
 
 
-def test_threads_are_set_where_the_environment_sets_none(monkeypatch):
-    settings: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", settings.append)
+@pytest.fixture
+def settings(monkeypatch):
+    """The numbers of threads that are set, on a machine of 8 CPUs."""
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(checks.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(checks, "shared_cpus", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return numbers
+
+
+def test_threads_are_set_where_the_environment_sets_none(settings, monkeypatch):
+    configure_cpu(2, torch.float32)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     configure_cpu(2, torch.float32)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    configure_cpu(1, torch.float32)
-    configure_cpu(2, torch.float32)
     assert settings == [4]
+
+
+def test_one_process_keeps_the_threads_that_it_starts_with(settings):
+    configure_cpu(1, torch.float32)
+    assert settings == []
+
+
+def test_one_process_has_no_more_threads_than_its_container_has_cpus(settings, monkeypatch):
+    monkeypatch.setattr(checks, "shared_cpus", lambda: 2)
+    configure_cpu(1, torch.float32)
+    assert settings == [2]
 
 
 def test_bf16_on_a_cpu_without_it_warns_with_the_reason(monkeypatch):
