@@ -180,8 +180,14 @@ class KosmosLit(L.LightningModule):
         # Before the test of attention, which so runs the layers that train.
         if uses_compile(self.config.decoder, self.device):
             self.net.compile_blocks()
+        # After a checkpoint is loaded, and before the test of attention for the same reason as above.
+        if self.trainer.precision == "bf16-mixed":
+            self.net.vision.round_frozen(torch.bfloat16)
         self._check_leaks()
         start_at_step(self.trainer, self.optimizer_config, self._rate)
+
+    def on_train_end(self) -> None:
+        self.net.vision.restore_frozen()
 
     def _check_leaks(self) -> None:
         check_leaks(self.trainer, self.net, self._data.seq_len, self.tokenizer.special)
@@ -278,7 +284,9 @@ class KosmosLit(L.LightningModule):
         strategy = self._strategy
         # Inside another `full_net` the copy that exists is shared.
         if self._full_net or not isinstance(strategy, ShardedStrategy):
-            yield self._full_net[-1] if self._full_net else self.net
+            net = self._full_net[-1] if self._full_net else self.net
+            with net.vision.unrounded():
+                yield net
             return
         self._full_net.append(strategy.gather_model())
         try:

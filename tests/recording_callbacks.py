@@ -55,7 +55,8 @@ class CountTrainingData(Callback):
 class RecordWeights(Callback):
     """Writes the weights before training to `start.pt`, and what each rank holds to `held-RANK.json`.
 
-    `held-RANK.json` has the number of trained, frozen and optimizer-state elements of the rank, and their dtypes.
+    `held-RANK.json` has the number of trained, frozen and optimizer-state elements of the rank, and dtypes of what
+    trains with its state, and of what is frozen.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -70,7 +71,8 @@ class RecordWeights(Callback):
             "trained": sum(local_shard(p).numel() for p in parameters if p.requires_grad),
             "frozen": sum(local_shard(p).numel() for p in parameters if not p.requires_grad),
             "state": sum(local_shard(value).numel() for value in state if value.ndim),  # Adam's step count has no dimension
-            "dtypes": sorted({str(t.dtype) for t in [*parameters, *state]}),
+            "dtypes": sorted({str(t.dtype) for t in [*(p for p in parameters if p.requires_grad), *state]}),
+            "frozen_dtypes": sorted({str(p.dtype) for p in parameters if not p.requires_grad}),
         }
         path = Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json"
         path.write_text(json.dumps(held), encoding="utf-8")

@@ -217,6 +217,8 @@ def test_bf16_arithmetic_has_float32_weights_and_state(runs: Runs, name: str) ->
     end = runs.state(name, HALF)
 
     assert {dtype for h in runs.contents(name) for dtype in h["dtypes"]} == {"torch.float32"}
+    # The tower's frozen matrices, whose originals checkpoints hold.
+    assert {dtype for h in runs.contents(name) for dtype in h["frozen_dtypes"]} == {"torch.float32", "torch.bfloat16"}
     matrices = [t for key, t in end.items() if key.startswith("net.decoder.layers") and t.ndim == 2]
     assert all((t != t.bfloat16().float()).float().mean() > 0.9 for t in matrices)  # more bits than bf16 has
     # bf16 has 8 bits: measured 1e-3 in a loss of 5

@@ -155,6 +155,9 @@ def training_model(config: KosmosConfig, setting: Setting) -> Kosmos:
     net = meta_model(replace(config, decoder=replace(config.decoder, attention_kernel="sdpa")), setting.freeze)
     if setting.precision in TRUE:
         net.to(TRUE[setting.precision])
+    if setting.precision == "bf16-mixed":
+        for matrix in net.vision.frozen_matrices().values():
+            matrix.data = matrix.data.bfloat16()  # `round_frozen`; its originals are in host memory
     if _is_sharded(setting) and setting.precision in AUTOCAST:
         # Blocks are gathered in the compute dtype, so that autocast copies none of their weights.
         net.decoder.layers.to(AUTOCAST[setting.precision])
@@ -242,15 +245,16 @@ def _shards(net: Kosmos, setting: Setting) -> dict[str, int]:
     part of the tower is not sharded.
     """
     parameters, itemsize = dict(net.named_parameters()), 2 if setting.precision in AUTOCAST else 4
-    frozen = sum(4 * p.numel() for name, p in parameters.items() if name.startswith("vision.") and not p.requires_grad)
+    replicated = [p for name, p in parameters.items() if name.startswith("vision.") and not p.requires_grad]
+    frozen = bytes_of(replicated)
     trained = sum(4 * p.numel() for p in parameters.values() if p.requires_grad)
-    total = sum(4 * p.numel() for p in parameters.values())
+    sharded = 4 * (sum(p.numel() for p in parameters.values()) - sum(p.numel() for p in replicated))
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in net.decoder.layers]
-    root = total - frozen - 4 * sum(blocks)  # what is in no block: embeddings, connector, trained parts of the tower
+    root = sharded - 4 * sum(blocks)  # what is in no block: embeddings, connector, trained parts of the tower
     gathered = 2 * max(blocks) if setting.reshards else sum(blocks)
     W, keeps_gradients = setting.world_size, setting.n_micro_batches > 1 and not setting.sums_every_micro_batch
     return {
-        WEIGHTS: frozen + (total - frozen) // W,
+        WEIGHTS: frozen + sharded // W,
         GRADIENTS: trained if keeps_gradients else trained // W,
         MOMENTS: 2 * trained // W,
         UNITS: root + itemsize * gathered + (itemsize + 4) * max(blocks),

@@ -95,10 +95,14 @@ class ShardedStrategy(ParallelStrategy):
         """
         self._reshard()
         # The copy is uninitialised until the loop fills it.
-        copy, sharded = self._outline().to_empty(device=self.root_device), named_tensors(self.net)
+        copy, sharded = self._outline().to_empty(device=self.root_device), self._named_tensors()
         for name, tensor in named_tensors(copy).items():
             tensor.copy_(self._shards.gather(name, sharded[name]))
         return copy.requires_grad_(False).eval()
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Return the model's tensors, those of the tower that are rounded as they were before."""
+        return named_tensors(self.net) | {f"vision.{name}": tensor for name, tensor in self.net.vision.originals.items()}
 
     # ---- checkpoints
 
@@ -110,7 +114,7 @@ class ShardedStrategy(ParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the full weights on rank 0, and nothing on other ranks. Collective: all ranks must call it."""
         self._reshard()
-        tensors, state = named_tensors(self.net), {}
+        tensors, state = self._named_tensors(), {}
         for name in self._state_names:
             full = self._shards.gather(name, tensors[name])
             if self.is_global_zero:
