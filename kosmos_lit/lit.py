@@ -31,7 +31,7 @@ from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.sharding.shards import clip_grad_norm, original_name
 from kosmos_lit.sharding.strategy import ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.trainer_internals import attached_trainer, loss_scaler
+from kosmos_lit.trainer_internals import attached_trainer, has_bucket_views, loss_scaler
 
 # Keeps a seed a non-negative int64.
 _MASK = (1 << 63) - 1
@@ -233,6 +233,16 @@ class KosmosLit(L.LightningModule):
         if device not in self._weights:
             self._weights[device] = torch.tensor(astuple(self.loss_weights), device=device)
         return self._weights[device]
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        # Views of DDP's buckets are filled with zeros: in their place micro-batches whose gradients are not yet summed over
+        # ranks would allocate others beside the buckets.
+        optimizer.zero_grad(set_to_none=not has_bucket_views(self.trainer))
+
+    def on_validation_model_zero_grad(self) -> None:
+        # Lightning frees gradients before a validation; views of buckets would free nothing, and be allocated anew.
+        if not has_bucket_views(self.trainer):
+            super().on_validation_model_zero_grad()
 
     def configure_gradient_clipping(
         self,

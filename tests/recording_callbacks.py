@@ -52,6 +52,22 @@ class CountTrainingData(Callback):
         path.write_text(json.dumps(self.counts), encoding="utf-8")
 
 
+class RecordGradients(Callback):
+    """Writes how gradients lie in memory after each micro-batch to `gradients-RANK.json`: [storages, their bytes]."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        storages = [p.grad.untyped_storage() for p in pl_module.parameters() if p.grad is not None]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.rows.append([len(sizes), sum(sizes.values())])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / f"gradients-{trainer.global_rank}.json"
+        path.write_text(json.dumps(self.rows), encoding="utf-8")
+
+
 class RecordWeights(Callback):
     """Writes the weights before training to `start.pt`, and what each rank holds to `held-RANK.json`.
 

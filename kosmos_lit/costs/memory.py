@@ -77,6 +77,8 @@ class Setting:
     """Sharded: a block's gathered weights are freed between its forward and its backward pass."""
     sums_every_micro_batch: bool = True
     """Sharded: gradients are reduced over ranks after each micro-batch, not only after the last one of a step."""
+    has_bucket_views: bool = False
+    """DDP: gradients are views of the buckets that are summed over ranks, which exist all the time."""
     n_micro_batches: int = 1
     """Of a rank in an optimizer step; from the second one on, gradients are resident."""
     freeze: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ def estimate(config: KosmosConfig, setting: Setting) -> Memory:
         return Memory(_ordered(parts | _shards(net, setting)))
     trained = bytes_of(p for p in net.parameters() if p.requires_grad)
     parts[MOMENTS] = 2 * trained  # AdamW's two
-    if setting.strategy == "ddp" and setting.world_size > 1:
+    if setting.strategy == "ddp" and setting.world_size > 1 and not setting.has_bucket_views:
         parts[BUCKETS] = trained  # DDP copies gradients into buckets for its sums
     return Memory(_ordered(parts))
 
@@ -184,7 +186,7 @@ def _micro_batch_peak(net: Kosmos, setting: Setting, partitions: dict[Any, Parti
         stack.enter_context(tracker)
         tracker.add_weights(net, WEIGHTS)
         # The peak is that of a later micro-batch, which starts with the gradients of those before it.
-        if setting.n_micro_batches > 1 and not is_sharded:
+        if (setting.n_micro_batches > 1 or setting.has_bucket_views) and not is_sharded:
             _allocate_gradients(net, tracker)
         _run(net, setting, tracker, keep_gradients=not is_sharded)
     return +tracker.peak  # positive counts only

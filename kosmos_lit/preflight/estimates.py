@@ -207,6 +207,7 @@ def setting_of(run: RunDescription, batch: MicroBatch, n_micro_batches: int) -> 
         world_size=run.world_size, n_micro_batches=n_micro_batches, freeze=run.freeze,
         reshards=options.get("reshard_after_forward", True),
         sums_every_micro_batch=options.get("sync_every_micro_batch", True),
+        has_bucket_views=options.get("gradient_as_bucket_view", False),
     )  # fmt: skip
 
 

@@ -65,7 +65,9 @@ def test_a_run_and_its_resume_are_those_of_float32_matrices(
         assert {t.dtype for t in state(rounded, step).values() if t.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("flags", [["--trainer.precision=32-true", BF16[1]], [BF16[0], "--model.kosmos.vision.trainable=all"]])
+@pytest.mark.parametrize(
+    "flags", [["--trainer.precision=32-true", BF16[1]], [BF16[0], "--model.kosmos.vision.trainable=all"]]
+)
 def test_matrices_that_train_or_multiply_in_float32_stay_float32(
     tmp_path: Path, tiny_world: Path, dtypes: list[set[torch.dtype]], flags: list[str]
 ) -> None:

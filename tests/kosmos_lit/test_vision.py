@@ -182,8 +182,8 @@ def autocast_features_and_gradients(tower: VisionTower) -> list[Tensor]:
 @pytest.mark.parametrize("name", ["tiny", "ViT-S-32-alt", "convnext_tiny"])
 def test_rounded_frozen_matrices_change_no_bit_under_autocast(build, name):
     torch.manual_seed(0)
-    tower = build(trainable="last_block") if name == "tiny" else VisionTower(VisionConfig(architecture=name, pretrained=None))
-    tower.train()
+    config = VisionConfig(architecture=name, pretrained=None)
+    tower = (build(trainable="last_block") if name == "tiny" else VisionTower(config)).train()
     expected = autocast_features_and_gradients(tower)
 
     tower.round_frozen(torch.bfloat16)

@@ -217,6 +217,17 @@ def test_gradients_are_resident_with_several_micro_batches(small: KosmosConfig, 
     assert two.total > gpu_estimate.total
 
 
+def test_gradients_in_ddp_s_buckets_are_counted_once(small: KosmosConfig, gpu_estimate: Memory) -> None:
+    trained = sum(4 * p.numel() for p in meta_model(small).parameters() if p.requires_grad)
+    ddp = replace(PAPER, strategy="ddp", world_size=2, n_micro_batches=2)
+    copies, views = estimate(small, ddp), estimate(small, replace(ddp, has_bucket_views=True))
+    one_micro_batch = estimate(small, replace(ddp, has_bucket_views=True, n_micro_batches=1))
+
+    assert copies.parts["gradient buckets"] == trained
+    assert copies.total - views.total == trained
+    assert one_micro_batch == views  # the buckets exist all the time
+
+
 def test_a_rank_holds_its_shard_of_the_state(small: KosmosConfig, gpu_estimate: Memory) -> None:
     one, sharded = gpu_estimate, estimate(small, replace(PAPER, strategy="fsdp", world_size=4))
 
