@@ -258,8 +258,11 @@ class KosmosLit(L.LightningModule):
         # Read now: the schedule has advanced by the time that the step is logged.
         self.lr = optimizer.param_groups[0]["lr"]
         limit = gradient_clip_val or float("inf")  # Lightning's 0 means none
-        clip = clip_grad_norm if isinstance(self._strategy, ShardedStrategy) else torch.nn.utils.clip_grad_norm_
-        self.grad_norm = clip(self.parameters(), limit)
+        strategy = self._strategy
+        if isinstance(strategy, ShardedStrategy):
+            self.grad_norm = clip_grad_norm(self.parameters(), limit, strategy.n_replicas)
+        else:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         c = self.optimizer_config

@@ -38,7 +38,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluatedLit
 from kosmos_lit.lit import KosmosLit
-from kosmos_lit.sharding.fsdp import check_strategy
+from kosmos_lit.sharding.fsdp import Fsdp2Strategy, check_strategy
 from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
 
 BASE = Path(__file__).parents[2] / "configs" / "base.yaml"
@@ -217,9 +217,13 @@ class KosmosCLI(LightningCLI):
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
+        if isinstance(trainer.strategy, Fsdp2Strategy):
+            # Asked now, for one message before other ranks start.
+            _ = trainer.strategy.ranks_per_replica
+        return trainer
 
     def build_data(self) -> L.LightningDataModule:
         """Return the configured data module.

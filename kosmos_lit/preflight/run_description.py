@@ -12,6 +12,7 @@ from datamodules.corpus import read_manifest
 from datamodules.module import MixtureData
 from kosmos_lit.config import KosmosConfig, OptimizerConfig
 from kosmos_lit.costs.memory import Strategy
+from kosmos_lit.sharding.fsdp import ranks_per_replica
 from kosmos_lit.tokenizer import has_tokenizer
 
 DEVICES_PER_NODE = 8
@@ -72,6 +73,16 @@ class RunDescription:
         """Return the arguments of the strategy's class."""
         strategy = self.trainer.strategy
         return {} if strategy is None or isinstance(strategy, str) else dict(strategy.get("init_args") or {})
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Return how many ranks hold the model together.
+
+        Raises: UserError if the strategy's setting does not fit the number of ranks.
+        """
+        if self.strategy != "fsdp":
+            return 1
+        return ranks_per_replica(self.strategy_options.get("shard_size"), self.devices, self.world_size)
 
     @property
     def has_corpora(self) -> bool:

@@ -43,6 +43,8 @@ def _trained(trained: int, total: int) -> str:
 def _devices(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     number = f"{run.nodes} x {run.devices}" if run.nodes > 1 else f"{run.devices}"
     strategy = {"one": "", "ddp": ", DDP", "fsdp": ", FSDP"}[run.strategy]
+    if (shard_size := run.strategy_options.get("shard_size")) is not None:
+        strategy = f", HSDP ({shard_size if shard_size == 'node' else f'{shard_size} ranks'} a replica)"
     device = estimates.device
     size = f" of {format_bytes(device.memory)}" if device.memory else ""
     yield _entry("devices", f"{number} {device.name}{size}{strategy}, {run.precision}")

@@ -1,9 +1,10 @@
 """Training with weights, gradients and optimizer state sharded over ranks (ZeRO-3 or ZeRO-2).
 
 Units, in both strategies: each decoder block, and the root with everything else that trains. A block's weights are gathered
-for its forward and for its backward pass; the root's stay gathered from one to the other. The tied embedding is used at both
-ends, and the number of a rank's calls of tower and connector depends on its images: in the root, no such call is a
-collective. Frozen tensors of the tower are replicated.
+for its forward and for its backward pass; the root's stay gathered from one to the other, with FSDP2 even for all
+micro-batches of a step, after which its gradients are reduced. The tied embedding is used at both ends, and the number of a
+rank's calls of tower and connector depends on its images: in the root, no such call is a collective. Frozen tensors of the
+tower are replicated. With HSDP a group of ranks holds all units together, and is a replica of every other group.
 
 Weights: rank 0 builds the model as a single process does, the others build it on the meta device. The units are sharded
 while they are empty; then rank 0 broadcasts its tensors. So initial weights equal a single process's bit by bit for any
@@ -48,6 +49,10 @@ class ShardedStrategy(ParallelStrategy):
     config_file: ClassVar[str]
     """Path of the overlay that selects the strategy."""
     net: Kosmos
+    n_replicas: int = 1
+    """Groups of ranks that hold the whole model each."""
+    _shard_group: dist.ProcessGroup | None = None
+    """The ranks that hold the model together with this one; None: all."""
 
     def shard_model(self, build: Callable[[], Kosmos], outline: Callable[[], Kosmos]) -> Kosmos:
         """Return the model with its weights sharded. Collective: all ranks must call it.
@@ -68,7 +73,7 @@ class ShardedStrategy(ParallelStrategy):
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(net).items()}
         self._state_names = list(net.state_dict())
         self._apply_fsdp(net)
-        shards = ShardedTensors(net, self._shapes, self.root_device)
+        shards = ShardedTensors(net, self._shapes, self.root_device, self._shard_group)
         self._expected_checksums: Tensor | None = shards.broadcast(full_tensors)
         return net
 
@@ -76,7 +81,7 @@ class ShardedStrategy(ParallelStrategy):
         super().setup(trainer)
         self._reshard()
         # Anew: FSDP1 shards the root in `setup`.
-        self._shards = ShardedTensors(self.net, self._shapes, self.root_device)
+        self._shards = ShardedTensors(self.net, self._shapes, self.root_device, self._shard_group)
         if self._expected_checksums is not None:
             self._shards.check(self._expected_checksums, f"{self.config_file}, after the broadcast of the weights")
             self._expected_checksums = None  # training changes the weights; a second setup must not compare
