@@ -59,10 +59,15 @@ class RunDescription:
         return {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}.get(precision, precision)
 
     @property
+    def strategy_name(self) -> str:
+        """Return the strategy's name, or the path of its class."""
+        strategy = self.trainer.strategy
+        return strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")) if strategy else "auto"
+
+    @property
     def strategy(self) -> Strategy:
         """Return how the model is distributed; Lightning's own choice for several devices is DDP."""
-        strategy = self.trainer.strategy
-        name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")) if strategy else "auto"
+        name = self.strategy_name
         # Lightning writes both ModelParallelStrategy and model_parallel.
         if "fsdp" in name.lower() or "modelparallel" in name.lower().replace("_", ""):
             return "fsdp"
