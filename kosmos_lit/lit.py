@@ -31,7 +31,7 @@ from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.sharding.shards import clip_grad_norm, original_name
 from kosmos_lit.sharding.strategy import ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.trainer_internals import attached_trainer, loss_scaler
+from kosmos_lit.trainer_internals import attached_trainer, has_bucket_views, loss_scaler
 
 # Keeps a seed a non-negative int64.
 _MASK = (1 << 63) - 1
@@ -64,6 +64,7 @@ class KosmosLit(L.LightningModule):
         seed: int = 0,
         init_from: str | None = None,
         freeze: list[str] | None = None,
+        tf32: bool = False,
     ) -> None:
         """Store the configuration; `configure_model` builds the model.
 
@@ -76,6 +77,8 @@ class KosmosLit(L.LightningModule):
                 run continues from its own checkpoint.
             freeze: Parameters that do not train, by name or by the name of a module above them:
                 decoder.embed_tokens, decoder.layers.[0-9].*, vision.
+            tf32: Whether CUDA devices multiply float32 matrices in TF32, with 10 bits of mantissa instead of 23 and several
+                times as fast. False: as PyTorch is set, by default not. bf16-mixed multiplies hardly any.
         """
         super().__init__()
         self.config = KosmosConfig.from_dict(kosmos)  # plain data when a checkpoint is loaded
@@ -85,7 +88,8 @@ class KosmosLit(L.LightningModule):
         # Plain data: a checkpoint must load without executing anything.
         resolved = replace(self.config, vision=self.config.vision.resolved())
         tables = {"kosmos": resolved, "optimizer": self.optimizer_config, "loss_weights": self.loss_weights}
-        self.save_hyperparameters({name: asdict(table) for name, table in tables.items()} | {"seed": seed})
+        self.save_hyperparameters({name: asdict(table) for name, table in tables.items()} | {"seed": seed, "tf32": tf32})
+        self.tf32, self._matmul_precision = tf32, "highest"
         self._weights: dict[torch.device, Tensor] = {}
         self._full_net: list[Kosmos] = []  # in a list, so that nn.Module does not register it as a child
         self._predicting = ExitStack()
@@ -157,6 +161,9 @@ class KosmosLit(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Raises: UserError if the model does not fit the data or the device, or the precision is not supported."""
+        if self.tf32:
+            self._matmul_precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
         max_seq_len, seq_len = self.config.decoder.max_seq_len, self._data.seq_len
         if seq_len > max_seq_len:
             raise UserError(
@@ -174,6 +181,10 @@ class KosmosLit(L.LightningModule):
         if stage == "fit":
             check_step_memory(self.trainer, self._data, self.config, self.frozen)
 
+    def teardown(self, stage: str) -> None:
+        if self.tf32:
+            torch.set_float32_matmul_precision(self._matmul_precision)
+
     # ---- training
 
     def on_train_start(self) -> None:
@@ -184,8 +195,14 @@ class KosmosLit(L.LightningModule):
         # Before the test of attention, which so runs the layers that train.
         if uses_compile(self.config.decoder, self.device):
             self.net.compile_blocks()
+        # After a checkpoint is loaded, and before the test of attention for the same reason as above.
+        if self.trainer.precision == "bf16-mixed":
+            self.net.vision.round_frozen(torch.bfloat16)
         self._check_leaks()
         start_at_step(self.trainer, self.optimizer_config, self._rate)
+
+    def on_train_end(self) -> None:
+        self.net.vision.restore_frozen()
 
     def _check_leaks(self) -> None:
         check_leaks(self.trainer, self.net, self._data.seq_len, self.tokenizer.special)
@@ -232,6 +249,16 @@ class KosmosLit(L.LightningModule):
             self._weights[device] = torch.tensor(astuple(self.loss_weights), device=device)
         return self._weights[device]
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        # Views of DDP's buckets are filled with zeros: in their place micro-batches whose gradients are not yet summed over
+        # ranks would allocate others beside the buckets.
+        optimizer.zero_grad(set_to_none=not has_bucket_views(self.trainer))
+
+    def on_validation_model_zero_grad(self) -> None:
+        # Lightning frees gradients before a validation; views of buckets would free nothing, and be allocated anew.
+        if not has_bucket_views(self.trainer):
+            super().on_validation_model_zero_grad()
+
     def configure_gradient_clipping(
         self,
         optimizer: torch.optim.Optimizer,
@@ -246,8 +273,11 @@ class KosmosLit(L.LightningModule):
         # Read now: the schedule has advanced by the time that the step is logged.
         self.lr = optimizer.param_groups[0]["lr"]
         limit = gradient_clip_val or float("inf")  # Lightning's 0 means none
-        clip = clip_grad_norm if isinstance(self._strategy, ShardedStrategy) else torch.nn.utils.clip_grad_norm_
-        self.grad_norm = clip(self.parameters(), limit)
+        strategy = self._strategy
+        if isinstance(strategy, ShardedStrategy):
+            self.grad_norm = clip_grad_norm(self.parameters(), limit, strategy.n_replicas)
+        else:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         c = self.optimizer_config
@@ -282,7 +312,9 @@ class KosmosLit(L.LightningModule):
         strategy = self._strategy
         # Inside another `full_net` the copy that exists is shared.
         if self._full_net or not isinstance(strategy, ShardedStrategy):
-            yield self._full_net[-1] if self._full_net else self.net
+            net = self._full_net[-1] if self._full_net else self.net
+            with net.vision.unrounded():
+                yield net
             return
         self._full_net.append(strategy.gather_model())
         try:

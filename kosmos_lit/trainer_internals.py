@@ -20,6 +20,12 @@ def loss_scaler(trainer: L.Trainer) -> object | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def has_bucket_views(trainer: L.Trainer) -> bool:
+    """Return whether the gradients of a run are views of the buckets that DDP sums over ranks."""
+    # What `DDPStrategy(gradient_as_bucket_view=True)` passes on; only its DDP module, made later, has a public attribute.
+    return bool(getattr(trainer.strategy, "_ddp_kwargs", {}).get("gradient_as_bucket_view", False))
+
+
 def set_batch_progress(trainer: L.Trainer, n_batches: int) -> None:
     """Set the training loop's counts of micro-batches to `n_batches`, before the first one of a run."""
     progress = trainer.fit_loop.epoch_loop.batch_progress

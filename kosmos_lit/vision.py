@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,50 @@ class VisionTower(nn.Module):
             parameter.requires_grad_(trains and parameter.requires_grad)
         self._is_compiled = False
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.originals: dict[str, Tensor] = {}
+        """Frozen matrices before `round_frozen`, by name, in host memory; empty if they are not rounded."""
+        self.register_state_dict_post_hook(_with_originals)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_without_rounding)  # type: ignore[no-untyped-call]
+
+    def frozen_matrices(self) -> dict[str, nn.Parameter]:
+        """Return the frozen weights of matrix products and convolutions by name, which autocast casts at each use."""
+        names = {nn.Linear: "weight", nn.modules.conv._ConvNd: "weight", nn.MultiheadAttention: "in_proj_weight"}
+        matrices: dict[str, nn.Parameter] = {}
+        for prefix, module in self.named_modules():
+            for kind, name in names.items():
+                parameter = getattr(module, name, None) if isinstance(module, kind) else None
+                if parameter is not None and not parameter.requires_grad:
+                    matrices[f"{prefix}.{name}"] = parameter
+        return matrices
+
+    def round_frozen(self, dtype: torch.dtype) -> None:
+        """Keep the frozen matrices in autocast's `dtype`, and their originals in host memory.
+
+        Features under autocast stay the same bit by bit, as it would cast these weights at each use, and what is frozen is
+        not in its cache. State dicts still hold the originals. (One exception: in evaluation on a CPU, PyTorch's fused
+        attention passed over autocast and was float32; with rounded weights it is not used.)
+        """
+        for name, parameter in self.frozen_matrices().items():
+            self.originals.setdefault(name, parameter.data.cpu())
+            parameter.data = parameter.data.to(dtype)
+
+    def restore_frozen(self) -> None:
+        """Undo `round_frozen`."""
+        matrices = self.frozen_matrices()
+        for name, original in self.originals.items():
+            matrices[name].data = original.to(matrices[name].device)
+        self.originals.clear()
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Have the originals of the frozen matrices in a block: outside autocast it is they that must be multiplied."""
+        dtypes = {self.frozen_matrices()[name].dtype for name in self.originals}
+        self.restore_frozen()
+        try:
+            yield
+        finally:
+            for dtype in dtypes:  # one, or none
+                self.round_frozen(dtype)
 
     def init(self) -> None:
         """Give a tower without pretrained weights positions of unit scale; the rest is as open_clip leaves it.
@@ -129,6 +174,16 @@ class VisionTower(nn.Module):
             mean, std = both.to(device).view(2, 1, 3, 1, 1)
             self._statistics[device] = mean, std
         return self._statistics[device]
+
+
+def _with_originals(tower: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    assert isinstance(tower, VisionTower)
+    state.update({prefix + name: original for name, original in tower.originals.items()})
+
+
+def _without_rounding(tower: nn.Module, *_: Any) -> None:
+    assert isinstance(tower, VisionTower)
+    tower.restore_frozen()  # the loaded weights may be others, and must not be rounded on the way in
 
 
 def _forward(block: nn.Module, compiler: Compiler, *args: Any, **kwargs: Any) -> Any:

@@ -10,9 +10,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.sharding.shards import local_shard
+from kosmos_lit.sharding.shards import checksum, local_shard
 from kosmos_lit.tokenizer import IGNORE, PAD
 
 
@@ -52,11 +53,31 @@ class CountTrainingData(Callback):
         path.write_text(json.dumps(self.counts), encoding="utf-8")
 
 
+class RecordGradients(Callback):
+    """Writes how gradients lie in memory after each micro-batch to `gradients-RANK.json`: [storages, their bytes]."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        storages = [p.grad.untyped_storage() for p in pl_module.parameters() if p.grad is not None]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.rows.append([len(sizes), sum(sizes.values())])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / f"gradients-{trainer.global_rank}.json"
+        path.write_text(json.dumps(self.rows), encoding="utf-8")
+
+
 class RecordWeights(Callback):
     """Writes the weights before training to `start.pt`, and what each rank holds to `held-RANK.json`.
 
-    `held-RANK.json` has the number of trained, frozen and optimizer-state elements of the rank, and their dtypes.
+    `held-RANK.json` has the number of trained, frozen and optimizer-state elements of the rank, dtypes of what trains
+    with its state, and of what is frozen, and whether the embedding and a layer are sharded after each micro-batch.
     """
+
+    def __init__(self) -> None:
+        self.sharded: list[list[bool]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         state = trainer.strategy.lightning_module_state_dict()  # a collective: every rank must call it
@@ -64,13 +85,19 @@ class RecordWeights(Callback):
             torch.save(state, Path(trainer.default_root_dir) / "start.pt")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        decoder: Any = pl_module.net.decoder
+        ends = (decoder.embed_tokens.weight, decoder.layers[0].final_layer_norm.weight)
+        self.sharded.append([isinstance(parameter, DTensor) for parameter in ends])
         parameters = list(pl_module.parameters())
         state = [value for values in trainer.optimizers[0].state.values() for value in values.values()]
         held = {
             "trained": sum(local_shard(p).numel() for p in parameters if p.requires_grad),
             "frozen": sum(local_shard(p).numel() for p in parameters if not p.requires_grad),
             "state": sum(local_shard(value).numel() for value in state if value.ndim),  # Adam's step count has no dimension
-            "dtypes": sorted({str(t.dtype) for t in [*parameters, *state]}),
+            "dtypes": sorted({str(t.dtype) for t in [*(p for p in parameters if p.requires_grad), *state]}),
+            "checksum": sum(int(checksum(local_shard(p))) for p in parameters if p.requires_grad),
+            "sharded": self.sharded,
+            "frozen_dtypes": sorted({str(p.dtype) for p in parameters if not p.requires_grad}),
         }
         path = Path(trainer.default_root_dir) / f"held-{trainer.global_rank}.json"
         path.write_text(json.dumps(held), encoding="utf-8")

@@ -48,6 +48,7 @@ PEERS = {
     ("init_from", "lora"),
     ("checks", "costs"),
     ("checks", "sharding"),
+    ("checks", "trainer_internals"),
     ("costs", "init_from"),
 }
 """Allowed imports within a line: (importer, imported). The modules on how a model is trained are one layer."""

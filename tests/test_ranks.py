@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kosmos_lit.cli import main
 from kosmos_lit.cli.trainer import DataCLI
 from kosmos_lit.cli.verify_resume import compare
 from tests.cli_runs import TINY, losses, run, tiny_run
+from tests.ranks import on_ranks
 
 NO_DROPOUT = [
     "--model.kosmos.decoder.dropout_rate=0",
@@ -106,6 +108,27 @@ def test_ranks_do_not_change_a_step_of_a_part_where_most_rows_have_no_image(
 
     assert end.returncode == 0, end.stderr
     assert_close(one_rank, two_ranks)
+
+
+@pytest.mark.slow
+def test_gradients_in_ddp_s_buckets_are_allocated_once_and_change_no_bit(tmp_path: Path, tiny_world: Path) -> None:
+    record = ["--trainer.callbacks+=tests.recording_callbacks.RecordGradients", "--data.micro_batch_rows=1"]
+    overlay = ["-c", "configs/trainer/ddp.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+    commands = {"views": [*overlay, "--trainer.devices=2"], "copies": ["--trainer.strategy=ddp", "--trainer.devices=2"]}
+    runs = [tiny_run("fit", tmp_path / name, tiny_world, *flags, *record) for name, flags in commands.items()]
+
+    on_ranks(2, runs, tmp_path / "ranks")
+
+    views, copies = tmp_path / "views", tmp_path / "copies"
+    assert losses(views) == losses(copies)
+    assert all(torch.equal(a, b) for a, b in zip(state(views).values(), state(copies).values(), strict=True))
+    n_storages, n_bytes = map(min, zip(*json.loads((copies / "gradients-1.json").read_text()), strict=True))
+    assert n_storages > 50
+    # Two micro-batches a step: the second is summed over ranks, the first is not; a validation after the third step. The
+    # first micro-batch of all comes before the views.
+    later = json.loads((views / "gradients-1.json").read_text())[1:]
+    assert len(later) == 11
+    assert all(n < 5 and total == n_bytes for n, total in later)
 
 
 @pytest.mark.slow

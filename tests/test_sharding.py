@@ -33,6 +33,9 @@ BF16 = ["--trainer.precision=bf16-mixed"]
 KEEP_GATHERED = "--trainer.strategy.init_args.reshard_after_forward=false"
 RECOMPUTE = "--model.kosmos.decoder.recompute=full"
 SYNC_ONCE = "--trainer.strategy.init_args.sync_every_micro_batch=false"
+SHARD_SIZE = "--trainer.strategy.init_args.shard_size="
+PAIRS = SHARD_SIZE + "2"
+EIGHT_ROWS = "--data.global_batch_rows=8"
 FUSED = ["--model.kosmos.decoder.compile=true", "--model.kosmos.decoder.recompute=selective"]
 COMPILED = ["fsdp-fused", "fsdp1-fused"] if shutil.which("gcc") else []
 """Runs with torch.compile, the default on GPUs; they need a C compiler."""
@@ -122,10 +125,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Runs:
         "fsdp-4": sharded("fsdp", 4),
         "fsdp1-4": sharded("fsdp1", 4, short),
         "fsdp1-then-fsdp-4": sharded("fsdp", 4, f"--ckpt_path={r.checkpoint('fsdp1', HALF)}"),
+        "hsdp": sharded("hsdp", 4, PAIRS),
+        "hsdp-accumulated": sharded("hsdp", 4, PAIRS, EIGHT_ROWS, short),
+        "hsdp-accumulated-late": sharded("hsdp", 4, PAIRS, EIGHT_ROWS, SYNC_ONCE, short),
+        "hsdp-frozen": sharded("hsdp", 4, PAIRS, *FROZEN, *TEXTS, short),
+        "hsdp-bf16": sharded("hsdp", 4, PAIRS, *BF16, short),
+        "fsdp-then-hsdp": sharded("hsdp", 4, PAIRS, f"--ckpt_path={r.checkpoint('fsdp', HALF)}"),
     }
     on_ranks(4, [r.command(name, *flags) for name, flags in four.items()], r.folder / "four")
     only = {"fsdp-1": sharded("fsdp", 1, short), "fsdp1-1": sharded("fsdp1", 1, short)}
     on_ranks(1, [r.command(name, *flags) for name, flags in only.items()], r.folder / "only")
+    assert main(r.command("one-accumulated", "--data.micro_batch_rows=8", EIGHT_ROWS, short)) == 0
+    assert main(r.command("hsdp-then-one", *alone, f"--ckpt_path={r.checkpoint('hsdp', HALF)}")) == 0
     assert main(r.command("fsdp-4-then-one", *alone, f"--ckpt_path={r.checkpoint('fsdp-4', HALF)}")) == 0
     assert main(r.command("one-predict", *alone, r.last("one"), verb="predict")) == 0
     return r
@@ -133,16 +144,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_world: Path) -> Runs:
 
 def single(name: str) -> str:
     """Return the name of the unsharded run that a sharded one must equal."""
-    return next((f"one-{kind}" for kind in ("lora", "frozen", "bf16") if kind in name), "one")
+    return next((f"one-{kind}" for kind in ("lora", "frozen", "bf16", "accumulated") if kind in name), "one")
 
 
 EXACT = ["fsdp", "fsdp-4", "fsdp-1", "fsdp-late", "fsdp-lora", "fsdp-frozen", "fsdp-again"]
+EXACT += ["hsdp", "hsdp-accumulated", "hsdp-accumulated-late", "hsdp-frozen"]
 EXACT += ["fsdp1", "fsdp1-4", "fsdp1-1", "fsdp1-whole", "fsdp1-lora", "fsdp1-frozen", "fsdp1-again", *COMPILED]
-RESUMED = ["one-then-fsdp", "fsdp-then-fsdp1", "fsdp1-then-fsdp-4", "fsdp-4-then-one"]
+BF16_RUNS = ["fsdp-bf16", "fsdp1-bf16", "hsdp-bf16"]
+RESUMED = ["fsdp-then-hsdp", "hsdp-then-one", "one-then-fsdp", "fsdp-then-fsdp1", "fsdp1-then-fsdp-4", "fsdp-4-then-one"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*EXACT, "fsdp-bf16", "fsdp1-bf16"])
+@pytest.mark.parametrize("name", [*EXACT, *BF16_RUNS])
 def test_first_weights_are_the_single_process_s_bit_by_bit(runs: Runs, name: str) -> None:
     expected, actual = runs.start(single(name)), runs.start(name)
 
@@ -192,6 +205,29 @@ def test_each_rank_holds_its_part_of_what_trains_and_of_the_optimizer_s_state(ru
     assert sum(h["frozen"] - tower for h in contents) == n_frozen_outside_tower
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hsdp", "hsdp-accumulated", "hsdp-accumulated-late", "hsdp-bf16"])
+def test_two_ranks_hold_a_replica_together_and_replicas_are_equal(runs: Runs, name: str) -> None:
+    [full], contents = runs.contents(single(name)), runs.contents(name)
+
+    for part in ("trained", "state"):
+        held = [h[part] for h in contents]
+        assert held[:2] == held[2:]
+        assert sum(held[:2]) == full[part]
+        assert max(held) < 0.6 * full[part]
+    assert len({h["checksum"] for h in contents[::2]}) == len({h["checksum"] for h in contents[1::2]}) == 1
+    assert contents[0]["checksum"] != contents[1]["checksum"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "n"), [("fsdp", 2), ("fsdp-4", 1), ("hsdp", 1), ("hsdp-accumulated", 2)])
+def test_the_root_is_gathered_once_a_step_and_a_layer_for_each_micro_batch(runs: Runs, name: str, n: int) -> None:
+    steps = max(int(step) for step in runs.column(name, "step"))
+
+    for contents in runs.contents(name):
+        assert contents["sharded"] == [*[[False, True]] * (n - 1), [True, True]] * steps
+
+
 def is_frozen_in_tower(key: str, name: str) -> bool:
     return key.startswith("net.vision.") and ("lora" in name or not any(p in key for p in LAST_BLOCK))
 
@@ -200,7 +236,7 @@ LAST_BLOCK = ("resblocks.1.", "ln_post.")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*EXACT, "fsdp-bf16", "fsdp1-bf16"])
+@pytest.mark.parametrize("name", [*EXACT, *BF16_RUNS])
 def test_frozen_tensors_stay_bit_by_bit_and_all_others_move(runs: Runs, name: str) -> None:
     start, end = runs.start(name), runs.state(name, HALF)
     trained, alone = (load_checkpoint(runs.checkpoint(run, HALF))["trained"] for run in (name, single(name)))
@@ -212,11 +248,13 @@ def test_frozen_tensors_stay_bit_by_bit_and_all_others_move(runs: Runs, name: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp-bf16", "fsdp1-bf16"])
+@pytest.mark.parametrize("name", BF16_RUNS)
 def test_bf16_arithmetic_has_float32_weights_and_state(runs: Runs, name: str) -> None:
     end = runs.state(name, HALF)
 
     assert {dtype for h in runs.contents(name) for dtype in h["dtypes"]} == {"torch.float32"}
+    # The tower's frozen matrices, whose originals checkpoints hold.
+    assert {dtype for h in runs.contents(name) for dtype in h["frozen_dtypes"]} == {"torch.float32", "torch.bfloat16"}
     matrices = [t for key, t in end.items() if key.startswith("net.decoder.layers") and t.ndim == 2]
     assert all((t != t.bfloat16().float()).float().mean() > 0.9 for t in matrices)  # more bits than bf16 has
     # bf16 has 8 bits: measured 1e-3 in a loss of 5
@@ -260,6 +298,8 @@ def test_a_model_that_rank_0_cannot_build_ends_all_ranks_with_one_message(tmp_pa
         (["--trainer.strategy.init_args.tensor_parallel_size=2"], "'tensor_parallel_size' is not accepted"),
         (["--trainer.strategy=fsdp"], "fsdp does not know this model's units; use -c configs/trainer/fsdp.yaml"),
         (["--trainer.strategy=nonsense"], "invalid strategy name"),
+        (["--trainer.devices=6", SHARD_SIZE + "4"], "does not divide 6 ranks"),
+        ([SHARD_SIZE + "1"], "no weight is sharded; use -c configs/trainer/ddp.yaml"),
     ],
 )
 def test_invalid_settings_are_refused_before_ranks_start(

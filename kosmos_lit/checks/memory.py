@@ -16,6 +16,7 @@ from kosmos_lit.config import KosmosConfig, Recompute
 from kosmos_lit.costs.memory import GB, EstimateError, MicroBatch, Setting, bytes_of, estimate, meta_model
 from kosmos_lit.errors import UserError
 from kosmos_lit.sharding.strategy import ShardedStrategy
+from kosmos_lit.trainer_internals import has_bucket_views
 
 WORLD_SIZES = (2, 4, 8, 16, 32, 64)
 """World sizes that are suggested for sharding."""
@@ -46,8 +47,10 @@ def check_step_memory(trainer: L.Trainer, data: BatchSizes, config: KosmosConfig
         device="cuda" if device.type == "cuda" else "cpu", precision=str(trainer.precision),
         strategy="fsdp" if isinstance(strategy, ShardedStrategy) else "ddp" if trainer.world_size > 1 else "one",
         world_size=trainer.world_size, n_micro_batches=trainer.accumulate_grad_batches, freeze=tuple(freeze),
+        ranks_per_replica=getattr(strategy, "ranks_per_replica", None),
         reshards=getattr(strategy, "reshard_after_forward", True),
         sums_every_micro_batch=getattr(strategy, "sync_every_micro_batch", True),
+        has_bucket_views=has_bucket_views(trainer),
     )  # fmt: skip
     check_memory(config, setting, device_memory(device), data.global_batch_rows // trainer.world_size)
 

@@ -31,7 +31,8 @@ def plan_parser() -> argparse.ArgumentParser:
         "prepares nothing. Exit code 0: the run can start; 1: there are problems.",
         epilog="All other arguments are those of fit: -c CONFIG, overrides. Tokens are counted in indexed corpora; before "
         "that they are estimated from typical documents. Memory is that of the fullest moment of the model's own code, run "
-        "on tensors without storage; operations are counted as docs/metrics.md says.",
+        "on tensors without storage; operations are counted as docs/metrics.md says. Bandwidths are nominal, "
+        "and what computing can hide is what lasts no longer than the layers' own operations (docs/multi_gpu.md).",
     )
     parser.add_argument("--devices", type=_positive, default=None, help="devices of a node, instead of trainer.devices")
     parser.add_argument("--nodes", type=_positive, default=None, help="number of nodes, instead of trainer.num_nodes")
@@ -42,6 +43,11 @@ def plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", default=None, metavar="SIZE", help="of a device, such as 80GB, instead of its own")
     parser.add_argument("--peak", type=float, default=None, metavar="TFLOP/S", help="of a device, instead of its own")
     parser.add_argument("--peak-share", type=float, default=0.4, help="share of the peak that the run is assumed to reach")
+    for where, group in (("node", "of the same node"), ("network", "of other nodes")):
+        parser.add_argument(
+            f"--{where}-gb-s", type=float, default=None, metavar="GB/S",
+            help=f"bandwidth of a device to those {group}, in each direction, instead of its nominal one",
+        )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the same numbers as JSON")
     return parser
 
@@ -50,7 +56,10 @@ def plan(arguments: list[str]) -> int:
     """Print a run's plan; return 0 if the run can start, else 1."""
     a, run_arguments = plan_parser().parse_known_args(arguments)
     run = describe_run(run_arguments, a.devices, a.nodes)
-    device = find_device(a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu)
+    device = find_device(
+        a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu, tf32=run.tf32,
+        links=(a.node_gb_s, a.network_gb_s),
+    )  # fmt: skip
     estimates = estimate_run(run, device)
     problems = find_problems(run, estimates)
     if a.json:
@@ -124,6 +133,7 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
     optimizer = attempt(lambda: OptimizerConfig.from_dict(model["optimizer"])) or OptimizerConfig()
     run = RunDescription(
         trainer=config.trainer, optimizer=optimizer, kosmos=kosmos, is_sound=is_sound, freeze=tuple(model["freeze"] or ()),
+        tf32=model["tf32"],
         data=attempt(cli.mixture), devices=devices or devices_per_node(config.trainer, notes),
         nodes=nodes or int(config.trainer.num_nodes or 1), problems=problems, notes=notes,
     )  # fmt: skip

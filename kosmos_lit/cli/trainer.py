@@ -30,6 +30,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
+from kosmos_lit.callbacks.garbage import GarbageCollection
 from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
 from kosmos_lit.cli.evaluation import evaluation_data
 from kosmos_lit.cli.overlays import config_files, read_yaml, value_at, with_all_named
@@ -38,7 +39,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluatedLit
 from kosmos_lit.lit import KosmosLit
-from kosmos_lit.sharding.fsdp import check_strategy
+from kosmos_lit.sharding.fsdp import Fsdp2Strategy, check_strategy
 from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
 
 BASE = Path(__file__).parents[2] / "configs" / "base.yaml"
@@ -147,6 +148,8 @@ class KosmosCLI(LightningCLI):
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
         parser.add_class_arguments(EvalConfig, "eval")
+        # A callback of every run, also of those whose configuration lists its own callbacks.
+        parser.add_lightning_class_args(GarbageCollection, "garbage_collection")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint and check that it fits the configured model.
@@ -217,9 +220,13 @@ class KosmosCLI(LightningCLI):
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
+        if isinstance(trainer.strategy, Fsdp2Strategy):
+            # Asked now, for one message before other ranks start.
+            _ = trainer.strategy.ranks_per_replica
+        return trainer
 
     def build_data(self) -> L.LightningDataModule:
         """Return the configured data module.

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.config import KosmosConfig
@@ -72,10 +72,14 @@ class Setting:
     """Lightning's name."""
     strategy: Strategy = "one"
     world_size: int = 1
+    ranks_per_replica: int | None = None
+    """Sharded: ranks that hold the model together; None: all."""
     reshards: bool = True
     """Sharded: a block's gathered weights are freed between its forward and its backward pass."""
     sums_every_micro_batch: bool = True
     """Sharded: gradients are reduced over ranks after each micro-batch, not only after the last one of a step."""
+    has_bucket_views: bool = False
+    """DDP: gradients are views of the buckets that are summed over ranks, which exist all the time."""
     n_micro_batches: int = 1
     """Of a rank in an optimizer step; from the second one on, gradients are resident."""
     freeze: tuple[str, ...] = ()
@@ -123,7 +127,7 @@ def estimate(config: KosmosConfig, setting: Setting) -> Memory:
         return Memory(_ordered(parts | _shards(net, setting)))
     trained = bytes_of(p for p in net.parameters() if p.requires_grad)
     parts[MOMENTS] = 2 * trained  # AdamW's two
-    if setting.strategy == "ddp" and setting.world_size > 1:
+    if setting.strategy == "ddp" and setting.world_size > 1 and not setting.has_bucket_views:
         parts[BUCKETS] = trained  # DDP copies gradients into buckets for its sums
     return Memory(_ordered(parts))
 
@@ -154,6 +158,9 @@ def training_model(config: KosmosConfig, setting: Setting) -> Kosmos:
     net = meta_model(replace(config, decoder=replace(config.decoder, attention_kernel="sdpa")), setting.freeze)
     if setting.precision in TRUE:
         net.to(TRUE[setting.precision])
+    if setting.precision == "bf16-mixed":
+        for matrix in net.vision.frozen_matrices().values():
+            matrix.data = matrix.data.bfloat16()  # `round_frozen`; its originals are in host memory
     if _is_sharded(setting) and setting.precision in AUTOCAST:
         # Blocks are gathered in the compute dtype, so that autocast copies none of their weights.
         net.decoder.layers.to(AUTOCAST[setting.precision])
@@ -179,7 +186,7 @@ def _micro_batch_peak(net: Kosmos, setting: Setting, partitions: dict[Any, Parti
         with tracker:
             tracker.add_weights(net, WEIGHTS)
             # The peak is that of a later micro-batch, which starts with the gradients of those before it.
-            if setting.n_micro_batches > 1 and not is_sharded:
+            if (setting.n_micro_batches > 1 or setting.has_bucket_views) and not is_sharded:
                 _allocate_gradients(net, tracker)
             _run(net, setting, tracker, keep_gradients=not is_sharded)
     return +tracker.peak  # positive counts only
@@ -235,29 +242,37 @@ def dummy_batch(setting: Setting, image_size: int) -> KosmosBatch:
 def _shards(net: Kosmos, setting: Setting) -> dict[str, int]:
     """Return what a rank holds of a sharded model (FSDP) instead of the model: its shards, and the gathered units.
 
-    Gathered are the root in float32, and in the compute dtype the current block and the next one, or all blocks unless
-    they are resharded; beside them a block's gradients, in the compute dtype and in float32 for their reduction. The frozen
-    part of the tower is not sharded.
+    Gathered are the root in float32 with its gradients, and in the compute dtype the current block and the next one, or
+    all blocks unless they are resharded; beside them a block's gradients, in the compute dtype and in float32 for their
+    reduction. The frozen part of the tower is not sharded.
     """
     parameters, itemsize = dict(net.named_parameters()), 2 if setting.precision in AUTOCAST else 4
-    frozen = sum(4 * p.numel() for name, p in parameters.items() if name.startswith("vision.") and not p.requires_grad)
-    trained = sum(4 * p.numel() for p in parameters.values() if p.requires_grad)
-    total = sum(4 * p.numel() for p in parameters.values())
+    replicated = [p for name, p in parameters.items() if name.startswith("vision.") and not p.requires_grad]
+    frozen = bytes_of(replicated)
+    trained = bytes_of_trained(net)
+    sharded = 4 * (sum(p.numel() for p in parameters.values()) - sum(p.numel() for p in replicated))
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in net.decoder.layers]
-    root = total - frozen - 4 * sum(blocks)  # what is in no block: embeddings, connector, trained parts of the tower
+    root = sharded - 4 * sum(blocks)  # what is in no block: embeddings, connector, trained parts of the tower
+    root_trained = trained - bytes_of_trained(net.decoder.layers)
     gathered = 2 * max(blocks) if setting.reshards else sum(blocks)
-    W, keeps_gradients = setting.world_size, setting.n_micro_batches > 1 and not setting.sums_every_micro_batch
+    W = setting.ranks_per_replica or setting.world_size
+    keeps_gradients = setting.n_micro_batches > 1 and not setting.sums_every_micro_batch
     return {
-        WEIGHTS: frozen + (total - frozen) // W,
+        WEIGHTS: frozen + sharded // W,
         GRADIENTS: trained if keeps_gradients else trained // W,
         MOMENTS: 2 * trained // W,
-        UNITS: root + itemsize * gathered + (itemsize + 4) * max(blocks),
+        UNITS: root + (0 if keeps_gradients else root_trained) + itemsize * gathered + (itemsize + 4) * max(blocks),
     }
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def bytes_of_trained(module: nn.Module) -> int:
+    """Return the bytes of a module's trained parameters in float32."""
+    return sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _ordered(parts: Mapping[str, int]) -> dict[str, int]:

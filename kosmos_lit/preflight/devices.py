@@ -1,9 +1,9 @@
-"""Devices by their usual names: memory and peak arithmetic rate."""
+"""Devices by their usual names: memory, peak arithmetic rate, and bandwidth to other devices."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,14 @@ DEVICES: dict[str, tuple[str, float]] = {
 }
 """By the name that `--device` takes: the name that `peak_flops` knows, and the bytes that CUDA reports, which are somewhat
 fewer than advertised."""
+LINKS: dict[str, tuple[float, float]] = {
+    "h100": (450e9, 50e9), "h200": (450e9, 50e9), "b200": (900e9, 50e9), "a100-80": (300e9, 25e9), "a100-40": (300e9, 25e9),
+    "v100-32": (150e9, 12.5e9), "mi300x": (448e9, 50e9),
+}  # fmt: skip
+"""Nominal bytes a second in each direction: to devices of the same node (NVLink, Infinity Fabric) by the devices' data
+sheets, and of a network as in their vendors' own machines, with a port of 400, 200 or 100 Gbit/s for each device."""
+PCIE = (32e9, 12.5e9)
+"""The same for all other devices: PCIe 4 with 16 lanes, and 100 Gbit/s."""
 UNITS = {"GB": 1e9, "GIB": GIB, "TB": 1e12, "MB": 1e6, "": 1e9}
 
 
@@ -42,10 +50,22 @@ class Device:
     """FLOP/s in the run's precision; None: unknown."""
     share: float
     """Share of the peak that the run is assumed to reach."""
+    within_node: float | None = None
+    """Bytes a second in each direction to devices of the same node; None: unknown."""
+    between_nodes: float | None = None
+    """The same to devices of other nodes."""
 
 
 def find_device(
-    name: str | None, memory: str | None, peak: float | None, share: float, precision: str, *, on_cpu: bool
+    name: str | None,
+    memory: str | None,
+    peak: float | None,
+    share: float,
+    precision: str,
+    *,
+    on_cpu: bool,
+    tf32: bool = False,
+    links: tuple[float | None, float | None] = (None, None),
 ) -> Device:
     """Return the device of a plan.
 
@@ -56,9 +76,23 @@ def find_device(
         share: of the peak, assumed to be reached.
         precision: of the run, by Lightning's name.
         on_cpu: whether the run is on a CPU.
+        tf32: whether float32 matrices are multiplied in TF32.
+        links: GB/s within a node and between nodes that replace the device's.
 
-    Raises: UserError for an unknown device, or for a memory, peak or share that is no valid number.
+    Raises: UserError for an unknown device, or for a memory, peak, share or bandwidth that is no valid number.
     """
+    for option, value in zip(("node-gb-s", "network-gb-s"), links, strict=True):
+        if value is not None and not value > 0:
+            raise UserError(f"plan: --{option} must be positive, in GB/s, got {value:g}")
+    device = _find_device(name, memory, peak, share, precision, on_cpu=on_cpu, tf32=tf32)
+    nominal = LINKS.get(device.name, PCIE) if device.name in DEVICES else (None, None)
+    within, between = (default if value is None else value * 1e9 for value, default in zip(links, nominal, strict=True))
+    return replace(device, within_node=within, between_nodes=between)
+
+
+def _find_device(
+    name: str | None, memory: str | None, peak: float | None, share: float, precision: str, *, on_cpu: bool, tf32: bool
+) -> Device:
     if name is not None and name not in DEVICES:
         raise UserError(f"plan: no device {name!r}; there are {', '.join(DEVICES)}, or --memory 80GB --peak 989")
     # Written so that NaN is refused too.
@@ -76,7 +110,7 @@ def find_device(
     name = name or "h100"
     product, size = DEVICES[name]
     # Lightning's names begin with the format: "bf16-mixed", "16-mixed".
-    kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], _float32_format())  # type: ignore[assignment]
+    kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], "tf32" if tf32 else _float32_format())  # type: ignore[assignment]
     return Device(name, memory_bytes or size, flops or peak_flops(product, kind), share)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from datamodules.forecast import SourceForecast, TypicalForecast, forecast, largest_micro_batch, last_step
 from kosmos_lit.batch import CORPORA
 from kosmos_lit.checks.memory import remedies
+from kosmos_lit.costs.communication import Communication, Links, Sizes, communication
 from kosmos_lit.costs.flops import Flops, ModelFlops, Work
 from kosmos_lit.costs.memory import EstimateError, Memory, MicroBatch, Setting, estimate, meta_model
 from kosmos_lit.errors import UserError
@@ -91,6 +92,8 @@ class Estimates:
     """Whether the numbers of `sources` are counted in indexed corpora; else they are those of typical documents."""
     flops: Flops | None
     """Of a step."""
+    communication: Communication | None
+    """Of each device in a step; None for one device, or if a bandwidth or the time of a step is unknown."""
     images_per_step: float
     disk: Disk | None
 
@@ -137,11 +140,12 @@ def estimate_run(run: RunDescription, device: Device) -> Estimates:
             assert run.data is not None
             rows = run.data.global_batch_rows // run.world_size
             changes = remedies(run.kosmos, setting_of(run, batch, n_micro or 1), memory.needed, device.memory, rows)
+    flops = _flops(run, forecasts, steps) if net is not None else None
     return Estimates(
         device=device, world_size=run.world_size, steps=steps, end=end, n_micro_batches=n_micro, batch=batch,
         parameters=_parameters(net) if net is not None else [], memory=memory, fitting=changes,
         sources=[Source.of(f) for f in forecasts], exact=exact,
-        flops=_flops(run, forecasts, steps) if net is not None else None,
+        flops=flops, communication=_communication(run, device, net, batch, n_micro or 1, flops),
         images_per_step=sum(f.amounts.images for f in forecasts) / max(1, steps),
         disk=_disk(run, net, steps) if net is not None else None,
     )  # fmt: skip
@@ -205,9 +209,18 @@ def setting_of(run: RunDescription, batch: MicroBatch, n_micro_batches: int) -> 
     return Setting(
         batch=batch, device="cpu" if run.on_cpu else "cuda", precision=run.precision, strategy=run.strategy,
         world_size=run.world_size, n_micro_batches=n_micro_batches, freeze=run.freeze,
+        ranks_per_replica=_ranks_per_replica(run),
         reshards=options.get("reshard_after_forward", True),
         sums_every_micro_batch=options.get("sync_every_micro_batch", True),
+        has_bucket_views=options.get("gradient_as_bucket_view", False),
     )  # fmt: skip
+
+
+def _ranks_per_replica(run: RunDescription) -> int | None:
+    try:
+        return run.ranks_per_replica
+    except UserError:  # a problem of its own; memory is estimated all the same
+        return None
 
 
 def _parameters(net: Kosmos) -> list[Parameters]:
@@ -231,6 +244,21 @@ def _flops(run: RunDescription, forecasts: Iterable[SourceForecast], steps: int)
         work += Work(a.positions, round(a.positions * length), a.targets, a.images)
     total = ModelFlops(run.kosmos, run.freeze).training(work)
     return Flops(**{part: flops / steps for part, flops in asdict(total).items()})
+
+
+def _communication(
+    run: RunDescription, device: Device, net: Kosmos | None, batch: MicroBatch | None, n_micro: int, flops: Flops | None
+) -> Communication | None:
+    if net is None or batch is None or flops is None or run.world_size == 1:
+        return None
+    if device.peak is None or device.within_node is None or device.between_nodes is None:
+        return None
+    links = Links(
+        within_node=device.within_node, between_nodes=device.between_nodes, devices_per_node=run.devices
+    )
+    block_seconds = (flops.blocks + flops.attention) / (device.share * device.peak * run.world_size * n_micro)
+    setting, is_fsdp1 = setting_of(run, batch, n_micro), "Fsdp1" in run.strategy_name
+    return communication(Sizes.of(net), setting, links, block_seconds, root_every_micro_batch=is_fsdp1)
 
 
 def _disk(run: RunDescription, net: Kosmos, steps: int) -> Disk:

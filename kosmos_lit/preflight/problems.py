@@ -124,6 +124,7 @@ def _strategy(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     name = strategy if isinstance(strategy, str) else str(strategy.class_path)
     try:
         check_strategy(name)
+        _ = run.ranks_per_replica
     except UserError as error:
         yield str(error)
     else:

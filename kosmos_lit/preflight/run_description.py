@@ -12,6 +12,7 @@ from datamodules.corpus import read_manifest
 from datamodules.module import MixtureData
 from kosmos_lit.config import KosmosConfig, OptimizerConfig
 from kosmos_lit.costs.memory import Strategy
+from kosmos_lit.sharding.fsdp import ranks_per_replica
 from kosmos_lit.tokenizer import has_tokenizer
 
 DEVICES_PER_NODE = 8
@@ -29,6 +30,7 @@ class RunDescription:
     is_sound: bool
     """Whether `kosmos` has no problems, so that the model can be built."""
     freeze: tuple[str, ...]
+    tf32: bool
     data: MixtureData | None
     """None if it cannot be made."""
     devices: int
@@ -58,10 +60,15 @@ class RunDescription:
         return {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}.get(precision, precision)
 
     @property
+    def strategy_name(self) -> str:
+        """Return the strategy's name, or the path of its class."""
+        strategy = self.trainer.strategy
+        return strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")) if strategy else "auto"
+
+    @property
     def strategy(self) -> Strategy:
         """Return how the model is distributed; Lightning's own choice for several devices is DDP."""
-        strategy = self.trainer.strategy
-        name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", "")) if strategy else "auto"
+        name = self.strategy_name
         # Lightning writes both ModelParallelStrategy and model_parallel.
         if "fsdp" in name.lower() or "modelparallel" in name.lower().replace("_", ""):
             return "fsdp"
@@ -72,6 +79,16 @@ class RunDescription:
         """Return the arguments of the strategy's class."""
         strategy = self.trainer.strategy
         return {} if strategy is None or isinstance(strategy, str) else dict(strategy.get("init_args") or {})
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Return how many ranks hold the model together.
+
+        Raises: UserError if the strategy's setting does not fit the number of ranks.
+        """
+        if self.strategy != "fsdp":
+            return 1
+        return ranks_per_replica(self.strategy_options.get("shard_size"), self.devices, self.world_size)
 
     @property
     def has_corpora(self) -> bool:

@@ -16,7 +16,7 @@ INDENT = 14
 def format_plan(run: RunDescription, estimates: Estimates, problems: Sequence[str]) -> str:
     """Return a plan as text."""
     e = estimates
-    sections = (_parameters(e), _devices(run, e), _sources(e), _operations(e), _memory(e), _disk(e))
+    sections = (_parameters(e), _devices(run, e), _sources(e), _operations(e), _communication(run, e), _memory(e), _disk(e))
     lines = [line for section in sections for line in section]
     lines += [_entry("note", note) for note in run.notes]
     if problems:
@@ -43,6 +43,8 @@ def _trained(trained: int, total: int) -> str:
 def _devices(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     number = f"{run.nodes} x {run.devices}" if run.nodes > 1 else f"{run.devices}"
     strategy = {"one": "", "ddp": ", DDP", "fsdp": ", FSDP"}[run.strategy]
+    if (shard_size := run.strategy_options.get("shard_size")) is not None:
+        strategy = f", HSDP ({shard_size if shard_size == 'node' else f'{shard_size} ranks'} a replica)"
     device = estimates.device
     size = f" of {format_bytes(device.memory)}" if device.memory else ""
     yield _entry("devices", f"{number} {device.name}{size}{strategy}, {run.precision}")
@@ -84,6 +86,21 @@ def _operations(estimates: Estimates) -> Iterator[str]:
     W = estimates.world_size
     each = f" ({format_count(tokens / W)} and {format_count(images / W)} a device)" if W > 1 else ""
     yield _entry("", f"which takes {format_count(tokens)} tokens/s and {format_count(images)} images/s{each}")
+
+
+def _communication(run: RunDescription, estimates: Estimates) -> Iterator[str]:
+    if estimates.world_size == 1:
+        return
+    c, device = estimates.communication, estimates.device
+    if c is None or device.within_node is None or device.between_nodes is None:
+        if device.within_node is None or device.between_nodes is None:
+            yield _entry("communication", "unknown: give bandwidths with --node-gb-s and --network-gb-s")
+        return
+    ways = [f"{format_bytes(n)} {at}" for n, at in ((c.within_node, "in a node"), (c.between_nodes, "between nodes")) if n]
+    rates = f"{device.within_node / 1e9:,.4g} and {device.between_nodes / 1e9:,.4g} GB/s"
+    yield _entry("communication", f"each device sends {' and '.join(ways) or 'nothing'} a step")
+    exposed = f"of which computing can hide all but {c.exposed_seconds:,.3g} s"
+    yield _entry("", f"{c.seconds:,.3g} s at {rates} in a node and between nodes, {exposed}")
 
 
 def _memory(estimates: Estimates) -> Iterator[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
@@ -32,11 +33,16 @@ FORWARD_METHODS = ("loss", "nll")
 
 
 class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
-    """FSDP2 on Lightning's ModelParallelStrategy; all ranks are data-parallel."""
+    """FSDP2 on Lightning's ModelParallelStrategy; all ranks are data-parallel. With `shard_size`, HSDP."""
 
     config_file = "configs/trainer/fsdp.yaml"
 
-    def __init__(self, reshard_after_forward: bool = True, sync_every_micro_batch: bool = True) -> None:
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        sync_every_micro_batch: bool = True,
+        shard_size: int | Literal["node"] | None = None,
+    ) -> None:
         """Choose between memory and traffic.
 
         Args:
@@ -44,18 +50,30 @@ class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
                 gathered twice a micro-batch, or stay gathered (ZeRO-2).
             sync_every_micro_batch: Whether gradients are reduced over ranks after each micro-batch of a step, or only
                 after the last one: less traffic, but until then each rank holds the full float32 gradient.
+            shard_size: How many consecutive ranks hold the model together, `node` for those of a node (HSDP): every such
+                group holds all of it, and sums its gradients with the others' once a step. None: all ranks.
         """
         # A checkpoint is one file, as without sharding.
         super().__init__(save_distributed_checkpoint=False)
         self.reshard_after_forward, self.sync_every_micro_batch = reshard_after_forward, sync_every_micro_batch
+        self.shard_size = shard_size
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Return how many ranks hold the model together.
+
+        Raises: UserError if `shard_size` does not fit the number of ranks.
+        """
+        return ranks_per_replica(self.shard_size, self.num_processes, self.num_nodes * self.num_processes)
 
     def setup_environment(self) -> None:
+        self.n_replicas = self.num_nodes * self.num_processes // self.ranks_per_replica
         # Lightning's default makes each node one tensor-parallel group.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def _apply_fsdp(self, net: Kosmos) -> None:
-        mesh = self.device_mesh["data_parallel"]
+        mesh = self._mesh()
         # Blocks first: the root's unit takes the parameters that no other unit holds.
         for block in net.decoder.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.reshard_after_forward, mp_policy=self._policy())
@@ -65,6 +83,15 @@ class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
             register_fsdp_forward_method(net, method)
         # After sharding, so that a full model never takes up memory.
         net.to_empty(device=self.root_device)
+
+    def _mesh(self) -> DeviceMesh:
+        """Return all ranks, or for HSDP (groups that hold a replica, ranks of a group)."""
+        if self.n_replicas == 1:
+            return self.device_mesh["data_parallel"]
+        shape, names = (self.n_replicas, self.ranks_per_replica), ("replicate", "shard")
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        self._shard_group = mesh.get_group("shard")
+        return mesh
 
     def _policy(self) -> MixedPrecisionPolicy:
         if self.precision_plugin.precision != "bf16-mixed":
@@ -81,14 +108,24 @@ class Fsdp2Strategy(ShardedStrategy, ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Skip the reduction of gradients for all but a step's last micro-batch, unless `sync_every_micro_batch`."""
+        """Leave out what only a step's last micro-batch must do.
+
+        That is to reduce the blocks' gradients, unless `sync_every_micro_batch`, and to sum them over replicas. The root
+        stays gathered and its gradients stay whole until then: it is needed from a micro-batch's beginning to its end, where
+        its gradient is complete, so that between micro-batches it costs memory that they take anyway.
+        """
         root = cast(FSDPModule, self.net)
+        root.set_requires_all_reduce(False)
         root.set_requires_gradient_sync(self.sync_every_micro_batch)
+        root.set_requires_gradient_sync(False, recurse=False)
+        root.set_reshard_after_backward(False, recurse=False)
         try:
             yield
         finally:
             # On again for the last micro-batch, which runs outside this context.
+            root.set_requires_all_reduce(True)
             root.set_requires_gradient_sync(True)
+            root.set_reshard_after_backward(True, recurse=False)
 
 
 class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
@@ -174,6 +211,27 @@ class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
             model.register_forward_hook(self._leave, always_call=True)
             self._root = self._unit(model, ignored_states=frozen_tower_parameters(self.net))
         return self._root
+
+
+def ranks_per_replica(shard_size: int | str | None, devices_per_node: int, world_size: int) -> int:
+    """Return how many ranks hold the model together.
+
+    Args:
+        shard_size: of `Fsdp2Strategy`.
+        devices_per_node: ranks of a node.
+        world_size: number of ranks.
+
+    Raises: UserError if they do not divide the ranks, or one rank would hold all of it.
+    """
+    size = {None: world_size, "node": devices_per_node}.get(shard_size, shard_size)  # type: ignore[arg-type]
+    assert isinstance(size, int)
+    setting = f"trainer.strategy.init_args.shard_size is {shard_size}" + (f" ({size} ranks)" if shard_size == "node" else "")
+    if size < 1 or world_size % size:
+        divisors = [n for n in range(2, world_size + 1) if world_size % n == 0]
+        raise UserError(f"{setting}, which does not divide {world_size} ranks; these would: {', '.join(map(str, divisors))}")
+    if size == 1 < world_size:
+        raise UserError(f"{setting}, so that no weight is sharded; use -c configs/trainer/ddp.yaml, or a larger shard_size")
+    return size
 
 
 def check_strategy(strategy: Strategy | str | None) -> None:

@@ -2,7 +2,8 @@
 
 Both strategies shard a tensor alike: each rank holds one contiguous slice of its elements in row-major order, in the order
 of the ranks (FSDP2 shards along the first axis, FSDP1 a flat vector of several tensors). So the number of elements on each
-rank gives the whole layout. A tensor that is not sharded is replicated: every rank holds all of it.
+rank gives the whole layout. A tensor that is not sharded is replicated: every rank holds all of it. With HSDP this is
+so within each group of ranks that holds the model together; the groups' slices are the same.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ def original_name(name: str) -> str:
     return name.replace(FSDP1_PREFIX, "")
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], limit: float, n_replicas: int = 1) -> Tensor:
     """Scale sharded gradients to a global norm of at most `limit`; return () the norm before. Collective.
 
-    Each element of a gradient must lie on exactly one rank. On one rank this is torch.nn.utils.clip_grad_norm_.
+    Each element of a gradient must lie on exactly `n_replicas` ranks. On one rank this is torch.nn.utils.clip_grad_norm_.
     """
     grads = [local_shard(parameter.grad) for parameter in parameters if parameter.grad is not None]
     square = nn.utils.get_total_norm(grads).square()  # squares of norms add up over shards
+    # Over all ranks, not over those of one replica: the sum has the same bits everywhere, and so replicas stay equal.
     dist.all_reduce(square)
-    norm = square.sqrt()
+    norm = (square / n_replicas).sqrt()
     # 1e-6 as in torch; at most 1, as clipping never scales up.
     torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -55,22 +57,30 @@ def local_shard(tensor: Tensor) -> Tensor:
 class ShardedTensors:
     """The parameters and buffers of a sharded module, and the slice of each that every rank holds."""
 
-    def __init__(self, module: nn.Module, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        shapes: Mapping[str, torch.Size],
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Exchange the sizes of all shards. Collective: all ranks must call it.
 
         Args:
             module: the sharded module.
             shapes: shapes of the full tensors, by original name.
             device: of the tensors.
+            group: ranks that hold the tensors together; None: all.
 
         Raises: RuntimeError if elements of a tensor are missing, or were left on the meta device.
         """
-        self.module, self.shapes, self.device = module, shapes, device
+        self.module, self.shapes, self.device, self._group = module, shapes, device, group
+        self._rank = dist.get_rank(group)
         tensors = named_tensors(module)
         # What is still on the meta device counts as missing.
         local_sizes = [0 if tensors[name].is_meta else local_shard(tensors[name]).numel() for name in shapes]
-        table = torch.empty(dist.get_world_size() * len(local_sizes), dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(table, torch.tensor(local_sizes, device=device))
+        table = torch.empty(dist.get_world_size(group) * len(local_sizes), dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(table, torch.tensor(local_sizes, device=device), group=group)
         counts = table.view(-1, len(local_sizes)).T.tolist()  # one list for each tensor: elements on each rank
         self._counts: dict[str, list[int]] = dict(zip(shapes, counts, strict=True))
         for name, shape in shapes.items():
@@ -82,12 +92,12 @@ class ShardedTensors:
         return sum(self._counts[name]) == self.shapes[name].numel()
 
     def _start(self, name: str) -> int:
-        return sum(self._counts[name][: dist.get_rank()]) if self._is_sharded(name) else 0
+        return sum(self._counts[name][: self._rank]) if self._is_sharded(name) else 0
 
     def local_slice(self, name: str, full: Tensor) -> Tensor:
         """Return this rank's slice of a full tensor, flat."""
         start = self._start(name)
-        return full.reshape(-1)[start : start + self._counts[name][dist.get_rank()]]
+        return full.reshape(-1)[start : start + self._counts[name][self._rank]]
 
     @torch.no_grad()
     def broadcast(self, full_tensors: Mapping[str, Tensor] | None) -> Tensor:
@@ -126,7 +136,7 @@ class ShardedTensors:
         padded = shard.new_zeros(longest)
         padded[: len(shard)] = shard
         shards = shard.new_empty(len(counts), longest)
-        dist.all_gather_into_tensor(shards.view(-1), padded)
+        dist.all_gather_into_tensor(shards.view(-1), padded, group=self._group)
         # Without each rank's padding.
         return torch.cat([row[:n] for row, n in zip(shards, counts, strict=True)]).view(self.shapes[name])
 
@@ -137,7 +147,7 @@ class ShardedTensors:
         of_shards = torch.stack([checksum(local_shard(tensors[name]), self._start(name)) for name in self.shapes])
         is_sharded = torch.tensor([self._is_sharded(name) for name in self.shapes], device=self.device)
         totals = of_shards.clone()
-        dist.all_reduce(totals)
+        dist.all_reduce(totals, group=self._group)
         # A replicated tensor was summed once for each rank.
         return torch.where(is_sharded, totals, of_shards)
 

@@ -1,9 +1,10 @@
 """Training with weights, gradients and optimizer state sharded over ranks (ZeRO-3 or ZeRO-2).
 
 Units, in both strategies: each decoder block, and the root with everything else that trains. A block's weights are gathered
-for its forward and for its backward pass; the root's stay gathered from one to the other. The tied embedding is used at both
-ends, and the number of a rank's calls of tower and connector depends on its images: in the root, no such call is a
-collective. Frozen tensors of the tower are replicated.
+for its forward and for its backward pass; the root's stay gathered from one to the other, with FSDP2 even for all
+micro-batches of a step, after which its gradients are reduced. The tied embedding is used at both ends, and the number of a
+rank's calls of tower and connector depends on its images: in the root, no such call is a collective. Frozen tensors of the
+tower are replicated. With HSDP a group of ranks holds all units together, and is a replica of every other group.
 
 Weights: rank 0 builds the model as a single process does, the others build it on the meta device. The units are sharded
 while they are empty; then rank 0 broadcasts its tensors. So initial weights equal a single process's bit by bit for any
@@ -48,6 +49,10 @@ class ShardedStrategy(ParallelStrategy):
     config_file: ClassVar[str]
     """Path of the overlay that selects the strategy."""
     net: Kosmos
+    n_replicas: int = 1
+    """Groups of ranks that hold the whole model each."""
+    _shard_group: dist.ProcessGroup | None = None
+    """The ranks that hold the model together with this one; None: all."""
 
     def shard_model(self, build: Callable[[], Kosmos], outline: Callable[[], Kosmos]) -> Kosmos:
         """Return the model with its weights sharded. Collective: all ranks must call it.
@@ -68,7 +73,7 @@ class ShardedStrategy(ParallelStrategy):
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(net).items()}
         self._state_names = list(net.state_dict())
         self._apply_fsdp(net)
-        shards = ShardedTensors(net, self._shapes, self.root_device)
+        shards = ShardedTensors(net, self._shapes, self.root_device, self._shard_group)
         self._expected_checksums: Tensor | None = shards.broadcast(full_tensors)
         return net
 
@@ -76,7 +81,7 @@ class ShardedStrategy(ParallelStrategy):
         super().setup(trainer)
         self._reshard()
         # Anew: FSDP1 shards the root in `setup`.
-        self._shards = ShardedTensors(self.net, self._shapes, self.root_device)
+        self._shards = ShardedTensors(self.net, self._shapes, self.root_device, self._shard_group)
         if self._expected_checksums is not None:
             self._shards.check(self._expected_checksums, f"{self.config_file}, after the broadcast of the weights")
             self._expected_checksums = None  # training changes the weights; a second setup must not compare
@@ -95,10 +100,14 @@ class ShardedStrategy(ParallelStrategy):
         """
         self._reshard()
         # The copy is uninitialised until the loop fills it.
-        copy, sharded = self._outline().to_empty(device=self.root_device), named_tensors(self.net)
+        copy, sharded = self._outline().to_empty(device=self.root_device), self._named_tensors()
         for name, tensor in named_tensors(copy).items():
             tensor.copy_(self._shards.gather(name, sharded[name]))
         return copy.requires_grad_(False).eval()
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """Return the model's tensors, those of the tower that are rounded as they were before."""
+        return named_tensors(self.net) | {f"vision.{name}": tensor for name, tensor in self.net.vision.originals.items()}
 
     # ---- checkpoints
 
@@ -110,7 +119,7 @@ class ShardedStrategy(ParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the full weights on rank 0, and nothing on other ranks. Collective: all ranks must call it."""
         self._reshard()
-        tensors, state = named_tensors(self.net), {}
+        tensors, state = self._named_tensors(), {}
         for name in self._state_names:
             full = self._shards.gather(name, tensors[name])
             if self.is_global_zero:

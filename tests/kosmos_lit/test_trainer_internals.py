@@ -14,12 +14,24 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor, nn
 
 from kosmos_lit.sharding.fsdp import Fsdp1Strategy
-from kosmos_lit.trainer_internals import attached_trainer, loss_scaler, lr_schedulers, set_batch_progress
+from kosmos_lit.trainer_internals import (
+    attached_trainer,
+    has_bucket_views,
+    loss_scaler,
+    lr_schedulers,
+    set_batch_progress,
+)
 
 N_STEPS, N_MICRO_BATCHES = 5, 2
 
@@ -194,3 +206,12 @@ def test_members_that_sharded_strategies_override_or_read_exist(owner: type[Stra
 def test_a_precision_plugin_has_contexts(name: str) -> None:
     with getattr(MixedPrecision("bf16-mixed", "cpu"), name)():
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_ddp_s_bucket_views_are_known_before_ddp_wraps_the_model() -> None:
+    def asked(strategy: Strategy | str) -> bool:
+        return has_bucket_views(L.Trainer(accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False))
+
+    assert asked(DDPStrategy(gradient_as_bucket_view=True))
+    assert not asked(DDPStrategy())
+    assert not asked("auto")

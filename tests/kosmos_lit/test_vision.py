@@ -165,6 +165,85 @@ def test_an_optimizer_step_leaves_frozen_weights_as_they_were(build):
     assert changed == {name for name, p in tower.named_parameters() if p.requires_grad}
 
 
+# ---- frozen matrices in bfloat16
+
+
+def autocast_features_and_gradients(tower: VisionTower) -> list[Tensor]:
+    tower.zero_grad()
+    side = tower.config.image_size
+    images = torch.randint(0, 256, (N, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)  # timm's towers drop paths
+    with torch.autocast("cpu", torch.bfloat16):
+        features = tower(images)
+    features.float().square().sum().backward()
+    return [features.detach(), *(p.grad.clone() for p in tower.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", ["tiny", "ViT-S-32-alt", "convnext_tiny"])
+def test_rounded_frozen_matrices_change_no_bit_under_autocast(build, name):
+    torch.manual_seed(0)
+    config = VisionConfig(architecture=name, pretrained=None)
+    tower = (build(trainable="last_block") if name == "tiny" else VisionTower(config)).train()
+    expected = autocast_features_and_gradients(tower)
+
+    tower.round_frozen(torch.bfloat16)
+
+    actual = autocast_features_and_gradients(tower)
+    assert len(actual) == len(expected) > 3
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert {p.dtype for p in tower.frozen_matrices().values()} == {torch.bfloat16}
+    assert {p.dtype for p in tower.parameters() if p.requires_grad or p.ndim < 2} == {torch.float32}
+
+
+def test_frozen_matrices_are_most_of_a_frozen_tower(build):
+    tower = build(trainable="none")
+    rounded = {f"visual.transformer.resblocks.{i}.{name}" for i in range(3) for name in BLOCK_MATRICES}
+    assert tower.frozen_matrices().keys() == {"visual.conv1.weight", *rounded}
+
+
+BLOCK_MATRICES = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def test_a_state_dict_holds_the_frozen_matrices_before_they_were_rounded(build):
+    tower = build(trainable="last_block")
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+
+    tower.round_frozen(torch.bfloat16)
+
+    actual = tower.state_dict()
+    assert list(actual) == list(before)
+    assert all(torch.equal(actual[name], before[name]) for name in before)
+
+
+def test_frozen_matrices_come_back_for_a_block_and_for_good(build):
+    tower = build(trainable="last_block")
+    before = {name: p.detach().clone() for name, p in tower.named_parameters()}
+
+    def is_exact() -> bool:
+        return all(torch.equal(p, before[name]) for name, p in tower.named_parameters())
+
+    tower.round_frozen(torch.bfloat16)
+    assert not is_exact()
+    with tower.unrounded():
+        assert is_exact()
+    assert {p.dtype for p in tower.frozen_matrices().values()} == {torch.bfloat16}
+    tower.restore_frozen()
+    assert is_exact()
+    with tower.unrounded():
+        assert is_exact()
+    assert is_exact()
+
+
+def test_weights_loaded_into_a_rounded_tower_are_not_rounded(build):
+    tower, other = build(trainable="last_block"), shaken(build(trainable="last_block"), seed=7)
+    tower.round_frozen(torch.bfloat16)
+
+    tower.load_state_dict(other.state_dict())
+
+    assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tower.state_dict().values(), other.state_dict().values(), strict=True))
+
+
 def test_positions_of_a_new_tower_that_trains_have_unit_scale(kosmos_tower):
     torch.manual_seed(0)
     tower = VisionTower(tiny_config(kosmos_tower).vision)

@@ -21,7 +21,16 @@ from kosmos_lit.config import ConnectorConfig, DecoderConfig, KosmosConfig, Lora
 from kosmos_lit.costs import memory
 from kosmos_lit.costs.allocations import backward, fake_device
 from kosmos_lit.costs.compiled import TensorSpec, partition_of
-from kosmos_lit.costs.memory import EstimateError, Memory, MicroBatch, Setting, estimate, meta_model
+from kosmos_lit.costs.memory import (
+    EstimateError,
+    Memory,
+    MicroBatch,
+    Setting,
+    bytes_of,
+    estimate,
+    meta_model,
+    training_model,
+)
 from kosmos_lit.errors import UserError
 from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
@@ -98,6 +107,8 @@ IN_FLOAT32 = ("the paper's", "the whole tower trains", "layers recomputed")
 def test_a_step_allocates_what_was_estimated(tower: str, case: str, precision: str) -> None:
     config, setting = model(tower, **CASES[case]), Setting(batch=BATCH, device="cpu", precision=precision)
     net = Kosmos.create(config).train()
+    if precision == "bf16-mixed":
+        net.vision.round_frozen(torch.bfloat16)
     step(net, setting)  # allocates tables that stay
     net.zero_grad()
 
@@ -170,6 +181,14 @@ def test_an_estimate_for_a_gpu_needs_no_gpu(small: KosmosConfig, gpu_estimate: M
     assert 2 * matrices <= parts["weights in bfloat16"] <= trained / 2
 
 
+def test_the_towers_frozen_matrices_take_two_bytes_an_element_in_mixed_precision(small: KosmosConfig) -> None:
+    exact, mixed = (training_model(small, replace(PAPER, precision=p)).vision for p in ("32-true", "bf16-mixed"))
+
+    matrices = sum(p.numel() for p in exact.frozen_matrices().values())
+    assert matrices > 0.6 * sum(p.numel() for p in exact.parameters() if not p.requires_grad)
+    assert bytes_of(exact.parameters()) - bytes_of(mixed.parameters()) == 2 * matrices
+
+
 def test_compiled_or_recomputed_parts_keep_less(small: KosmosConfig, gpu_estimate: Memory) -> None:
     def kept(recompute: Any, *, compiled: bool) -> int:
         decoder = replace(small.decoder, recompute=recompute, compile=compiled)
@@ -198,11 +217,22 @@ def test_gradients_are_resident_with_several_micro_batches(small: KosmosConfig, 
     assert two.total > gpu_estimate.total
 
 
+def test_gradients_in_ddp_s_buckets_are_counted_once(small: KosmosConfig, gpu_estimate: Memory) -> None:
+    trained = sum(4 * p.numel() for p in meta_model(small).parameters() if p.requires_grad)
+    ddp = replace(PAPER, strategy="ddp", world_size=2, n_micro_batches=2)
+    copies, views = estimate(small, ddp), estimate(small, replace(ddp, has_bucket_views=True))
+    one_micro_batch = estimate(small, replace(ddp, has_bucket_views=True, n_micro_batches=1))
+
+    assert copies.parts["gradient buckets"] == trained
+    assert copies.total - views.total == trained
+    assert one_micro_batch == views  # the buckets exist all the time
+
+
 def test_a_rank_holds_its_shard_of_the_state(small: KosmosConfig, gpu_estimate: Memory) -> None:
     one, sharded = gpu_estimate, estimate(small, replace(PAPER, strategy="fsdp", world_size=4))
 
     assert sharded.parts["optimizer state"] == pytest.approx(one.parts["optimizer state"] / 4, rel=0.001)
-    frozen = sum(4 * p.numel() for p in meta_model(small).parameters() if not p.requires_grad)
+    frozen = bytes_of(p for p in training_model(small, PAPER).parameters() if not p.requires_grad)
     assert sharded.parts["weights"] - frozen == pytest.approx((one.parts["weights"] - frozen) / 4, rel=0.001)
 
 

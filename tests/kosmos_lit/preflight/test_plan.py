@@ -235,7 +235,35 @@ def test_devices_and_nodes_win_over_the_trainers(capsys: pytest.CaptureFixture[s
 
     assert plan["world_size"] == 12
     assert plan["n_micro_batches"] == 48
-    assert "gradient buckets" in plan["memory_per_device"]["parts"]
+    assert "gradient buckets" not in plan["memory_per_device"]["parts"]  # the gradients lie in them
+
+
+def test_what_a_step_sends_is_planned_for_each_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    def sent(overlay: str, *more: str) -> dict[str, float]:
+        path = str(CONFIGS / "trainer" / f"{overlay}.yaml")
+        _, plan = planned(capsys, *SMALL, "-c", path, "--devices=4", "--nodes=2", *more)
+        communication: dict[str, float] = plan["communication"]
+        return communication
+
+    ddp, fsdp, fsdp1, hsdp = (sent(overlay) for overlay in ("ddp", "fsdp", "fsdp1", "hsdp"))
+
+    assert ddp["within_node"] == fsdp["within_node"] == 0
+    assert 0 < hsdp["between_nodes"] < ddp["between_nodes"] < fsdp["between_nodes"] < fsdp1["between_nodes"]
+    assert hsdp["within_node"] > 0
+    assert sent("ddp", "--network-gb-s=5")["seconds"] == pytest.approx(10 * ddp["seconds"])
+    assert sent("hsdp", "--node-gb-s=1")["seconds"] > 10 * hsdp["seconds"]
+
+
+def test_a_page_names_bandwidths_and_what_computing_cannot_hide(capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = str(CONFIGS / "trainer" / "ddp.yaml")
+    main(["plan", *SMALL, "-c", overlay, "--devices=2"])
+    page = capsys.readouterr().out
+    main(["plan", *SMALL, "-c", overlay, "--devices=2", "--memory=80GB", "--peak=900"])
+    unknown = capsys.readouterr().out
+
+    assert "communication each device sends " in page
+    assert " s at 450 and 50 GB/s in a node and between nodes, of which computing can hide all but " in page
+    assert "communication unknown: give bandwidths with --node-gb-s and --network-gb-s" in unknown
 
 
 @pytest.mark.parametrize(
@@ -244,6 +272,8 @@ def test_devices_and_nodes_win_over_the_trainers(capsys: pytest.CaptureFixture[s
         (["--device=abacus"], "no device 'abacus'"),
         (["--peak-share=1.5"], "--peak-share must lie in"),
         (["--memory=much"], "--memory much is no size"),
+        (["--node-gb-s=0"], "--node-gb-s must be positive, in GB/s, got 0"),
+        (["--network-gb-s=-3"], "--network-gb-s must be positive, in GB/s, got -3"),
         (["--devices=0"], "'0' is no positive number"),
         (["--trainer.max_stepss=3"], "max_stepss"),
     ],
