@@ -25,7 +25,8 @@ Init = Literal["torchscale", "magneto", "gpt2"]
 DocumentAttention = Literal["own", "row"]
 ConnectorKind = Literal["resampler", "perceiver", "linear", "mlp", "pool"]
 Recompute = Literal["none", "selective", "full"]
-Kernel = Literal["auto", "xformers", "flex", "sdpa", "reference"]
+Kernel = Literal["auto", "xformers", "cudnn", "flex", "sdpa", "reference"]
+Fp8 = Literal["none", "tensorwise", "rowwise"]
 
 
 # None outside of `collect_errors`, where the first error raises.
@@ -91,8 +92,9 @@ class BaseConfig:
 
     def _check_choices(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                value, choices = getattr(self, name), get_args(hint)
+            # The type itself, or a part of `Fp8 | bool`.
+            if literal := next((t for t in (hint, *get_args(hint)) if get_origin(t) is Literal), None):
+                value, choices = getattr(self, name), get_args(literal)
                 self._check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
     def _check_rates(self) -> None:
@@ -233,13 +235,17 @@ class DecoderConfig(BaseConfig):
     """What of a layer is computed again in the backward pass instead of being kept: `selective`: all but attention and
     products of matrices, for some memory and next to no time; `full`: everything but its input, for most of the memory and
     a third more arithmetic."""
-    fp8: bool = False
-    """Whether the layers' matrices, not the output matrix, train in 8 bits: e4m3 forward, e5m2 for gradients, each tensor
-    scaled by its largest element. Needs CUDA capability 8.9 and bf16-mixed."""
+    fp8: Fp8 | bool = "none"
+    """How the layers' matrices, not the output matrix, train in 8 bits: `none`: they do not; `tensorwise`: e4m3 forward,
+    e5m2 for gradients, each tensor scaled by its largest element; `rowwise`: e4m3 throughout, each row or column that is
+    summed over scaled by its own, which rounds less and works more. Needs CUDA capability 8.9 and bf16-mixed. The values
+    false and true of earlier versions are `none` and `tensorwise`."""
     loss_chunk: int | None = 8192
     """Supervised positions whose logits, and these logits' gradients, exist at a time; None: all at once."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.fp8, bool):  # of an earlier version; equal meanings must be equal tables
+            object.__setattr__(self, "fp8", "tensorwise" if self.fp8 else "none")
         self._check_choices()
         self._check_positive("vocab_size", "dim", "n_layers", "n_heads", "ffn_dim", "max_seq_len")
         self._check_rates()

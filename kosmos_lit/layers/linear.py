@@ -12,11 +12,17 @@ from kosmos_lit.ops.fp8 import linear_fp8
 class LinearFp8(nn.Linear):
     """A linear layer that trains in 8 bits; without gradient it is an ordinary one, on any device."""
 
+    def __init__(self, n_in: int, n_out: int, *, rowwise: bool) -> None:
+        super().__init__(n_in, n_out)
+        self.rowwise = rowwise
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., K) to (..., N)."""
-        return linear_fp8(x, self.weight, self.bias) if torch.is_grad_enabled() else super().forward(x)
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return linear_fp8(x, self.weight, self.bias, rowwise=self.rowwise)
 
 
 def linear(config: DecoderConfig, n_in: int, n_out: int) -> nn.Linear:
     """Return a layer from `n_in` to `n_out`."""
-    return LinearFp8(n_in, n_out) if config.fp8 else nn.Linear(n_in, n_out)
+    return nn.Linear(n_in, n_out) if config.fp8 == "none" else LinearFp8(n_in, n_out, rowwise=config.fp8 == "rowwise")

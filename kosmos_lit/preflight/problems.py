@@ -156,7 +156,7 @@ def _kernel(run: RunDescription, estimates: Estimates) -> Iterator[str]:
 
 
 def _fp8(run: RunDescription, estimates: Estimates) -> Iterator[str]:
-    if run.kosmos is None or run.data is None or not run.kosmos.decoder.fp8:
+    if run.kosmos is None or run.data is None or run.kosmos.decoder.fp8 == "none":
         return
     if run.on_cpu:
         try:
@@ -164,9 +164,9 @@ def _fp8(run: RunDescription, estimates: Estimates) -> Iterator[str]:
         except UserError as error:
             yield str(error)
     elif estimates.device.name.startswith(NO_FP8):
-        yield f"decoder.fp8: {estimates.device.name} multiplies no 8-bit floats; set it to false"
+        yield f"decoder.fp8: {estimates.device.name} multiplies no 8-bit floats; set it to none"
     elif run.precision != "bf16-mixed":
-        yield f"decoder.fp8 goes with trainer.precision bf16-mixed, but it is {run.precision}; set it to false"
+        yield f"decoder.fp8 goes with trainer.precision bf16-mixed, but it is {run.precision}; set it to none"
 
 
 def _memory(run: RunDescription, estimates: Estimates) -> Iterator[str]:

@@ -111,6 +111,7 @@ def test_an_unknown_key_or_a_value_of_another_type_is_named(data, message):
         (LossWeights, {"caption": -0.5}, "LossWeights: caption must be finite and not negative, got -0.5"),
         (LossWeights, {"text": float("inf")}, "text must be finite and not negative, got inf"),
         (LossWeights, {"text": 0, "caption": 0, "interleaved": 0, "instruct": 0}, "at least one weight must be positive"),
+        (DecoderConfig, {"fp8": "rows"}, "fp8 must be one of none, tensorwise, rowwise, got 'rows'"),
         (DecoderConfig, {"loss_chunk": 0}, "loss_chunk must be positive, got 0"),
         (KosmosConfig, {"connector": ConnectorConfig(n_heads=7)}, "dim 2048 is not a multiple of connector.n_heads 7"),
         (OptimizerConfig, {"lr": 0.0}, "OptimizerConfig: lr must be positive"),
@@ -125,6 +126,13 @@ def test_a_value_that_cannot_be_is_the_users_error(table, fields, message):
         table(**fields)
 
 
+@pytest.mark.parametrize(("old", "new"), [(False, "none"), (True, "tensorwise")])
+def test_fp8_as_earlier_versions_wrote_it_means_the_same(old, new):
+    config = DecoderConfig.from_dict({"fp8": old})
+    assert config.fp8 == new
+    assert config == DecoderConfig(fp8=new)
+
+
 @pytest.mark.parametrize("fields", [{"feature_length": None}, {"feature_length": 90.0}])
 def test_features_may_keep_their_length_or_get_another(fields):
     assert VisionConfig(**fields).feature_length == fields["feature_length"]
@@ -132,7 +140,10 @@ def test_features_may_keep_their_length_or_get_another(fields):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "gpt2"}, {"branch_gain": 2.0}, {"loss_chunk": None}],
+    [
+        {"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "gpt2"}, {"branch_gain": 2.0}, {"loss_chunk": None},
+        {"fp8": "rowwise"},
+    ],
 )
 def test_what_only_training_and_speed_depend_on_is_no_architecture(fields):
     assert tiny_config("ViT-B-32", **fields).architecture() == tiny_config("ViT-B-32").architecture()

@@ -185,8 +185,8 @@ def test_all_contradictions_are_listed_at_once(capsys: pytest.CaptureFixture[str
         (["--trainer.strategy=lightning.pytorch.strategies.FSDPStrategy"], "FSDPStrategy does not know this model's units"),
         (["--trainer.strategy=fdsp"], "there is no fdsp; use -c configs/trainer/ddp.yaml"),
         (["--model.kosmos.decoder.fp8=true", "--trainer.accelerator=cpu"], "decoder.fp8 needs a CUDA device"),
-        (["--model.kosmos.decoder.fp8=true", "--device=a100-80"], "a100-80 multiplies no 8-bit floats"),
-        (["--model.kosmos.decoder.fp8=true", "--trainer.precision=32-true"], "fp8 goes with trainer.precision bf16-mixed"),
+        (["--model.kosmos.decoder.fp8=rowwise", "--device=a100-80"], "a100-80 multiplies no 8-bit floats"),
+        (["--model.kosmos.decoder.fp8=tensorwise", "--trainer.precision=32-true"], "fp8 goes with trainer.precision bf16"),
         (["--model.kosmos.decoder.attention_kernel=flex"], "flex has no dropout on attention weights"),
     ],
 )
