@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from benchmarks.gpu import bench as gpu_bench
 from benchmarks.gpu import steps, suite
 from benchmarks.gpu.__main__ import summary
 from benchmarks.gpu.bench import Bench, drawn, first_line, tiny_bench, verdict
-from benchmarks.gpu.components import attention, rates
+from benchmarks.gpu.components import attention, clip, loss, rates
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.reference import check_agreement
 from benchmarks.gpu.supervise import Record, Settings, plain, supervise
@@ -249,6 +251,10 @@ def test_weights_are_drawn_on_a_gpu_without_the_cpu(bench: Bench, monkeypatch) -
     assert {p.device for p in model.parameters()} == {torch.device("cuda", 0)}
 
 
+def unknown(*_: Any) -> None:
+    raise EstimateError("of another PyTorch")
+
+
 def test_the_largest_micro_batch_that_is_estimated_to_fit_is_taken(bench: Bench, monkeypatch) -> None:
     candidates = [{"text": 3}, {"text": 2}, {"text": 1}]
     everything = [known for _, known in bench.fitting(bench.config(), candidates)]
@@ -258,9 +264,6 @@ def test_the_largest_micro_batch_that_is_estimated_to_fit_is_taken(bench: Bench,
     assert needed == sorted(needed, reverse=True)
     monkeypatch.setattr(bench, "available_bytes", lambda: needed[1] * 1.04 + 2e9 + 1)  # SLACK and RESERVE
     assert [known["rows"]["text"] for _, known in bench.fitting(bench.config(), candidates)] == [2, 1]
-
-    def unknown(*_: Any) -> None:
-        raise EstimateError("of another PyTorch")
 
     monkeypatch.setattr(gpu_bench, "estimate", unknown)
     assert [known["estimate"] for _, known in bench.fitting(bench.config(), candidates)] == ["of another PyTorch"] * 3
@@ -350,6 +353,14 @@ def test_kernels_that_a_cpu_lacks_are_errors_beside_the_results_of_others(bench:
     for mask in ("one document", "documents", "captions"):
         assert "needs a CUDA device" in results[mask]["xformers"]["error"]
         assert min(results[mask]["sdpa"]["both, ms"], results[mask]["sdpa"]["forward, ms"]) > 0
+
+
+def test_losses_and_towers_are_compared_with_what_they_replace(bench: Bench) -> None:
+    rates(bench)
+
+    assert list(loss(bench)["verdicts"])[0].startswith("over MM: gradients in chunks of ")
+    assert list(clip(bench)["verdicts"]) == ["over MM", "over transformers"]
+    assert bench.model(bench.config()).vision.config.chunk == bench.config().vision.chunk
 
 
 def test_a_verdict_says_by_how_much_a_threshold_is_missed() -> None:
@@ -473,10 +484,17 @@ def test_micro_batches_of_real_steps_follow_the_memory(bench: Bench, monkeypatch
     monkeypatch.setattr(
         steps, "estimate", lambda _, setting: type("M", (), {"needed": needed[setting.batch.rows]})
     )
-    for available, rows in {13e9: 8, 15e9: 12, 4e9: 3, 1e9: 3}.items():
-        monkeypatch.setattr(bench, "available_bytes", lambda available=available: available)
+    bench = replace(bench, sizes=gpu_bench.FULL)
+    for available, rows in {13e9: 8, 15e9: 12, 4e9: 3, 0.5e9: 1}.items():
+        monkeypatch.setattr(Bench, "available_bytes", lambda _, available=available: available)
         assert steps.micro_rows(bench) == rows
+    monkeypatch.setattr(steps, "estimate", unknown)
+    assert steps.micro_rows(bench) == 3
     assert all(steps.GLOBAL_ROWS % rows == 0 for rows in steps.MICRO_ROWS)
+    overlay = yaml.safe_load((ROOT / steps.OVERLAY).read_text())
+    assert overlay["data"]["init_args"]["global_batch_rows"] == steps.GLOBAL_ROWS == 24
+    assert overlay["trainer"]["max_steps"] == steps.N_STEPS == 20
+    assert overlay["model"]["kosmos"]["decoder"]["attention_kernel"] == "xformers"
 
 
 def test_parts_are_in_the_order_of_what_they_tell() -> None:

@@ -105,7 +105,8 @@ class Bench:
     """`time.monotonic()` when the part must have ended."""
     report: Callable[[Results], None] = lambda _: None
     """Takes the part's results so far, which count if the rest of it does not end in time."""
-    _model: list[Kosmos] = field(default_factory=list)
+    _model: list[tuple[Kosmos, bool]] = field(default_factory=list)
+    """The model that is kept, and whether it is fused; or nothing."""
 
     @property
     def tiny(self) -> bool:
@@ -254,8 +255,8 @@ class Bench:
         The last one is kept: a part that asks for the same model gets it, compiled as it is.
         """
         fuses = fused and self.use_compile
-        if self._model and (self._model[0].config, self._model[0]._is_compiled) == (config, fuses):
-            return self._model[0]
+        if self._model and (self._model[0][0].config, self._model[0][1]) == (config, fuses):
+            return self._model[0][0]
         self.drop_model()
         model = drawn(config, self.device).train()
         if fuses:
@@ -263,7 +264,7 @@ class Bench:
         # As KosmosLit does under bf16-mixed: frozen matrices of the tower are cast once, not at each use.
         if (round_frozen := getattr(model.vision, "round_frozen", None)) is not None:
             round_frozen(torch.bfloat16)
-        self._model.append(model)
+        self._model.append((model, fuses))
         return model
 
     def drop_model(self) -> None:
@@ -317,7 +318,9 @@ class Bench:
             path = self.tables.with_name(f"{self.tables.name}.{self.part}.txt")
             path.write_text(events.table(sort_by=by, row_limit=n_rows, max_name_column_width=80) + "\n", encoding="utf-8")
         kind = DeviceType.CUDA if self.on_gpu else DeviceType.CPU
-        times = {e.key: (getattr(e, by), e.count) for e in events if e.device_type == kind and getattr(e, by) > 0}
+        # Compiled graphs are annotated: such a range would count its kernels again.
+        kernels = [e for e in events if e.device_type == kind and not e.is_user_annotation and getattr(e, by) > 0]
+        times = {e.key: (getattr(e, by), e.count) for e in kernels}
         total = sum(time for time, _ in times.values())
         top = sorted(times.items(), key=lambda item: -item[1][0])[:n_rows]
         return {"profile": [

@@ -68,7 +68,7 @@ def run_pytest(arguments: Sequence[str], seconds: float) -> list[str]:
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         # A width at which no reason is cut off.
-        environment = os.environ | {"COLUMNS": "400", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"COLUMNS": "400", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             process.wait(max(1.0, seconds))
@@ -91,8 +91,8 @@ def summed(lines: Iterable[str]) -> Results:
     for line in lines:
         if reason := REASON.match(line):
             reasons[reason["test"]] = reason["reason"] or ""
-        elif found := OUTCOME.match(line):
-            outcomes[(found["parallel"] or found["test"]).strip()] = found["first"] or found["last"]
+        elif test := OUTCOME.match(line):
+            outcomes[(test["parallel"] or test["test"]).strip()] = test["first"] or test["last"]
     counts = Counter(outcomes.values())
     collection = {test: reason for test, reason in reasons.items() if "::" not in test}
     return {
