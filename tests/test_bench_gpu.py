@@ -66,9 +66,9 @@ def dies(bench: Bench) -> dict[str, Any]:
 
 
 def hangs(bench: Bench) -> dict[str, Any]:
-    bench.report({"first": 7})
-    child = subprocess.Popen(["sleep", "600"])
-    bench.report({"first": 7, "child": child.pid})
+    bench.report({"variants": {"first": 7}})
+    bench.report({"child": subprocess.Popen(["sleep", "600"]).pid})
+    bench.attempts({"second": lambda: {"ms": 3}})
     time.sleep(600)
     return {}
 
@@ -129,7 +129,7 @@ def test_a_deadline_cuts_what_runs_and_names_what_is_skipped(tmp_path: Path) -> 
     assert status["long"].startswith("skipped: it takes about 20000 s, and ")
     assert status["hangs"].startswith("cut after ")
     assert status["later"] == "skipped: no time is left"
-    assert contents["results"]["hangs"]["first"] == 7  # what it had measured by then
+    assert contents["results"]["hangs"]["variants"] == {"first": 7, "second": {"ms": 3}}  # what it had measured by then
     assert not is_running(contents["results"]["hangs"]["child"])
 
 
@@ -321,6 +321,7 @@ def test_a_missed_verdict_leaves_a_profile_if_time_is_left(bench: Bench, tmp_pat
     assert sum(line["share"] for line in profile) == pytest.approx(1, abs=0.01)
     assert "aten::mm" in (tmp_path / "gpu.text.txt").read_text()
     assert bench.explain(lambda: matrix @ matrix, reached) == {}
+    assert bench.explain(lambda: fails(bench), missed) == {"profile": "failed: OutOfMemoryError: no room"}
     bench.end = time.monotonic() + 5
     assert bench.explain(lambda: pytest.fail("no time"), missed)["profile"].startswith("skipped: ")
 
@@ -358,7 +359,7 @@ def test_kernels_that_a_cpu_lacks_are_errors_beside_the_results_of_others(bench:
 def test_losses_and_towers_are_compared_with_what_they_replace(bench: Bench) -> None:
     rates(bench)
 
-    assert list(loss(bench)["verdicts"])[0].startswith("over MM: gradients in chunks of ")
+    assert next(iter(loss(bench)["verdicts"])).startswith("over MM: gradients in chunks of ")
     assert list(clip(bench)["verdicts"]) == ["over MM", "over transformers"]
     assert bench.model(bench.config()).vision.config.chunk == bench.config().vision.chunk
 

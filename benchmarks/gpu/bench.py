@@ -104,7 +104,7 @@ class Bench:
     end: float = math.inf
     """`time.monotonic()` when the part must have ended."""
     report: Callable[[Results], None] = lambda _: None
-    """Takes the part's results so far, which count if the rest of it does not end in time."""
+    """Takes more of the part's results, which count if the rest of it does not end in time."""
     _model: list[tuple[Kosmos, bool]] = field(default_factory=list)
     """The model that is kept, and whether it is fused; or nothing."""
 
@@ -181,13 +181,13 @@ class Bench:
 
     # ---- memory
 
-    def peak_bytes(self, act: Callable[[], object]) -> int | None:
-        """Return the peak memory of `act` beyond what is allocated before; None on a CPU."""
+    def peak_bytes(self, act: Callable[[], object], *, beyond: bool = True) -> int | None:
+        """Return the peak memory of `act`, or what of it is beyond that allocated before; None on a CPU."""
         if not self.on_gpu:
             return None
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        before = torch.cuda.memory_allocated(self.device) if beyond else 0
         act()
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
@@ -309,6 +309,14 @@ class Bench:
         if self.left() < PROFILE_SECONDS:
             return {"profile": f"skipped: {self.left():.0f} s left"}
         self.report({"verdicts": dict(verdicts)})
+        try:
+            return {"profile": self._kernels(act, n_rows)}
+        except Exception as error:  # what was measured must not be lost for its explanation
+            if is_fatal(error):
+                raise
+            return {"profile": f"failed: {first_line(error)}"}
+
+    def _kernels(self, act: Callable[[], object], n_rows: int) -> list[Results]:
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]) as trace:
             act()
             if self.on_gpu:
@@ -323,10 +331,10 @@ class Bench:
         times = {e.key: (getattr(e, by), e.count) for e in kernels}
         total = sum(time for time, _ in times.values())
         top = sorted(times.items(), key=lambda item: -item[1][0])[:n_rows]
-        return {"profile": [
+        return [
             {"kernel": name[:160], "ms": round(time / 1000, 3), "share": round(time / total, 4), "calls": count}
             for name, (time, count) in top
-        ]}  # fmt: skip
+        ]
 
 
 def drawn(config: KosmosConfig, device: torch.device, seed: int = 0) -> Kosmos:

@@ -66,13 +66,13 @@ def real_steps(bench: Bench) -> Results:
         sizes = {"n_pairs": 300, "n_pages": 60, "n_texts": 300} if bench.tiny else {}  # enough for 300 pieces
         workers = 1 if bench.tiny else 8
         write_world(WorldConfig(path=str(folder / "world"), shards=workers, workers=workers, **(DRAWN | sizes)))
-        longest = 0.0
+        rows, longest = micro_rows(bench), 0.0
         for strategy, overlay in STRATEGIES.items():
             if bench.left() < longest:
                 runs[strategy] = {"skipped": f"{bench.left():.0f} s left, and a run takes {longest:.0f} s"}
                 continue
             begun = time.monotonic()
-            runs[strategy] = fit(bench, overlay, folder)
+            runs[strategy] = fit(bench, overlay, folder, rows)
             longest = time.monotonic() - begun
             results["verdicts"] = compare(runs)
             bench.report(results)
@@ -102,10 +102,9 @@ def micro_rows(bench: Bench) -> int:
     return 1
 
 
-def fit(bench: Bench, overlay: str, folder: Path) -> Results:
+def fit(bench: Bench, overlay: str, folder: Path, rows: int) -> Results:
     """Run `main.py fit`, and return its command, its steps, their rate and memory; or the end of its output as `error`."""
     run = folder / Path(overlay).stem
-    rows = micro_rows(bench)
     flags = [f"--data.micro_batch_rows={rows}", *(TINY if bench.tiny else [])]
     command = [
         sys.executable, "main.py", "fit", "-c", "configs/kosmos1.yaml", "-c", overlay, "-c", OVERLAY, "--trainer.devices=1",
@@ -124,8 +123,8 @@ def fit(bench: Bench, overlay: str, folder: Path) -> Results:
         results["seconds"] = round(time.monotonic() - begun, 1)
         log.seek(0)
         lines = log.read().splitlines()
-    rows = read_log(run)
-    results |= {"steps": table_of(rows)} | speed_of(rows)
+    steps = read_log(run)
+    results |= {"steps": table_of(steps)} | speed_of(steps)
     if code != 0:
         results |= {"error": f"exit code {code}: {next(reversed(lines), '')}", "end": lines[-40:]}
     return results

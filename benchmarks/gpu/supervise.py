@@ -79,6 +79,12 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with the values of another one put in, table by table."""
+    both = {k: merged(old[k], v) for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
+    return {**old, **new, **both}
+
+
 # ---- this process
 
 
@@ -140,7 +146,7 @@ def _one_worker(parts: Mapping[str, Part], settings: Settings, record: Record) -
                     state[name] = "running"
                     print(f"{name} ({parts[name].what}) ...", flush=True)
                 case "so far":
-                    results[name] = content
+                    results[name] = merged(results.get(name, {}), content)
                 case "skipped":
                     state[content[0]] = f"skipped: {content[1]}"
                     remaining.remove(content[0])

@@ -42,7 +42,8 @@ def trained(bench: Bench, config: KosmosConfig, candidates: Sequence[Shares]) ->
         try:
             step = TrainStep(bench, bench.model(config), batch)
             results = bench.work(config, batch, bench.seconds(step))
-            return known | results | {"peak bytes": bench.peak_bytes(step), "out of memory": tried}, step
+            peak = bench.peak_bytes(step, beyond=False)
+            return known | results | {"peak bytes": peak, "out of memory": tried}, step
         except torch.OutOfMemoryError:
             tried.append(known["rows"])
         # Here the error is gone, and with it the frames that hold the step's tensors.
