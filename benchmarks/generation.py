@@ -37,12 +37,12 @@ SIZES = {"tiny": (256, 4), "small": (512, 8), "medium": (768, 12), "large": (102
 SPECIAL = SpecialTokens.for_pieces(64_000)
 
 
-def make_model(size: str) -> Kosmos:
-    """Return a Kosmos that transformers can express, with random weights."""
+def model_config(size: str) -> KosmosConfig:
+    """Return a model that transformers can express."""
     dim, n_layers = SIZES[size]
     n_heads = dim // (32 if size == "tiny" else 64)
     tower = {"image_size": SIDE, "patch_size": 14, "width": 192, "layers": 4, "head_width": 64}
-    config = KosmosConfig(
+    return KosmosConfig(
         vision=VisionConfig(
             architecture={"embed_dim": 192, "vision_cfg": tower, "quick_gelu": True}, pretrained=None, image_size=SIDE
         ),
@@ -51,12 +51,15 @@ def make_model(size: str) -> Kosmos:
             vocab_size=VOCAB, dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=4 * dim, positions="sinusoidal"
         ),
     )
-    model = Kosmos.create(config).eval()
+
+
+def prepare(model: Kosmos) -> Kosmos:
+    """Return a fresh model for generation: tied to its input, it would only repeat its last token."""
     with torch.no_grad():
-        for layer in model.decoder.layers:  # tied to its input, a fresh model only repeats its last token
+        for layer in model.decoder.layers:
             layer.self_attn.out_proj.weight *= 9
             layer.ffn.fc2.weight *= 9
-    return model
+    return model.eval()
 
 
 def make_prompts(n: int) -> tuple[list[Prompt], torch.Tensor]:
@@ -117,7 +120,7 @@ def main() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model = make_model(a.size)
+    model = prepare(Kosmos.create(model_config(a.size)))
     reference = to_transformers(model)
     n = sum(p.numel() for p in model.parameters())
     print(

@@ -18,6 +18,7 @@ the functions that take most of the time of `every 10 steps` with `least`.
 from __future__ import annotations
 
 import argparse
+import copy
 import cProfile
 import gc
 import io
@@ -29,6 +30,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from benchmarks.gpu.bench import drawn
 from benchmarks.step import show
 from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.checks.device import describe_device
 from kosmos_lit.cli.trainer import IGNORED_WARNINGS, KosmosCLI
+from kosmos_lit.config import KosmosConfig
 from kosmos_lit.lit import KosmosLit
+from kosmos_lit.model import Kosmos
 
 CONFIG = Path(__file__).with_name("loop.yaml")
 MODELS = {
@@ -101,6 +106,7 @@ class Loop:
 
     def __init__(self, flags: Sequence[str], folder: Path, n_steps: int) -> None:
         self.flags, self.folder, self.n_steps = list(flags), folder, n_steps
+        self._net: Kosmos | None = None
         cli = self._cli([])
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
@@ -112,7 +118,15 @@ class Loop:
             root = self.folder / Path(unused).name
         arguments = ["-c", str(CONFIG), *self.flags, *flags, f"--trainer.max_steps={WARM_UP + self.n_steps + 1}"]
         arguments += [f"--trainer.default_root_dir={root}", f"--data.world.path={self.folder / 'world'}"]
-        return KosmosCLI(arguments, run=False)
+        cli = KosmosCLI(arguments, run=False)
+        cli.model._build_model = partial(self._initial, cli.model.config, cli.trainer.strategy.root_device)
+        return cli
+
+    def _initial(self, config: KosmosConfig, device: torch.device) -> Kosmos:
+        """Return a copy of one model: to draw a large one on a CPU takes half a minute each time."""
+        if self._net is None:
+            self._net = drawn(config, device).cpu()
+        return copy.deepcopy(self._net)
 
     def bare(self) -> Seconds:
         """Train without Lightning."""

@@ -1,1 +1,1 @@
-"""Measurements on a GPU: the components of a step, then performance goals, each with both sides of a ratio in one run."""
+"""Measurements on a GPU within a deadline, most telling first, each with both sides of a ratio in one run."""

@@ -1,102 +1,80 @@
-"""Measure a GPU: its components, then the performance goals. Writes one JSON file, after every measurement.
+"""Measure a GPU within a deadline. Writes one JSON file, anew after every part, so that nothing measured is lost.
 
-    python -m benchmarks.gpu [--components rates attention ...] [--goals G1 G2 ...] [--json runs/gpu.json] [--profile G1]
+    python -m benchmarks.gpu --deadline SECONDS --json PATH [--parts NAME ...] [--profile] [--tiny]
 
-Without arguments, it measures all components (within ten minutes) and then all goals, in order. `--components` and `--goals`
-select some of them. Components that a goal needs are measured first; MM and the copy rate are measured in every run. A
-failure is recorded under `errors`, and the next measurement runs. `--profile` writes a table of the kernels that take most
-of the time of one component or goal, to explain a miss. `--tiny` runs everything on a CPU, at sizes whose numbers mean
-nothing, to check that it runs.
+Parts run in the order of this list, which begins with what tells most; one that would not fit into the time left is skipped,
+one that takes much longer than expected is cut, and one that fails costs itself alone; the file names each with its reason.
+`--parts` selects some of them; MM and the copy rate are measured in every run. A part whose verdict is missed leaves a
+profile of its kernels, in the file and as a table beside it, if time is left; `--profile` has every part leave one.
+`--tiny` runs everything on a CPU, at sizes whose numbers mean nothing, to check that it runs. The exit code is 1 if a part
+failed. docs/gpu_first_run.md says how to use ten minutes of a GPU.
+
+Parts:
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
+import time
 from pathlib import Path
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
-from benchmarks.gpu.bench import Bench, Record, tiny_bench
-from benchmarks.gpu.components import COMPONENTS, rates
-from benchmarks.gpu.performance_goals import GOALS, profiled
+from benchmarks.gpu.parts import PARTS
+from benchmarks.gpu.supervise import Record, Settings, supervise, verdict_lines
 
 
-def run(bench: Bench, component_names: Sequence[str], goal_names: Sequence[str], path: Path | None) -> Record:
-    """Measure components and goals, and what the goals need, in order."""
-    record = Record(path, bench)
-    needed = {name for goal in goal_names for name in GOALS[goal][1]}
-    components = [name for name in COMPONENTS if name in {*component_names, *needed, "rates"}]
-    goals = [name for name in GOALS if name in {*goal_names, *needed}]  # G3 needs G1
-    for name in components:
-        print(f"{name} ...", flush=True)
-        record.take(name, COMPONENTS[name])
-    for name in goals:
-        print(f"{name} ...", flush=True)
-        record.take(name, GOALS[name][0])
-        for metric, verdict in bench.results.get(name, {}).get("verdicts", {}).items():
-            print(f"  {metric}: {verdict['value']:.3g} ({verdict['verdict']})", flush=True)
-    return record
-
-
-def table(record: Record) -> str:
-    """Return one line per verdict, and one per error."""
-    lines = [f"{record.contents['machine']}; MM {record.bench.matmul_rate / 1e12:.1f} TFLOP/s, "
-             f"copy {record.bench.copy_rate / 1e9:.0f} GB/s"]  # fmt: skip
-    for name, results in record.bench.results.items():
-        for metric, verdict in results.get("verdicts", {}).items():
-            bound = f"at most {verdict['at most']}" if "at most" in verdict else f"at least {verdict['at least']}"
-            lines.append(f"{name:<5}{metric:<58}{verdict['value']:>9.3g}  {bound:<15}{verdict['verdict']}")
-    lines += [f"{name:<5}{error}" for name, error in record.contents["errors"].items()]
+def summary(record: Record) -> str:
+    """Return one line per verdict, and one per part that is not done."""
+    contents = record.contents
+    lines = [f"{contents['machine'].get('device')}; " + ", ".join(f"{k} {v:.0f}" for k, v in contents["rates"].items())]
+    for name, results in contents["results"].items():
+        lines += verdict_lines(name, results)
+    lines += [f"{name:<10}{status}" for name, status in contents["status"].items() if status != "done"]
     return "\n".join(lines)
-
-
-def kernels_of(bench: Bench, name: str, n_rows: int = 40) -> str:
-    """Return a table of the operations and kernels that take most of the time of a component or goal."""
-    run_once = profiled(bench, name)
-    run_once()  # compiled and warm
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
-    with profile(activities=activities) as trace:
-        run_once()
-    by = "self_device_time_total" if bench.on_gpu else "self_cpu_time_total"
-    return trace.key_averages().table(sort_by=by, row_limit=n_rows, max_name_column_width=80)  # type: ignore[no-any-return]
 
 
 def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--components", nargs="*", choices=COMPONENTS)
-    parser.add_argument("--goals", nargs="*", choices=GOALS)
+    listed = "\n".join(f"    {name:<10} {part.seconds:>4.0f} s  {part.what}" for name, part in PARTS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=f"{__doc__}{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="everything has ended by then; default: a day")
+    parser.add_argument("--json", type=Path, metavar="PATH", default=Path("runs/gpu.json"), help="file of the results")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="NAME", default=list(PARTS), help="default: all")
     parser.add_argument("--steps", type=int, default=20, help="measurements of which the median is taken")
-    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"))
-    parser.add_argument(
-        "--profile", choices=[*COMPONENTS, *GOALS], metavar="NAME", help="write its profile instead of measuring"
-    )
+    parser.add_argument("--profile", action="store_true", help="profile every part that has a step")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, at sizes whose numbers mean nothing")
     return parser
 
 
-def main() -> None:
+def main() -> int:
     """Measure, and print the verdicts."""
+    begun = time.monotonic()
     parser = arguments()
     a = parser.parse_args()
-    if not a.tiny and not torch.cuda.is_available():
-        parser.error("no CUDA device; --tiny runs everything on the CPU")
+    if a.deadline is not None and a.deadline <= 0:
+        parser.error(f"--deadline is {a.deadline:g}, but must be positive")
+    # A day: infinity is no timeout that a pipe takes.
+    deadline = begun + (a.deadline if a.deadline is not None else 86400)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    bench = tiny_bench() if a.tiny else Bench(torch.device("cuda"), n_steps=a.steps)
+    parts = {name: part for name, part in PARTS.items() if name in {*a.parts, "rates"}}
     a.json.parent.mkdir(parents=True, exist_ok=True)
-    if a.profile:
-        rates(bench)
-        path = a.json.with_suffix(f".{a.profile.replace(' ', '_')}.txt")
-        path.write_text(kernels_of(bench, a.profile) + "\n", encoding="utf-8")
-        print(path)
-        return
-    both = a.components is None and a.goals is None
-    record = run(bench, list(COMPONENTS) if both else a.components or [], list(GOALS) if both else a.goals or [], a.json)
-    print(table(record))
+    record = Record(a.json, list(parts), tiny=a.tiny, steps=a.steps, **{"deadline, s": a.deadline})
+    settings = Settings(a.tiny, a.steps, a.profile, deadline, a.json.with_suffix(""))
+    try:
+        supervise(parts, settings, record)
+    except LookupError as error:
+        parser.error(str(error))
+    except SystemExit:
+        print(summary(record), flush=True)
+        raise
+    print(summary(record))
+    print(a.json)
+    return int(any(status.startswith("failed") for status in record.contents["status"].values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Components of a step on a GPU, within ten minutes: rates, attention, a block, the loss, CLIP, steps of text.
+"""Components of a step: rates, the loss, CLIP, attention, a decoder layer; with the goals that each has.
 
 Random data (zeros draw less power and would flatter); medians of 20 after a warm-up. Attention counts as 4 K operations per
 head and pair of positions forward, and 2.5 times that backward, in the causal half.
@@ -6,22 +6,20 @@ head and pair of positions forward, and 2.5 times that backward, in the causal h
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.bench import Bench, Results, TrainStep, attempts, drop_gradients
-from kosmos_lit.config import KosmosConfig
+from benchmarks.gpu.bench import Bench, Results, best, drop_gradients, measured, verdict
+from kosmos_lit.config import Kernel
 from kosmos_lit.costs.flops import ModelFlops, Work
 from kosmos_lit.layers.block import Block
-from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.attention import attend
 from kosmos_lit.ops.graphs import Graphs
 from kosmos_lit.ops.kernels import check_kernel
@@ -32,10 +30,12 @@ from kosmos_lit.vision import VisionTower
 
 CAPTION = 84
 """Positions of a typical caption pair."""
+KERNELS = tuple(kernel for kernel in get_args(Kernel) if kernel not in ("auto", "reference"))
+"""Attention kernels that a run can choose."""
 
 
 def rates(bench: Bench) -> Results:
-    """The yardsticks: the rates of a large matrix product and of a copy."""
+    """Measure the yardsticks: a large matrix product and a copy; and see whether xformers' attention runs."""
     n = bench.sizes.matmul
     a, b = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
@@ -43,28 +43,26 @@ def rates(bench: Bench) -> Results:
     source = torch.randint(0, 256, (bench.sizes.copy_bytes,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     bench.copy_rate = 2 * source.numel() / bench.seconds(lambda: target.copy_(source))
-    return {"product of side": n, "copy of bytes": source.numel()}
-
-
-def xformers_info(bench: Bench) -> Results:
-    """The output of `xformers.info`, and whether its attention runs."""
-    info = subprocess.run([sys.executable, "-m", "xformers.info"], text=True, capture_output=True)
-    lines = info.stdout.splitlines() if info.returncode == 0 else info.stderr.splitlines()[-1:]
     q = torch.randn(1, 128, 2, 64, device=bench.device, dtype=torch.bfloat16)
     mask = DocumentMask((64, 64), 1, 128, bench.device)
-    runs = attempts({"attention": lambda: {"shape": list(attend(q, q, q, mask, kernel="xformers").shape)}})
-    return {"info": lines, "torch": torch.__version__, "CUDA": torch.version.cuda, **runs}
+    runs = bench.attempts({"xformers": lambda: {"shape": list(attend(q, q, q, mask, kernel="xformers").shape)}})
+    return {"product of side": n, "copy of bytes": source.numel()} | runs
 
 
 # ---- attention
 
 
+ATTENTION = {"one document": (1.3, 1.6), "documents": (1.0, 1.3), "captions": (1.0, 1.3)}
+"""Thresholds of the fastest kernel over FlashAttention-2 as xformers runs it."""
+
+
 def attention(bench: Bench) -> Results:
-    """Heads of 64 forward and backward: rows of one document, packed documents, and packed captions."""
+    """Measure heads of 64 forward and backward: rows of one document, packed documents, and packed captions."""
     s, T = bench.sizes, bench.sizes.seq_len
     n_rows = 1 if bench.tiny else 8192 // T
     per_row = {"one document": (T,), "documents": _documents(T), "captions": (CAPTION,) * (T // CAPTION)}
     results: Results = {}
+    verdicts: Results = {}
     for name, lengths in per_row.items():
         padding = T - sum(lengths)
         row = (*lengths, padding) if padding else lengths
@@ -73,18 +71,21 @@ def attention(bench: Bench) -> Results:
         q, k, v = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         gradient = torch.randn(shape, device=bench.device, dtype=torch.bfloat16)
         forward = 4 * 64 * s.n_heads * n_rows * sum(n * n for n in lengths) / 2
-        variants: dict[str, Callable[[], Tensor]] = {
-            kernel: partial(_attend, q, k, v, mask, kernel) for kernel in ("xformers", "flex", "sdpa")
-        }
+        variants: dict[str, Callable[[], Tensor]] = {k_: partial(_attend, q, k, v, mask, k_) for k_ in KERNELS}
         if name == "one document":
             backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if bench.on_gpu else (SDPBackend.MATH,)
             variants |= {f"torch {b.name.lower()}, is_causal": partial(_causal, q, k, v, b) for b in backends}
         if bench.tiny:
             variants["reference"] = partial(attend, q, k, v, mask, kernel="reference")
-        results[name] = attempts(
+        results[name] = bench.attempts(
             {kernel: partial(_attention, bench, act, (q, k, v), gradient, forward) for kernel, act in variants.items()}
         )
-    return results
+        times = measured(results[name], "both, ms")
+        if (usual := times.get("xformers" if bench.on_gpu else "sdpa")) is not None:
+            fastest = min(times, key=times.__getitem__)
+            verdicts[f"{name}, fastest: {fastest}"] = verdict(usual / times[fastest], *ATTENTION[name])
+        bench.report({"verdicts": verdicts, **results})
+    return {"verdicts": verdicts, **results}
 
 
 def _documents(row: int) -> tuple[int, ...]:
@@ -126,11 +127,14 @@ BLOCKS: dict[str, dict[str, object]] = {
     "all three": {"norm": "sub", "positions": "xpos", "dropout_rate": 0.1},
 }
 """Options of a decoder layer beside matrices, GELU and attention."""
+OPTIONS = {"dropout 0.1": (0.97, 0.99), "xPos": (0.98, 0.99), "sub-LN": (0.97, 0.98), "all three": (0.93, 0.96)}
+"""Thresholds of the speed with an option over the speed without."""
 
 
 def block(bench: Bench) -> Results:
-    """One compiled layer forward and backward on rows of one document, with each option of `BLOCKS`."""
-    s, n_rows = bench.sizes, bench.sizes.rows[0]
+    """Measure one compiled layer forward and backward on rows of one document, with each option of `BLOCKS`."""
+    bench.drop_model()  # torch.compile allows some eight variants of a layer, and the model has some of them
+    s, n_rows = bench.sizes, bench.sizes.rows
     shape = n_rows, s.seq_len, s.dim
     mask = DocumentMask((s.seq_len,) * n_rows, n_rows, s.seq_len, bench.device)
     positions = torch.arange(s.seq_len, device=bench.device).expand(n_rows, -1)
@@ -140,17 +144,21 @@ def block(bench: Bench) -> Results:
     acts = {}
     for name, fields in BLOCKS.items():
         config = bench.config(**fields).decoder
-        layer = Block(config).to(bench.device).train()
+        with bench.device:
+            layer = Block(config).train()
         if bench.use_compile:
             layer.compile_parts()
         rotation_ = turn if config.positions == "xpos" else None
         acts[name] = partial(_layer, bench, layer, x, mask, rotation_, gradient)
     seconds = bench.alternating(acts)
     tokens = n_rows * s.seq_len
-    return {
+    results = {
         name: {"ms": 1000 * median, "tokens/s": tokens / median, "of plain": seconds["plain"] / median}
         for name, median in seconds.items()
     }
+    # The vocabulary would only dilute the cost.
+    verdicts = {name: verdict(results[name]["of plain"], *ratios) for name, ratios in OPTIONS.items()}
+    return {"verdicts": verdicts, **results} | bench.explain(acts["all three"], verdicts)
 
 
 def _layer(bench: Bench, layer: Block, x: Tensor, mask: DocumentMask, turn: object, gradient: Tensor) -> None:
@@ -164,25 +172,34 @@ def _layer(bench: Bench, layer: Block, x: Tensor, mask: DocumentMask, turn: obje
 # ---- vocabulary projection and loss
 
 
-def head(bench: Bench) -> Results:
-    """Projection to the vocabulary and cross-entropy, forward and backward, with their peak memory."""
+def loss(bench: Bench) -> Results:
+    """Measure projection to the vocabulary and cross-entropy, forward and backward, with their peak memory."""
     s = bench.sizes
-    S = s.rows[0] * s.seq_len
+    S = s.rows * s.seq_len
     hidden = torch.randn(S, s.dim, device=bench.device, requires_grad=True)  # float32, as the last LayerNorm leaves it
     matrix = (0.02 * torch.randn(s.vocab, s.dim, device=bench.device)).requires_grad_()
     targets = torch.randint(0, s.vocab, (S,), device=bench.device)
     flops = 3 * 2 * S * s.dim * s.vocab
     chunks = (S // 4, S // 8)
-    variants: dict[str, Callable[[], Tensor]] = {
-        "eager, float32 logits": partial(_plain_loss, hidden, matrix, targets),
-        "compiled": partial(bench.compiled(_plain_loss), hidden, matrix, targets),
-    }
+    variants: dict[str, Callable[[], Tensor]] = {}
     for chunk in chunks:
-        variants[f"gradients in chunks of {chunk}"] = partial(_chunked_loss, hidden, matrix, targets, chunk, None)
         variants[f"gradients in chunks of {chunk}, compiled"] = partial(
             _chunked_loss, hidden, matrix, targets, chunk, Graphs() if bench.use_compile else None
         )
-    return attempts({name: partial(_loss, bench, act, hidden, matrix, flops) for name, act in variants.items()})
+        variants[f"gradients in chunks of {chunk}"] = partial(_chunked_loss, hidden, matrix, targets, chunk, None)
+    variants["eager, float32 logits"] = partial(_plain_loss, hidden, matrix, targets)
+    variants["compiled"] = partial(bench.compiled(_plain_loss), hidden, matrix, targets)
+    results = bench.attempts({name: partial(_loss, bench, act, hidden, matrix, flops) for name, act in variants.items()})
+    of_matmul = measured({n: r for n, r in results.items() if n.startswith("gradients in chunks")}, "of MM")
+    if not of_matmul:
+        best(results, "of MM")  # raises with the reasons
+    name = max(of_matmul, key=of_matmul.__getitem__)
+    verdicts = {f"over MM: {name}": verdict(of_matmul[name], 0.75, 0.85)}
+    eager, own = (results[key].get("peak bytes") for key in ("eager, float32 logits", name))
+    if eager and own is not None:
+        verdicts["memory over eager float32 logits"] = verdict(own / eager, 0.15, 0.08, at_most=True)
+    profile = bench.explain(partial(_backward, bench, variants[name], hidden, matrix), verdicts)
+    return {"verdicts": verdicts, "variants": results} | profile
 
 
 def _plain_loss(hidden: Tensor, matrix: Tensor, targets: Tensor) -> Tensor:
@@ -193,13 +210,15 @@ def _chunked_loss(hidden: Tensor, matrix: Tensor, targets: Tensor, chunk: int, c
     return weighted_nll(hidden, matrix, targets, 1 / len(targets), chunk, compiler=compiler)[0]
 
 
-def _loss(bench: Bench, act: Callable[[], Tensor], hidden: Tensor, matrix: Tensor, flops: float) -> Results:
-    def both() -> None:
-        with bench.autocast():
-            loss = act()
-        loss.backward()  # type: ignore[no-untyped-call]
-        hidden.grad = matrix.grad = None
+def _backward(bench: Bench, act: Callable[[], Tensor], hidden: Tensor, matrix: Tensor) -> None:
+    with bench.autocast():
+        loss = act()
+    loss.backward()  # type: ignore[no-untyped-call]
+    hidden.grad = matrix.grad = None
 
+
+def _loss(bench: Bench, act: Callable[[], Tensor], hidden: Tensor, matrix: Tensor, flops: float) -> Results:
+    both = partial(_backward, bench, act, hidden, matrix)
     seconds = bench.seconds(both)
     return {"ms": 1000 * seconds, "of MM": flops / seconds / bench.matmul_rate, "peak bytes": bench.peak_bytes(both)}
 
@@ -208,66 +227,58 @@ def _loss(bench: Bench, act: Callable[[], Tensor], hidden: Tensor, matrix: Tenso
 
 
 def clip(bench: Bench) -> Results:
-    """The frozen tower forward in calls of several sizes, plain and compiled, and transformers' CLIP."""
-    operations = ModelFlops(bench.config()).forward(Work(n_images=1)).vision
-    transformers_clip = _transformers_clip(bench)
-    variants: dict[str, Callable[[], Results]] = {}
-    side = bench.sizes.image_size
+    """Measure the tower forward as training has it, in calls of several sizes, compiled; and transformers' CLIP."""
+    model = bench.model(bench.config())
+    tower, variants = model.vision, {}
+    operations = ModelFlops(model.config).forward(Work(n_images=1)).vision
+    side, usual = bench.sizes.image_size, tower.config
+    transformers_clip: list[Callable[[Tensor], object]] = []
     for n in bench.sizes.image_chunks:
         images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, device=bench.device)
-        pixels = torch.randn(images.shape, dtype=torch.bfloat16, device=bench.device)
-        plain, fused = (
-            VisionTower(replace(bench.config().vision, chunk=n, trainable="none")).to(bench.device, torch.bfloat16)
-            for _ in range(2)
-        )
-        if bench.use_compile:
-            fused.compile_blocks()
-        measure = partial(_images, bench, n, operations)
-        variants[f"kosmos-lit, {n}"] = partial(measure, partial(plain, images))
-        variants[f"kosmos-lit compiled, {n}"] = partial(measure, partial(fused, images))
-        variants[f"transformers, {n}"] = partial(measure, partial(transformers_clip, pixels))
-    return attempts(variants)
+        variants[f"kosmos-lit, {n}"] = partial(_tower, bench, tower, images, operations)
+        variants[f"transformers, {n}"] = partial(_transformers_clip, bench, transformers_clip, images, operations)
+    results = bench.attempts(variants)
+    rates = {side: best({k: r for k, r in results.items() if k.startswith(side)}, "images/s")
+             for side in ("kosmos-lit", "transformers")}  # fmt: skip
+    own = rates["kosmos-lit"]
+    verdicts = {
+        "over MM": verdict(own * operations / bench.matmul_rate, 0.65, 0.75),
+        "over transformers": verdict(own / rates["transformers"], 1.25, 1.5),
+    }
+    profile = bench.explain(partial(_features, bench, tower, images), verdicts)
+    tower.config = usual
+    return {"verdicts": verdicts, "variants": results} | profile
 
 
-def _images(bench: Bench, n: int, operations: float, act: Callable[[], object]) -> Results:
-    seconds = bench.seconds(act)  # a frozen tower keeps no graph, so no_grad would change nothing
+def _features(bench: Bench, tower: VisionTower, images: Tensor) -> None:
+    with bench.autocast():
+        tower(images)
+
+
+def _tower(bench: Bench, tower: VisionTower, images: Tensor, operations: float) -> Results:
+    torch.compiler.reset()  # of some eight variants of a block that torch allows, each size takes two
+    tower.config = replace(tower.config, chunk=len(images))
+    return _images(bench, partial(_features, bench, tower, images), len(images), operations)
+
+
+def _transformers_clip(bench: Bench, kept: list[Callable[[Tensor], object]], images: Tensor, operations: float) -> Results:
+    """Measure transformers' tower of the same shape, eager, in bfloat16, with scaled_dot_product_attention."""
+    if not kept:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        from kosmos_lit.weights.towers import tower_sizes
+
+        sizes = tower_sizes(bench.config().vision)
+        assert sizes is not None
+        with bench.device:
+            model = CLIPVisionModel(
+                CLIPVisionConfig(**sizes, image_size=bench.sizes.image_size, attn_implementation="sdpa")
+            )
+        kept.append(model.to(torch.bfloat16).eval().requires_grad_(False))  # type: ignore[arg-type]
+    pixels = torch.randn(images.shape, dtype=torch.bfloat16, device=bench.device)
+    return _images(bench, partial(kept[0], pixels), len(images), operations)
+
+
+def _images(bench: Bench, act: Callable[[], object], n: int, operations: float) -> Results:
+    seconds = bench.seconds(act)
     return {"ms": 1000 * seconds, "images/s": n / seconds, "of MM": n * operations / seconds / bench.matmul_rate}
-
-
-def _transformers_clip(bench: Bench) -> Callable[[Tensor], object]:
-    """Return transformers' tower of the same shape, eager, with scaled_dot_product_attention."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    from kosmos_lit.weights.towers import tower_sizes
-
-    sizes = tower_sizes(bench.config().vision)
-    assert sizes is not None
-    model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=bench.sizes.image_size, attn_implementation="sdpa"))
-    return model.to(bench.device, torch.bfloat16).eval().requires_grad_(False)  # type: ignore[no-any-return,arg-type]
-
-
-# ---- steps of text
-
-
-def text_steps(bench: Bench) -> Results:
-    """Training steps on rows of one text each, in micro-batches of two sizes, with their peak memory."""
-    config = bench.config()
-    model = bench.model(config)
-    variants: dict[str, Callable[[], Results]] = {}
-    for n_rows in bench.sizes.rows:
-        variants[f"{n_rows * bench.sizes.seq_len} positions"] = partial(_text_step, bench, config, model, n_rows)
-    return attempts(variants)
-
-
-def _text_step(bench: Bench, config: KosmosConfig, model: Kosmos, n_rows: int) -> Results:
-    batch = bench.batch({"text": n_rows})
-    step = TrainStep(bench, model, batch)
-    results = bench.work(config, batch, bench.seconds(step, min(bench.n_steps, 10)))
-    return results | {"peak bytes": bench.peak_bytes(step)}
-
-
-COMPONENTS: dict[str, Callable[[Bench], Results]] = {
-    "rates": rates, "xformers": xformers_info, "attention": attention, "block": block, "head": head, "clip": clip,
-    "text steps": text_steps,
-}  # fmt: skip
-"""Every component, in the order in which they run."""
