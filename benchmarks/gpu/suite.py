@@ -18,6 +18,11 @@ from benchmarks.gpu.bench import Bench, Results, verdict
 ROOT = Path(__file__).parents[2]
 WORKERS = 6
 """pytest-xdist's processes: the tests wait for compilers more than for the GPU, which they share."""
+PYTEST = (
+    "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "sys.exit(pytest.main())"
+)
+"""As `python -m pytest`, but interrupted by SIGINT also where that is ignored, as in commands in the background."""
 GRACE = 12.0
 """Seconds that pytest has to sum up when its time is over."""
 _WORD = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
@@ -63,7 +68,7 @@ def gpu_files(folder: Path) -> list[str]:
 def run_pytest(arguments: Sequence[str], seconds: float) -> list[str]:
     """Return the lines that pytest prints; when the time is over it is interrupted, and sums up what it has run."""
     command = [
-        sys.executable, "-m", "pytest", "-v", "--tb=no", "--no-header", "-rfE", "-p", "no:cacheprovider",
+        sys.executable, "-c", PYTEST, "-v", "--tb=no", "--no-header", "-rfE", "-p", "no:cacheprovider",
         "--continue-on-collection-errors", *arguments,
     ]  # fmt: skip
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:

@@ -91,9 +91,10 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 def supervise(parts: Mapping[str, Part], settings: Settings, record: Record) -> None:
     """Measure parts in order; the record is written after each, and when anything ends the run.
 
-    Raises: LookupError if there is no device; SystemExit on SIGTERM, after the record is written.
+    Raises: LookupError if there is no device; SystemExit on SIGTERM and SIGINT, after the record is written.
     """
-    before = signal.signal(signal.SIGTERM, _exit_by)
+    # SIGINT too: a shell that starts a command in the background has it ignore that signal.
+    before = {number: signal.signal(number, _exit_by) for number in (signal.SIGTERM, signal.SIGINT)}
     remaining = list(parts)
     try:
         while remaining and settings.deadline - time.monotonic() > MARGIN:
@@ -101,12 +102,13 @@ def supervise(parts: Mapping[str, Part], settings: Settings, record: Record) -> 
             remaining = _one_worker({name: parts[name] for name in remaining}, known, record)
         for name in remaining:
             record.contents["status"][name] = "skipped: no time is left"
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         record.contents["status"]["run"] = "interrupted by a signal"
         record.write()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     record.write()
 
 
