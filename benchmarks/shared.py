@@ -7,6 +7,9 @@ measured, so that they take turns within seconds, beside the same busy processes
 A number is the median over the rounds of the real tokens of the steps that ended in the measured seconds; a ratio is the
 median of the rounds' ratios. Losses of `fit` and of OpenMP's default must agree bit for bit.
 `--spin-counts` measures other values of GOMP_SPINCOUNT too.
+
+Linux shares CPUs among sessions first (autogroup), then among the threads of each. Each run has a session of its own, and
+the busy processes share one, as if they ran in another terminal; with `--apart` each has its own, and a run gets less.
 """
 
 from __future__ import annotations
@@ -134,9 +137,10 @@ class Run:
 
 
 @contextmanager
-def busy_processes(n: int) -> Iterator[None]:
-    """Keep CPUs busy."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+def busy_processes(n: int, *, apart: bool) -> Iterator[None]:
+    """Keep CPUs busy with processes in one session, or each in its own."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=apart) for _ in range(n)]
     try:
         time.sleep(SETTLE_SECONDS)
         yield
@@ -195,13 +199,17 @@ def run(
     spin_counts: Sequence[int],
     seconds: float,
     n_rounds: int,
+    apart: bool = False,
 ) -> dict[str, Any]:
     """Measure runs of `config` on a drawn world, each in a folder in `folder`; print tables and return the results."""
     settings: dict[str, dict[str, str]] = {
         FIT: {}, DEFAULT: {"GOMP_SPINCOUNT": str(DEFAULT_SPIN_COUNT)}, ONE_THREAD: {"OMP_NUM_THREADS": "1"},
     }  # fmt: skip
     settings |= {f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in spin_counts}
-    results: dict[str, Any] = {"machine": describe_device(torch.device("cpu")), "seconds": seconds, "rounds": n_rounds}
+    results: dict[str, Any] = {
+        "machine": describe_device(torch.device("cpu")), "seconds": seconds, "rounds": n_rounds, "apart": apart,
+        "load average before": round(os.getloadavg()[0], 2),  # with other work 0 busy processes are not quiet
+    }  # fmt: skip
     print("; ".join(f"{name} {value}" for name, value in results.items()), flush=True)
     speeds: dict[tuple[str, int], list[float]] = {(name, n): [] for n in busy for name in settings}
     with ExitStack() as stack:
@@ -211,7 +219,7 @@ def run(
             stack.callback(runs[name].end)
         for number in range(n_rounds):
             for n in busy:
-                with busy_processes(n):
+                with busy_processes(n, apart=apart):
                     for name in list(runs) if number % 2 == 0 else list(runs)[::-1]:
                         speeds[name, n].append(runs[name].tokens_per_second(seconds))
         results["equal losses"] = same_losses(runs[FIT].steps(), runs[DEFAULT].steps())
@@ -228,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 2, 4], help="numbers of busy processes")
     parser.add_argument("--spin-counts", type=int, nargs="*", default=[], help="further values of GOMP_SPINCOUNT")
+    parser.add_argument("--apart", action="store_true", help="each busy process in a session of its own")
     parser.add_argument("--seconds", type=float, default=6.0, help="measured per setting, busy processes and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--world", type=Path, default=Path("runs/quickstart/world"), help="drawn, if it is not there")
@@ -237,7 +246,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = run(
             Path(folder), a.world.absolute(), CONFIG,
-            busy=a.busy, spin_counts=a.spin_counts, seconds=a.seconds, n_rounds=a.rounds,
+            busy=a.busy, spin_counts=a.spin_counts, seconds=a.seconds, n_rounds=a.rounds, apart=a.apart,
         )  # fmt: skip
     if a.json:
         a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
