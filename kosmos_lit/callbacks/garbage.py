@@ -28,7 +28,7 @@ class GarbageCollection(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise UserError(f"garbage_collection.every_n_steps must be positive, or null, got {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self._is_scheduled = False
+        self._is_scheduled = self._has_frozen = False
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -36,7 +36,10 @@ class GarbageCollection(Callback):
         # Where somebody else has turned it off, it stays so.
         if self.every_n_steps is not None and gc.isenabled():
             gc.collect()
-            gc.freeze()
+            # What was frozen by somebody else could not be told from this when it is unfrozen.
+            self._has_frozen = gc.get_freeze_count() == 0
+            if self._has_frozen:
+                gc.freeze()
             gc.disable()
             self._is_scheduled = True
 
@@ -58,6 +61,7 @@ class GarbageCollection(Callback):
 
     def _end(self) -> None:
         if self._is_scheduled:
-            gc.unfreeze()
+            if self._has_frozen:
+                gc.unfreeze()
             gc.enable()
-            self._is_scheduled = False
+            self._is_scheduled = self._has_frozen = False

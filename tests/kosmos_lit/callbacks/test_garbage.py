@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,48 +15,85 @@ from kosmos_lit.lit import KosmosLit
 from tests.cli_runs import losses, tiny_run
 
 
+class FakeCollector:
+    """Python's `gc` as far as the callback uses it, with a record of what is asked of it."""
+
+    def __init__(self, *, is_enabled: bool = True, n_frozen: int = 0) -> None:
+        self.is_enabled, self.n_frozen, self.n_collections = is_enabled, n_frozen, 0
+
+    def isenabled(self) -> bool:
+        return self.is_enabled
+
+    def enable(self) -> None:
+        self.is_enabled = True
+
+    def disable(self) -> None:
+        self.is_enabled = False
+
+    def collect(self) -> None:
+        self.n_collections += 1
+
+    def get_freeze_count(self) -> int:
+        return self.n_frozen
+
+    def freeze(self) -> None:
+        self.n_frozen += 7
+
+    def unfreeze(self) -> None:
+        self.n_frozen = 0
+
+
 @pytest.fixture
-def collections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A list that grows with each collection that is asked for; the collector is left as it was."""
-    asked: list[int] = []
-    monkeypatch.setattr("kosmos_lit.callbacks.garbage.gc.collect", lambda *_: asked.append(1))
-    yield asked
-    gc.unfreeze()
-    gc.enable()
+def collector(monkeypatch: pytest.MonkeyPatch) -> FakeCollector:
+    fake = FakeCollector()
+    monkeypatch.setattr("kosmos_lit.callbacks.garbage.gc", fake)
+    return fake
 
 
-def test_it_collects_at_its_steps_and_after_validations_only(collections: list[int]) -> None:
-    callback, trainer, module = GarbageCollection(every_n_steps=3), SimpleNamespace(global_step=4), SimpleNamespace()
+TRAINER: Any = SimpleNamespace(global_step=4)
 
-    callback.on_train_start(trainer, module)  # type: ignore[arg-type]
-    assert not gc.isenabled()
-    counts = [len(collections)]
-    for step in (4, 5, 5, 6, 6, 7, 8, 9):  # two micro-batches of step 6 and of step 7
+
+def test_it_collects_at_its_steps_and_after_validations_only(collector: FakeCollector) -> None:
+    callback, trainer = GarbageCollection(every_n_steps=3), SimpleNamespace(global_step=4)
+    arguments: Any = (trainer, None)
+
+    callback.on_train_start(*arguments)
+    assert not collector.is_enabled
+    assert collector.n_frozen == 7
+    counts = [collector.n_collections]
+    for step in (4, 5, 5, 6, 6, 7, 8, 9):  # a step ends with its last micro-batch
         trainer.global_step = step
-        callback.on_train_batch_end(trainer)  # type: ignore[arg-type]
-        counts.append(len(collections))
-    callback.on_validation_end(trainer, module)  # type: ignore[arg-type]
-    counts.append(len(collections))
-    callback.on_train_end(trainer, module)  # type: ignore[arg-type]
+        callback.on_train_batch_end(*arguments)
+        counts.append(collector.n_collections)
+    callback.on_validation_end(*arguments)
+    counts.append(collector.n_collections)
+    callback.on_train_end(*arguments)
+    callback.on_validation_end(*arguments)
 
     assert counts == [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]
-    assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
-    callback.on_validation_end(trainer, module)  # type: ignore[arg-type]
-    assert len(collections) == 4
+    assert collector.n_collections == 4
+    assert collector.is_enabled
+    assert collector.n_frozen == 0
 
 
-@pytest.mark.usefixtures("collections")
-def test_a_collector_that_is_off_or_unscheduled_is_left_alone() -> None:
-    trainer: Any = SimpleNamespace(global_step=0)
-    GarbageCollection(every_n_steps=None).on_train_start(trainer, trainer)
-    assert gc.isenabled()
+def test_without_a_schedule_python_decides(collector: FakeCollector) -> None:
+    GarbageCollection(every_n_steps=None).on_train_start(TRAINER, TRAINER)
 
-    gc.disable()
-    callback = GarbageCollection()
-    callback.on_train_start(trainer, trainer)
-    callback.on_train_end(trainer, trainer)
-    assert not gc.isenabled()
+    assert collector.is_enabled
+    assert collector.n_collections == 0
+
+
+def test_what_others_have_turned_off_or_frozen_stays_so(collector: FakeCollector) -> None:
+    callback, collector.is_enabled = GarbageCollection(), False
+    callback.on_train_start(TRAINER, TRAINER)
+    callback.on_train_end(TRAINER, TRAINER)
+    assert not collector.is_enabled
+
+    collector.is_enabled, collector.n_frozen = True, 5
+    callback.on_train_start(TRAINER, TRAINER)
+    assert (collector.is_enabled, collector.n_frozen) == (False, 5)
+    callback.on_train_end(TRAINER, TRAINER)
+    assert (collector.is_enabled, collector.n_frozen) == (True, 5)
 
 
 def test_a_run_s_losses_are_the_same_with_and_without_a_schedule(
@@ -82,6 +118,8 @@ def test_a_run_s_losses_are_the_same_with_and_without_a_schedule(
 def test_after_a_failed_run_the_collector_is_on_again(
     tmp_path: Path, tiny_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    n_frozen = gc.get_freeze_count()
+
     def fails(*_: Any) -> None:
         raise RuntimeError("in the middle")
 
@@ -90,7 +128,7 @@ def test_after_a_failed_run_the_collector_is_on_again(
         main(tiny_run("fit", tmp_path, tiny_world))
 
     assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() == n_frozen
 
 
 def test_a_schedule_of_no_steps_is_refused(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
