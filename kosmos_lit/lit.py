@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from kosmos_lit.inference.prompts import Prompt, encode_prompt
 from kosmos_lit.init_from import freeze, from_pretrained
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.schedules import warmup_linear
-from kosmos_lit.resume import check_trained, start_at_step
+from kosmos_lit.resume import check_trained, kernel_change, start_at_step
 from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.sharding.shards import clip_grad_norm, original_name
 from kosmos_lit.sharding.strategy import ShardedStrategy
@@ -93,6 +94,8 @@ class KosmosLit(L.LightningModule):
         self._weights: dict[torch.device, Tensor] = {}
         self._full_net: list[Kosmos] = []  # in a list, so that nn.Module does not register it as a child
         self._predicting = ExitStack()
+        self.attention_kernel: str = self.config.decoder.attention_kernel
+        """The kernel itself from `setup` on, where the config may say `auto`."""
         self.step_loss, self.val_loss = CorpusLoss(), CorpusLoss()
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping."""
@@ -177,7 +180,7 @@ class KosmosLit(L.LightningModule):
             raise UserError(
                 f"the tokenizer has {ids} ids, but model.kosmos.decoder.vocab_size is {rows}; set it to at least {ids}"
             )
-        check_device(self.trainer, self.config.decoder, seq_len, trains=stage == "fit")
+        self.attention_kernel = check_device(self.trainer, self.config.decoder, seq_len, trains=stage == "fit")
         if stage == "fit":
             check_step_memory(self.trainer, self._data, self.config, self.frozen)
 
@@ -199,6 +202,10 @@ class KosmosLit(L.LightningModule):
         if self.trainer.precision == "bf16-mixed":
             self.net.vision.round_frozen(torch.bfloat16)
         self._check_leaks()
+        asked = " (auto)" if self.config.decoder.attention_kernel == "auto" else ""
+        rank_zero_info(f"attention kernel: {self.attention_kernel}{asked}")
+        for logger in self.loggers:
+            logger.log_hyperparams({"attention_kernel": self.attention_kernel})
         start_at_step(self.trainer, self.optimizer_config, self._rate)
 
     def on_train_end(self) -> None:
@@ -354,8 +361,9 @@ class KosmosLit(L.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the tokenizer, so that a checkpoint is complete in itself, and the digest of all rows trained on."""
+        """Add the tokenizer, so that a checkpoint is complete in itself, the attention kernel, and all rows' digest."""
         checkpoint["trained"] = self._trained()
+        checkpoint["attention_kernel"] = self.attention_kernel
         checkpoint["rows_digest"] = f"{self.total_digest():016x}"
         # A bytearray, as torch warns of buffers that it could not write to.
         checkpoint["tokenizer"] = torch.frombuffer(bytearray(self.tokenizer.to_bytes()), dtype=torch.uint8)
@@ -368,6 +376,8 @@ class KosmosLit(L.LightningModule):
         self.rows_digest = int(checkpoint.get("rows_digest", "0"), 16) if is_first else 0
         if trainer is not None and trainer.training and checkpoint.get("trained") is not None:
             check_trained(checkpoint["trained"], self._trained())
+            if change := kernel_change(checkpoint.get("attention_kernel"), self.attention_kernel):
+                rank_zero_info(change)
 
     def total_digest(self) -> int:
         """Return the digest of all rows trained on, over all ranks. Collective: all ranks must call it."""

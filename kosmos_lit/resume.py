@@ -45,3 +45,18 @@ def check_trained(saved: Sequence[str], current: Sequence[str]) -> None:
         f"the checkpoint's run trained {len(saved)} parameters, this one {len(current)}, {differing[0]} for one differs: "
         "resume with that run's model.freeze and vision.trainable, or start anew from its weights with model.init_from"
     )
+
+
+def kernel_change(saved: str | None, current: str) -> str | None:
+    """Return a sentence for a run that computes attention by another kernel than its checkpoint's run; None if it does not.
+
+    Args:
+        saved: the checkpoint's kernel; None in those of earlier versions.
+        current: the run's.
+    """
+    if saved is None or saved == current:
+        return None
+    return (
+        f"resume: attention was computed by {saved} so far, and is by {current} from here on: the same formula, rounded at "
+        "other places, so losses are not bit for bit those of a run that went on"
+    )

@@ -16,17 +16,24 @@ from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel
 
 
-def check_device(trainer: L.Trainer, config: DecoderConfig, row_len: int, *, trains: bool) -> None:
-    """Make sure that the run's device supports what the config asks for, and set the threads of a CPU run.
+def check_device(trainer: L.Trainer, config: DecoderConfig, row_len: int, *, trains: bool) -> str:
+    """Return the run's attention kernel, after making sure that its device supports what the config asks for.
+
+    Sets the threads of a CPU run.
 
     Raises: UserError naming what a kernel or 8-bit training lacks on the device, and what would work.
     """
     device, dtype = trainer.strategy.root_device, compute_dtype(trainer.precision)
-    check_kernel(config.attention_kernel, device, dtype, config.head_dim, config.attention_dropout_rate if trains else 0.0)
+    kernel = check_kernel(
+        config.attention_kernel, device, dtype, config.head_dim, config.attention_dropout_rate if trains else 0.0,
+        within=config.document_attention,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    )  # fmt: skip
     if config.fp8 != "none" and trains:
         check_fp8(device, dtype, {"decoder.dim": config.dim, "decoder.ffn_dim": config.ffn_dim}, row_len)
     if device.type == "cpu":
         configure_cpu(trainer.num_devices, dtype)
+    return kernel
 
 
 def compute_dtype(precision: object) -> torch.dtype:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from kosmos_lit.config import DecoderConfig
 from kosmos_lit.layers.linear import linear
 from kosmos_lit.ops.attention import attend
+from kosmos_lit.ops.kernels import choose_kernel
 from kosmos_lit.ops.masks import DocumentMask
 from kosmos_lit.ops.positions import Rotation, rotate
 
@@ -32,7 +33,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.n_heads, self.kernel = config.n_heads, config.attention_kernel
-        self.dropout_rate = config.attention_dropout_rate
+        self.dropout_rate, self.within = config.attention_dropout_rate, config.document_attention
         self.q_proj = linear(config, config.dim, config.dim)
         self.k_proj = linear(config, config.dim, config.dim)
         self.v_proj = linear(config, config.dim, config.dim)
@@ -51,7 +52,9 @@ class SelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask | Tensor | None) -> Tensor:
         """Return the attention output of the T queries, (B, T, H, K)."""
-        return attend(q, k, v, mask, dropout=self.dropout_rate if self.training else 0.0, kernel=self.kernel)
+        # By the rate of training in evaluation too, so that what is checked and measured there is the kernel that trains.
+        kernel = choose_kernel(self.kernel, q, self.dropout_rate, self.within)
+        return attend(q, k, v, mask, dropout=self.dropout_rate if self.training else 0.0, kernel=kernel)
 
     def join(self, out: Tensor) -> Tensor:
         """Map the heads' outputs (B, T, H, K) to (B, T, D)."""

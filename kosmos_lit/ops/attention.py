@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kosmos_lit.ops.documents import attend_documents, disable_cudnn_attention
-from kosmos_lit.ops.kernels import flex, resolve_kernel, supports_varlen, varlen, xformers
+from kosmos_lit.ops.kernels import choose_kernel, cudnn, flex, supports_varlen, varlen, xformers
 from kosmos_lit.ops.masks import DocumentMask
 
 
@@ -24,8 +24,8 @@ def attend(
         v: (B, Tk, H, K) values.
         mask: documents of the micro-batch, or a bool tensor that broadcasts to (B, H, Tq, Tk), True = may attend.
         dropout: rate on the attention weights; the caller passes 0 outside training.
-        kernel: `auto | xformers | flex | sdpa | reference`. xformers and flex take documents only: with a tensor as mask,
-            or without one, the kernel is sdpa on any device.
+        kernel: `auto | xformers | cudnn | flex | sdpa | reference`. xformers, cudnn and flex take documents only: with a
+            tensor as mask, or without one, the kernel is sdpa on any device.
 
     Raises: UserError if the kernel cannot run on these tensors; `check_kernel` finds that before a run.
     """
@@ -33,9 +33,11 @@ def attend(
         return reference(q, k, v, mask.dense if isinstance(mask, DocumentMask) else mask, dropout)
     if not isinstance(mask, DocumentMask):
         return _sdpa(q, k, v, mask, dropout)
-    match resolve_kernel(kernel, q.device.type):
+    match choose_kernel(kernel, q, dropout):
         case "xformers":
             return xformers(q, k, v, mask, dropout)
+        case "cudnn":
+            return cudnn(q, k, v, mask, dropout)
         case "flex":
             return flex(q, k, v, mask, dropout)
     if supports_varlen(q, dropout):

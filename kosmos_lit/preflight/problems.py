@@ -24,6 +24,8 @@ N_SPECIAL = len(LEADING) + len(TRAILING) - N_CONTROL_PIECES
 NO_BFLOAT16 = ("v100", "t4")
 NO_FP8 = ("v100", "a100", "a40", "rtx-30")
 """Devices without bfloat16, and without 8-bit floats: beginnings of their names."""
+CAPABILITIES = {"h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "a100-80": (8, 0), "a100-40": (8, 0), "v100-32": (7, 0)}
+"""CUDA capabilities of some devices; those of others are not checked."""
 SEARCH_RANGE = 64
 """How much larger a number of ranks that divides the batch may be, to be suggested."""
 
@@ -150,7 +152,10 @@ def _kernel(run: RunDescription, estimates: Estimates) -> Iterator[str]:
         return  # takes whatever the training machine has, which may not be this one
     device = torch.device("cpu" if run.on_cpu else "cuda")
     try:
-        check_kernel(c.attention_kernel, device, compute_dtype(run.precision), c.head_dim, c.attention_dropout_rate)
+        check_kernel(
+            c.attention_kernel, device, compute_dtype(run.precision), c.head_dim, c.attention_dropout_rate,
+            within=c.document_attention, capability=CAPABILITIES.get(estimates.device.name),
+        )  # fmt: skip
     except UserError as error:
         yield str(error)
 

@@ -132,17 +132,21 @@ def test_what_cuda_asks_of_rowwise_products_is_met():
 @pytest.mark.filterwarnings("ignore:(?s).*should not be instantiated:DeprecationWarning")  # torch 2.11's dynamo does
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
-def test_a_layer_in_8_bits_is_one_graph_a_part_and_computes_the_same(scaling, recompute, rowwise, monkeypatch):
-    monkeypatch.setattr(block, "_compiled", partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager"))
-    config = DecoderConfig(dim=32, n_heads=4, ffn_dim=64, n_layers=1, dropout_rate=0.0, fp8=scaling, recompute=recompute)
+def test_a_layer_in_8_bits_is_one_graph_a_part_and_computes_the_same(scaling, recompute, rowwise):
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend="aot_eager")
+    parts = [block._before_kernel, block._after_kernel]
+    if recompute == "selective":
+        parts = [block._recomputed_before, block._recomputed_after]
+    sizes = {"dim": 32, "n_heads": 4, "ffn_dim": 64, "n_layers": 1}
+    config = DecoderConfig(**sizes, dropout_rate=0.0, attention_dropout_rate=0.0, fp8=scaling)
     mask = DocumentMask((5, 11), 1, 16, CPU)
     results = []
     for compiles in (False, True):
         torch.manual_seed(0)
         layer, x = block.Block(config), normal(1, 16, 32).requires_grad_()
-        if compiles:
-            layer.compile_parts()
-        out = layer(x, mask, None)
+        before, after = (compiled(part) if compiles else part for part in parts)
+        q, k, v = before(layer, x, None)
+        out = after(layer, x, layer.self_attn.attend(q, k, v, mask))
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # fp32: the same operations, some fused by decomposition
