@@ -16,6 +16,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.layers.init import drawn_on_cpu
 from kosmos_lit.layers.lora import ADAPTER, adapted_layers, peft_config
 from kosmos_lit.model import Kosmos
+from kosmos_lit.state_dicts.files import read_tensors
 from kosmos_lit.weights.folder import build_model
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -111,14 +112,12 @@ def load_adapter(base: Kosmos, folder: str | Path) -> Kosmos:
 
     Raises: UserError if the folder holds no LoRA adapter of such a model, or one that computes something else.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if base.config.lora is not None:
         raise UserError(f"{folder}: the model has an adapter already; merge it first")
     try:
         table = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS_FILE)
+        weights = read_tensors(folder / WEIGHTS_FILE)
         # peft keeps the targets as a set, so that their order in the file is arbitrary.
         targets = tuple(sorted(table["target_modules"]))
         lora = LoraConfig(rank=table["r"], alpha=table["lora_alpha"], dropout_rate=0.0, targets=targets)

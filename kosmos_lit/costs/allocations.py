@@ -21,11 +21,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._subclasses.fake_tensor as fake_tensors
 import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -139,8 +139,11 @@ def fake_device(device: str) -> Iterator[None]:
     """Give tensors no memory, and let code run as it does on a type of device, which need not exist."""
     with ExitStack() as stack:
         stack.enter_context(_without_collector())
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(fake_tensors.FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(patched((torch.autograd.Function, "apply", classmethod(_apply_with_views))))
         if device == "cuda":
+            # Torch 2.11 starts the device for its first fake tensor if `is_available`, and that is patched below.
+            stack.enter_context(patched((fake_tensors, "init_gpu_context", _always(None))))
             # PyTorch would ask the device which attention kernel to take.
             stack.enter_context(patched((F, "scaled_dot_product_attention", _fake_attention)))
             # Autocast asks these two.
@@ -178,6 +181,24 @@ def _without_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _apply_with_views(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what `function.apply` does, as views: then each Python node of the graph has parents that keep no tensors.
+
+    In torch 2.11 it lives only as long as they do, however many Python objects refer to it, so `backward` keeps one of them.
+    """
+
+    def view(result: Any) -> Any:
+        # Checkpointing makes an empty result for the sake of its node, which it wants itself.
+        is_plain = not isinstance(result, Tensor) or result.grad_fn is None or not result.numel()
+        return result if is_plain else result.view_as(result)
+
+    results = _APPLY.__get__(None, function)(*args, **kwargs)
+    return tuple(map(view, results)) if isinstance(results, tuple) else view(results)
+
+
+_APPLY = torch.autograd.Function.__dict__["apply"]  # of whichever function it is asked for
 
 
 class _FakeFlashAttention(torch.autograd.Function):
@@ -219,13 +240,13 @@ def backward(outputs: list[Tensor], gradients: Sequence[Tensor] | None = None) -
     outputs.clear()
     dependencies = _dependencies(edges)
     buffers: defaultdict[Any, dict[int, Tensor]] = defaultdict(dict)
-    ready: list[tuple[float, int, Any]] = []
+    ready: list[tuple[float, int, Any, Any]] = []
     with torch.no_grad():
-        _propagate(edges, values, dependencies, buffers, ready)
+        _propagate(None, edges, values, dependencies, buffers, ready)
         # What is deleted from here on would else hold tensors that the engine has freed by then.
         del edges
         while ready:
-            node = heapq.heappop(ready)[-1]
+            _, _, node, parent = heapq.heappop(ready)  # `parent` is held until the node has been called
             buffer = buffers.pop(node, {})
             if hasattr(node, "variable"):  # AccumulateGrad, where a path ends at a parameter
                 _accumulate_grad(node.variable, buffer)
@@ -234,9 +255,11 @@ def backward(outputs: list[Tensor], gradients: Sequence[Tensor] | None = None) -
             call: Callable[..., Any] = node.apply if isinstance(node, BackwardCFunction) else node
             result = call(*arguments)
             values, edges = list(result) if isinstance(result, tuple) else [result], node.next_functions
+            # A view, which keeps no tensors: see `_apply_with_views`.
+            parent = node if any(isinstance(child, BackwardCFunction) for child, _ in edges) else None
             del node, call, arguments, result
-            _propagate(edges, values, dependencies, buffers, ready)
-            del edges
+            _propagate(parent, edges, values, dependencies, buffers, ready)
+            del parent, edges
 
 
 def _dependencies(edges: Iterable[Edge]) -> Counter[Any]:
@@ -253,9 +276,12 @@ def _dependencies(edges: Iterable[Edge]) -> Counter[Any]:
 
 
 def _propagate(
-    edges: Sequence[Edge], values: list[Any], dependencies: Counter[Any], buffers: Any, ready: list[Any]
+    parent: Any, edges: Sequence[Edge], values: list[Any], dependencies: Counter[Any], buffers: Any, ready: list[Any]
 ) -> None:
-    """Pass gradients along edges, and queue the nodes that now have all of theirs; empty `values` on the way."""
+    """Pass gradients along edges, and queue the nodes that now have all of theirs; empty `values` on the way.
+
+    What is queued keeps `parent`, the node that the edges start at or None.
+    """
     # Arguments of a Python function that are no tensors have no edge: they must be the last ones.
     assert not any(isinstance(value, Tensor) for value in values[len(edges) :])
     for i, (node, number) in enumerate(edges):
@@ -268,7 +294,7 @@ def _propagate(
         dependencies[node] -= 1
         if not dependencies[node]:
             del dependencies[node]
-            heapq.heappush(ready, (*_priority(node), node))
+            heapq.heappush(ready, (*_priority(node), node, parent))
 
 
 def _priority(node: Any) -> tuple[float, int]:

@@ -98,6 +98,8 @@ def read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles, which are read or refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise  # a ValueError, as some of DAMAGED are
     except pickle.UnpicklingError as error:
         # Matches the name in torch's message, as in `Unsupported global: GLOBAL posix.system was not`.
         culprit = re.search(r"(?:GLOBAL|Unsupported global:?)\s+(?:GLOBAL\s+)?(\S+)", str(error))

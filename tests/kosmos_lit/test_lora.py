@@ -227,6 +227,14 @@ def test_a_folder_without_an_adapter_is_refused(adapted, base, tmp_path, missing
         load_adapter(base, tmp_path)
 
 
+def test_an_adapter_whose_file_is_cut_off_is_refused(adapted, base, tmp_path):
+    save_adapter(adapted, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is no whole safetensors file"):
+        load_adapter(base, tmp_path)
+
+
 def test_an_adapter_of_another_width_is_refused(adapted, kosmos_tower, tmp_path):
     save_adapter(adapted, tmp_path)
     other = Kosmos.create(tiny_config(kosmos_tower, ffn_dim=29))
