@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 GOLDEN_VENV := .golden-venv
+LOWEST_VENV := .lowest-venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
@@ -10,7 +11,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: setup quickstart finetune world world-report test test-all lint type format golden golden-torchscale bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
+.PHONY: setup quickstart finetune world world-report test test-all test-lowest lint type format golden golden-torchscale bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
 
 setup: $(READY)
 
@@ -61,6 +62,20 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "" $(ARGS)
 
+# The tests that touch torch, with the lowest versions that pyproject.toml allows; PYTHON=python3.12 takes another Python.
+LOWEST_TESTS ?= tests/kosmos_lit tests/test_golden.py tests/test_kernels_at_start.py tests/test_sharding.py tests/test_resume.py
+
+test-lowest: $(LOWEST_VENV)/.ready
+	$(LOWEST_VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadgroup -p no:cacheprovider $(LOWEST_TESTS) $(ARGS)
+
+# Only uv resolves to lowest versions; of what is needed indirectly the newest ones are taken.
+$(LOWEST_VENV)/.ready: pyproject.toml
+	rm -rf $(LOWEST_VENV)
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST_VENV)/bin/uv pip install --quiet --python $(LOWEST_VENV)/bin/python --resolution lowest-direct --editable '.[dev]'
+	@touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 
@@ -106,4 +121,4 @@ $(VENV)/.bench-ready: $(READY)
 check: lint type test-all
 
 clean:
-	rm -rf $(VENV) $(GOLDEN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GOLDEN_VENV) $(LOWEST_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
