@@ -64,6 +64,7 @@ class KosmosLit(L.LightningModule):
         seed: int = 0,
         init_from: str | None = None,
         freeze: list[str] | None = None,
+        tf32: bool = False,
     ) -> None:
         """Store the configuration; `configure_model` builds the model.
 
@@ -76,6 +77,8 @@ class KosmosLit(L.LightningModule):
                 run continues from its own checkpoint.
             freeze: Parameters that do not train, by name or by the name of a module above them:
                 decoder.embed_tokens, decoder.layers.[0-9].*, vision.
+            tf32: Whether CUDA devices multiply float32 matrices in TF32, with 10 bits of mantissa instead of 23 and several
+                times as fast. False: as PyTorch is set, by default not. bf16-mixed multiplies hardly any.
         """
         super().__init__()
         self.config = KosmosConfig.from_dict(kosmos)  # plain data when a checkpoint is loaded
@@ -85,7 +88,8 @@ class KosmosLit(L.LightningModule):
         # Plain data: a checkpoint must load without executing anything.
         resolved = replace(self.config, vision=self.config.vision.resolved())
         tables = {"kosmos": resolved, "optimizer": self.optimizer_config, "loss_weights": self.loss_weights}
-        self.save_hyperparameters({name: asdict(table) for name, table in tables.items()} | {"seed": seed})
+        self.save_hyperparameters({name: asdict(table) for name, table in tables.items()} | {"seed": seed, "tf32": tf32})
+        self.tf32, self._matmul_precision = tf32, "highest"
         self._weights: dict[torch.device, Tensor] = {}
         self._full_net: list[Kosmos] = []  # in a list, so that nn.Module does not register it as a child
         self._predicting = ExitStack()
@@ -153,6 +157,9 @@ class KosmosLit(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Raises: UserError if the model does not fit the data or the device, or the precision is not supported."""
+        if self.tf32:
+            self._matmul_precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
         max_seq_len, seq_len = self.config.decoder.max_seq_len, self._data.seq_len
         if seq_len > max_seq_len:
             raise UserError(
@@ -169,6 +176,10 @@ class KosmosLit(L.LightningModule):
         check_device(self.trainer, self.config.decoder, seq_len, trains=stage == "fit")
         if stage == "fit":
             check_step_memory(self.trainer, self._data, self.config, self.frozen)
+
+    def teardown(self, stage: str) -> None:
+        if self.tf32:
+            torch.set_float32_matmul_precision(self._matmul_precision)
 
     # ---- training
 

@@ -130,9 +130,11 @@ def test_an_ablation_begins_with_a_comment(path: Path) -> None:
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_an_overlay_applies_to_the_papers_run(path: Path) -> None:
-    changed = changes("kosmos1.yaml", path)
+    changed, settings = changes("kosmos1.yaml", path), settings_of(path)
+    # The defaults of a strategy's class come with its name.
+    chosen = {key: changed[key] for key in changed if key in settings or not key.startswith("trainer.strategy.init_args.")}
 
-    assert changed.items() <= settings_of(path).items()
+    assert chosen.items() <= settings.items()
 
 
 def tasks_of(*files: Path) -> dict[str, Any]:

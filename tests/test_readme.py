@@ -76,7 +76,8 @@ def assert_parses(verb: str, arguments: list[str]) -> None:
             at = arguments.index("--ckpt_path")
             arguments = arguments[:at] + arguments[at + 2 :]
         arguments = [word for word in arguments if word != "--print_config"]
-        on_cpu = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "logger": "false"}
+        # Two devices, as there is nothing to shard within a node of one.
+        on_cpu = {"accelerator": "cpu", "devices": 2, "precision": "32-true", "logger": "false"}
         flags = [f"--trainer.{key}={value}" for key, value in on_cpu.items()]
         assert KosmosCLI([*arguments, *flags], run=False).model.config
 

@@ -3,6 +3,7 @@
 from kosmos_lit.callbacks.caption_report import CaptionReport
 from kosmos_lit.callbacks.checkpoints import Checkpoints
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
+from kosmos_lit.callbacks.garbage import GarbageCollection
 from kosmos_lit.callbacks.predictions import Predictions
 from kosmos_lit.callbacks.progress import Progress
 from kosmos_lit.callbacks.step_log import StepLog
@@ -10,5 +11,6 @@ from kosmos_lit.callbacks.throughput import Throughput
 from kosmos_lit.callbacks.visual_use import VisualUse
 
 __all__ = [
-    "CaptionReport", "Checkpoints", "EvaluateTasks", "Predictions", "Progress", "StepLog", "Throughput", "VisualUse",
+    "CaptionReport", "Checkpoints", "EvaluateTasks", "GarbageCollection", "Predictions", "Progress", "StepLog", "Throughput",
+    "VisualUse",
 ]  # fmt: skip

@@ -57,8 +57,9 @@ def plan(arguments: list[str]) -> int:
     a, run_arguments = plan_parser().parse_known_args(arguments)
     run = describe_run(run_arguments, a.devices, a.nodes)
     device = find_device(
-        a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu, links=(a.node_gb_s, a.network_gb_s)
-    )
+        a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu, tf32=run.tf32,
+        links=(a.node_gb_s, a.network_gb_s),
+    )  # fmt: skip
     estimates = estimate_run(run, device)
     problems = find_problems(run, estimates)
     if a.json:
@@ -132,6 +133,7 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
     optimizer = attempt(lambda: OptimizerConfig.from_dict(model["optimizer"])) or OptimizerConfig()
     run = RunDescription(
         trainer=config.trainer, optimizer=optimizer, kosmos=kosmos, is_sound=is_sound, freeze=tuple(model["freeze"] or ()),
+        tf32=model["tf32"],
         data=attempt(cli.mixture), devices=devices or devices_per_node(config.trainer, notes),
         nodes=nodes or int(config.trainer.num_nodes or 1), problems=problems, notes=notes,
     )  # fmt: skip

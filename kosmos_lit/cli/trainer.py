@@ -30,6 +30,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
+from kosmos_lit.callbacks.garbage import GarbageCollection
 from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
 from kosmos_lit.cli.evaluation import evaluation_data
 from kosmos_lit.cli.overlays import config_files, read_yaml, value_at, with_all_named
@@ -147,6 +148,8 @@ class KosmosCLI(LightningCLI):
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
         parser.add_class_arguments(EvalConfig, "eval")
+        # A callback of every run, also of those whose configuration lists its own callbacks.
+        parser.add_lightning_class_args(GarbageCollection, "garbage_collection")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint and check that it fits the configured model.

@@ -64,6 +64,7 @@ def find_device(
     precision: str,
     *,
     on_cpu: bool,
+    tf32: bool = False,
     links: tuple[float | None, float | None] = (None, None),
 ) -> Device:
     """Return the device of a plan.
@@ -75,6 +76,7 @@ def find_device(
         share: of the peak, assumed to be reached.
         precision: of the run, by Lightning's name.
         on_cpu: whether the run is on a CPU.
+        tf32: whether float32 matrices are multiplied in TF32.
         links: GB/s within a node and between nodes that replace the device's.
 
     Raises: UserError for an unknown device, or for a memory, peak, share or bandwidth that is no valid number.
@@ -82,14 +84,14 @@ def find_device(
     for option, value in zip(("node-gb-s", "network-gb-s"), links, strict=True):
         if value is not None and not value > 0:
             raise UserError(f"plan: --{option} must be positive, in GB/s, got {value:g}")
-    device = _find_device(name, memory, peak, share, precision, on_cpu=on_cpu)
+    device = _find_device(name, memory, peak, share, precision, on_cpu=on_cpu, tf32=tf32)
     nominal = LINKS.get(device.name, PCIE) if device.name in DEVICES else (None, None)
     within, between = (default if value is None else value * 1e9 for value, default in zip(links, nominal, strict=True))
     return replace(device, within_node=within, between_nodes=between)
 
 
 def _find_device(
-    name: str | None, memory: str | None, peak: float | None, share: float, precision: str, *, on_cpu: bool
+    name: str | None, memory: str | None, peak: float | None, share: float, precision: str, *, on_cpu: bool, tf32: bool
 ) -> Device:
     if name is not None and name not in DEVICES:
         raise UserError(f"plan: no device {name!r}; there are {', '.join(DEVICES)}, or --memory 80GB --peak 989")
@@ -108,7 +110,7 @@ def _find_device(
     name = name or "h100"
     product, size = DEVICES[name]
     # Lightning's names begin with the format: "bf16-mixed", "16-mixed".
-    kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], _float32_format())  # type: ignore[assignment]
+    kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], "tf32" if tf32 else _float32_format())  # type: ignore[assignment]
     return Device(name, memory_bytes or size, flops or peak_flops(product, kind), share)
 
 

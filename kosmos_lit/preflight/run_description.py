@@ -30,6 +30,7 @@ class RunDescription:
     is_sound: bool
     """Whether `kosmos` has no problems, so that the model can be built."""
     freeze: tuple[str, ...]
+    tf32: bool
     data: MixtureData | None
     """None if it cannot be made."""
     devices: int
