@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, PromptBatch
-from kosmos_lit.checks.device import check_device, uses_compile
+from kosmos_lit.checks.device import check_device, check_dtype, uses_compile
 from kosmos_lit.checks.leaks import check_leaks
 from kosmos_lit.checks.memory import BatchSizes, check_step_memory
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
@@ -32,7 +32,7 @@ from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.sharding.shards import clip_grad_norm, original_name
 from kosmos_lit.sharding.strategy import ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.trainer_internals import attached_trainer, has_bucket_views, loss_scaler
+from kosmos_lit.trainer_internals import attached_trainer, end_at_sigterm, has_bucket_views, loss_scaler
 
 # Keeps a seed a non-negative int64.
 _MASK = (1 << 63) - 1
@@ -180,6 +180,7 @@ class KosmosLit(L.LightningModule):
             raise UserError(
                 f"the tokenizer has {ids} ids, but model.kosmos.decoder.vocab_size is {rows}; set it to at least {ids}"
             )
+        check_dtype(self.trainer)
         self.attention_kernel = check_device(self.trainer, self.config.decoder, seq_len, trains=stage == "fit")
         if stage == "fit":
             check_step_memory(self.trainer, self._data, self.config, self.frozen)
@@ -207,6 +208,8 @@ class KosmosLit(L.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams({"attention_kernel": self.attention_kernel})
         start_at_step(self.trainer, self.optimizer_config, self._rate)
+        if self.trainer.world_size > 1:
+            end_at_sigterm(self.trainer)
 
     def on_train_end(self) -> None:
         self.net.vision.restore_frozen()

@@ -4,6 +4,10 @@ test for each.
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -34,6 +38,24 @@ def set_batch_progress(trainer: L.Trainer, n_batches: int) -> None:
         shift = n_batches - counts.ready
         for name, count in vars(counts).items():  # ready, started, processed, completed
             setattr(counts, name, count + shift)
+
+
+def end_at_sigterm(trainer: L.Trainer) -> None:
+    """Let SIGTERM end a rank at once, and the ranks that it started. For the time of a `fit` on several ranks.
+
+    Lightning broadcasts before each micro-batch whether rank 0 has received the signal, and reads the answer: the host would
+    wait for a GPU's queue to run empty each time. What starts ranks on several nodes sends the signal to all of them.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(number)
+        sys.exit(128 + number)  # a shell's status for a process that a signal ended
+
+    # Python sets handlers in the main thread only. Lightning restores the former one when the run ends.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
 
 
 def lr_schedulers(trainer: L.Trainer) -> list[Any]:

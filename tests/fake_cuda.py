@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -15,33 +16,91 @@ from unittest import mock
 
 import lightning as L
 import torch
+import torch.distributed as dist
+import torch.nn.parallel.distributed
+from lightning.fabric.strategies.model_parallel import _setup_device_mesh
+from lightning.pytorch.strategies import DDPStrategy, Strategy, model_parallel
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.costs.allocations import backward, fake_device
+from kosmos_lit.costs.allocations import backward, fake_device, patched
 from kosmos_lit.lit import KosmosLit
+from kosmos_lit.sharding import strategy as sharded
+from kosmos_lit.sharding.fsdp import Fsdp2Strategy
 from kosmos_lit.tokenizer import Tokenizer
 
+STRATEGIES = DDPStrategy, Fsdp2Strategy
+DDP_FUNCTIONS = "_verify_param_shape_across_processes", "_sync_module_states"
 DEVICE = torch.device("cuda", 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FakeGpu:
+    """What a device answers."""
+
+    name: str = "NVIDIA H100 80GB HBM3"
+    memory: float = 80e9
+    """Bytes."""
+    has_bf16: bool = True
+
+
 @contextmanager
-def fake_cuda(memory: float = 80e9, name: str = "NVIDIA H100 80GB HBM3", n_devices: int = 1) -> Iterator[None]:
-    """Run a block as on a machine with GPUs, whose tensors have no elements."""
+def fake_cuda(gpu: FakeGpu = FakeGpu()) -> Iterator[None]:
+    """Run a block as on a machine with a GPU, whose tensors have no elements."""
     answers: dict[str, Any] = {
-        "device_count": n_devices, "current_device": 0, "set_device": None, "empty_cache": None, "synchronize": None,
-        "get_device_name": name, "get_device_properties": SimpleNamespace(total_memory=int(memory), name=name),
+        "device_count": 1, "current_device": 0, "set_device": None, "empty_cache": None, "synchronize": None,
+        "get_device_name": gpu.name, "is_bf16_supported": gpu.has_bf16,
+        "get_device_properties": SimpleNamespace(total_memory=int(gpu.memory), name=gpu.name),
         "max_memory_allocated": 0, "max_memory_reserved": 0, "manual_seed_all": None,
     }  # fmt: skip
-    with fake_device("cuda"), mock.patch.multiple(torch.cuda, **{k: mock.Mock(return_value=v) for k, v in answers.items()}):
-        patch = mock.patch.object
-        pins = patch(Tensor, "pin_memory", _pin_memory)
+    replacements: list[tuple[Any, str, Any]] = [
+        *((torch.cuda, question, mock.Mock(return_value=answer)) for question, answer in answers.items()),
+        *((torch.cuda, name, mock.MagicMock()) for name in ("Stream", "Event", "current_stream")),
+        (torch.cuda, "stream", nullcontext),
+        # Fake tensors can be neither pinned nor swapped in place.
+        (Tensor, "pin_memory", _pin_memory),
+        (nn.Module, "_apply", _apply),
         # Whether documents see one another is read from losses, which have no value.
-        leaks = patch(KosmosLit, "_check_leaks", lambda self: None)
+        (KosmosLit, "_check_leaks", lambda self: None),
         # The engine has a thread for each device, and would start one.
-        walk = patch(KosmosLit, "backward", lambda self, loss: backward([loss]))
-        with pins, leaks, walk, patch(nn.Module, "_apply", _apply):
-            yield
+        (KosmosLit, "backward", _backward),
+        # With one rank, what all ranks have is what this one has.
+        *((owner, name, _own) for owner in STRATEGIES for name in ("broadcast", "reduce_boolean_decision")),
+        # DDP's parts in C++ read addresses, which fake tensors do not have.
+        *((torch.nn.parallel.distributed, name, mock.MagicMock()) for name in DDP_FUNCTIONS),
+        *((dist, name, mock.MagicMock()) for name in ("Reducer", "Logger")),
+        # FSDP: the mesh is a tensor whose values are read; weights that are no numbers are neither broadcast nor compared.
+        (model_parallel, "_setup_device_mesh", _real_device_mesh),
+        (sharded, "build_on_rank_zero", lambda build: build()),
+        (sharded, "ShardedTensors", mock.MagicMock()),
+    ]
+    with fake_device("cuda"), patched(*replacements):
+        yield
+
+
+def _backward(lit: KosmosLit, loss: Tensor) -> None:
+    units = [module for module in lit.modules() if isinstance(module, FSDPModule)]
+    if not units:
+        backward([loss])
+        return
+    # FSDP2's hooks are called by the engine alone: the gradients of the shards without the way to them.
+    for unit in units:
+        unit.reshard()
+    for parameter in lit.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _real_device_mesh(*arguments: Any) -> DeviceMesh:
+    with unset_fake_temporarily():
+        return _setup_device_mesh(*arguments)
+
+
+def _own(strategy: Strategy, value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 def _pin_memory(tensor: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 
 from kosmos_lit.checks.cpus import shared_cpus
 from kosmos_lit.config import DecoderConfig
+from kosmos_lit.errors import UserError
 from kosmos_lit.ops.fp8 import check_fp8
 from kosmos_lit.ops.kernels import check_kernel
 
@@ -41,6 +43,35 @@ def compute_dtype(precision: object) -> torch.dtype:
     dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     # "bf16-mixed", "16-true", 32 ...
     return dtypes.get(str(precision).split("-")[0], torch.float32)
+
+
+def check_dtype(trainer: L.Trainer) -> None:
+    """Make sure that the run's device computes in the run's precision.
+
+    Raises: UserError naming the device, and a precision that works.
+    """
+    device = trainer.strategy.root_device
+    if device.type != "cuda" or compute_dtype(trainer.precision) != torch.bfloat16:
+        return
+    # Emulation would be slower than float32.
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"trainer.precision is {trainer.precision}, but {name} has no bfloat16; use 32-true")
+
+
+def check_backend(trainer: L.Trainer) -> None:
+    """Make sure that several GPUs can exchange tensors, before they try.
+
+    Raises: UserError if this build of PyTorch has no NCCL, and no other backend is chosen.
+    """
+    strategy = trainer.strategy
+    if trainer.world_size == 1 or strategy.root_device.type != "cuda" or dist.is_nccl_available():
+        return
+    if getattr(strategy, "process_group_backend", None) is None:
+        raise UserError(
+            f"trainer.strategy: {trainer.world_size} GPUs need NCCL, which this build of PyTorch lacks; install PyTorch's "
+            "own build for CUDA, or set trainer.devices and trainer.num_nodes to 1"
+        )
 
 
 def uses_compile(config: DecoderConfig, device: torch.device) -> bool:

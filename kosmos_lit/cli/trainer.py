@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
 from kosmos_lit.callbacks.garbage import GarbageCollection
 from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
+from kosmos_lit.checks.device import check_backend
 from kosmos_lit.cli.evaluation import evaluation_data
 from kosmos_lit.cli.overlays import config_files, read_yaml, value_at, with_all_named
 from kosmos_lit.config import KosmosConfig
@@ -223,6 +224,7 @@ class KosmosCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except ValueError as error:
             raise UserError(f"trainer: {error}") from error
+        check_backend(trainer)
         if isinstance(trainer.strategy, Fsdp2Strategy):
             # Asked now, for one message before other ranks start.
             _ = trainer.strategy.ranks_per_replica

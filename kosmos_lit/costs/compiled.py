@@ -29,7 +29,8 @@ aten = torch.ops.aten
 # Operators whose result lies in the memory of their first argument.
 VIEWS = {aten.view.default, aten.permute.default, aten.t.default, aten.alias.default, aten.unsqueeze.default}
 VIEWS |= {aten.expand.default, aten.slice.Tensor, aten.squeeze.dim, aten.reshape.default, aten.detach.default}
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}  # not fused: their results are in memory
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_mm.default}
+"""Not fused: their results are in memory."""
 
 
 @dataclass(frozen=True)

@@ -141,4 +141,7 @@ def _product(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, dtype: torch.dtyp
     # 8-bit products take a row-major and a column-major factor, which `b.t()` is. A transposed factor is laid out anew: both
     # have the summed axis last.
     a, b = a.contiguous(), b.contiguous()
-    return torch._scaled_mm(a, b.t(), of_a, of_b.t(), out_dtype=result, use_fast_accum=fast).to(dtype)
+    product = torch._scaled_mm(a, b.t(), of_a, of_b.t(), out_dtype=result, use_fast_accum=fast).to(dtype)
+    # A view, which costs nothing: torch.compile of torch 2.11 takes the result of an operator without a gradient of its own
+    # for a constant, also as the result of an autograd function, and would make every gradient before it zero.
+    return product.view_as(product)

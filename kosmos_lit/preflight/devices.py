@@ -50,10 +50,17 @@ class Device:
     """FLOP/s in the run's precision; None: unknown."""
     share: float
     """Share of the peak that the run is assumed to reach."""
+    peak_fp8: float | None = None
+    """FLOP/s of products in 8 bits; None: unknown, or not supported."""
     within_node: float | None = None
     """Bytes a second in each direction to devices of the same node; None: unknown."""
     between_nodes: float | None = None
     """The same to devices of other nodes."""
+
+    def peak_of_blocks(self, fp8: bool) -> float:
+        """Return the known peak, in FLOP/s, of products with the layers' matrices."""
+        assert self.peak is not None
+        return self.peak_fp8 if fp8 and self.peak_fp8 is not None else self.peak
 
 
 def find_device(
@@ -111,7 +118,8 @@ def _find_device(
     product, size = DEVICES[name]
     # Lightning's names begin with the format: "bf16-mixed", "16-mixed".
     kind: Precision = {"bf16": "bf16", "16": "fp16"}.get(precision.split("-")[0], "tf32" if tf32 else _float32_format())  # type: ignore[assignment]
-    return Device(name, memory_bytes or size, flops or peak_flops(product, kind), share)
+    peak_fp8 = None if flops else peak_flops(product, "fp8")  # a peak that is given stands for all products
+    return Device(name, memory_bytes or size, flops or peak_flops(product, kind), share, peak_fp8)
 
 
 def _float32_format() -> Precision:

@@ -92,6 +92,8 @@ class Estimates:
     """Whether the numbers of `sources` are counted in indexed corpora; else they are those of typical documents."""
     flops: Flops | None
     """Of a step."""
+    fp8: bool
+    """Whether the decoder's matrices train in 8 bits."""
     communication: Communication | None
     """Of each device in a step; None for one device, or if a bandwidth or the time of a step is unknown."""
     images_per_step: float
@@ -100,9 +102,11 @@ class Estimates:
     @property
     def step_seconds(self) -> float | None:
         """Return the time of a step at the assumed share of the peak; None if the peak is unknown."""
-        if self.flops is None or self.device.peak is None:
+        flops, device = self.flops, self.device
+        if flops is None or device.peak is None:
             return None
-        return self.flops.total / (self.device.share * self.device.peak * self.world_size)
+        at_peak = flops.blocks / device.peak_of_blocks(self.fp8) + (flops.total - flops.blocks) / device.peak
+        return at_peak / (device.share * self.world_size)
 
     @property
     def positions_per_step(self) -> float:
@@ -146,6 +150,7 @@ def estimate_run(run: RunDescription, device: Device) -> Estimates:
         parameters=_parameters(net) if net is not None else [], memory=memory, fitting=changes,
         sources=[Source.of(f) for f in forecasts], exact=exact,
         flops=flops, communication=_communication(run, device, net, batch, n_micro or 1, flops),
+        fp8=_is_fp8(run),
         images_per_step=sum(f.amounts.images for f in forecasts) / max(1, steps),
         disk=_disk(run, net, steps) if net is not None else None,
     )  # fmt: skip
@@ -256,9 +261,14 @@ def _communication(
     links = Links(
         within_node=device.within_node, between_nodes=device.between_nodes, devices_per_node=run.devices
     )
-    block_seconds = (flops.blocks + flops.attention) / (device.share * device.peak * run.world_size * n_micro)
+    at_peak = flops.blocks / device.peak_of_blocks(_is_fp8(run)) + flops.attention / device.peak
+    block_seconds = at_peak / (device.share * run.world_size * n_micro)
     setting, is_fsdp1 = setting_of(run, batch, n_micro), "Fsdp1" in run.strategy_name
     return communication(Sizes.of(net), setting, links, block_seconds, root_every_micro_batch=is_fsdp1)
+
+
+def _is_fp8(run: RunDescription) -> bool:
+    return run.kosmos is not None and run.kosmos.decoder.fp8 != "none"
 
 
 def _disk(run: RunDescription, net: Kosmos, steps: int) -> Disk:

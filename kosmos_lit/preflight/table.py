@@ -80,7 +80,8 @@ def _operations(estimates: Estimates) -> Iterator[str]:
     if seconds is None or device.peak is None:
         yield _entry("time", "unknown: give the device's peak with --peak TFLOP/S")
         return
-    at = f"at {device.share:.0%} of {device.peak / 1e12:,.4g} TFLOP/s a device"
+    in_8_bits = f" ({device.peak_fp8 / 1e12:,.5g} in 8 bits)" if estimates.fp8 and device.peak_fp8 else ""
+    at = f"at {device.share:.0%} of {device.peak / 1e12:,.4g} TFLOP/s{in_8_bits} a device"
     yield _entry("time", f"{seconds:,.3g} s a step, {format_duration(seconds * estimates.steps)} for the run, {at}")
     tokens, images = estimates.positions_per_step / seconds, estimates.images_per_step / seconds
     W = estimates.world_size

@@ -102,10 +102,11 @@ def test_a_fused_model_learns_on_the_gpu_as_a_plain_one(config: KosmosConfig, fi
 
 
 @pytest.mark.parametrize("fuses", [False, True])
-def test_a_model_in_8_bits_learns_on_the_gpu_as_one_in_16(config: KosmosConfig, fuses: bool) -> None:
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
+def test_a_model_in_8_bits_learns_on_the_gpu_as_one_in_16(config: KosmosConfig, scaling: str, fuses: bool) -> None:
     if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         pytest.skip("products in 8 bits need capability 8.9")
-    plain, rounded = on_gpu(config, ffn_dim=128), on_gpu(config, ffn_dim=128, fp8=True)
+    plain, rounded = on_gpu(config, ffn_dim=128), on_gpu(config, ffn_dim=128, fp8=scaling)
     if fuses:
         rounded.compile_blocks()
     assert losses(rounded) == pytest.approx(losses(plain), rel=5e-2)  # e4m3: some 4 % of a product, means over 20 tokens

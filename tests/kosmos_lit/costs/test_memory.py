@@ -199,6 +199,16 @@ def test_compiled_or_recomputed_parts_keep_less(small: KosmosConfig, gpu_estimat
     assert kept("full", compiled=True) < kept("selective", compiled=True) < compiled < 0.8 * eager
 
 
+@pytest.mark.parametrize("scaling", ["tensorwise", "rowwise"])
+def test_compiled_parts_in_8_bits_keep_less(small: KosmosConfig, gpu_estimate: Memory, scaling: Any) -> None:
+    parts = estimate(replace(small, decoder=replace(small.decoder, fp8=scaling)), PAPER).parts
+
+    # Inputs of products are kept in one byte an element, and the layers' weights in no copy in bfloat16.
+    assert parts["decoder"] < gpu_estimate.parts["decoder"]
+    assert parts.get("weights in bfloat16", 0) < gpu_estimate.parts["weights in bfloat16"] / 2
+    assert parts["weights"] == gpu_estimate.parts["weights"]
+
+
 def test_a_compiled_chain_keeps_its_inputs_and_the_operand_of_its_product() -> None:
     with fake_device("cpu"):
         x, weight = torch.empty(5, 7, requires_grad=True), torch.empty(7, 7, requires_grad=True)

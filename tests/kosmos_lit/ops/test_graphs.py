@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kosmos_lit.batch import KosmosBatch
 from kosmos_lit.init_from import freeze
 from kosmos_lit.model import Kosmos
 from kosmos_lit.ops.graphs import Graphs
-from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, text_doc, tiny_config
+from tests.kosmos_lit.tiny_kosmos import LATENTS, batch_of, image_doc, text_doc, tiny_config
 
 LIMIT = 8
 """Graphs of one function that torch.compile makes."""
@@ -86,6 +88,44 @@ def test_layers_of_a_model_share_its_graphs(kosmos_tower: str, counter: Counter)
         step(model)
         counts.append(counter.n_graphs - before)
     assert counts[0] == counts[1]
+
+
+def varied_batches(n: int, row_len: int) -> list[KosmosBatch]:
+    """Micro-batches of two rows that differ in documents, images (none to 5) and supervised positions."""
+    draw = random.Random(0)
+    batches = []
+    while len(batches) < n:
+        rows, n_images = [], 0
+        for _ in range(2):
+            row, left = [], row_len
+            while left > 12 and draw.random() < 0.9:
+                if n_images < 5 and draw.random() < 0.4:
+                    row.append(image_doc(words := draw.randint(1, left - 10), seed=left))
+                    n_images, left = n_images + 1, left - words - LATENTS - 4
+                else:
+                    row.append(text_doc(words := draw.randint(1, left - 10), seed=left))
+                    left -= words + 2
+            rows.append(row or [text_doc(3)])
+        batches.append(batch_of(rows, row_len))
+    return batches
+
+
+@pytest.mark.parametrize("fields", [{}, {"recompute": "selective"}, {"document_attention": "row"}], ids=str)
+def test_no_graph_is_new_after_the_second_micro_batch(kosmos_tower: str, counter: Counter, fields: dict[str, str]) -> None:
+    model = Kosmos.create(tiny_config(kosmos_tower, vision={"chunk": 4}, n_layers=1, loss_chunk=7, **fields)).train()
+    model.compile_blocks()
+    batches = varied_batches(50, 47)
+    # First the most images, which make chunks of both sizes, and another number of supervised positions.
+    batches.sort(key=lambda batch: -len(batch.images))
+    assert len(batches[0].images) > 4
+    counts = []
+    for batch in (batches[0], *batches[:0:-1]):
+        loss, _ = model.loss(batch, 0.1)
+        loss.backward()
+        counts.append(counter.n_graphs)
+    assert {len(batch.images) for batch in batches} == set(range(6))
+    assert 1 in {len(batch.loss_at) % 7 for batch in batches}  # a last chunk of one row
+    assert counts[1:] == counts[1:2] * 49
 
 
 def test_a_runaway_in_one_model_is_an_error(counter: Counter) -> None:

@@ -188,6 +188,7 @@ def test_all_contradictions_are_listed_at_once(capsys: pytest.CaptureFixture[str
         (["--model.kosmos.decoder.fp8=rowwise", "--device=a100-80"], "a100-80 multiplies no 8-bit floats"),
         (["--model.kosmos.decoder.fp8=tensorwise", "--trainer.precision=32-true"], "fp8 goes with trainer.precision bf16"),
         (["--model.kosmos.decoder.attention_kernel=flex"], "flex has no dropout on attention weights"),
+        (["--model.kosmos.decoder.attention_kernel=cudnn"], "cudnn "),
     ],
 )
 def test_a_contradiction_is_found(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,6 +196,17 @@ def test_a_contradiction_is_found(arguments: list[str], message: str, capsys: py
 
     assert code == 1
     assert [p for p in plan["problems"] if message in p], plan["problems"]
+
+
+def test_products_in_8_bits_are_estimated_at_their_own_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    values = ("none", "rowwise", "tensorwise")
+    plans = [planned(capsys, *SMALL, f"--model.kosmos.decoder.fp8={value}")[1] for value in values]
+
+    seconds = [plan["step_seconds"] for plan in plans]
+    blocks = plans[0]["flops_per_step"]["blocks"] / plans[0]["flops_per_step"]["total"]
+    # An H100 multiplies twice as fast in 8 bits; attention, vocabulary and tower stay in 16.
+    assert seconds[1] / seconds[0] == pytest.approx(1 - blocks / 2, rel=1e-3)
+    assert seconds[2] == seconds[1]
 
 
 def test_a_device_that_is_too_small_comes_with_what_would_fit(capsys: pytest.CaptureFixture[str]) -> None:
