@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from kosmos_lit.sharding.fsdp import Fsdp1Strategy
 from kosmos_lit.trainer_internals import (
     attached_trainer,
+    end_at_sigterm,
     has_bucket_views,
     loss_scaler,
     lr_schedulers,
@@ -183,6 +185,23 @@ def test_setup_model_wraps_the_root_of_fsdp1() -> None:
 
     assert isinstance(strategy.model, nn.Sequential)
     assert strategy.model[0] is module
+
+
+def test_sigterm_ends_a_rank_without_a_broadcast_before_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, killed = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), []
+    assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
+    monkeypatch.setattr(type(trainer.strategy), "launcher", SimpleNamespace(kill=killed.append))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        end_at_sigterm(trainer)
+        monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: pytest.fail("a broadcast"))
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+        with pytest.raises(SystemExit) as end:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 143
+    assert killed == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def varied_batches(n: int, row_len: int) -> list[KosmosBatch]:
     return batches
 
 
-@pytest.mark.parametrize("fields", [{}, {"recompute": "selective"}, {"document_attention": "row"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"recompute": "selective"}], ids=str)
 def test_no_graph_is_new_after_the_second_micro_batch(kosmos_tower: str, counter: Counter, fields: dict[str, str]) -> None:
     model = Kosmos.create(tiny_config(kosmos_tower, vision={"chunk": 4}, n_layers=1, loss_chunk=7, **fields)).train()
     model.compile_blocks()
