@@ -133,19 +133,6 @@ def test_a_signal_ends_the_step_and_writes_a_checkpoint(tmp_path: Path, tiny_wor
     assert "Traceback" not in err
 
 
-@pytest.mark.slow
-def test_a_signal_ends_all_ranks_at_once(tmp_path: Path, tiny_world: Path) -> None:
-    endless = ["--trainer.max_steps=100000", "--trainer.val_check_interval=100000", "--data.num_workers=1"]
-    ranks = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.micro_batch_rows=1"]
-    process = start(tiny_run("fit", tmp_path, tiny_world, *endless, *ranks), start_new_session=True)
-    _wait_for_checkpoint(tmp_path)
-
-    process.terminate()  # rank 0 alone: it started the other one
-    process.communicate(timeout=60)  # until all that hold its streams are gone
-
-    assert process.returncode == 143
-
-
 # ---- killed
 
 
