@@ -93,7 +93,7 @@ class _Tensorwise(torch.autograd.Function):
         (x8, of_x), (w8, of_w) = to_fp8(x, FORWARD), to_fp8(weight, FORWARD)
         ctx.save_for_backward(x8, of_x, w8, of_w)
         ctx.dtypes = x.dtype, weight.dtype
-        return _product(x8, w8, of_x, of_w, dtype, fast=True)
+        return _result(_product(x8, w8, of_x, of_w, dtype, fast=True))
 
     @staticmethod
     @once_differentiable
@@ -115,7 +115,7 @@ class _Rowwise(torch.autograd.Function):
         (x8, of_x), (w8, of_w) = to_fp8(x, FORWARD, rowwise=True), to_fp8(weight, FORWARD, rowwise=True)
         ctx.save_for_backward(*to_fp8(x.t(), FORWARD, rowwise=True), weight)
         ctx.dtypes = x.dtype, weight.dtype
-        return _product(x8, w8, of_x, of_w, dtype, fast=True)
+        return _result(_product(x8, w8, of_x, of_w, dtype, fast=True))
 
     @staticmethod
     @once_differentiable
@@ -141,7 +141,13 @@ def _product(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor, dtype: torch.dtyp
     # 8-bit products take a row-major and a column-major factor, which `b.t()` is. A transposed factor is laid out anew: both
     # have the summed axis last.
     a, b = a.contiguous(), b.contiguous()
-    product = torch._scaled_mm(a, b.t(), of_a, of_b.t(), out_dtype=result, use_fast_accum=fast).to(dtype)
-    # A view, which costs nothing: torch.compile of torch 2.11 takes the result of an operator without a gradient of its own
-    # for a constant, also as the result of an autograd function, and would make every gradient before it zero.
+    return torch._scaled_mm(a, b.t(), of_a, of_b.t(), out_dtype=result, use_fast_accum=fast).to(dtype)
+
+
+def _result(product: Tensor) -> Tensor:
+    """Return a product as the result of an autograd function: a view, which costs nothing.
+
+    8-bit numbers have no gradient of their own, so torch.compile of torch 2.11 takes what is computed from them for a
+    constant, even as an autograd function's result, and makes every gradient before it zero. It does not if that is a view.
+    """
     return product.view_as(product)
