@@ -43,7 +43,7 @@ CUDNN_MAJORS = (9, 10)
 """CUDA capabilities of cuDNN's attention within documents, major numbers: Hopper and the Blackwell of data centres."""
 CUDNN_MIN_TORCH = (2, 15)
 """First torch known to offer cuDNN for causal attention within documents. The private operator of 2.11 is no substitute: its
-backward pass takes the head width for the longest document, and reaches past its buffers (pytorch issue 186142)."""
+backward pass takes the head width for the longest document, and reaches past its buffers (pytorch pull request 186142)."""
 CUDNN_MIN_VERSION = 92500
 """First cuDNN with documents of length 0 (cudnn-frontend issue 943), which pad our lists of documents."""
 
