@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 from kosmos_lit.cli.verify_resume import read_log
 
 ROOT = Path(__file__).parents[1]
+# Ranks that two test workers start at the same moment would draw the same free port, and wait for each other for ever.
+_ports = count(20_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
 TINY = str(ROOT / "tests" / "configs" / "tiny.yaml")
 
 
@@ -20,7 +23,7 @@ def tiny_run(verb: str, folder: Path, world: Path, *more: str) -> list[str]:
 
 def start(arguments: list[str], **kwargs: object) -> subprocess.Popen[str]:
     """Start `python main.py ...` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "MASTER_PORT": str(next(_ports))}
     command = [sys.executable, str(ROOT / "main.py"), *arguments]
     return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
