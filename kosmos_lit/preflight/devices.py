@@ -63,7 +63,7 @@ def find_device(
         raise UserError(f"plan: no device {name!r}; there are {', '.join(DEVICES)}, or --memory 80GB --peak 989")
     # Written so that NaN is refused too.
     if not 0 < share <= 1:
-        raise UserError(f"plan: --peak-share must lie in (0, 1], got {share:g}")
+        raise UserError(f"plan: --peak_share must lie in (0, 1], got {share:g}")
     if peak is not None and not peak > 0:
         raise UserError(f"plan: --peak must be positive, in TFLOP/s, got {peak:g}")
     memory_bytes = None if memory is None else parse_bytes(memory)

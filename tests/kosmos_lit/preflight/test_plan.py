@@ -242,9 +242,9 @@ def test_devices_and_nodes_win_over_the_trainers(capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         (["--device=abacus"], "no device 'abacus'"),
-        (["--peak-share=1.5"], "--peak-share must lie in"),
+        (["--peak_share=1.5"], "--peak_share must lie in"),
         (["--memory=much"], "--memory much is no size"),
-        (["--devices=0"], "'0' is no positive number"),
+        (["--devices=0"], "--devices must be positive, got 0"),
         (["--trainer.max_stepss=3"], "max_stepss"),
     ],
 )
