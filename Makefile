@@ -53,7 +53,7 @@ world-report: world
 	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last
 	$(BIN)/python main.py test $(WORLD) -c configs/eval/world.yaml --ckpt_path last --eval.image_control shuffled
 	$(BIN)/python main.py test $(WORLD_TEXT) -c configs/eval/world.yaml --ckpt_path last --eval.image_control none
-	$(BIN)/python main.py report runs/world/eval runs/world/eval-shuffled runs/world_text/eval-none \
+	$(BIN)/python main.py report eval runs/world/eval runs/world/eval-shuffled runs/world_text/eval-none \
 		--names "model,images shuffled,text only" --output runs/world/report
 
 test: $(READY)

@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from datamodules.sources import SOURCES, Identifiers
 from kosmos_lit.errors import UserError
+from kosmos_lit.terminal import program
 from kosmos_lit.tokenizer import Tokenizer
 
 VERSION = 2
@@ -80,7 +81,7 @@ class IndexedCorpus:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if self.manifest is None:
-            raise UserError(f"no index in {folder}; make one with `python main.py prepare corpus --output {folder}`")
+            raise UserError(f"no index in {folder}; make one with `{program()} prepare corpus --output {folder}`")
         if tokenizer is not None and self.manifest["tokenizer"] != tokenizer.fingerprint:
             raise UserError(
                 f"the index in {folder} was made with tokenizer {self.manifest['tokenizer']}, but the run's tokenizer "

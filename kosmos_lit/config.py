@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from kosmos_lit.errors import UserError
+from kosmos_lit.shipped import find_file
 
 # OpenAI's normalisation of CLIP's input, in RGB.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -159,11 +159,10 @@ class VisionConfig(BaseConfig):
         # A name that open_clip knows, or a table already.
         if not isinstance(path, str) or not path.endswith(".json"):
             return self
+        file = find_file(path, "vision.architecture", ".json")
         try:
-            table = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"vision.architecture: no file {path} (looked from {Path.cwd()})") from error
-        except ValueError as error:  # no JSON, or no UTF-8
+            table = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:  # not readable, no JSON, or no UTF-8
             raise UserError(f"vision.architecture: {path} is no open_clip model config: {error}") from error
         return replace(self, architecture=table)
 

@@ -295,7 +295,7 @@ def test_a_start_from_adapters_merges_them_or_keeps_them(adapted: Path, config: 
 def test_a_checkpoint_with_adapters_generates_and_predicts(
     adapted: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_world: Path, task: Path
 ) -> None:
-    assert main(["generate", "--ckpt_path", str(last(adapted)), "--prompt", "a red", "--max-new-tokens", "5"]) == 0
+    assert main(["generate", "--ckpt_path", str(last(adapted)), "--prompt", "a red", "--max_new_tokens", "5"]) == 0
 
     assert main(tiny_run("predict", tmp_path, tiny_world, *data_of(task), *LORA, f"--ckpt_path={last(adapted)}")) == 0
 

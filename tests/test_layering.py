@@ -16,6 +16,7 @@ MODULES = {
 }
 
 LAYOUT = """
+    __main__
     cli
     ablation serving
     preflight
@@ -37,6 +38,7 @@ LAYOUT = """
     tokenizer
     images
     config
+    shipped
     errors files terminal _version
 """
 """Places of kosmos_lit from the top down: a line imports what stands below it, and within a line a place imports itself.
@@ -161,7 +163,7 @@ def test_the_longest_chain_of_packages_is_short() -> None:
 
     graph: dict[str, set[str]] = {}
     for name, others in import_graph().items():
-        if room(name):
+        if room(name) and room(name) != "__main__":  # which is no more than a call of `cli`
             graph.setdefault(room(name), set()).update(room(other) for other in others)
 
     @cache

@@ -36,7 +36,7 @@ def test_the_commands_train_evaluate_with_both_controls_and_report(
     folders = [multimodal / "eval", multimodal / "eval-shuffled", text_only / "eval-none"]
 
     output = ["--names", "model,shuffled,text only", "--output", str(tmp_path / "report")]
-    assert main(["report", *map(str, folders), *output]) == 0
+    assert main(["report", "eval", *map(str, folders), *output]) == 0
 
     printed = capsys.readouterr().out
     tasks = yaml.safe_load(OVERLAY.read_text(encoding="utf-8"))["eval"]["tasks"]

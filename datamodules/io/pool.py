@@ -1,4 +1,4 @@
-"""One function applied to many tasks in worker processes, with a progress bar."""
+"""One function applied to many tasks in worker processes, with lines of progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from kosmos_lit import terminal
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -58,7 +58,7 @@ def _work(job: Callable[[T, Progress], None], task: T) -> None:
 def run_all(
     job: Callable[[T, Progress], None], tasks: Sequence[T], workers: int, title: str, unit: str, of: str = "shard"
 ) -> None:
-    """Call `job` for each task, in worker processes unless one is enough, with a progress bar over tasks.
+    """Call `job` for each task, in worker processes unless one is enough, and print how far they are.
 
     The first error ends it: running tasks may finish, the others do not start.
 
@@ -66,26 +66,25 @@ def run_all(
         job: a module-level function of a task and a `Progress`.
         tasks: independent of one another.
         workers: maximum number of processes.
-        title: label of the progress bar.
+        title: what is done, for the lines of progress.
         unit: name of what `Progress` counts.
         of: name of a task.
     """
     if not tasks:
         return
-    n_done = 0
-    with tqdm(total=len(tasks), desc=title, unit=of, disable=None) as bar:
+    n_done, lines = 0, terminal.Progress(title, len(tasks), f"{of}s")
 
-        def progress(n: int) -> None:
-            nonlocal n_done
-            n_done += n
-            bar.set_postfix_str(f"{n_done:,} {unit}", refresh=False)
-            bar.update(0)
+    def progress(n: int) -> None:
+        nonlocal n_done
+        n_done += n
+        lines.note = f"{n_done:,} {unit}, {n_done / max(lines.seconds, 1e-9):,.0f}/s"
+        lines.add(0)
 
-        if min(workers, len(tasks)) <= 1:
-            for task in tasks:
-                job(task, progress)
-                bar.update()
-            return
+    if min(workers, len(tasks)) <= 1:
+        for task in tasks:
+            job(task, progress)
+            lines.add()
+    else:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         queue = context.SimpleQueue()
         remaining, n_ahead = iter(tasks), TASKS_AHEAD * workers
@@ -95,15 +94,16 @@ def run_all(
                 running = {pool.submit(_work, job, task) for task in islice(remaining, n_ahead)}
             try:
                 while running:
-                    # The timeout lets the bar show progress inside of tasks.
+                    # The timeout lets progress inside of tasks be shown.
                     finished, running = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
                     while not queue.empty():
                         progress(queue.get())
                     for future in finished:
                         future.result()
-                        bar.update()
+                        lines.add()
                     with starting_workers():
                         running |= {pool.submit(_work, job, task) for task in islice(remaining, n_ahead - len(running))}
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # running tasks may finish: the lock is held until then
                 raise
+    lines.end()

@@ -25,6 +25,7 @@ from datamodules.prepare.shard import Task, images_file, index_shard, list_shard
 from datamodules.sources import SOURCES, ReadOptions
 from kosmos_lit.errors import UserError
 from kosmos_lit.files import remove_leftovers, write_atomically
+from kosmos_lit.terminal import write_line
 from kosmos_lit.tokenizer import Tokenizer
 
 PARTS_VERSION = 4
@@ -150,6 +151,7 @@ def prepare_part(
             if read_manifest(output) is None:
                 if (shards := pending("documents", lambda task: task.index)) is not None:
                     return shards
+                write_line(f"joining {len(tasks):,} shards", keep=True)
                 join(output, tasks, identity, token_dtype(vocabulary))
     return IndexedCorpus(output)
 

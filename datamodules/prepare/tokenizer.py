@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
-from tqdm import tqdm
 
 from datamodules.document import Tally
 from datamodules.io.paths import expand
 from datamodules.sources import SOURCES, ReadOptions, Source
 from kosmos_lit.errors import UserError
 from kosmos_lit.files import write_atomically
+from kosmos_lit.terminal import Progress, write_line
 from kosmos_lit.tokenizer import LEADING, MODEL_FILE, Tokenizer, clean, has_tokenizer
 
 MAX_SENTENCE_BYTES = 4000
@@ -43,7 +43,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: Path) -> Tok
     if has_tokenizer(output):
         return _reuse(output, origin)
     if vocab_size <= len(LEADING):
-        raise UserError(f"--vocab-size {vocab_size} is too small; the released models have 64,000 pieces")
+        raise UserError(f"--vocab_size {vocab_size} is too small; the released models have 64,000 pieces")
     tally = Tally()
     model = io.BytesIO()
     try:
@@ -81,11 +81,17 @@ def _reuse(output: Path, origin: dict[str, object]) -> Tokenizer:
 
 def _sentences(files: Sequence[Path], tally: Tally) -> Iterator[str]:
     options = ReadOptions()
-    with tqdm(files, desc="reading text", unit="file", disable=None) as bar:
-        for path in bar:
-            for text in _format_of(path).texts(path, options, tally):
-                for line in clean(text).split("\n"):
-                    yield from _cut(line.strip())
+    progress, n_texts = Progress("reading text", len(files), "files"), 0
+    for path in files:
+        for text in _format_of(path).texts(path, options, tally):
+            n_texts += 1
+            progress.note = f"{n_texts:,} texts"
+            progress.add(0)
+            for line in clean(text).split("\n"):
+                yield from _cut(line.strip())
+        progress.add()
+    progress.end()
+    write_line("training the tokenizer", keep=True)  # by SentencePiece, which does not say how far it is
 
 
 def _format_of(path: Path) -> Source:

@@ -16,6 +16,7 @@ from kosmos_lit.config import KosmosConfig, Recompute
 from kosmos_lit.costs.memory import GB, EstimateError, MicroBatch, Setting, bytes_of, estimate, meta_model
 from kosmos_lit.errors import UserError
 from kosmos_lit.sharding.strategy import ShardedStrategy
+from kosmos_lit.terminal import program
 from kosmos_lit.trainer_internals import has_bucket_views
 
 WORLD_SIZES = (2, 4, 8, 16, 32, 64)
@@ -150,7 +151,7 @@ def check_memory(config: KosmosConfig, setting: Setting, available: float, rows:
         f"(micro-batches of {batch.rows} rows of {batch.seq_len} positions with up to {batch.n_images} images)"
     )
     if memory.total <= available:  # only the reserve beside the tensors, itself an estimate, does not fit
-        rank_zero_warn(f"{shortfall}: it may run out of memory; `main.py plan` shows the parts")
+        rank_zero_warn(f"{shortfall}: it may run out of memory; `{program()} plan` shows the parts")
         return
     changes = "; or ".join(remedies(config, setting, memory.needed, available, rows)) or "a smaller model, or more devices"
     raise UserError(f"{shortfall}; what would fit: {changes}")

@@ -6,25 +6,48 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 
 from kosmos_lit._version import __version__
-from kosmos_lit.errors import UserError
+from kosmos_lit.errors import UserError, did_you_mean
+from kosmos_lit.terminal import program
 
 VERBS = {
     "fit": "train, or resume with --ckpt_path last",
     "validate": "loss on held-out rows",
     "test": "the tasks of eval.tasks, or without tasks the loss on all held-out rows",
     "predict": "captions for held-out images, as JSON lines",
-    "prepare": "make a tokenizer or an indexed corpus out of raw files",
+    "prepare tokenizer": "train a tokenizer on raw files",
+    "prepare corpus": "index raw files",
     "plan": "print what a run takes and what is wrong with it, before it starts",
-    "report": "tables of one evaluation, or of several side by side",
+    "report eval": "tables of one evaluation, or of several side by side",
+    "report run": "losses and speed of runs, and where their settings differ",
+    "report data": "what indexes hold, and what was left out of them",
     "rows": "print what the model gets at given rows of the stream",
     "verify-resume": "compare the rows that two runs read, and their weights",
     "generate": "continue a prompt with images",
     "import": "turn weights of transformers, fairseq or open_clip into a model folder",
     "export": "write a trained model for transformers, or as safetensors",
 }
+"""All verbs; the first word of two names their group."""
+TRAINER_VERBS = ("fit", "validate", "test", "predict")
+"""Those of Lightning, whose parser reads the verb itself."""
+FUNCTIONS = {
+    "prepare tokenizer": "prepare.prepare_tokenizer",
+    "prepare corpus": "prepare.prepare_corpus",
+    "plan": "plan.plan",
+    "report eval": "report.report_eval",
+    "report run": "report_run.report_run",
+    "report data": "report_data.report_data",
+    "rows": "rows.rows",
+    "verify-resume": "verify_resume.verify_resume",
+    "generate": "generate.generate",
+    "import": "weights.import_weights",
+    "export": "weights.export_weights",
+}
+"""The function of every other verb, by its place in this package: only that file is imported."""
+HELP = ("-h", "--help")
 
 SPIN_COUNT = 2_000
 """How often a thread of libgomp, the OpenMP of PyTorch's Linux wheels, looks for work before it sleeps. By default these are
@@ -35,17 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 for a negative answer, 2 for a user's mistake, 130 when interrupted."""
     set_spin_count()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+    if not arguments or arguments[0] in HELP:
+        print(_usage(VERBS))
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(__version__)
         return 0
-    verb, *rest = arguments
+    verb = arguments[0]
+    group = [other for other in VERBS if other.split()[0] == verb != other]
+    if group and (arguments[1:2] == [] or arguments[1] in HELP):
+        print(_usage(group))
+        return 0 if arguments[1:] else 2
     try:
+        if group:
+            verb = " ".join(arguments[:2])
         if verb not in VERBS:
-            raise UserError(f"unknown verb {verb!r}; there are {', '.join(VERBS)}")
-        return _function_of(verb)(rest) or 0  # most verbs return None
+            raise UserError(_unknown(verb, group or list(VERBS)))
+        return _function_of(verb)(arguments[len(verb.split()) :]) or 0  # most verbs return None
     except UserError as error:
         print(f"error: {_without_worker_traceback(str(error))}", file=sys.stderr)
         return 2
@@ -55,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         resume = "; run the same command again to continue"
-        advice = {"fit": f"{resume}, with --ckpt_path last", "prepare": resume, "test": f"{resume}, if it evaluates tasks"}
+        advice = {"fit": f"{resume}, with --ckpt_path last", "test": f"{resume}, if it evaluates tasks"}
+        advice |= {"prepare tokenizer": resume, "prepare corpus": resume}
         print(f"interrupted{advice.get(verb, '')}", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
 
@@ -70,43 +100,21 @@ def set_spin_count() -> None:
 
 
 def _function_of(verb: str) -> Callable[[list[str]], int | None]:
-    match verb:
-        case "prepare":
-            from kosmos_lit.cli.prepare import prepare
+    if verb in TRAINER_VERBS:
+        from kosmos_lit.cli.trainer import run_trainer
 
-            return prepare
-        case "plan":
-            from kosmos_lit.cli.plan import plan
+        return lambda rest: run_trainer([verb, *rest])
+    module, _, name = FUNCTIONS[verb].partition(".")
+    function: Callable[[list[str]], int | None] = getattr(import_module(f"kosmos_lit.cli.{module}"), name)
+    return function
 
-            return plan
-        case "report":
-            from kosmos_lit.cli.report import report
 
-            return report
-        case "rows":
-            from kosmos_lit.cli.rows import rows
-
-            return rows
-        case "verify-resume":
-            from kosmos_lit.cli.verify_resume import verify_resume
-
-            return verify_resume
-        case "generate":
-            from kosmos_lit.cli.generate import generate
-
-            return generate
-        case "import":
-            from kosmos_lit.cli.weights import import_weights
-
-            return import_weights
-        case "export":
-            from kosmos_lit.cli.weights import export_weights
-
-            return export_weights
-    # fit, validate, test and predict, whose verb Lightning's parser reads itself.
-    from kosmos_lit.cli.trainer import run_trainer
-
-    return lambda rest: run_trainer([verb, *rest])
+def _unknown(verb: str, verbs: Sequence[str]) -> str:
+    """Return the message on a verb that there is not; `verbs` are those of its group, or all."""
+    group, _, rest = verb.partition(" ")
+    # `report FOLDER ...` was the verb before there was a group of reports.
+    new = f"; `{group} FOLDER` is `report eval FOLDER` now" if group == "report" and rest else ""
+    return f"unknown verb {verb!r}{new or did_you_mean(verb, verbs)} (there are {', '.join(verbs)})"
 
 
 def _without_worker_traceback(message: str) -> str:
@@ -116,6 +124,7 @@ def _without_worker_traceback(message: str) -> str:
     return match[1].strip() if match else message
 
 
-def _usage() -> str:
-    lines = [f"  {verb:<15}{summary}" for verb, summary in VERBS.items()]
-    return "\n".join(["usage: main.py VERB ...", "", *lines, "", "main.py VERB --help lists the options of a verb."])
+def _usage(verbs: Iterable[str]) -> str:
+    lines = [f"  {verb:<19}{VERBS[verb]}" for verb in verbs]
+    end = f"{program()} VERB --help lists the options of a verb."
+    return "\n".join([f"usage: {program()} VERB ...", "", *lines, "", end])

@@ -11,9 +11,13 @@ from typing import Any
 import yaml
 
 from kosmos_lit.errors import UserError
+from kosmos_lit.shipped import CONFIGS, find_file
 
 Keys = tuple[str, ...]
+BASE = CONFIGS / "base.yaml"
+"""Read before every file that is named."""
 
+FLAG = "--config="
 MERGED: tuple[Keys, ...] = (("data", "init_args", "sources"), ("eval", "tasks"))
 """Tables by name that files add to; the stock parser drops the entries that a later file does not repeat."""
 
@@ -34,22 +38,42 @@ def _merged(one: Any, other: Any) -> Any:
     return one | {key: _merged(one.get(key), value) for key, value in other.items()}
 
 
+def with_files_resolved(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with each config file as one word, `--config=PATH`, a shipped one found by its name.
+
+    Raises: UserError if there is no such file, or `BASE`, without which a run would be another one, is missing.
+    """
+    if not BASE.is_file():
+        raise UserError(f"no file {BASE}, which every run begins with: the installation is not complete")
+    resolved, words = list[str](), iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("-c", "--config"):
+            resolved.append(word)
+        elif (name := value if equals else next(words, None)) is None:
+            resolved.append(word)  # a missing value is the parser's to report
+        else:
+            resolved.append(f"{FLAG}{name if _text(name) is not None else find_file(name, flag)}")
+    return resolved
+
+
 def with_all_named(arguments: Sequence[str]) -> list[str]:
     """Repeat, behind each config file that has a table of `MERGED`, the entries of the files before it; a null begins anew.
+
+    Args:
+        arguments: as `with_files_resolved` returns them.
 
     Raises: UserError if a flag for the table stands before such a file, which would undo it.
     """
     expanded: list[str] = []
-    flags, tables, words = dict[Keys, str](), dict[Keys, Any](), iter(arguments)
-    for word in words:
+    flags, tables = dict[Keys, str](), dict[Keys, Any]()
+    for word in arguments:
         expanded.append(word)
-        if word in ("-c", "--config"):
-            expanded.append(next(words, ""))  # a missing value is the parser's to report
-        elif not word.startswith("--config="):
+        if not word.startswith(FLAG):
             flags |= {keys: word.split("=")[0] for keys in MERGED if _is_of(word, keys)}
             continue
-        path = Path(expanded[-1].removeprefix("--config="))
-        content = read_yaml(path)
+        config = word.removeprefix(FLAG)
+        content = read_config(config)
         for keys in MERGED:
             around = value_at(content, keys[:-1])
             if not isinstance(around, dict) or keys[-1] not in around:
@@ -57,15 +81,14 @@ def with_all_named(arguments: Sequence[str]) -> list[str]:
             named, before = around[keys[-1]], tables.get(keys)
             if keys in flags and named:
                 raise UserError(
-                    f"{flags[keys]} is given before {path}, which names {keys[-1]} too; put it behind the last file"
+                    f"{flags[keys]} is given before {config}, which names {keys[-1]} too; put it behind the last file"
                 )
             # A null replaces the table, and the next file begins with nothing.
             tables[keys] = _merged(before, named)
             if before and named:
                 # The table within its keys: {"data": {"init_args": {"sources": ...}}}.
                 node = reduce(lambda inner, key: {key: inner}, reversed(keys), tables[keys])
-                # The parser also takes YAML itself in the place of a file's name.
-                expanded.append(f"--config={yaml.safe_dump(node, sort_keys=False)}")
+                expanded.append(f"{FLAG}{yaml.safe_dump(node, sort_keys=False)}")
     return expanded
 
 
@@ -76,23 +99,28 @@ def _is_of(word: str, keys: Keys) -> bool:
     return any(re.match(rf"--{re.escape(name)}\b", word) for name in names)
 
 
-def config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    """Yield the config files that are named."""
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):  # there may be no argument
-        if flag in ("-c", "--config"):
-            yield Path(value)
-        elif flag.startswith("--config="):
-            yield Path(flag.partition("=")[2])
+def configs_of(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the configs that are given, as `with_files_resolved` returns them."""
+    yield from (word.removeprefix(FLAG) for word in arguments if word.startswith(FLAG))
 
 
-def read_yaml(path: Path) -> Any:
-    """Return a config file's content, None if it is not there: the parser will say so.
-
-    Raises: UserError if it is no YAML.
-    """
-    if not path.is_file():
-        return None
+def _text(config: str) -> dict[str, Any] | None:
+    """Return a config's content if it is YAML itself in the place of a file's name, as the parser takes it too."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_config(config: str) -> Any:
+    """Return the content of a config, a file's path or YAML itself.
+
+    Raises: UserError if the file is no YAML.
+    """
+    if (content := _text(config)) is not None:
+        return content
+    try:
+        return yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{config} is no YAML: {' '.join(str(error).split())}") from error

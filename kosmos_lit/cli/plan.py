@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from datamodules.module import MixtureData
-from kosmos_lit.cli.parsing import Parser
+from kosmos_lit.cli.overlays import with_files_resolved
+from kosmos_lit.cli.parsing import Parser, verb_parser
 from kosmos_lit.cli.trainer import IGNORED_WARNINGS, KosmosCLI, linked_targets, user_errors
 from kosmos_lit.config import KosmosConfig, OptimizerConfig, collect_errors
 from kosmos_lit.errors import UserError
@@ -22,40 +23,56 @@ from kosmos_lit.preflight.table import format_plan
 T = TypeVar("T")
 
 
-def plan_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The devices that the run is planned for."""
+
+    devices: int | None = None
+    """Devices of a node, instead of trainer.devices."""
+    nodes: int | None = None
+    """Number of nodes, instead of trainer.num_nodes."""
+    device: str | None = None
+    """Kind of device, one of those listed below; None: h100, or this machine for a run on the CPU."""
+    memory: str | None = None
+    """Memory of a device, such as 80GB, instead of its own."""
+    peak: float | None = None
+    """Arithmetic of a device in TFLOP/s, instead of its own."""
+    peak_share: float = 0.4
+    """Share of the peak that the run is assumed to reach."""
+    node_gb_s: float | None = None
+    """Bandwidth of a device to those of the same node, in GB/s in each direction, instead of its nominal one."""
+    network_gb_s: float | None = None
+    """Bandwidth of a device to those of other nodes, in GB/s in each direction, instead of its nominal one."""
+    json: bool = False
+    """Print the same numbers as JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "nodes"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"plan: --{name} must be positive, got {value}")
+
+
+def plan_parser() -> Parser:
     """Return the options of `plan`; those of `fit` are taken beside them."""
-    parser = Parser(
-        prog="main.py plan",
+    return verb_parser(
+        "plan",
+        PlanOptions,
         description="Print what a run takes: parameters, memory of a device, time, tokens and epochs, disk; and all "
         "problems: where its configuration contradicts itself, its data or its devices. Needs no GPU, downloads nothing and "
         "prepares nothing. Exit code 0: the run can start; 1: there are problems.",
         epilog="All other arguments are those of fit: -c CONFIG, overrides. Tokens are counted in indexed corpora; before "
         "that they are estimated from typical documents. Memory is that of the fullest moment of the model's own code, run "
-        "on tensors without storage; operations are counted as docs/metrics.md says. Bandwidths are nominal, "
-        "and what computing can hide is what lasts no longer than the layers' own operations (docs/multi_gpu.md).",
+        "on tensors without storage; operations are counted as docs/metrics.md says. Bandwidths are nominal, and what "
+        "computing can hide is what lasts no longer than the layers' own operations (docs/multi_gpu.md). Devices: "
+        f"{', '.join(DEVICES)}.",
     )
-    parser.add_argument("--devices", type=_positive, default=None, help="devices of a node, instead of trainer.devices")
-    parser.add_argument("--nodes", type=_positive, default=None, help="number of nodes, instead of trainer.num_nodes")
-    parser.add_argument(
-        "--device", default=None, metavar="NAME",
-        help=f"one of {', '.join(DEVICES)}; by default h100, or this machine for a run on the CPU",
-    )  # fmt: skip
-    parser.add_argument("--memory", default=None, metavar="SIZE", help="of a device, such as 80GB, instead of its own")
-    parser.add_argument("--peak", type=float, default=None, metavar="TFLOP/S", help="of a device, instead of its own")
-    parser.add_argument("--peak-share", type=float, default=0.4, help="share of the peak that the run is assumed to reach")
-    for where, group in (("node", "of the same node"), ("network", "of other nodes")):
-        parser.add_argument(
-            f"--{where}-gb-s", type=float, default=None, metavar="GB/S",
-            help=f"bandwidth of a device to those {group}, in each direction, instead of its nominal one",
-        )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the same numbers as JSON")
-    return parser
 
 
 def plan(arguments: list[str]) -> int:
     """Print a run's plan; return 0 if the run can start, else 1."""
-    a, run_arguments = plan_parser().parse_known_args(arguments)
-    run = describe_run(run_arguments, a.devices, a.nodes)
+    parser = plan_parser()
+    a, run_arguments = parser.read_known(arguments)
+    run = describe_run(run_arguments, a.devices, a.nodes, beside=parser.option_names())
     device = find_device(
         a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu, tf32=run.tf32,
         links=(a.node_gb_s, a.network_gb_s),
@@ -72,8 +89,8 @@ def plan(arguments: list[str]) -> int:
 class PlanCLI(KosmosCLI):
     """Reads a configuration and builds nothing but, when it is called for, the data module."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        super().__init__(arguments, run=False)
+    def __init__(self, arguments: Sequence[str], *, beside: Sequence[str] = ()) -> None:
+        super().__init__(arguments, run=False, beside=beside)
 
     def refuse_linked_targets(self) -> None:
         """Accept them: a plan lists them with the other problems."""
@@ -92,20 +109,24 @@ class PlanCLI(KosmosCLI):
         return data
 
 
-def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: int | None = None) -> RunDescription:
+def describe_run(
+    arguments: Sequence[str], devices: int | None = None, nodes: int | None = None, *, beside: Sequence[str] = ()
+) -> RunDescription:
     """Return a run's description, its corpora opened if they are indexed.
 
     Args:
         arguments: those of fit.
         devices: of a node, instead of the trainer's.
         nodes: instead of the trainer's.
+        beside: names of other options, which a misspelt one may stand for.
 
     Raises: UserError if the configuration cannot be read; what can be read but not run is listed in `problems`.
     """
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    arguments = with_files_resolved(arguments)
     with user_errors(arguments):
-        cli = PlanCLI(arguments)
+        cli = PlanCLI(arguments, beside=beside)
     config, notes = cli.config, list[str]()
     problems = list(linked_targets(arguments))
     # Plain data: the dataclasses are made below, one by one, each with its own mistakes.
@@ -140,9 +161,3 @@ def describe_run(arguments: Sequence[str], devices: int | None = None, nodes: in
     # Last: it opens the run's corpora; `problems` is the run's list by now.
     attempt(run.open_corpora)
     return run
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)

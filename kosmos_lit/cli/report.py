@@ -1,40 +1,47 @@
-"""The verb `report`: results of evaluations to tables for people."""
+"""The verb `report eval`: results of evaluations to tables for people."""
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from kosmos_lit.cli.parsing import Parser
+from kosmos_lit.cli.parsing import Parser, verb_parser
 from kosmos_lit.errors import UserError
 
 
-def report_parser() -> argparse.ArgumentParser:
-    """Return the options of `report`."""
-    parser = Parser(
-        prog="main.py report",
+@dataclass(frozen=True, kw_only=True)
+class EvalReportOptions:
+    """What is compared."""
+
+    folders: tuple[Path, ...]
+    names: str | None = None
+    """Names of the evaluations, with commas between them; None: the ends of their paths."""
+    output: Path | None = None
+    """Folder to write; None: the first one."""
+
+
+def eval_parser() -> Parser:
+    """Return the options of `report eval`."""
+    return verb_parser(
+        "report eval",
+        EvalReportOptions,
+        positionals={"folders": ("+", "results of `test`, by default in RUN/eval")},
         description="Print the metrics of evaluations. For one folder, report.md and report.html are written; several are "
         "compared, by paired differences of the first to each other one, in comparison.md, .html and .json.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="results of `test`, by default in RUN/eval")
-    parser.add_argument(
-        "--names", default=None, metavar="A,B,...", help="names of the evaluations; by default the ends of their paths"
-    )
-    parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="folder to write; by default the first one")
-    return parser
 
 
-def report(arguments: list[str]) -> None:
+def report_eval(arguments: list[str]) -> None:
     """Print the metrics of evaluations and write their report, or the comparison of several."""
-    a = report_parser().parse_args(arguments)
+    [a] = eval_parser().read(arguments)
     from kosmos_lit.evaluation.results import read_results
     from kosmos_lit.report.comparison import compare, comparison_html, comparison_markdown
     from kosmos_lit.report.evaluation import write_report, write_texts
 
     names = None if a.names is None else [name.strip() for name in a.names.split(",")]
     if names is not None and not all(names):
-        raise UserError(f"report: --names {a.names!r} has an empty name")
+        raise UserError(f"report eval: --names {a.names!r} has an empty name")
     # Of one evaluation, this is the table of its metrics.
     comparison = compare(a.folders, names)
     output = a.output or a.folders[0]

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from kosmos_lit.cli.parsing import Parser
+from kosmos_lit.cli.parsing import Parser, verb_parser
 from kosmos_lit.errors import UserError
 
 
-def rows_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class RowsOptions:
+    """Which rows."""
+
+    start: int | None = None
+    """First row; None: 0."""
+    count: int | None = None
+    """Number of rows; None: 1."""
+    step: int | None = None
+    """The rows of this optimizer step, the first being 1."""
+    ckpt_path: Path | None = None
+    """Checkpoint of a run whose mixture was changed on a resume."""
+    split: Literal["train", "val"] = "train"
+    """Rows of training, or those held out."""
+    json: bool = False
+    """One JSON object a line."""
+
+
+def rows_parser() -> Parser:
     """Return the options of `rows`; those of `fit` are taken beside them."""
-    parser = Parser(prog="main.py rows", epilog="All other arguments are those of fit: -c CONFIG, overrides.")
-    parser.add_argument("--start", type=int, default=None, help="first row; by default 0")
-    parser.add_argument("--count", type=int, default=None, help="number of rows; by default 1")
-    parser.add_argument("--step", type=int, default=None, help="the rows of this optimizer step, the first being 1")
-    parser.add_argument(
-        "--ckpt_path", type=Path, default=None, help="checkpoint of a run whose mixture was changed on a resume"
-    )
-    parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    return parser
+    return verb_parser("rows", RowsOptions, epilog="All other arguments are those of fit: -c CONFIG, overrides.")
 
 
 def rows(arguments: list[str]) -> None:
     """Print rows of a run's stream."""
-    a, run_arguments = rows_parser().parse_known_args(arguments)
+    parser = rows_parser()
+    a, run_arguments = parser.read_known(arguments)
     if a.step is not None and (a.split != "train" or a.start is not None or a.count is not None):
         raise UserError("rows: --step names all rows of a training step; leave out --start, --count and --split")
     # The options default to None, so that --step can refuse them.
@@ -37,10 +48,12 @@ def rows(arguments: list[str]) -> None:
         raise UserError(f"rows: --step {a.step} must be at least 1, the first step")
     from datamodules.module import MixtureData
     from datamodules.row_display import describe_row, readable_row
+    from kosmos_lit.cli.overlays import with_files_resolved
     from kosmos_lit.cli.trainer import DataCLI, user_errors
 
+    run_arguments = with_files_resolved(run_arguments)
     with user_errors(run_arguments):
-        data = DataCLI(run_arguments).datamodule
+        data = DataCLI(run_arguments, beside=parser.option_names()).datamodule
     if not isinstance(data, MixtureData):
         raise UserError(f"rows: {type(data).__name__} has no rows")
     data.prepare_data()

@@ -9,7 +9,7 @@ Differences from stock, and why:
 - `--ckpt_path last` is the newest complete checkpoint in the run's folder; a new run does not write into an old one's.
 - Named sources and evaluation tasks are merged across files; the stock parser drops those that an overlay does not repeat.
 - `test` with tasks (`eval`) evaluates them, and needs no corpora.
-- `configs/base.yaml` is read before all other files.
+- `configs/base.yaml` is read before all other files; `-c quickstart` finds a shipped file by its name.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace, set_parsing_settings
@@ -34,7 +34,9 @@ from kosmos_lit.callbacks.garbage import GarbageCollection
 from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
 from kosmos_lit.checks.device import check_backend
 from kosmos_lit.cli.evaluation import evaluation_data
-from kosmos_lit.cli.overlays import config_files, read_yaml, value_at, with_all_named
+from kosmos_lit.cli.overlays import BASE, configs_of, read_config, value_at, with_all_named, with_files_resolved
+from kosmos_lit.cli.parsing import HelpfulParser
+from kosmos_lit.cli.renamed import check_flags, check_names
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
@@ -42,8 +44,8 @@ from kosmos_lit.evaluation.trainer import EvaluatedLit
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.sharding.fsdp import Fsdp2Strategy, check_strategy
 from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
+from kosmos_lit.terminal import program
 
-BASE = Path(__file__).parents[2] / "configs" / "base.yaml"
 LINKS = {
     "model.kosmos.connector.n_latents": "data.init_args.n_latents",
     "model.kosmos.vision.image_size": "data.init_args.image_size",
@@ -60,30 +62,11 @@ IGNORED_WARNINGS = (
 """Patterns of warnings that a user can do nothing about."""
 
 # Interpolations start at a file's root, but the parser nests the file below the verb: relative ones survive that.
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
-class KosmosParser(LightningArgumentParser):
-    """A parser that raises UserError with a short message."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(shorten(message)) from ex
-
-
-def shorten(message: str) -> str:
-    """Return the lines of a parser's message that say what is wrong, without the list of types that did not match."""
-    # What jsonargparse says of each type in a union that a value does not match.
-    noise = re.compile(
-        r"Does not validate against any|Subtypes: |Errors:$|Expected a <class 'NoneType'>|Given value( type)?: |^$"
-        r"|Problem with given class_path|Expected a <class 'str'>$"
-    )
-    lines = [re.sub(r"^- ", "", line.strip()) for line in message.splitlines()]
-    kept = [line for line in lines if not noise.search(line)]
-    # Classes nest, the innermost last: that one has the mistake.
-    classes = [m[1] for line in lines if (m := re.search(r"Problem with given class_path '(.*)':", line))]
-    kept = [re.sub(r"Expected a <class '(\w+)'>. Got value: ", r"expected \1, got ", line) for line in kept]
-    # dict.fromkeys: types of a union repeat one complaint. If all lines are noise, the message stays whole.
-    return " ".join(dict.fromkeys([*kept, *(f"(in {name})" for name in classes[-1:])])) or message
+class KosmosParser(HelpfulParser, LightningArgumentParser):
+    """The parser of a run's configuration."""
 
 
 class SaveConfigOnce(SaveConfigCallback):
@@ -107,14 +90,25 @@ class SaveConfigOnce(SaveConfigCallback):
 class KosmosCLI(LightningCLI):
     """Fit, validate, test and predict by configuration."""
 
-    def __init__(self, arguments: Sequence[str], *, run: bool = True) -> None:
-        self.arguments = list(arguments)
+    def __init__(self, arguments: Sequence[str], *, run: bool = True, beside: Sequence[str] = ()) -> None:
+        """Read and check the arguments, build what the verb needs and, with `run`, do what it says.
+
+        Args:
+            arguments: with `run`, the verb first.
+            run: whether there is a verb.
+            beside: names of options that another verb has taken, which a misspelt one may stand for.
+        """
+        self.arguments, self.beside = with_files_resolved(arguments), tuple(beside)
+        check_flags(self.arguments)
+        for config in configs_of(self.arguments):
+            check_names(read_config(config), config)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         self.refuse_linked_targets()
         self.arguments = with_all_named(self.arguments)
-        kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False}
+        kwargs: dict[str, Any] = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": program()}
         defaults = {"default_config_files": [str(BASE)]}
-        per_verb = dict.fromkeys(self.subcommands(), kwargs | defaults)  # each verb has a parser of its own
+        # Each verb has a parser of its own.
+        per_verb = {verb: kwargs | defaults | {"prog": f"{program()} {verb}"} for verb in self.subcommands()}
         super().__init__(
             EvaluatedLit if self.arguments[:1] == ["test"] else KosmosLit,
             L.LightningDataModule,
@@ -143,6 +137,8 @@ class KosmosCLI(LightningCLI):
             raise UserError(message)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        assert isinstance(parser, KosmosParser)
+        parser.beside = self.beside
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -245,8 +241,8 @@ class KosmosCLI(LightningCLI):
 class DataCLI(KosmosCLI):
     """Reads a run's configuration and builds its data module alone: no trainer, no model."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        super().__init__(arguments, run=False)
+    def __init__(self, arguments: Sequence[str], *, beside: Sequence[str] = ()) -> None:
+        super().__init__(arguments, run=False, beside=beside)
 
     def instantiate_classes(self) -> None:
         self.datamodule = self.build_data()
@@ -259,6 +255,7 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """
     for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    arguments = with_files_resolved(arguments)
     with user_errors(arguments):
         KosmosCLI(arguments)
 
@@ -271,7 +268,7 @@ def user_errors(arguments: Sequence[str]) -> Iterator[None]:
     except UserError as error:
         # The parser names an unknown option, but not the file that has it.
         unknown = re.search(r"[Oo]ption '(?:[\w.]*\.)?(\w+)'", str(error))
-        files = [str(p) for p in config_files(arguments) if unknown and _mentions(read_yaml(p), unknown[1])]
+        files = [c for c in configs_of(arguments) if unknown and _mentions(read_config(c), unknown[1])]
         if files:
             raise UserError(f"{error} (in {', '.join(files)})") from error
         raise
@@ -314,9 +311,9 @@ def linked_targets(arguments: Sequence[str]) -> Iterator[str]:
         for argument in arguments:
             if argument.split("=")[0] in (f"--{target}", f"--{short}"):
                 yield f"{argument.split('=')[0]} cannot be set: {advice}"
-        for path in config_files(arguments):
-            if value_at(read_yaml(path), target.split(".")) is not None:
-                yield f"{path}: {target} cannot be set: {advice}"
+        for config in configs_of(arguments):
+            if value_at(read_config(config), target.split(".")) is not None:
+                yield f"{config}: {target} cannot be set: {advice}"
 
 
 def _mentions(node: Any, key: str) -> bool:

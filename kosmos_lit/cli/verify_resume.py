@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import re
@@ -15,30 +14,36 @@ import torch
 from torch import Tensor
 
 from kosmos_lit.checkpoint import SUFFIX, load_checkpoint
-from kosmos_lit.cli.parsing import Parser
+from kosmos_lit.cli.parsing import Parser, verb_parser
 from kosmos_lit.errors import UserError
 
 
-def verify_resume_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class VerifyResumeOptions:
+    """How far runs may differ."""
+
+    runs: tuple[Path, ...]
+    tolerance: float = 0.0
+    """Largest difference of weights, optimizer state and logged losses."""
+
+
+def verify_resume_parser() -> Parser:
     """Return the options of `verify-resume`."""
-    parser = Parser(
-        prog="main.py verify-resume",
+    return verb_parser(
+        "verify-resume",
+        VerifyResumeOptions,
+        positionals={"runs": (2, "folder of a run, or a checkpoint")},
         description="Compare two runs at every step of which both have a checkpoint: the digest of all rows that they have "
         "trained on, their weights and their optimizer states. Exit code 0: all are the same; 1: some differ.",
         epilog="A run that was killed and resumed must be the same as one that was not, bit by bit. On another number of "
         "ranks, or with other micro-batches, the rows must be the same, and everything else up to rounding. Only "
         "checkpoints that still exist can be compared: see `keep` of kosmos_lit.callbacks.Checkpoints.",
     )
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a run, or a checkpoint")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="largest difference of weights, optimizer state and logged losses"
-    )
-    return parser
 
 
 def verify_resume(arguments: list[str]) -> int:
     """Compare two runs' rows and weights; return 0 if they are the same, else 1."""
-    a = verify_resume_parser().parse_args(arguments)
+    [a] = verify_resume_parser().read(arguments)
     if not a.tolerance >= 0:  # also refuses NaN
         raise UserError(f"verify-resume: --tolerance must not be negative, got {a.tolerance}")
     first, second = a.runs
@@ -117,13 +122,16 @@ def first_difference(first: Path, second: Path, tolerance: float = 0.0) -> str |
 
 def read_log(run: Path) -> dict[int, dict[str, str]]:
     """Return a run's logged training steps by number, over all its starts; of a repeated step the last record."""
+    return logged(run, "train/loss")
+
+
+def logged(run: Path, metric: str) -> dict[int, dict[str, str]]:
+    """Return the rows of a run's log that have a metric, as `read_log`; training and validation have rows of their own."""
     steps: dict[int, dict[str, str]] = {}
     files = (run / "csv").glob("version_*/metrics.csv")
     for path in sorted(files, key=lambda p: int(p.parent.name.rpartition("_")[2])):  # version_10 is after version_9
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get("train/loss"):  # validation has rows of its own
-                    steps[int(float(row["step"]))] = row
+            steps |= {int(float(row["step"])): row for row in csv.DictReader(file) if row.get(metric)}
     return steps
 
 

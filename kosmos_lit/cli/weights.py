@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from kosmos_lit.cli.parsing import Parser
+from kosmos_lit.cli.parsing import Parser, verb_parser
 from kosmos_lit.errors import UserError
 
-if TYPE_CHECKING:
-    from kosmos_lit.model import Kosmos
-    from kosmos_lit.tokenizer import Tokenizer
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Weights of another project."""
+
+    format: Literal["transformers", "fairseq", "open_clip"]
+    """Format of the weights."""
+    input: Path
+    """File or folder of the weights."""
+    output: Path
+    """Folder to write."""
+    tokenizer: Path | None = None
+    """fairseq: folder of the released tokenizer."""
 
 
-def import_parser() -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """A trained model."""
+
+    ckpt_path: Path
+    """Checkpoint or model folder."""
+    format: Literal["transformers", "safetensors", "adapter"]
+    """adapter: LoRA's matrices alone, in peft's format; the other formats merge them into the weights."""
+    output: Path
+    """Folder to write."""
+
+
+def import_parser() -> Parser:
     """Return the options of `import`."""
-    parser = Parser(prog="main.py import")
-    parser.add_argument("--format", choices=("transformers", "fairseq", "open_clip"), required=True, help="of the weights")
-    parser.add_argument("--input", type=Path, required=True, metavar="PATH", help="file or folder of the weights")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=None, metavar="DIR", help="fairseq: folder of the released tokenizer"
-    )
-    return parser
+    return verb_parser("import", ImportOptions)
 
 
 def import_weights(arguments: list[str]) -> None:
     """Convert weights of other projects to a model folder, or an image tower's to a tower folder."""
-    a = import_parser().parse_args(arguments)
+    [a] = import_parser().read(arguments)
     from kosmos_lit.weights.clip import CLIP_TYPES, import_tower
     from kosmos_lit.weights.fairseq import from_fairseq
     from kosmos_lit.weights.folder import check_new, save_folder
@@ -48,24 +63,18 @@ def import_weights(arguments: list[str]) -> None:
     is_fairseq = a.format == "fairseq"
     model, tokenizer = from_fairseq(a.input, a.tokenizer) if is_fairseq else from_transformers(a.input)
     save_folder(model, tokenizer, a.output)
-    print(f"{a.output}: {_summary(model, tokenizer)}")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{a.output}: {_summary(n_parameters, None if tokenizer is None else tokenizer.vocab_size)}")
 
 
-def export_parser() -> argparse.ArgumentParser:
+def export_parser() -> Parser:
     """Return the options of `export`."""
-    parser = Parser(prog="main.py export")
-    parser.add_argument("--ckpt_path", type=Path, required=True, help="checkpoint or model folder")
-    parser.add_argument(
-        "--format", choices=("transformers", "safetensors", "adapter"), required=True,
-        help="adapter: LoRA's matrices alone, in peft's format; the other formats merge them into the weights",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    return parser
+    return verb_parser("export", ExportOptions)
 
 
 def export_weights(arguments: list[str]) -> None:
     """Write a trained model in another format."""
-    a = export_parser().parse_args(arguments)
+    [a] = export_parser().read(arguments)
     from kosmos_lit.lora import merge_adapters, save_adapter
     from kosmos_lit.weights.folder import check_new, save_folder
     from kosmos_lit.weights.kosmos2 import export_transformers
@@ -81,9 +90,10 @@ def export_weights(arguments: list[str]) -> None:
     # Both other formats hold plain weights.
     model = merge_adapters(model)
     (export_transformers if a.format == "transformers" else save_folder)(model, tokenizer, a.output)
-    print(f"{a.output}: {_summary(model, tokenizer)}")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{a.output}: {_summary(n_parameters, None if tokenizer is None else tokenizer.vocab_size)}")
 
 
-def _summary(model: Kosmos, tokenizer: Tokenizer | None) -> str:
-    ids = "no tokenizer" if tokenizer is None else f"{tokenizer.vocab_size:,} ids"
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters, {ids}"
+def _summary(n_parameters: int, vocab_size: int | None) -> str:
+    ids = "no tokenizer" if vocab_size is None else f"{vocab_size:,} ids"
+    return f"{n_parameters:,} parameters, {ids}"

@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Mapping
 from math import nan
 from typing import Any
 
-from kosmos_lit.terminal import clock_time, table, write_line
+from kosmos_lit.terminal import Progress, clock_time, table
 
 LINE_SECONDS = 10.0
 """Between two lines of progress in a file or a pipe."""
-REDRAW_SECONDS = 0.2
-"""Between two on a terminal."""
 
 
-class TaskProgress:
+class TaskProgress(Progress):
     """Prints the progress of one task."""
 
     def __init__(self, name: str, n_samples: int, n_before: int, world_size: int, *, quiet: bool) -> None:
         """Take the task's name, the number of its samples, and of those that an earlier start has evaluated."""
-        self._name, self._n_samples, self._n_before, self._world_size = name, n_samples, n_before, world_size
-        self._quiet = quiet
-        self._n_own = 0
-        self._start = self._last_line = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+        super().__init__(name, n_samples, "samples", n_before=n_before, quiet=quiet, line_seconds=LINE_SECONDS)
+        self._n_samples, self._world_size = n_samples, world_size
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    def add(self, n: int) -> None:
+    def add(self, n: int = 1) -> None:
         """Count samples of this process; the other processes are assumed to be as fast."""
-        self._n_own += n
-        now = time.monotonic()
-        if self._quiet or now - self._last_line < (REDRAW_SECONDS if self._is_terminal else LINE_SECONDS):
-            return
-        self._last_line = now
         # Never more than all: the other processes may have fewer samples.
-        n_new = min(self._n_own * self._world_size, self._n_samples - self._n_before)
-        # Never 0 seconds: the first line comes an interval after the start. Samples of earlier starts took no time.
-        speed, n_left = n_new / self.seconds, self._n_samples - self._n_before - n_new
-        time_left = f"  {clock_time(n_left / speed)} left" if speed else ""
-        n_done = self._n_before + n_new
-        write_line(f"{self._name}  {n_done:,} of {self._n_samples:,} samples  {speed:.1f}/s{time_left}")
+        super().add(min(n * self._world_size, self._n_samples - self.n_before - self.n_new))
 
-    def end(self, entry: Mapping[str, Any]) -> None:
+    def end_with(self, entry: Mapping[str, Any]) -> None:
         """Print the task's main metric, by its entry in `metrics.json`."""
-        if not self._quiet:
-            before = f", {self._n_before:,} of them before" if self._n_before else ""
-            failed = f", {entry['n_failed']:,} failed" if entry["n_failed"] else ""
-            counts = f"{self._n_samples:,} samples in {clock_time(self.seconds)}{before}{failed}"
-            write_line(f"{self._name}  {format_main_metric(entry)}  ({counts})", keep=True)
+        before = f", {self.n_before:,} of them before" if self.n_before else ""
+        failed = f", {entry['n_failed']:,} failed" if entry["n_failed"] else ""
+        counts = f"{self._n_samples:,} samples in {clock_time(self.seconds)}{before}{failed}"
+        self.end(f"{self.title}  {format_main_metric(entry)}  ({counts})")
 
 
 def format_main_metric(entry: Mapping[str, Any]) -> str:

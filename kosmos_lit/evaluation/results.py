@@ -16,6 +16,7 @@ from typing import Any
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.statistics import Metric
 from kosmos_lit.evaluation.task import Outcome
+from kosmos_lit.terminal import program
 
 SAMPLES, METRICS = "samples.jsonl", "metrics.json"
 EARLIER_FILES = ("figures.json", "identity.json")
@@ -177,7 +178,7 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"{folder}: no such folder of results")
     check_version(folder)
     if not path.is_file():
-        raise UserError(f"{folder}: no {METRICS}; `main.py test` with eval.tasks writes it, by default in RUN/eval")
+        raise UserError(f"{folder}: no {METRICS}; `{program()} test` with eval.tasks writes it, by default in RUN/eval")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         tasks = {name: _task_result(name, task) for name, task in data["tasks"].items()}
@@ -236,5 +237,5 @@ def earlier_version_error(folder: Path) -> UserError:
     """Return the message about results of an earlier version in a folder."""
     return UserError(
         f"{folder} holds results of an earlier version of kosmos-lit, whose files and keys had other names: delete the "
-        "folder or give another --eval.folder, and run `main.py test` again"
+        f"folder or give another --eval.folder, and run `{program()} test` again"
     )

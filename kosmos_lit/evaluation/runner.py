@@ -165,7 +165,7 @@ class Evaluation:
                 progress.add(len(results))
         self.ranks.broadcast(None)  # a barrier: all ranks have written
         entry: dict[str, Any] = self._on_rank_zero(lambda: self._write_metrics(name, task, store, keys, progress.seconds))
-        progress.end(entry)
+        progress.end_with(entry)
         # Raised once all is on disk: the samples' file says why each of them failed.
         if entry["n_failed"] == entry["n_samples"] > 0:
             [(reason, n)] = list(entry["failures"].items())[:1]  # the most frequent: `failures` is sorted

@@ -88,7 +88,7 @@ def find_device(
 
     Raises: UserError for an unknown device, or for a memory, peak, share or bandwidth that is no valid number.
     """
-    for option, value in zip(("node-gb-s", "network-gb-s"), links, strict=True):
+    for option, value in zip(("node_gb_s", "network_gb_s"), links, strict=True):
         if value is not None and not value > 0:
             raise UserError(f"plan: --{option} must be positive, in GB/s, got {value:g}")
     device = _find_device(name, memory, peak, share, precision, on_cpu=on_cpu, tf32=tf32)
@@ -104,7 +104,7 @@ def _find_device(
         raise UserError(f"plan: no device {name!r}; there are {', '.join(DEVICES)}, or --memory 80GB --peak 989")
     # Written so that NaN is refused too.
     if not 0 < share <= 1:
-        raise UserError(f"plan: --peak-share must lie in (0, 1], got {share:g}")
+        raise UserError(f"plan: --peak_share must lie in (0, 1], got {share:g}")
     if peak is not None and not peak > 0:
         raise UserError(f"plan: --peak must be positive, in TFLOP/s, got {peak:g}")
     memory_bytes = None if memory is None else parse_bytes(memory)

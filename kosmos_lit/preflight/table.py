@@ -95,7 +95,7 @@ def _communication(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     c, device = estimates.communication, estimates.device
     if c is None or device.within_node is None or device.between_nodes is None:
         if device.within_node is None or device.between_nodes is None:
-            yield _entry("communication", "unknown: give bandwidths with --node-gb-s and --network-gb-s")
+            yield _entry("communication", "unknown: give bandwidths with --node_gb_s and --network_gb_s")
         return
     ways = [f"{format_bytes(n)} {at}" for n, at in ((c.within_node, "in a node"), (c.between_nodes, "between nodes")) if n]
     rates = f"{device.within_node / 1e9:,.4g} and {device.between_nodes / 1e9:,.4g} GB/s"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kosmos_lit.errors import UserError
+from kosmos_lit.terminal import program
 from kosmos_lit.tokenizer import xlm_roberta
 from kosmos_lit.tokenizer.hugging_face import HuggingFacePieces
 from kosmos_lit.tokenizer.pieces import Kind, Pieces, SentencePieces
@@ -52,7 +53,7 @@ def read_folder(folder: Path) -> tuple[Pieces, tuple[str, ...]]:
     if pieces is None:
         raise UserError(
             f"no tokenizer in {folder}: {MODEL_FILE} is missing, and there is no {JSON_FILE} or other file of a Hugging "
-            "Face tokenizer; make one with `python main.py prepare tokenizer --input FILES --vocab-size N --output DIR`"
+            f"Face tokenizer; make one with `{program()} prepare tokenizer --input FILES --vocab_size N --output DIR`"
         )
     return pieces, ()
 

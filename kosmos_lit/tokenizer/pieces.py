@@ -15,6 +15,7 @@ import numpy as np
 import sentencepiece
 
 from kosmos_lit.errors import UserError
+from kosmos_lit.terminal import program
 from kosmos_lit.tokenizer.vocabulary import N_CONTROL_PIECES, Ids
 
 Kind = Literal["sentencepiece", "huggingface"]
@@ -81,7 +82,7 @@ class SentencePieces:
         if controls != (0, 1, 2):
             raise UserError(
                 f"the SentencePiece model has <unk>, <s>, </s> at {controls}, not at (0, 1, 2); "
-                "train it with `python main.py prepare tokenizer`"
+                f"train it with `{program()} prepare tokenizer`"
             )
         self.n_pieces: int = self._pieces.get_piece_size()
         self.n_text = self.n_pieces - N_CONTROL_PIECES

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kosmos_lit.errors import UserError
+from kosmos_lit.terminal import program
 from kosmos_lit.tokenizer.pieces import Pieces, SentencePieces
 from kosmos_lit.tokenizer.vocabulary import LEADING, N_CONTROL_PIECES, TRAILING
 
@@ -226,6 +227,6 @@ def _parse(pieces: Pieces) -> Any:
     if wrong:
         raise UserError(
             f"transformers would read this SentencePiece model differently: {', '.join(wrong)}; "
-            "train one with `python main.py prepare tokenizer`"
+            f"train one with `{program()} prepare tokenizer`"
         )
     return model

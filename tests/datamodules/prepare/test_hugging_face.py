@@ -86,5 +86,5 @@ def test_a_model_learns_writes_and_is_saved_with_it(texts, folder, tmp_path, cap
     assert tokenizer is not None
     assert tokenizer.fingerprint == Tokenizer.load(folder).fingerprint
     capsys.readouterr()
-    assert main(["generate", "--ckpt_path", str(checkpoint), "--prompt", "The cat", "--max-new-tokens", "5"]) == 0
+    assert main(["generate", "--ckpt_path", str(checkpoint), "--prompt", "The cat", "--max_new_tokens", "5"]) == 0
     assert capsys.readouterr().out.strip()

@@ -83,7 +83,7 @@ def test_too_little_text_for_a_size_says_how_much_is_possible(tmp_path):
 
 def test_a_size_without_room_for_text_is_refused(tmp_path):
     sample_data.write_jsonl(tmp_path / "a.jsonl", sample_data.sentences(3))
-    with pytest.raises(UserError, match="--vocab-size 3 is too small"):
+    with pytest.raises(UserError, match="--vocab_size 3 is too small"):
         train_tokenizer([str(tmp_path / "*.jsonl")], 3, tmp_path / "t")
 
 

@@ -106,7 +106,8 @@ def test_a_value_that_follows_from_another_one(mistake: Mistake, fit: list[str],
 
 
 def test_a_verb_that_does_not_exist(mistake: Mistake) -> None:
-    assert "unknown verb 'fitt'; there are fit, validate" in mistake("fitt")
+    assert "unknown verb 'fitt'; did you mean fit? (there are fit, validate" in mistake("fitt")
+    assert "unknown verb 'prepare corpsu'; did you mean prepare corpus?" in mistake("prepare", "corpsu")
 
 
 # ---- ratio and batch
@@ -152,7 +153,7 @@ def test_a_tokenizer_that_does_not_match_the_index(
     shutil.copytree(tiny_world, tmp_path / "world")
     shutil.rmtree(tmp_path / "world" / "tokenizer")
     assert main([*fit, "--data.world.path", str(tmp_path / "nothing"), "--data.vocab_size", "100000"]) == 2
-    made = ["prepare", "tokenizer", "--input", str(tiny_world / "text-*"), "--vocab-size", "250"]
+    made = ["prepare", "tokenizer", "--input", str(tiny_world / "text-*"), "--vocab_size", "250"]
     assert main([*made, "--output", str(tmp_path / "world" / "tokenizer")]) == 0
 
     message = mistake(*fit, "--data.world.path", str(tmp_path / "world"), "--data.vocab_size=250")
@@ -228,7 +229,7 @@ def test_a_resume_with_other_data(mistake: Mistake, trained: Path, tmp_path: Pat
 @pytest.mark.parametrize("what", ["tokenizer", "corpus"])
 def test_a_pattern_without_files(mistake: Mistake, tmp_path: Path, tiny_world: Path, what: str) -> None:
     options = {
-        "tokenizer": ["--vocab-size", "100"],
+        "tokenizer": ["--vocab_size", "100"],
         "corpus": ["--format", "jsonl", "--tokenizer", str(tiny_world / "tokenizer")],
     }[what]
     pattern = str(tmp_path / "no*.jsonl")
@@ -258,7 +259,7 @@ def test_a_fit_whose_files_are_missing(mistake: Mistake, tmp_path: Path) -> None
 
 
 def test_more_pieces_than_the_text_has(mistake: Mistake, tmp_path: Path, tiny_world: Path) -> None:
-    arguments = ["--input", str(tiny_world / "text-*"), "--vocab-size", "100000", "--output", str(tmp_path / "out")]
+    arguments = ["--input", str(tiny_world / "text-*"), "--vocab_size", "100000", "--output", str(tmp_path / "out")]
 
     assert "enough for at most" in mistake("prepare", "tokenizer", *arguments)
     assert not (tmp_path / "out").exists()
@@ -269,9 +270,9 @@ def test_more_pieces_than_the_text_has(mistake: Mistake, tmp_path: Path, tiny_wo
     [
         (["--image", "nothing.jpg"], "nothing.jpg"),
         (["--prompt", "<image> and <image>"], "2 <image> marks, but 0 images"),
-        (["--max-new-tokens", "500"], "500 new tokens exceed the model's 128 positions"),
-        (["--beams", "0"], "n_beams must be positive, got 0"),
-        (["--beam", "3"], "--beam 3"),
+        (["--max_new_tokens", "500"], "500 new tokens exceed the model's 128 positions"),
+        (["--n_beams", "0"], "n_beams must be positive, got 0"),
+        (["--beam", "3"], "unknown option --beam"),
         (["--device", "gpu"], "--device gpu cannot be used"),
     ],
 )

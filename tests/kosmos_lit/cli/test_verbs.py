@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_generate_answers_about_several_images(
     for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
         Image.new("RGB", (31, 17), colour).save(tmp_path / name)
     images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.jpg")]
-    prompt = ["--prompt", "Here <image> and there <image> we see", "--beams", beams, "--max-new-tokens", "5"]
+    prompt = ["--prompt", "Here <image> and there <image> we see", "--n_beams", beams, "--max_new_tokens", "5"]
 
     assert main(["generate", "--ckpt_path", str(trained / LAST), *images, *prompt]) == 0
 
@@ -96,13 +97,13 @@ def test_generate_answers_about_several_images(
 def test_generate_writes_one_of_the_choices(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choices = ["a red square", "two circles"]
 
-    assert main(["generate", "--ckpt_path", str(trained / LAST), "--beams", "2", "--choices", *choices]) == 0
+    assert main(["generate", "--ckpt_path", str(trained / LAST), "--n_beams", "2", "--choices", *choices]) == 0
 
     assert capsys.readouterr().out.strip() in choices
 
 
 def test_generate_draws_the_same_again(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--max-new-tokens", "9", "--seed"]
+    options = ["--temperature", "1.5", "--top_k", "50", "--top_p", "0.9", "--max_new_tokens", "9", "--seed"]
     texts = []
     for seed in ("3", "3", "4"):
         assert main(["generate", "--ckpt_path", str(trained / LAST), *options, seed]) == 0
@@ -157,10 +158,75 @@ def test_the_runs_configuration_wins_over_the_checkpoints(trained: Path, tmp_pat
     assert saved["hyper_parameters"]["optimizer"]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_prepare_tells_a_log_file_how_far_it_is(
+    tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    monkeypatch.setattr("datamodules.io.pool.terminal.LINE_SECONDS", 0.0)
+    files = ["--input", str(tiny_world / "text-*"), "--output", str(tmp_path / "index"), "--workers", workers]
+
+    assert main(["prepare", "corpus", "--format", "jsonl", "--tokenizer", str(tiny_world / "tokenizer"), *files]) == 0
+
+    lines = capsys.readouterr().err.splitlines()
+    n_shards = len(list(tiny_world.glob("text-*")))
+    assert any(re.match(rf"indexing jsonl  \d of {n_shards} shards \([\d,]+ documents, ", line) for line in lines)
+    assert any(re.match(rf"indexing jsonl  {n_shards} shards \([\d,]+ documents, .*/s\) in 0:", line) for line in lines)
+
+
+def test_training_a_tokenizer_tells_a_log_file_how_far_it_is(
+    tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--input", str(tiny_world / "text-*"), "--output", str(tmp_path / "tokenizer")]
+
+    assert main(["prepare", "tokenizer", "--vocab_size", "100", *files]) == 0
+
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert re.match(r"reading text  \d files \([\d,]+ texts\) in 0:", lines[0])
+    assert lines[1] == "training the tokenizer"
+
+
+def test_report_run_shows_losses_and_what_differs(
+    trained: Path, tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_run("fit", tmp_path, tiny_world, "--trainer.max_steps=4", "--model.optimizer.lr=0.5")
+    assert main(other) == 0
+    capsys.readouterr()
+
+    assert main(["report", "run", str(trained), str(tmp_path), "--n_rows", "3"]) == 0
+
+    summary, by_step, settings = capsys.readouterr().out.split("\n\n")
+    expected = losses(trained)
+    assert [line.split()[1] for line in summary.splitlines()[1:]] == ["6", "4"]
+    assert [line.split()[:2] for line in by_step.splitlines()[1:]] == [
+        [str(step), f"{float(expected[step]):.3f}"] for step in (2, 4, 6)
+    ]
+    names = [line.split()[0] for line in settings.splitlines()[1:]]
+    assert {"model.optimizer.lr", "trainer.max_steps"} <= set(names)
+    assert "model.kosmos.decoder.dim" not in names
+
+
+def test_report_run_says_where_no_log_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "run", str(tmp_path)]) == 2
+
+    assert f"no training step is logged in {tmp_path}/csv" in capsys.readouterr().err
+
+
+def test_report_data_shows_what_an_index_holds(tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = sorted(path.parent for path in (tiny_world / "index").glob("*/manifest.json"))
+
+    assert main(["report", "data", *map(str, folders)]) == 0
+
+    lines = capsys.readouterr().out.splitlines()[1 : len(folders) + 1]
+    for folder, line in zip(folders, lines, strict=True):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        assert line.split()[:2] == [str(folder), manifest["format"]]
+        assert line.split()[3:5] == [f"{manifest['documents']:,}", f"{manifest['tokens']:,}"]
+
+
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in VERBS:
         with pytest.raises(SystemExit) as end:
-            main([verb, "--help"])
+            main([*verb.split(), "--help"])
         assert end.value.code == 0
         assert "usage" in capsys.readouterr().out.lower()
 
@@ -177,6 +243,6 @@ def test_a_checkpoint_is_enough_to_generate_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no config and no tower's description can be found
 
-    assert main(["generate", "--ckpt_path", str(trained / LAST), "--max-new-tokens", "3"]) == 0
+    assert main(["generate", "--ckpt_path", str(trained / LAST), "--max_new_tokens", "3"]) == 0
 
     assert capsys.readouterr().out.endswith("\n")

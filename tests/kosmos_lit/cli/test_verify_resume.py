@@ -190,9 +190,9 @@ def test_a_folder_of_checkpoints_is_compared_as_its_run(verify: Verify, trained:
          ("has checkpoints of the steps [3], ", " of [6]: none in common; keep more of them (Checkpoints.keep)")),
         (("{trained}", "{trained}/csv"), ("no checkpoint in {trained}/csv; give a run's folder",)),
         (("{trained}", "{trained}/none"), ("no checkpoint in {trained}/none; give a run's folder",)),
-        (("{trained}",), ("the following arguments are required: RUN",)),
+        (("{trained}",), ("verify-resume takes RUN 2 times, got 1",)),
         (("{trained}", "{trained}", "--tolerance=-1"), ("--tolerance must not be negative, got -1.0",)),
-        (("{trained}", "{trained}", "--tolerance=nan"), ("--tolerance must not be negative, got nan",)),
+        (("{trained}", "{trained}", "--tolerance=.nan"), ("--tolerance must not be negative, got nan",)),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_named(

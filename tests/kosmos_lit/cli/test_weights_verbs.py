@@ -68,7 +68,7 @@ def reference(tmp_path_factory, kosmos_vocabulary) -> Path:
 def test_an_export_as_safetensors_generates_what_the_checkpoint_does(trained, tmp_path, stdout_of):
     image = tmp_path / "a.png"
     Image.linear_gradient("L").resize((53, 31)).convert("RGB").save(image)
-    question = ("--image", image, "--prompt", "Here <image> we see", "--max-new-tokens", 11, "--beams", 3)
+    question = ("--image", image, "--prompt", "Here <image> we see", "--max_new_tokens", 11, "--n_beams", 3)
 
     message = stdout_of("export", "--ckpt_path", trained / LAST, "--format", "safetensors", "--output", tmp_path / "model")
 
@@ -83,7 +83,7 @@ def test_an_exported_folder_runs_anywhere(trained, tmp_path, stdout_of, monkeypa
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where no description of the tower can be found
 
-    assert stdout_of("generate", "--ckpt_path", "../model", "--max-new-tokens", 3).endswith("\n")
+    assert stdout_of("generate", "--ckpt_path", "../model", "--max_new_tokens", 3).endswith("\n")
 
 
 def test_a_folder_of_transformers_goes_in_and_out_bit_by_bit(reference, tmp_path, stdout_of):
@@ -106,7 +106,7 @@ def test_import_prints_the_counts_of_parameters_and_ids(reference, tmp_path, std
 
 def test_generate_reads_a_folder_of_transformers_as_it_is(reference, tmp_path, stdout_of):
     stdout_of("import", "--format", "transformers", "--input", reference, "--output", tmp_path / "ours")
-    question = ("--prompt", "the cat", "--max-new-tokens", 7)
+    question = ("--prompt", "the cat", "--max_new_tokens", 7)
 
     expected = stdout_of("generate", "--ckpt_path", tmp_path / "ours", *question)
     assert stdout_of("generate", "--ckpt_path", reference, *question) == expected

@@ -16,7 +16,7 @@ from kosmos_lit.report.comparison import compare
 from kosmos_lit.report.evaluation import write_report
 
 MESSAGE = (
-    r"results of an earlier version of kosmos-lit, .*: delete the folder or give another --eval\.folder, and run `main\.py"
+    r"results of an earlier version of kosmos-lit, .*: delete the folder or give another --eval\.folder, and run `kosmos-lit"
 )
 READERS: dict[str, Callable[[Path], Any]] = {
     "a test run": lambda folder: check_fingerprint(folder, {"weights": "a"}),

@@ -289,13 +289,13 @@ def test_gradients_are_not_kept(engine):
 # ---- the same as the command line
 
 
-@pytest.mark.parametrize(("options", "settings"), [((), {}), (("--beams", "3"), {"n_beams": 3})])
+@pytest.mark.parametrize(("options", "settings"), [((), {}), (("--n_beams", "3"), {"n_beams": 3})])
 def test_a_notebook_generates_what_the_command_line_prints(trained, tmp_path, capsys, options, settings):
     for name, seed in (("a.png", 1), ("b.png", 2)):
         (tmp_path / name).write_bytes(png(photograph(31, 53, seed)))
     images = [tmp_path / "a.png", tmp_path / "b.png"]
     prompt = "Here <image> and there <image> we see"
-    arguments = ["--image", *map(str, images), "--prompt", prompt, "--max-new-tokens", "11", "--device", "cpu", *options]
+    arguments = ["--image", *map(str, images), "--prompt", prompt, "--max_new_tokens", "11", "--device", "cpu", *options]
     assert main(["generate", "--ckpt_path", str(trained / LAST), *arguments]) == 0
 
     text = kosmos_lit.load(trained / LAST).generate(prompt, images, max_new_tokens=11, **settings)

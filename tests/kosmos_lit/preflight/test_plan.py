@@ -262,8 +262,8 @@ def test_what_a_step_sends_is_planned_for_each_strategy(capsys: pytest.CaptureFi
     assert ddp["within_node"] == fsdp["within_node"] == 0
     assert 0 < hsdp["between_nodes"] < ddp["between_nodes"] < fsdp["between_nodes"] < fsdp1["between_nodes"]
     assert hsdp["within_node"] > 0
-    assert sent("ddp", "--network-gb-s=5")["seconds"] == pytest.approx(10 * ddp["seconds"])
-    assert sent("hsdp", "--node-gb-s=1")["seconds"] > 10 * hsdp["seconds"]
+    assert sent("ddp", "--network_gb_s=5")["seconds"] == pytest.approx(10 * ddp["seconds"])
+    assert sent("hsdp", "--node_gb_s=1")["seconds"] > 10 * hsdp["seconds"]
 
 
 def test_a_page_names_bandwidths_and_what_computing_cannot_hide(capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,18 +275,18 @@ def test_a_page_names_bandwidths_and_what_computing_cannot_hide(capsys: pytest.C
 
     assert "communication each device sends " in page
     assert " s at 450 and 50 GB/s in a node and between nodes, of which computing can hide all but " in page
-    assert "communication unknown: give bandwidths with --node-gb-s and --network-gb-s" in unknown
+    assert "communication unknown: give bandwidths with --node_gb_s and --network_gb_s" in unknown
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device=abacus"], "no device 'abacus'"),
-        (["--peak-share=1.5"], "--peak-share must lie in"),
+        (["--peak_share=1.5"], "--peak_share must lie in"),
         (["--memory=much"], "--memory much is no size"),
-        (["--node-gb-s=0"], "--node-gb-s must be positive, in GB/s, got 0"),
-        (["--network-gb-s=-3"], "--network-gb-s must be positive, in GB/s, got -3"),
-        (["--devices=0"], "'0' is no positive number"),
+        (["--node_gb_s=0"], "--node_gb_s must be positive, in GB/s, got 0"),
+        (["--network_gb_s=-3"], "--network_gb_s must be positive, in GB/s, got -3"),
+        (["--devices=0"], "--devices must be positive, got 0"),
         (["--trainer.max_stepss=3"], "max_stepss"),
     ],
 )

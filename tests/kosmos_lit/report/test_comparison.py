@@ -138,7 +138,7 @@ def test_the_verb_prints_and_writes_what_it_compared(tmp_path: Path, capsys: pyt
         for n, k, c in (("run/eval", 23, "true"), ("control/eval", 5, "shuffled"))
     ]
 
-    code = main(["report", *map(str, folders), "--names", "model,<i>blind</i>", "--output", str(tmp_path / "out")])
+    code = main(["report", "eval", *map(str, folders), "--names", "model,<i>blind</i>", "--output", str(tmp_path / "out")])
 
     out = capsys.readouterr().out
     comparison = json.loads((tmp_path / "out" / "comparison.json").read_text(encoding="utf-8"))
@@ -156,7 +156,7 @@ def test_the_verb_prints_and_writes_what_it_compared(tmp_path: Path, capsys: pyt
 def test_the_verb_writes_a_report_of_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_results(tmp_path / "eval", {"t": task(samples(tmp_path, [True, False]))})
 
-    assert main(["report", str(folder)]) == 0
+    assert main(["report", "eval", str(folder)]) == 0
 
     assert "| t | accuracy, 0 shots | 50.0 | 50.0 [0.0, 100.0] | – |" in capsys.readouterr().out
     assert (folder / "report.html").is_file()
@@ -164,6 +164,6 @@ def test_the_verb_writes_a_report_of_one_folder(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_verb_refuses_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", "eval", str(tmp_path)]) == 2
 
     assert "no metrics.json" in capsys.readouterr().err
