@@ -11,7 +11,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: setup quickstart finetune world world-report test test-all test-lowest lowest lint type format golden golden-torchscale bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
+.PHONY: setup quickstart finetune world world-report test test-all test-lowest lowest lint type format golden golden-torchscale docs bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
 
 setup: $(READY)
 
@@ -117,6 +117,18 @@ $(VENV)/.bench-ready: $(READY)
 		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'; \
 	else \
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'; \
+	fi
+	@touch $@
+
+# The pages as a site in dist/site; a broken link is an error.
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+$(VENV)/.docs-ready: $(READY)
+	@if command -v uv >/dev/null; then \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'; \
+	else \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'; \
 	fi
 	@touch $@
 

@@ -22,7 +22,7 @@ PARSERS = {
     "import": weights.import_parser,
     "export": weights.export_parser,
 }
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "AGENTS")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(page: Path) -> list[str]:
@@ -127,3 +127,25 @@ def test_readme_names_every_verb() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
 
     assert [verb for verb in VERBS if verb not in text] == []
+
+
+def test_readme_is_short_and_narrow() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 125] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_at_most_125_columns_wide(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+    # A row of a table is one line.
+    assert [line for line in text.splitlines() if len(line) > 125 and not line.lstrip().startswith("|")] == []
+
+
+def test_every_page_is_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+
+    assert [page for page in pages if not re.search(rf"[\[ ]{re.escape(page)}[,\]]", nav)] == []

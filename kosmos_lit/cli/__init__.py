@@ -51,7 +51,7 @@ HELP = ("-h", "--help")
 
 SPIN_COUNT = 2_000
 """How often a thread of libgomp, the OpenMP of PyTorch's Linux wheels, looks for work before it sleeps. By default these are
-300,000 times, milliseconds in which it keeps a CPU that the thread that it waits for may need (docs/speed.md)."""
+300,000 times, milliseconds in which it keeps a CPU that the thread that it waits for may need (docs/measurements.md)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -128,7 +128,7 @@ class TaskResult:
     """Its name in the configuration."""
     title: str
     published: str | None
-    """Key of `report.published`."""
+    """Key in `report/published.yaml`."""
     main_metric: str
     """Name of the metric that stands for the task."""
     chance: float | None

@@ -72,7 +72,7 @@ class Task(metaclass=OptionRecorder):
     title: str
     """Name in tables."""
     published: str | None = None
-    """Key of the published metrics in `report.published`; None: there are none."""
+    """Key of the published metrics in `report/published.yaml`; None: there are none."""
     chance: float | None = None
     """Accuracy of guessing, 0 to 1; None: not defined."""
     main_metric: ClassVar[str]

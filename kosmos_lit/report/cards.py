@@ -1,4 +1,7 @@
-"""Samples as HTML cards: images, prompt, target, prediction, and the probabilities of the candidates."""
+"""Samples as cards for a page: images, prompt, target, prediction, and the probabilities of the candidates.
+
+Here is what a card shows; `templates/cards.html` says how.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from kosmos_lit.images import ImageError, open_rgb
+from kosmos_lit.report.benchmarks import metric_label
 from kosmos_lit.report.samples import SampleSelection, SelectedSample, candidate_shares
-from kosmos_lit.report.tables import metric_label
 
 MARK = "<image>"
 SIDE, SIDE_OF_MANY = 208, 104
@@ -24,66 +27,127 @@ TAIL = 700
 MOST_IMAGES, MOST_TEXTS, MOST_CANDIDATES, MOST_REFERENCES = 24, 3, 8, 5
 
 
-def cards(selection: SampleSelection, image_control: str) -> str:
-    """Return the selected samples of a task as HTML.
+@dataclass(frozen=True, kw_only=True)
+class Thumbnail:
+    """A small image, or why there is none."""
+
+    alt: str
+    """The image in words."""
+    data: str = ""
+    """A JPEG in base64; empty if there is none."""
+    width: int = 0
+    height: int = 0
+    """In pixels."""
+    missing: str = ""
+    """Why there is no image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt with its images at their marks."""
+
+    folded: str
+    """The beginning of a long one, which is folded up."""
+    parts: tuple[tuple[Thumbnail | None, str], ...]
+    """Each visible image with the text after it; no image before the first text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One sample."""
+
+    kind: str
+    """Failure or success."""
+    why: str
+    """Why it was selected."""
+    key: str
+    score: str
+    prompt: Prompt | None
+    """Of the first request; None without requests."""
+    others: tuple[Thumbnail, ...]
+    """Images of further requests with the same prompt."""
+    steps: tuple[tuple[str, Prompt], ...]
+    """In a chain of requests, what the model wrote before each next prompt, and the prompt."""
+    targets: tuple[str, ...]
+    """The target, or the first of several references."""
+    n_more_targets: int
+    prediction: str
+    shares: tuple[tuple[str, float, bool], ...]
+    """The likeliest candidates with their shares, 0 to 1, and whether each is the prediction."""
+    n_more_candidates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCards:
+    """The selected samples of a task."""
+
+    groups: tuple[tuple[str, tuple[Card, ...]], ...]
+    """Cards below a title."""
+    failed: tuple[tuple[str, str], ...]
+    """Key and error of samples that failed."""
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything to show."""
+        return bool(self.groups or self.failed)
+
+
+def sample_cards(selection: SampleSelection, image_control: str) -> SampleCards:
+    """Return the cards of a task.
 
     Args:
         selection: what `select_samples` returns.
         image_control: of the evaluation; with `blank` the model saw even grey, so the images are left out.
     """
-    parts = []
     kinds = (("failure", selection.failures, selection.n_failures), ("success", selection.successes, selection.n_successes))
-    for name, group, n in kinds:
-        if group:
-            title = f"{len(group)} of {n:,} {'failures' if name == 'failure' else 'successes'}"
-            html = "\n".join(card(sample, name, selection.metric, image_control) for sample in group)
-            parts.append(f'<h3>{title}</h3>\n<div class="cards">\n{html}\n</div>')
-    if selection.failed:
-        rows = "".join(f"<li>{escape(key)}: {escape(error)}</li>" for key, error in selection.failed)
-        parts.append(f'<h3>Failed, counted in no metric</h3>\n<ul class="notes">{rows}</ul>')
-    return "\n".join(parts)
+    groups = [
+        (
+            f"{len(group)} of {n:,} {'failures' if kind == 'failure' else 'successes'}",
+            tuple(card(sample, kind, selection.metric, image_control) for sample in group),
+        )
+        for kind, group, n in kinds
+        if group
+    ]
+    return SampleCards(groups=tuple(groups), failed=selection.failed)
 
 
-def card(selected: SelectedSample, kind: str, metric: str, image_control: str) -> str:
-    """Return one sample as HTML."""
+def card(selected: SelectedSample, kind: str, metric: str, image_control: str) -> Card:
+    """Return the card of a sample."""
     sample = selected.sample
     requests = sample.get("requests") or []
-    score = f"{metric_label(metric)} {selected.score:.2f}".strip()
-    shares = candidate_shares(sample)
-    prediction = f'<span class="prediction">{_text(sample.get("prediction"))}</span>'
-    return (
-        f'<article class="{kind}"><header><span>{escape(selected.why)}</span>'
-        f"<span>{escape(str(sample['key']))} · {escape(score)}</span></header>\n"
-        f'{_requests(requests, image_control)}\n<dl class="answers"><dt>target</dt><dd>{_targets(sample.get("target"))}</dd>'
-        f"<dt>prediction</dt><dd>{prediction}</dd></dl>{_shares(shares, sample.get('prediction'))}</article>"
-    )
+    prompt, others, steps = _requests(requests, image_control) if requests else (None, (), ())
+    targets = _targets(sample.get("target"))
+    prediction = sample.get("prediction")
+    ranked = sorted(candidate_shares(sample), key=lambda item: -item[1])
+    return Card(
+        kind=kind, why=selected.why, key=str(sample["key"]), score=f"{metric_label(metric)} {selected.score:.2f}".strip(),
+        prompt=prompt, others=others, steps=steps,
+        targets=targets[:MOST_REFERENCES], n_more_targets=max(0, len(targets) - MOST_REFERENCES),
+        prediction=_plain(prediction),
+        shares=tuple((name, share, name == prediction) for name, share in ranked[:MOST_CANDIDATES]),
+        n_more_candidates=max(0, len(ranked) - MOST_CANDIDATES),
+    )  # fmt: skip
 
 
-def _requests(requests: Sequence[Mapping[str, Any]], image_control: str) -> str:
+def _requests(
+    requests: Sequence[Mapping[str, Any]], image_control: str
+) -> tuple[Prompt, tuple[Thumbnail, ...], tuple[tuple[str, Prompt], ...]]:
     """Return the requests of a sample: the first in full, of the others what differs from it."""
-    if not requests:
-        return ""
-    first = requests[0]
+    first, prompt = requests[0], _prompt(requests[0], image_control)
     images = [str(path) for path in first.get("images") or ()]
-    parts = [_prompt(str(first.get("prompt", "")), images, image_control)]
     same = [r for r in requests[1:] if r.get("prompt") == first.get("prompt")]
     if same and len(same) == len(requests) - 1:  # one prompt with several images, as for Raven's candidates
         # Images that are not those of the first request at the same index.
         changed = [[str(p) for i, p in enumerate(r.get("images") or ()) if images[i : i + 1] != [str(p)]] for r in same]
         # Counted from 2: the first request is shown in full.
-        others = "".join(
-            _image(p, SIDE_OF_MANY, image_control, f"in request {i}") for i, row in enumerate(changed, 2) for p in row
-        )
-        return f'{parts[0]}<div class="step"><span class="soft">the same prompt with each of</span><br>{others}</div>'
-    # In a chain of requests, what the model wrote last comes before each next prompt.
-    for before, request in pairwise(requests):
-        prompt = _prompt(str(request.get("prompt", "")), [str(p) for p in request.get("images") or ()], image_control)
-        parts.append(f'<div class="written">{_text(before.get("prediction", ""))}</div><div class="step">{prompt}</div>')
-    return "".join(parts)
+        others = [(f"in request {i}", path) for i, paths in enumerate(changed, 2) for path in paths]
+        return prompt, tuple(thumbnail(path, SIDE_OF_MANY, image_control, where) for where, path in others), ()
+    steps = [(_plain(before.get("prediction", "")), _prompt(r, image_control)) for before, r in pairwise(requests)]
+    return prompt, (), tuple(steps)
 
 
-def _prompt(prompt: str, images: Sequence[str], image_control: str) -> str:
-    """Return a prompt with its images at their marks; if the text itself contains marks, images come first."""
+def _prompt(request: Mapping[str, Any], image_control: str) -> Prompt:
+    """Return a request's prompt with its images at their marks; if the text itself contains marks, images come first."""
+    prompt, images = str(request.get("prompt", "")), [str(path) for path in request.get("images") or ()]
     side = SIDE if len(images) == 1 else SIDE_OF_MANY
     texts = prompt.split(MARK)
     if len(texts) != len(images) + 1:
@@ -97,74 +161,39 @@ def _prompt(prompt: str, images: Sequence[str], image_control: str) -> str:
         if length > TAIL or n_texts > MOST_TEXTS:
             break
         start -= 1
-    head = "".join((MARK if image else "") + text for image, text in parts[:start])
-    visible = ""
+    folded = "".join((MARK if image else "") + text for image, text in parts[:start])
+    visible = []
     for image, text in parts[start:]:
         # Twice TAIL: a text that is a little longer is not worth folding.
         tail = text[-TAIL:] if len(text) > 2 * TAIL else text
-        head += text[: len(text) - len(tail)]
-        visible += (_image(image, side, image_control) if image else "") + escape(tail)
-    folded = f'<details><summary>{len(head):,} characters before</summary><div class="prompt">{escape(head)}</div></details>'
-    return f'{folded if head else ""}<div class="prompt">{visible}</div>'
+        folded += text[: len(text) - len(tail)]
+        visible.append((thumbnail(image, side, image_control) if image else None, tail))
+    return Prompt(folded=folded, parts=tuple(visible))
 
 
-def _image(path: str, side: int, image_control: str, where: str = "in the prompt") -> str:
-    name = escape(Path(path).name)
+def thumbnail(path: str, side: int, image_control: str, where: str = "in the prompt") -> Thumbnail:
+    """Return a small JPEG of an image file, or why there is none."""
+    name = Path(path).name
+    alt = f"Image {where}: {name}"
     if image_control == "blank":
-        return '<span class="missing">an even grey</span>'
+        return Thumbnail(alt=alt, missing="an even grey")
     try:
-        width, height, data = thumbnail(Path(path), side)
+        image = open_rgb(Path(path).read_bytes())
+    except OSError:
+        return Thumbnail(alt=alt, missing=f"{name}: the image file is missing")
     except ImageError as error:
-        return f'<span class="missing">{name}: {escape(error.reason)}</span>'
-    return f'<img src="data:image/jpeg;base64,{data}" width="{width}" height="{height}" alt="Image {where}: {name}">'
-
-
-def thumbnail(path: Path, side: int) -> tuple[int, int, str]:
-    """Return width and height of a small JPEG of an image, and the JPEG in base64.
-
-    Raises: ImageError if the file is missing or cannot be decoded.
-    """
-    try:
-        image = open_rgb(path.read_bytes())
-    except OSError as error:
-        raise ImageError("the image file is missing", str(path)) from error
+        return Thumbnail(alt=alt, missing=f"{name}: {error.reason}")
     image.thumbnail((side, side))  # in place; smaller images keep their size
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82, optimize=True)
-    return image.width, image.height, base64.b64encode(buffer.getvalue()).decode("ascii")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Thumbnail(alt=alt, data=data, width=image.width, height=image.height)
 
 
-def _shares(shares: Sequence[tuple[str, float]], prediction: object) -> str:
-    """Return the candidates with their shares as bars, the likeliest first."""
-    if not shares:
-        return ""
-    ranked = sorted(shares, key=lambda item: -item[1])
-    rows = "".join(
-        f'<li><span{mark}>{escape(name)}</span><i style="width:{100 * share:.0f}%"></i>'
-        f"<span>{100 * share:.0f} %</span></li>"
-        for name, share in ranked[:MOST_CANDIDATES]
-        # A list of one binds a name within the expression.
-        for mark in [' class="prediction"' if name == prediction else ""]
-    )
-    n_more = len(ranked) - MOST_CANDIDATES
-    return f'<ul class="shares">{rows}</ul>' + (
-        f'<div class="soft">and {n_more:,} more candidates</div>' if n_more > 0 else ""
-    )
-
-
-def _targets(target: object) -> str:
-    """Return the target, or the first of several references."""
-    if not isinstance(target, list):
-        return _text(target)
+def _targets(target: object) -> tuple[str, ...]:
+    """Return the target, or several references."""
     # People often give the same answer; each is listed once.
-    texts = list(dict.fromkeys(_plain(x) for x in target))
-    more = f' <span class="soft">and {len(texts) - MOST_REFERENCES} more</span>' if len(texts) > MOST_REFERENCES else ""
-    return "<br>".join(escape(x) for x in texts[:MOST_REFERENCES]) + more
-
-
-def _text(value: object) -> str:
-    text = _plain(value)
-    return escape(text) if text.strip() else '<span class="soft">nothing</span>'
+    return tuple(dict.fromkeys(_plain(x) for x in target)) if isinstance(target, list) else (_plain(target),)
 
 
 def _plain(value: object) -> str:

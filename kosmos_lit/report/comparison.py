@@ -5,25 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.results import Results, TaskResult, iterate_samples, read_results, without_nan
 from kosmos_lit.evaluation.statistics import Metric, paired_difference
-from kosmos_lit.report.page import page, scrolling_table
-from kosmos_lit.report.tables import (
-    in_points,
-    interval,
-    markdown,
-    metric_label,
-    number,
-    plain,
-    reference,
-    shots_label,
-    signed,
-)
+from kosmos_lit.report.benchmarks import in_points, metric_label, reference, shots_label
+from kosmos_lit.report.rendering import render_markdown, render_page
+from kosmos_lit.report.table import MISSING, Cell, Heading, Row, Table, interval, metric_cell, number, signed
 
 DATA_OPTIONS = ("path", "max_samples")
 """Options that select samples; the samples themselves are compared."""
@@ -225,17 +215,37 @@ def _warnings(one: str, a: TaskResult, ours: _Scores, other: str, b: TaskResult,
 
 def comparison_markdown(c: Comparison) -> str:
     """Return a comparison as Markdown."""
-    less = [f"less {name}" for name in c.names[1:]]
-    header = ["task", "metric", "chance", *c.names, *less, *(["beats all"] if less else []), "KOSMOS-1"]
+    return render_markdown("comparison.md", comparison=c, table=comparison_table(c), legend=_legend(c))
+
+
+def comparison_html(c: Comparison, evaluations: Sequence[Results]) -> str:
+    """Return a comparison as one self-contained page."""
+    facts = {name: _evaluation_label(results) for name, results in zip(c.names, evaluations, strict=True)}
+    return render_page(
+        "comparison.html", title="Evaluations side by side", facts=facts, control="", comparison=c,
+        table=comparison_table(c), legend=_legend(c),
+    )  # fmt: skip
+
+
+def comparison_table(c: Comparison) -> Table:
+    """Return a comparison as a table for people."""
+    several = len(c.names) > 1
+    names = [*c.names, *(f"less {name}" for name in c.names[1:]), *(["beats all"] if several else []), "KOSMOS-1"]
+    headings = (
+        Heading(text="task", is_number=False), Heading(text="metric", is_number=False, is_below=True),
+        *(Heading(text=name) for name in ("chance", *names)),
+    )  # fmt: skip
     rows = []
     for row in c.rows:
-        cells = [row.task if row.is_main else "", _label(row), number(row.chance if row.is_main else None)]
-        cells += [f"{number(m.value)} {interval(m)}".strip() if m else number(None) for m in row.metrics]
-        cells += [_difference_text(d) for d in row.differences]
-        cells += [_beats_all_text(row)] if less else []
-        rows.append([*cells, number(row.published)])
-    parts = [markdown(header, rows, left=2), plain(c.summary), _legend(c), "\n".join(f"- {plain(w)}" for w in c.warnings)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        first, *others = row.metrics
+        rows.append(Row(cells=(
+            Cell(text=row.task if row.is_main else ""), Cell(text=_label(row)),
+            Cell(text=number(row.chance if row.is_main else None)),
+            metric_cell(first, "ours", MISSING), *(metric_cell(m, missing=MISSING) for m in others),
+            *(_difference_cell(d) for d in row.differences),
+            *([Cell(text=_beats_all_text(row))] if several else []), Cell(text=number(row.published)),
+        )))  # fmt: skip
+    return Table(headings=headings, rows=tuple(rows))
 
 
 def _evaluation_label(results: Results) -> str:
@@ -255,11 +265,12 @@ def _label(row: ComparedMetric) -> str:
     return f"{metric_label(row.metric)}, {shots_label(row.n_shots)}"
 
 
-def _difference_text(d: Difference | None) -> str:
+def _difference_cell(d: Difference | None) -> Cell:
     if d is None or d.is_better is None:
-        return number(None)
-    mark = " ▲" if d.is_better else " ▼" if d.is_worse else ""
-    return f"{signed(d.metric.value)} {interval(d.metric)}{'' if d.paired else '°'}{mark}"
+        return Cell(text=MISSING)
+    style, mark = ("good", " ▲") if d.is_better else ("bad", " ▼") if d.is_worse else ("", "")
+    detail = f"{interval(d.metric)}{'' if d.paired else '°'}{mark}"
+    return Cell(text=signed(d.metric.value), detail=detail, style=style)
 
 
 def _beats_all_text(row: ComparedMetric) -> str:
@@ -267,28 +278,3 @@ def _beats_all_text(row: ComparedMetric) -> str:
     if not row.is_main or row.beats_all is None:
         return ""
     return ("yes" if row.beats_all else "no") if row.shows_images else "no images"
-
-
-def comparison_html(c: Comparison, evaluations: Sequence[Results]) -> str:
-    """Return a comparison as one self-contained page."""
-    heads = [*c.names, *(f"less {name}" for name in c.names[1:]), *(["beats all"] if len(c.names) > 1 else []), "KOSMOS-1"]
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in ("task", "chance", *heads))
-    rows = []
-    for row in c.rows:
-        name = f"{escape(row.task) if row.is_main else ''}<small>{escape(_label(row))}</small>"
-        cells = [f"<td>{number(row.chance if row.is_main else None)}</td>"]
-        for i, m in enumerate(row.metrics):
-            value = number(m.value if m else None)
-            cells.append(f"<td>{value if i else f'<b class=ours>{value}</b>'}<small>{interval(m) if m else ''}</small></td>")
-        for d in row.differences:
-            colour = "" if d is None else "good" if d.is_better else "bad" if d.is_worse else ""
-            # The text is "value [low, high] mark"; the cell has the rest in small type.
-            value, _, detail = _difference_text(d).partition(" ")
-            cells.append(f'<td class="{colour}">{value}<small>{detail}</small></td>')
-        cells += [f"<td>{_beats_all_text(row)}</td>"] if len(c.names) > 1 else []
-        rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}<td>{number(row.published)}</td></tr>')
-    facts = {name: _evaluation_label(results) for name, results in zip(c.names, evaluations, strict=True)}
-    warnings = "".join(f"<li>{escape(text)}</li>" for text in c.warnings)
-    parts = [f"<p><b>{escape(c.summary)}</b></p>" if c.summary else "", scrolling_table(f"<tr>{head}</tr>", rows)]
-    parts += [f'<p class="soft">{escape(_legend(c))}</p>', f'<ul class="notes">{warnings}</ul>' if warnings else ""]
-    return page("Evaluations side by side", facts, "", parts)

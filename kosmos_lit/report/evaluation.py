@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kosmos_lit.evaluation.results import Results, TaskResult, read_results
 from kosmos_lit.evaluation.statistics import Metric
 from kosmos_lit.files import write_atomically
-from kosmos_lit.report.cards import cards
-from kosmos_lit.report.page import page, plot, scrolling_table, section
-from kosmos_lit.report.samples import select_samples
-from kosmos_lit.report.tables import (
-    Line,
-    Table,
+from kosmos_lit.report.benchmarks import (
+    BenchmarkTable,
+    benchmark_tables,
     in_points,
-    interval,
-    markdown,
     metric_label,
-    number,
-    plain,
     reference,
     shots_label,
-    signed,
-    tables,
 )
+from kosmos_lit.report.cards import sample_cards
+from kosmos_lit.report.plot import Plot
+from kosmos_lit.report.rendering import render_markdown, render_page
+from kosmos_lit.report.samples import select_samples
+from kosmos_lit.report.table import MISSING, Cell, Heading, Row, Table, metric_cell, number, signed
 
 CONTROLS: Mapping[str, str] = {
     "shuffled": "Control: every sample is shown another sample's images.",
@@ -36,11 +32,12 @@ CONTROLS: Mapping[str, str] = {
 POINTS = "Points: 100 times a share, or times CIDEr; in brackets the 95 % interval of a bootstrap over samples."
 TOPS = {"cider": 150.0, "cider_plain": 150.0}
 """Right ends of interval plots in points, by metric; 100 for all others."""
-KEY = (  # small plots, cut out of the middle of full ones
-    f'<p class="soft"><span class="key">{plot(Metric(50, 40, 60, 1), None, None)} measured, 95 % interval</span>'
-    f'<span class="key">{plot(None, 50, None)} chance</span><span class="key">{plot(None, None, 50)} KOSMOS-1</span>'
-    "▲ ▼ the published value is outside of the interval; lines run from 0 to 100 points, CIDEr's to 150.</p>"
-).replace('viewBox="0 0 176 18"', 'viewBox="61 0 54 18"')
+KEY = {
+    "measured, 95 % interval": Plot(metric=Metric(50, 40, 60, 1)),
+    "chance": Plot(chance=50),
+    "KOSMOS-1": Plot(paper=50),
+}
+"""The marks of interval plots, by what they mean."""
 
 
 def write_report(folder: Path, output: Path | None = None) -> list[Path]:
@@ -53,7 +50,7 @@ def write_report(folder: Path, output: Path | None = None) -> list[Path]:
     Raises: UserError if there are no results, or if a file is not what an evaluation writes.
     """
     results = read_results(folder)
-    benchmarks = tables(results)
+    benchmarks = benchmark_tables(results)
     texts = {"report.md": markdown_report(results, benchmarks), "report.html": html_report(results, benchmarks)}
     return write_texts(output or folder, texts)
 
@@ -62,7 +59,8 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
     """Write text files by name into a folder; return their paths."""
     paths = {folder / name: text for name, text in texts.items()}
     for path, text in paths.items():
-        write_atomically(path, text.encode())
+        # A dataset may have half of a surrogate pair, which UTF-8 cannot say: a question mark stands for it.
+        write_atomically(path, text.encode(errors="replace"))
     return list(paths)
 
 
@@ -80,98 +78,69 @@ def model_facts(results: Results) -> dict[str, str]:
     return {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in plain_values.items()}
 
 
-def markdown_report(results: Results, benchmarks: list[Table]) -> str:
+def markdown_report(results: Results, benchmarks: Sequence[BenchmarkTable]) -> str:
     """Return an evaluation's tables as Markdown."""
-    facts = [f"- {plain(name)}: {plain(value)}" for name, value in model_facts(results).items()]
-    control = CONTROLS.get(results.image_control, "")
-    parts = [f"# {plain(title_of(results))}", "\n".join(facts), control, POINTS, _summary(results)]
-    for table in benchmarks:
-        # An empty source stays empty, and is left out below.
-        parts += [f"## {plain(table.title)}", table.source and f"{table.source}.", _markdown(table)]
-        parts.append("\n".join(f"- {plain(note)}" for note in table.notes))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_markdown("evaluation.md", **_values(results), benchmarks=benchmarks)
 
 
-def _summary(results: Results) -> str:
-    rows = []
-    for task in results.tasks.values():
-        value = main_value(task)
-        rows.append([
-            task.name, metric_label(task.main_metric), str(task.n_shots), number(chance(task)),
-            f"{number(value.value)} {interval(value)}".strip() if value else number(None), number(reference(task)),
-            f"{task.n_samples:,}", f"{task.n_failed:,}",
-        ])  # fmt: skip
-    header = ["task", "metric", "shots", "chance", "this model", "KOSMOS-1", "samples", "failed"]
-    return markdown(header, rows, left=2)
-
-
-def _markdown(table: Table) -> str:
-    header = ["model", *(column.label for column in table.columns)]
-    rows = [[line.model if line.ours else _model_name(line), *_cells(table, line)] for line in table.lines]
-    if table.chance is not None:
-        # One value for the task, whatever the column.
-        rows.append(["chance", number(table.chance), *("" for _ in table.columns[1:])])
-    return markdown(header, rows)
-
-
-def _model_name(line: Line) -> str:
-    return f"{line.model} ({line.note})" if line.note else line.model
-
-
-def _cells(table: Table, line: Line) -> list[str]:
-    metrics = [line.cells.get(column) for column in table.columns]
-    return [f"{number(m.value)} {interval(m)}".strip() if m else "" for m in metrics]
-
-
-def html_report(results: Results, benchmarks: list[Table]) -> str:
+def html_report(results: Results, benchmarks: Sequence[BenchmarkTable]) -> str:
     """Return an evaluation's tables with selected samples as one self-contained page."""
-    anchors = {task.name: f"table-{i}" for i, table in enumerate(benchmarks) for task in table.tasks}
-    parts = [_overview(results, anchors), f'<p class="soft">{escape(POINTS)}</p>']
-    for i, table in enumerate(benchmarks):
-        # The first task's samples are visible, those of its variants folded.
-        samples = [_samples(results, task, folded=n > 0) for n, task in enumerate(table.tasks)]
-        parts.append(section(table, f"table-{i}", "\n".join(samples)))
-    parts.append(
-        '<footer class="soft">Failures of the highest confidence, or of the lowest score, come first; '
-        "the others are random. All samples, with every prompt and prediction, are in TASK/samples.jsonl.</footer>"
+    samples = {
+        task.name: sample_cards(
+            select_samples(results.samples(task.name), task.main_metric, seed=task.seed), results.image_control
+        )
+        for task in results.tasks.values()
+    }
+    anchors = {task.name: f"table-{i}" for i, benchmark in enumerate(benchmarks) for task in benchmark.tasks}
+    return render_page(
+        "evaluation.html", **_values(results, anchors), anchors=anchors, benchmarks=benchmarks, samples=samples, key=KEY
     )
-    return page(title_of(results), model_facts(results), CONTROLS.get(results.image_control, ""), parts)
 
 
-def _samples(results: Results, task: TaskResult, *, folded: bool) -> str:
-    """Return a task's selected samples, folded up if so asked."""
-    selection = select_samples(results.samples(task.name), task.main_metric, seed=task.seed)
-    html = cards(selection, results.image_control)
-    return f"<details><summary>samples of {escape(task.name)}</summary>\n{html}</details>" if folded and html else html
+def _values(results: Results, anchors: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return what both templates show above the benchmarks."""
+    return {
+        "title": title_of(results),
+        "facts": model_facts(results),
+        "control": CONTROLS.get(results.image_control, ""),
+        "points": POINTS,
+        "overview": overview(results, anchors or {}),
+    }
 
 
-def _overview(results: Results, anchors: Mapping[str, str]) -> str:
-    """Return the table of all tasks with plots of their intervals."""
-    columns = ("this model", "", "chance", "KOSMOS-1", "difference", "samples", "failed")
-    names = "".join(f'<th scope="col">{name}</th>' for name in columns)
+def overview(results: Results, anchors: Mapping[str, str]) -> Table:
+    """Return the table of all tasks.
+
+    Args:
+        results: of the evaluation.
+        anchors: places in a page by task.
+    """
+    headings = (
+        Heading(text="task", is_number=False), Heading(text="metric", is_number=False, is_below=True),
+        Heading(text="shots", is_below=True), Heading(text="chance"), Heading(text="this model"),
+        Heading(text="interval", is_page_only=True), Heading(text="KOSMOS-1"), Heading(text="difference", is_page_only=True),
+        Heading(text="samples"), Heading(text="failed"),
+    )  # fmt: skip
     rows = []
     for task in results.tasks.values():
-        ours, paper = main_value(task), reference(task)
-        failed = f"{task.n_failed:,}" if task.n_failed else ""
-        value = f'<b class="ours">{number(ours.value)}</b><small>{interval(ours)}</small>' if ours else number(None)
-        label = f"{metric_label(task.main_metric)}, {shots_label(task.n_shots)}"
-        top = TOPS.get(task.main_metric, 100.0)
-        rows.append(
-            f'<tr><th scope="row"><a href="#{anchors[task.name]}">{escape(task.name)}</a><small>{escape(label)}</small></th>'
-            f"<td>{value}</td><td>{plot(ours, chance(task), paper, top)}</td>"
-            f"<td>{number(chance(task))}</td><td>{number(paper)}</td>"
-            f"{_difference(ours, paper)}<td>{task.n_samples:,}</td><td>{failed}</td></tr>"
-        )
-    return scrolling_table(f'<tr><th scope="col">task</th>{names}</tr>', rows) + KEY
+        ours, paper, top = main_value(task), reference(task), TOPS.get(task.main_metric, 100.0)
+        rows.append(Row(cells=(
+            Cell(text=task.name, anchor=anchors.get(task.name, "")), Cell(text=metric_label(task.main_metric)),
+            Cell(text=str(task.n_shots), alone=shots_label(task.n_shots)), Cell(text=number(chance(task))),
+            metric_cell(ours, "ours", MISSING), Cell(plot=Plot(metric=ours, chance=chance(task), paper=paper, top=top)),
+            Cell(text=number(paper)), _difference(ours, paper), Cell(text=f"{task.n_samples:,}"),
+            Cell(text=f"{task.n_failed:,}"),
+        )))  # fmt: skip
+    return Table(headings=headings, rows=tuple(rows))
 
 
-def _difference(ours: Metric | None, paper: float | None) -> str:
+def _difference(ours: Metric | None, paper: float | None) -> Cell:
     """Return a cell with our value less the paper's, coloured if the paper's lies outside our interval."""
     # The last condition is NaN's: it equals nothing.
     if ours is None or paper is None or ours.value != ours.value:
-        return f"<td>{number(None)}</td>"
-    colour, mark = ("good", " ▲") if ours.low > paper else ("bad", " ▼") if ours.high < paper else ("", "")
-    return f'<td class="difference {colour}">{signed(ours.value - paper)}{mark}</td>'
+        return Cell(text=MISSING)
+    style, mark = ("good", " ▲") if ours.low > paper else ("bad", " ▼") if ours.high < paper else ("", "")
+    return Cell(text=f"{signed(ours.value - paper)}{mark}", style=style)
 
 
 def main_value(task: TaskResult) -> Metric | None:

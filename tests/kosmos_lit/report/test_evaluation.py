@@ -22,7 +22,7 @@ from tests.kosmos_lit.report.result_folders import (
     write_results,
 )
 
-VOID = {"meta", "br", "img", "line", "circle", "polygon"}
+VOID = {"meta", "br", "wbr", "img", "line", "circle", "polygon"}
 
 
 class Page(HTMLParser):

@@ -1,4 +1,4 @@
-"""Tables of our metrics beside the published ones: as data, and as Markdown."""
+"""Tables of our metrics beside the published ones, a table for each benchmark."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 from kosmos_lit.evaluation.results import NAN, Results, TaskResult
 from kosmos_lit.evaluation.statistics import Metric
-from kosmos_lit.report.published import LANGUAGE, LANGUAGE_AVERAGE, OURS, PUBLISHED, Benchmark, published
+from kosmos_lit.report.published import OURS, Benchmark, published, published_results
+from kosmos_lit.report.table import Cell, Heading, Row, Table, metric_cell, number
 
 LABELS = {
     "cider": "CIDEr", "spice": "SPICE", "meteor": "METEOR", "vqa_accuracy": "VQA accuracy", "roc_auc": "ROC AUC", "f1": "F1",
     "macro_f1": "macro F1", "cider_plain": "CIDEr of plain words",
 }  # fmt: skip
 """Names of metrics in tables; for others the task's own name is printed."""
-MISSING = "–"
-"""Stands where there is no value."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,6 @@ class Column:
 
     metric: str
     shots: int
-
-    @property
-    def label(self) -> str:
-        return f"{metric_label(self.metric)}, {shots_label(self.shots)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +39,7 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class BenchmarkTable:
     """A benchmark's metrics by model, ours first."""
 
     title: str
@@ -58,23 +53,41 @@ class Table:
     tasks: tuple[TaskResult, ...]
     """Our tasks in the table."""
 
+    @property
+    def table(self) -> Table:
+        """The metrics as a table for people: metrics above numbers of shots."""
+        columns = [Heading(text=shots_label(c.shots), group=metric_label(c.metric)) for c in self.columns]
+        rows = [
+            Row(
+                cells=(Cell(text=line.model, detail=line.note), *(metric_cell(line.cells.get(c)) for c in self.columns)),
+                style="ours" if line.ours else "",
+            )
+            for line in self.lines
+        ]
+        if self.chance is not None:
+            # One value for the task, whatever the column.
+            cells = (Cell(text="chance"), Cell(text=number(self.chance)), *(Cell() for _ in self.columns[1:]))
+            rows.append(Row(cells=cells, style="chance"))
+        return Table(headings=(Heading(text="model", is_number=False), *columns), rows=tuple(rows))
 
-def tables(results: Results, model: str = "this model") -> list[Table]:
+
+def benchmark_tables(results: Results, model: str = "this model") -> list[BenchmarkTable]:
     """Return a table for each benchmark of an evaluation, in the paper's order, unpublished ones last."""
     groups: dict[str, list[TaskResult]] = {}
     for task in results.tasks.values():
         key = task.published if published(task.published) else None
         # Tasks without published results share a table if title and options are equal.
         groups.setdefault(key or f"{task.title} {_options_without_shots(task)}", []).append(task)
-    order = [*(key for key in PUBLISHED if key in groups), *(key for key in groups if key not in PUBLISHED)]
-    by_key = {key: benchmark_table(groups[key], PUBLISHED.get(key), model) for key in order}
-    language = [key for key in LANGUAGE if key in by_key]
+    benchmarks = published_results().benchmarks
+    order = [*(key for key in benchmarks if key in groups), *(key for key in groups if key not in benchmarks)]
+    by_key = {key: benchmark_table(groups[key], benchmarks.get(key), model) for key in order}
+    language = [key for key in published_results().language if key in by_key]
     average = _average([by_key[key] for key in language], model)
     # The average of the language tasks stands after the last of them.
     return [t for key, table in by_key.items() for t in ([table, *average] if [key] == language[-1:] else [table])]
 
 
-def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, model: str) -> Table:
+def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, model: str) -> BenchmarkTable:
     """Return one benchmark's table.
 
     Tasks that differ in nothing but the number of demonstrations are one row; those with other options have their own.
@@ -87,10 +100,10 @@ def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, mo
     if benchmark is not None:
         lines += [_published_line(row.model, row.note, row.metrics) for row in benchmark.rows]
     chance = tasks[0].chance
-    return Table(
+    return BenchmarkTable(
         # Unpublished tasks may have equal titles: a table of one has the task's name too.
         title=benchmark.title if benchmark else tasks[0].title if len(tasks) > 1 else f"{tasks[0].title} ({tasks[0].name})",
-        source=f"KOSMOS-1 paper, {benchmark.table}; split: {benchmark.split}" if benchmark else "",
+        source=f"{benchmark.source}; split: {benchmark.split}" if benchmark else "",
         columns=_columns(lines), lines=tuple(lines), chance=None if chance is None else 100 * chance,
         notes=(*_notes(tasks, benchmark), *(benchmark.notes if benchmark else ())), tasks=tuple(tasks),
     )  # fmt: skip
@@ -135,20 +148,21 @@ def _notes(tasks: Sequence[TaskResult], benchmark: Benchmark | None) -> list[str
     return notes
 
 
-def _average(parts: Sequence[Table], model: str) -> list[Table]:
+def _average(parts: Sequence[BenchmarkTable], model: str) -> list[BenchmarkTable]:
     """Return the table of the mean of the language tasks if all were run with a common number of shots, else nothing."""
     ours = [{c: f for line in table.lines if line.ours for c, f in line.cells.items()} for table in parts]
     # A mean over fewer tasks would not be the paper's.
-    if len(parts) < len(LANGUAGE):
+    if len(parts) < len(published_results().language):
         return []
     common = [c for c in ours[0] if c.metric == "accuracy" and all(c in cells for cells in ours)]
     if not common:
         return []
     lines = [Line(model=model, ours=True, cells={c: mean_of([cells[c] for cells in ours]) for c in common})]
-    lines += [_published_line(row.model, row.note, row.metrics) for row in LANGUAGE_AVERAGE.rows]
-    return [Table(
-        title=LANGUAGE_AVERAGE.title, source=f"KOSMOS-1 paper, {LANGUAGE_AVERAGE.table}", columns=_columns(lines),
-        lines=tuple(lines), chance=None, notes=LANGUAGE_AVERAGE.notes, tasks=(),
+    mean = published_results().language_mean
+    lines += [_published_line(row.model, row.note, row.metrics) for row in mean.rows]
+    return [BenchmarkTable(
+        title=mean.title, source=mean.source, columns=_columns(lines), lines=tuple(lines), chance=None, notes=mean.notes,
+        tasks=(),
     )]  # fmt: skip
 
 
@@ -182,40 +196,8 @@ def shots_label(shots: int) -> str:
     return f"{shots} shot{'' if shots == 1 else 's'}"
 
 
-def number(points: float | None) -> str:
-    """Return points with one decimal."""
-    return MISSING if points is None or math.isnan(points) else f"{points:.1f}"
-
-
-def signed(points: float) -> str:
-    """Return a difference in points with its sign."""
-    # A minus sign is as wide as the plus sign; a hyphen is not.
-    return MISSING if math.isnan(points) else f"{points:+.1f}".replace("-", "−")
-
-
-def interval(metric: Metric) -> str:
-    """Return a metric's 95 % interval; empty if it has none."""
-    return "" if math.isnan(metric.low) or math.isnan(metric.high) else f"[{metric.low:.1f}, {metric.high:.1f}]"
-
-
 def sample_counts(task: TaskResult) -> str:
     """Return how many samples a task has, and how many failed by reason."""
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(task.failures.items(), key=lambda item: -item[1]))
     failed = f", {task.n_failed:,} of them failed and in no metric ({reasons})" if task.n_failed else ""
     return f"{task.n_samples:,} samples{failed}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Return a Markdown table; columns after the first `left` are numbers."""
-    # A colon behind the dashes aligns a column to the right.
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    cells = ([plain(cell) for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in ([plain(cell) for cell in header], rule, *cells))
-
-
-def plain(text: str) -> str:
-    """Return text with the characters escaped that begin a tag or a column in Markdown."""
-    # & first: it begins the other entities.
-    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;"), ("\n", " ")):
-        text = text.replace(mark, entity)
-    return text
