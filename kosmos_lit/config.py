@@ -225,8 +225,8 @@ class DecoderConfig(BaseConfig):
     attention_dropout_rate: float = 0.1
     """Dropout on attention weights."""
     attention_kernel: Kernel = "auto"
-    """`auto`: on CUDA the one that a table of figures puts first (docs/measurements.md), xformers unless it says otherwise, else
-    `sdpa`; `xformers`: FlashAttention-2 or CUTLASS; `cudnn`: cuDNN on Hopper and Blackwell, without dropout; `flex`:
+    """`auto`: on CUDA the one that a table of figures puts first (docs/measurements.md), xformers unless it says otherwise,
+    else `sdpa`; `xformers`: FlashAttention-2 or CUTLASS; `cudnn`: cuDNN on Hopper and Blackwell, without dropout; `flex`:
     FlexAttention, without dropout; `sdpa`: scaled_dot_product_attention document by document; `reference`: the formula as
     it stands, for comparison."""
     compile: bool | None = None

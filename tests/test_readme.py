@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kosmos_lit.cli import VERBS, generate, prepare, report, report_data, report_run, rows, weights
+from kosmos_lit.cli import VERBS, generate, prepare, report, report_data, report_run, rows, verify_resume, weights
 from kosmos_lit.cli.trainer import KosmosCLI
 from tests.cli_runs import ROOT
 
@@ -18,6 +18,7 @@ PARSERS = {
     "report eval": report.eval_parser,
     "report run": report_run.run_parser,
     "report data": report_data.data_parser,
+    "verify-resume": verify_resume.verify_resume_parser,
     "generate": generate.generate_parser,
     "import": weights.import_parser,
     "export": weights.export_parser,
