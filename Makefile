@@ -80,12 +80,14 @@ $(LOWEST_VENV)/.ready: pyproject.toml
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 type: $(READY)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 golden: $(READY)
 	$(BIN)/python -m pytest -q -m "" --regenerate-golden tests/test_golden.py

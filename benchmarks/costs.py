@@ -54,11 +54,18 @@ RECIPES: dict[str, tuple[str, ...]] = {
 }
 GPUS = {"kosmos1, 8 GPUs": 8, "kosmos1, FSDP": 8}
 OF_CPU: tuple[dict[str, Any], ...] = (
-    {}, {"precision": "bf16-mixed"}, {"recompute": "selective"}, {"recompute": "full"}, {"compile": True},
-)  # fmt: skip
+    {},
+    {"precision": "bf16-mixed"},
+    {"recompute": "selective"},
+    {"recompute": "full"},
+    {"compile": True},
+)
 OF_GPU: tuple[dict[str, Any], ...] = (
-    {}, {"compile": False}, {"device": "cpu", "strategy": "one"}, {"device": "cpu", "strategy": "one", "recompute": "full"},
-)  # fmt: skip
+    {},
+    {"compile": False},
+    {"device": "cpu", "strategy": "one"},
+    {"device": "cpu", "strategy": "one", "recompute": "full"},
+)
 CHANGES = dict.fromkeys(RECIPES, OF_GPU) | dict.fromkeys(("tiny", "quickstart", "small_cpu"), OF_CPU)
 CHANGES["kosmos1, FSDP"] = ({},)
 """What is changed in a recipe, from case to case."""
@@ -209,8 +216,19 @@ def show(records: Sequence[tuple[Case, Result, Result]]) -> str:
         ratio = "" if result.ratio is None else f"{result.ratio:.3f}"
         return cell(result.ours, unit), cell(result.theirs, unit), ratio
 
-    headers = ("recipe", "device", "precision", "layers", "recompute", "ours, MB", "MemTracker", "ratio", "ours, GFLOP",
-               "FlopCounter", "ratio")  # fmt: skip
+    headers = (
+        "recipe",
+        "device",
+        "precision",
+        "layers",
+        "recompute",
+        "ours, MB",
+        "MemTracker",
+        "ratio",
+        "ours, GFLOP",
+        "FlopCounter",
+        "ratio",
+    )
     lines = table(headers, [(*c.cells(), *cells(b, 1e6), *cells(f, 1e9)) for c, b, f in records], "lllllr")
     return "\n".join([lines, "", *(f"{letter} {error}" for error, letter in errors.items())])
 

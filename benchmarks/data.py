@@ -134,9 +134,14 @@ def first_batches(inputs: Inputs, n_starts: int) -> list[dict[str, object]]:
         near, far = (statistics.median(values) for values in seconds.values())
         ratio = statistics.median(f / n for n, f in zip(*seconds.values(), strict=True))
         lines.append(
-            {"documents": totals.documents, "workers": workers, "row 0, s": round(near, 2),
-             f"row {RESUME_ROW:,}, s": round(far, 2), "ratio": round(ratio, 2)}
-        )  # fmt: skip
+            {
+                "documents": totals.documents,
+                "workers": workers,
+                "row 0, s": round(near, 2),
+                f"row {RESUME_ROW:,}, s": round(far, 2),
+                "ratio": round(ratio, 2),
+            }
+        )
     return lines
 
 

@@ -118,10 +118,18 @@ def _write_pairs(folder: Path, name: str, n_pairs: int) -> None:
             for number in range(first, min(first + PAIRS_PER_TAR, n_pairs)):
                 key, caption, at = f"{number:09d}", words.text(CAPTION_WORDS), number % len(images)
                 fields = {
-                    "caption": caption, "url": f"https://images.example/{key}.jpg", "key": key, "status": "success",
-                    "error_message": None, "width": width, "height": height, "original_width": width,
-                    "original_height": height, "exif": "{}", "sha256": digests[at],
-                }  # fmt: skip
+                    "caption": caption,
+                    "url": f"https://images.example/{key}.jpg",
+                    "key": key,
+                    "status": "success",
+                    "error_message": None,
+                    "width": width,
+                    "height": height,
+                    "original_width": width,
+                    "original_height": height,
+                    "exif": "{}",
+                    "sha256": digests[at],
+                }
                 for extension, data in _members(images[at], caption, fields):
                     member = tarfile.TarInfo(f"{key}.{extension}")
                     member.size = len(data)

@@ -57,9 +57,12 @@ class Task:
 def rendering(data: MixtureData) -> RenderOptions:
     """Return render options that allow no bad images."""
     return RenderOptions(
-        tokenizer=data.tokenizer, image_size=SIDE, fit="crop", n_latents=data.n_latents,
+        tokenizer=data.tokenizer,
+        image_size=SIDE,
+        fit="crop",
+        n_latents=data.n_latents,
         max_bad_share=dict.fromkeys(data.prepared, 0.0),
-    )  # fmt: skip
+    )
 
 
 def ours(data: MixtureData, workers: int, first_row: int = 0) -> Iterator[Count]:
@@ -149,9 +152,13 @@ def energon(task: Task) -> Iterator[Count]:
     folder = Path(task.tars[0]).parent
     _prepare_energon(folder)
     dataset = get_train_dataset(
-        folder, worker_config=WorkerConfig(rank=0, world_size=1, num_workers=task.workers), batch_size=task.batch_pairs,
-        shuffle_buffer_size=SHUFFLED, max_samples_per_sequence=100, task_encoder=Encoder(),
-    )  # fmt: skip
+        folder,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=task.workers),
+        batch_size=task.batch_pairs,
+        shuffle_buffer_size=SHUFFLED,
+        max_samples_per_sequence=100,
+        task_encoder=Encoder(),
+    )
     for images, _ in get_loader(dataset, prefetch_factor=4):
         yield len(images), len(images)
 
@@ -160,10 +167,20 @@ def _prepare_energon(folder: Path) -> None:
     if (folder / ".nv-meta" / "dataset.yaml").exists():
         return
     command = [
-        str(Path(sys.executable).with_name("energon")), "prepare", str(folder), "--non-interactive", "--no-progress",
-        "--split-ratio", "1,0,0", "--num-workers", "1",
-        "--sample-type", "CaptioningSample", "--field-map", '{"image": "jpg", "caption": "txt"}',
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("energon")),
+        "prepare",
+        str(folder),
+        "--non-interactive",
+        "--no-progress",
+        "--split-ratio",
+        "1,0,0",
+        "--num-workers",
+        "1",
+        "--sample-type",
+        "CaptioningSample",
+        "--field-map",
+        '{"image": "jpg", "caption": "txt"}',
+    ]
     process = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if process.returncode:
         raise MissingError(f"energon prepare failed: {process.stdout.strip().splitlines()[-1]}")

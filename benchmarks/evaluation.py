@@ -92,9 +92,13 @@ def make_tokenizer() -> Tokenizer:
     model, random = io.BytesIO(), Random(0)
     sentences = [" ".join(random.choices(WORDS, k=12)) for _ in range(2000)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=160, num_threads=1, minloglevel=2,
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=160,
+        num_threads=1,
+        minloglevel=2,
         hard_vocab_limit=False,
-    )  # fmt: skip
+    )
     return Tokenizer(model.getvalue())
 
 
@@ -212,11 +216,17 @@ def main() -> None:
     headers = ["set", "samples", "pairs", "scheduler /s", "pairs /s", "ratio", "by CPU", "differ by"]
     rows = [
         [
-            t.name, t.n_samples, t.n_pairs, f"{t.samples_per_second:.2f}", f"{t.samples_per_second_alone:.2f}",
-            f"{t.ratio:.2f}", f"{t.ratio_cpu:.2f}", f"{t.largest_difference:.1e}",
+            t.name,
+            t.n_samples,
+            t.n_pairs,
+            f"{t.samples_per_second:.2f}",
+            f"{t.samples_per_second_alone:.2f}",
+            f"{t.ratio:.2f}",
+            f"{t.ratio_cpu:.2f}",
+            f"{t.largest_difference:.1e}",
         ]
         for t in timings
-    ]  # fmt: skip
+    ]
     print(table(headers, rows))
     if a.json:
         a.json.write_text(

@@ -35,8 +35,11 @@ def measure(folder: Path) -> dict[str, object]:
     started = time.monotonic()
     process = subprocess.run(
         [sys.executable, str(ROOT / "main.py"), "fit", *configs, *paths],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     seconds = time.monotonic() - started
     if process.returncode:
         raise RuntimeError(process.stdout)

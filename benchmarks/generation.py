@@ -87,9 +87,14 @@ def generate_reference(model: Any, prompts: list[Prompt], pixels: torch.Tensor, 
     for row, prompt in enumerate(prompts):
         in_slot[row, int(prompt.slots[0]) : int(prompt.slots[0]) + N_LATENTS] = 1
     outputs = model.generate(
-        pixel_values=pixels, input_ids=tokens, attention_mask=torch.ones_like(tokens), image_embeds_position_mask=in_slot,
-        do_sample=False, num_beams=n_beams, max_new_tokens=n_new,
-    )  # fmt: skip
+        pixel_values=pixels,
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        image_embeds_position_mask=in_slot,
+        do_sample=False,
+        num_beams=n_beams,
+        max_new_tokens=n_new,
+    )
     rows: list[list[int]] = outputs[:, tokens.shape[1] :].tolist()
     return rows
 
@@ -126,8 +131,10 @@ def main() -> None:
     print(
         f"{describe_device(torch.device('cpu'))}; {torch.get_num_threads()} threads, transformers {transformers.__version__}"
     )
-    print(f"{a.size}: {n:,} parameters, float32; prompts of {N_WORDS + N_LATENTS + 3} positions, {a.new_tokens} new tokens, "
-          f"median of {a.runs}")  # fmt: skip
+    print(
+        f"{a.size}: {n:,} parameters, float32; prompts of {N_WORDS + N_LATENTS + 3} positions, {a.new_tokens} new tokens, "
+        f"median of {a.runs}"
+    )
     print("batch beams   kosmos-lit tok/s   transformers tok/s   ratio   ratio by CPU time   tokens")
     for size in a.batch:
         prompts, images = make_prompts(size)
@@ -143,8 +150,11 @@ def main() -> None:
                 raise SystemExit(f"batch {size}, {n_beams} beams: the two sides differ\n{actual}\n{expected}")
             (wall, cpu), (reference_wall, reference_cpu) = measure(sides, a.runs)
             n_tokens = size * a.new_tokens
-            print(f"{size:5} {n_beams:5} {n_tokens / wall:18.1f} {n_tokens / reference_wall:20.1f} "
-                  f"{reference_wall / wall:7.2f} {reference_cpu / cpu:19.2f}   equal", flush=True)  # fmt: skip
+            print(
+                f"{size:5} {n_beams:5} {n_tokens / wall:18.1f} {n_tokens / reference_wall:20.1f} "
+                f"{reference_wall / wall:7.2f} {reference_cpu / cpu:19.2f}   equal",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

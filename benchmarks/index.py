@@ -61,7 +61,9 @@ import json, re, sys, time
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 """
-PROBE = RESIDENT + """
+PROBE = (
+    RESIDENT
+    + """
 from datamodules.corpus import IndexedCorpus
 before, start = resident(), time.perf_counter()
 corpus = IndexedCorpus(sys.argv[1])
@@ -70,7 +72,10 @@ for document in range(0, corpus.n_documents, corpus.n_documents // 1000):
     corpus.document_tokens(document), corpus.document_images(document), corpus.shards[document % len(corpus.shards)]
 print(json.dumps({"seconds": seconds, "MB opened": opened, "MB after 1000 documents": resident() - before}))
 """
-START = RESIDENT + """
+)
+START = (
+    RESIDENT
+    + """
 from benchmarks.index import LAYOUT, sparse_source
 from datamodules.prepared_source import PreparedSource
 from kosmos_lit.tokenizer import Tokenizer
@@ -81,6 +86,7 @@ seconds = time.perf_counter() - start
 peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024 - before
 print(json.dumps({"s": seconds, "MB": resident() - before, "peak MB": peak, "rows": opened.train.plan.n_rows}))
 """
+)
 LAYOUT = RowLayout(seq_len=2048, n_latents=64, seed=0)
 
 
@@ -138,10 +144,17 @@ def sparse_index(folder: Path, n_documents: int, n_shards: int, tokenizer: str =
             file.truncate(file.tell() + length * np.dtype(dtype).itemsize)
     shards = [{"path": f"../../laion/part-{i // 1000:04d}/{i:06d}.tar", "bytes": 300_000_000 + i} for i in range(n_shards)]
     manifest = {
-        "version": VERSION, "format": "img2dataset", "tokenizer": tokenizer, "options": {}, "shards": shards,
-        "documents": n_documents, "tokens": 16 * n_documents, "images": n_documents,
-        "tally": Tally().to_dict(), "image_tally": Tally().to_dict(),
-    }  # fmt: skip
+        "version": VERSION,
+        "format": "img2dataset",
+        "tokenizer": tokenizer,
+        "options": {},
+        "shards": shards,
+        "documents": n_documents,
+        "tokens": 16 * n_documents,
+        "images": n_documents,
+        "tally": Tally().to_dict(),
+        "image_tally": Tally().to_dict(),
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -186,10 +199,12 @@ def datatrove_run(texts: Sequence[str], vocab_size: int, folder: Path) -> tuple[
         pipeline = [
             JsonlReader(str(folder / "text"), glob_pattern="*.jsonl*"),
             DocumentTokenizer(
-                str(folder / f"tokens-{number}"), str(folder / "tokenizer.json"), shuffle_documents=False,
+                str(folder / f"tokens-{number}"),
+                str(folder / "tokenizer.json"),
+                shuffle_documents=False,
                 save_final_metadata=False,
             ),
-        ]  # fmt: skip
+        ]
         with redirect_stderr(io.StringIO()):  # a page of log
             LocalPipelineExecutor(pipeline, tasks=1, workers=1, logging_dir=str(folder / f"logs-{number}")).run()
 
@@ -208,9 +223,11 @@ def measure_pairs(patterns: list[str], tokenizer: Path, folder: Path, n_runs: in
     n_bytes = sum(os.path.getsize(path) for pattern in patterns for path in glob.glob(pattern))
     columns = [(folder / "pairs-0" / f"{name}.npy").stat().st_size for name in COLUMNS]
     return {
-        "pairs": counts[0], "kB a pair": n_bytes / counts[0] / 1000, "pairs/s": counts[0] / seconds,
+        "pairs": counts[0],
+        "kB a pair": n_bytes / counts[0] / 1000,
+        "pairs/s": counts[0] / seconds,
         "bytes a pair beside tokens": sum(columns) / counts[0],
-    }  # fmt: skip
+    }
 
 
 def measure_text(files: list[str], tokenizer: Path, folder: Path, n_runs: int) -> dict[str, Any]:
@@ -244,9 +261,13 @@ def measure_text(files: list[str], tokenizer: Path, folder: Path, n_runs: int) -
     assert corpora[0].manifest is not None
     n_tokens = corpora[0].manifest["tokens"]
     return {
-        "MB": megabytes, "tokens": n_tokens, "tokens/s": n_tokens / seconds["ours, files to index"], "MB/s": rates,
-        "ours over": {name: first / rate for name, rate in rates.items()}, "datatrove": note,
-    }  # fmt: skip
+        "MB": megabytes,
+        "tokens": n_tokens,
+        "tokens/s": n_tokens / seconds["ours, files to index"],
+        "MB/s": rates,
+        "ours over": {name: first / rate for name, rate in rates.items()},
+        "datatrove": note,
+    }
 
 
 def sparse_source(folder: str, val_share: float) -> NamedSource:
@@ -336,17 +357,21 @@ def show(results: dict[str, Any], n_runs: int) -> None:
         print(f"  {name:<44}{rate:8.2f} MB/s{text['ours over'][name]:12.2f} = ours over it")
     print(f"  {text['datatrove']}")
     print(f"\nopening: {opening['documents']:,} pairs in {opening['shards']:,} shards, a fresh process")
-    print(f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
-          f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
-          "(mapped pages of the files, which the kernel takes back, among them)")  # fmt: skip
+    print(
+        f"  {opening['seconds']:.2f} s, {opening['MB opened']:.0f} MB resident, "
+        f"{opening['MB after 1000 documents']:.0f} MB after 1000 documents drawn from all of it "
+        "(mapped pages of the files, which the kernel takes back, among them)"
+    )
     for name, o in ((name, start) for name, start in opening.items() if name.startswith("start")):
         print(f"  a run's {name}: {o['s']:.2f} s, {o['MB']:.0f} MB resident, {o['peak MB']:.0f} MB at most")
     total = sum(opening["bytes a pair"].values())
     sizes = ", ".join(f"{name} {size}" for name, size in opening["bytes a pair"].items())
     print(f"  bytes a pair, all of them mapped and none read: {sizes}; {total} together")
-    print(f"  2 x 10^9 pairs: {2e9 * total / 1e9:.0f} GB of columns mapped, {2e9 * 2 * 17 / 1e9:.0f} GB of tokens at 17 a "
-          f"pair; resident is the manifest alone, {opening['manifest MB']:.1f} MB of JSON for {opening['shards']:,} "
-          "shards, whatever the number of documents")  # fmt: skip
+    print(
+        f"  2 x 10^9 pairs: {2e9 * total / 1e9:.0f} GB of columns mapped, {2e9 * 2 * 17 / 1e9:.0f} GB of tokens at 17 a "
+        f"pair; resident is the manifest alone, {opening['manifest MB']:.1f} MB of JSON for {opening['shards']:,} "
+        "shards, whatever the number of documents"
+    )
 
 
 if __name__ == "__main__":

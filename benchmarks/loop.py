@@ -50,9 +50,14 @@ from kosmos_lit.model import Kosmos
 CONFIG = Path(__file__).with_name("loop.yaml")
 MODELS = {
     "small": [],
-    "least": ["--model.kosmos.decoder.dim=16", "--model.kosmos.decoder.n_layers=1", "--model.kosmos.decoder.ffn_dim=16",
-              "--data.global_batch_rows=1", "--data.micro_batch_rows=1"],
-}  # fmt: skip
+    "least": [
+        "--model.kosmos.decoder.dim=16",
+        "--model.kosmos.decoder.n_layers=1",
+        "--model.kosmos.decoder.ffn_dim=16",
+        "--data.global_batch_rows=1",
+        "--data.micro_batch_rows=1",
+    ],
+}
 TRAINERS = {
     "Trainer": ["--trainer.callbacks=null", "--trainer.logger=false", "--trainer.enable_checkpointing=false"],
     "every 10 steps": ["--trainer.log_every_n_steps=10"],
@@ -204,8 +209,10 @@ def run(folder: Path, models: Sequence[str], n_steps: int, n_rounds: int, *, pro
         warnings.filterwarnings("ignore", message=message)
     results: dict[str, Any] = {
         "machine": describe_device(torch.device("cpu")),
-        "threads": torch.get_num_threads(), "steps": n_steps, "rounds": n_rounds,
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "steps": n_steps,
+        "rounds": n_rounds,
+    }
     print("; ".join(f"{name} {value}" for name, value in results.items()), flush=True)
     for name in models:
         loop = Loop(MODELS[name], folder, n_steps)

@@ -69,9 +69,15 @@ def write_index(folder: Path, n: int) -> None:
     column("tokens", at, "<u2")
     shards = [{"path": f"pairs/{i:08d}.tar", "bytes": 1} for i in range(-(-n // SHARD))]
     manifest = {
-        "version": VERSION, "format": "img2dataset", "tokenizer": "none", "options": {}, "shards": shards,
-        "documents": n, "tokens": at, "images": n,
-    }  # fmt: skip
+        "version": VERSION,
+        "format": "img2dataset",
+        "tokenizer": "none",
+        "options": {},
+        "shards": shards,
+        "documents": n,
+        "tokens": at,
+        "images": n,
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -107,9 +113,13 @@ def open_and_read(folder: Path, number: int) -> dict[str, float]:
     read, read_own, read_mapped = time.perf_counter(), *resident()
     assert n
     return {
-        "open": open_end - began, "open_own": open_own - own, "open_mapped": open_mapped - mapped,
-        "row": read - open_end, "row_own": read_own - own, "row_mapped": read_mapped - mapped,
-    }  # fmt: skip
+        "open": open_end - began,
+        "open_own": open_own - own,
+        "open_mapped": open_mapped - mapped,
+        "row": read - open_end,
+        "row_own": read_own - own,
+        "row_mapped": read_mapped - mapped,
+    }
 
 
 def padding(widths: Array) -> str:

@@ -88,16 +88,30 @@ class Run:
         self.times, self.output = folder / "times", folder / "output"
         environment = {k: v for k, v in os.environ.items() if k not in READ_BY_OPENMP}
         command = [
-            sys.executable, "main.py", "fit", "-c", str(config), "--trainer.default_root_dir", str(folder / "run"),
-            "--data.world.path", str(world), "--trainer.max_steps=1000000", "--trainer.num_sanity_val_steps=0",
+            sys.executable,
+            "main.py",
+            "fit",
+            "-c",
+            str(config),
+            "--trainer.default_root_dir",
+            str(folder / "run"),
+            "--data.world.path",
+            str(world),
+            "--trainer.max_steps=1000000",
+            "--trainer.num_sanity_val_steps=0",
             "--trainer.val_check_interval=1000000",
-            "--trainer.callbacks+=benchmarks.shared.StepTimes", f"--trainer.callbacks.path={self.times}",
-        ]  # fmt: skip
+            "--trainer.callbacks+=benchmarks.shared.StepTimes",
+            f"--trainer.callbacks.path={self.times}",
+        ]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment | dict(setting), stdout=output, stderr=subprocess.STDOUT,
+                command,
+                cwd=ROOT,
+                env=environment | dict(setting),
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group, so that signals reach the loader's process too
-            )  # fmt: skip
+            )
         started = time.monotonic()
         while len(self.steps()) < 3:
             if self.process.poll() is not None or time.monotonic() - started > START_SECONDS:
@@ -184,9 +198,16 @@ def verdicts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             reference, bar, goal = (ONE_THREAD, LOADED_BAR, LOADED_GOAL) if n else (DEFAULT, QUIET_BAR, QUIET_GOAL)
             ratio = line[f"over {reference}"]
             verdict = "goal" if ratio >= goal else "ok" if ratio >= bar else "MISSED"
-            results.append({
-                "busy processes": n, "fit over": reference, "ratio": ratio, "bar": bar, "goal": goal, "verdict": verdict,
-            })  # fmt: skip
+            results.append(
+                {
+                    "busy processes": n,
+                    "fit over": reference,
+                    "ratio": ratio,
+                    "bar": bar,
+                    "goal": goal,
+                    "verdict": verdict,
+                }
+            )
     return results
 
 
@@ -203,13 +224,18 @@ def run(
 ) -> dict[str, Any]:
     """Measure runs of `config` on a drawn world, each in a folder in `folder`; print tables and return the results."""
     settings: dict[str, dict[str, str]] = {
-        FIT: {}, DEFAULT: {"GOMP_SPINCOUNT": str(DEFAULT_SPIN_COUNT)}, ONE_THREAD: {"OMP_NUM_THREADS": "1"},
-    }  # fmt: skip
+        FIT: {},
+        DEFAULT: {"GOMP_SPINCOUNT": str(DEFAULT_SPIN_COUNT)},
+        ONE_THREAD: {"OMP_NUM_THREADS": "1"},
+    }
     settings |= {f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in spin_counts}
     results: dict[str, Any] = {
-        "machine": describe_device(torch.device("cpu")), "seconds": seconds, "rounds": n_rounds, "apart": apart,
+        "machine": describe_device(torch.device("cpu")),
+        "seconds": seconds,
+        "rounds": n_rounds,
+        "apart": apart,
         "load average before": round(os.getloadavg()[0], 2),  # with other work 0 busy processes are not quiet
-    }  # fmt: skip
+    }
     print("; ".join(f"{name} {value}" for name, value in results.items()), flush=True)
     speeds: dict[tuple[str, int], list[float]] = {(name, n): [] for n in busy for name in settings}
     with ExitStack() as stack:
@@ -245,9 +271,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs end too
     with tempfile.TemporaryDirectory() as folder:
         results = run(
-            Path(folder), a.world.absolute(), CONFIG,
-            busy=a.busy, spin_counts=a.spin_counts, seconds=a.seconds, n_rounds=a.rounds, apart=a.apart,
-        )  # fmt: skip
+            Path(folder),
+            a.world.absolute(),
+            CONFIG,
+            busy=a.busy,
+            spin_counts=a.spin_counts,
+            seconds=a.seconds,
+            n_rounds=a.rounds,
+            apart=a.apart,
+        )
     if a.json:
         a.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return int(any(verdict["verdict"] == "MISSED" for verdict in results["verdicts"]))

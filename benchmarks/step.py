@@ -77,10 +77,17 @@ def make_model(size: str, vocab: int, seq_len: int, image_size: int) -> Kosmos:
         vision=VisionConfig(architecture=architecture, pretrained=None, image_size=image_size),
         connector=ConnectorConfig(n_latents=N_LATENTS, n_heads=n_heads, attention_dropout_rate=0.0),
         decoder=DecoderConfig(
-            vocab_size=vocab, dim=dim, n_layers=n_layers, n_heads=n_heads, ffn_dim=4 * dim, positions="sinusoidal",
-            max_seq_len=seq_len, dropout_rate=0.0, attention_dropout_rate=0.0,
+            vocab_size=vocab,
+            dim=dim,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            ffn_dim=4 * dim,
+            positions="sinusoidal",
+            max_seq_len=seq_len,
+            dropout_rate=0.0,
+            attention_dropout_rate=0.0,
         ),
-    )  # fmt: skip
+    )
     return Kosmos.create(config).train()
 
 
@@ -208,9 +215,11 @@ def check(kosmos: TrainLoop, transformers: TrainLoop) -> dict[str, float]:
         if abs(ours - reference) > 1e-3 * abs(reference):  # float32 sums of tens of thousands of terms in other orders
             raise SystemExit(f"the {name} differ: {ours} in kosmos-lit, {reference} in transformers")
     return {
-        "loss": losses[0], "transformers, loss": losses[1],
-        "gradient norm": norms[0], "transformers, gradient norm": norms[1],
-    }  # fmt: skip
+        "loss": losses[0],
+        "transformers, loss": losses[1],
+        "gradient norm": norms[0],
+        "transformers, gradient norm": norms[1],
+    }
 
 
 def compare(step: Step, kosmos: TrainLoop, transformers: TrainLoop, n_rounds: int) -> list[dict[str, Any]]:
@@ -258,8 +267,13 @@ def profiled(loop: TrainLoop, n_rows: int) -> str:
 def show(lines: Sequence[dict[str, Any]]) -> None:
     """Print lines with the same columns as a table."""
     columns = list(lines[0])
-    cells = [columns, *(["" if line[c] is None else f"{line[c]:,}" if isinstance(line[c], int) else str(line[c])
-                         for c in columns] for line in lines)]  # fmt: skip
+    cells = [
+        columns,
+        *(
+            ["" if line[c] is None else f"{line[c]:,}" if isinstance(line[c], int) else str(line[c]) for c in columns]
+            for line in lines
+        ),
+    ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
@@ -278,12 +292,19 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     reference = TrainLoop(make_transformers(model), transformers_loss, step.padded, step.n_targets)
     kernel = reference.model.config.text_config._attn_implementation
     results: dict[str, Any] = {
-        "machine": describe_device(torch.device("cpu")), "transformers": transformers.__version__,
+        "machine": describe_device(torch.device("cpu")),
+        "transformers": transformers.__version__,
         "attention in transformers": kernel,
-        "size": a.size, "parameters": sum(p.numel() for p in model.parameters()), "vocabulary": a.vocab,
-        "positions of a row": a.seq_len, "rows": dict(zip(KINDS, a.rows, strict=True)), "short text": a.short_text,
-        "rows of a packed micro-batch": a.micro_rows, "targets": step.n_targets, "rounds": a.rounds,
-    }  # fmt: skip
+        "size": a.size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": a.vocab,
+        "positions of a row": a.seq_len,
+        "rows": dict(zip(KINDS, a.rows, strict=True)),
+        "short text": a.short_text,
+        "rows of a packed micro-batch": a.micro_rows,
+        "targets": step.n_targets,
+        "rounds": a.rounds,
+    }
     print("; ".join(f"{name} {value}" for name, value in results.items()))
     torch.set_num_threads(a.threads[0])
     results["agreement"] = check(kosmos, reference)

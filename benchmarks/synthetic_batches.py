@@ -125,13 +125,22 @@ class SyntheticBatches:
         loss_at = np.flatnonzero(targets.ravel() != IGNORE)
         images = draw.integers(0, 256, (len(slots), 3, self.image_size, self.image_size), dtype=np.uint8)
         return KosmosBatch(
-            tokens=torch.from_numpy(tokens), targets=torch.from_numpy(targets), positions=torch.from_numpy(positions),
-            lengths=tuple(lengths), loss_at=torch.from_numpy(loss_at), images=torch.from_numpy(images),
+            tokens=torch.from_numpy(tokens),
+            targets=torch.from_numpy(targets),
+            positions=torch.from_numpy(positions),
+            lengths=tuple(lengths),
+            loss_at=torch.from_numpy(loss_at),
+            images=torch.from_numpy(images),
             slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 2),
-            corpus=torch.tensor([CORPORA.index(row[0].kind) for row in rows]), n_bytes=torch.zeros(B, dtype=torch.int64),
-            rows=tuple(range(B)), n_step_targets=n_step_targets or len(loss_at), n_real=int((tokens != PAD).sum()),
-            sources=tuple(row[0].kind for row in rows), amounts=(T,) * B, padding=tuple(padding),
-        )  # fmt: skip
+            corpus=torch.tensor([CORPORA.index(row[0].kind) for row in rows]),
+            n_bytes=torch.zeros(B, dtype=torch.int64),
+            rows=tuple(range(B)),
+            n_step_targets=n_step_targets or len(loss_at),
+            n_real=int((tokens != PAD).sum()),
+            sources=tuple(row[0].kind for row in rows),
+            amounts=(T,) * B,
+            padding=tuple(padding),
+        )
 
 
 def n_targets(rows: Sequence[Sequence[Document]]) -> int:

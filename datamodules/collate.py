@@ -129,10 +129,16 @@ class ImageReader:
         if self.ledger is not None:
             self.ledger.write(
                 BadSample(
-                    source=source, shard=shard, key=key, reason=reason, detail=detail, row=row.number,
-                    split=self.split, offset=offset,
+                    source=source,
+                    shard=shard,
+                    key=key,
+                    reason=reason,
+                    detail=detail,
+                    row=row.number,
+                    split=self.split,
+                    offset=offset,
                 )
-            )  # fmt: skip
+            )
 
 
 def collate(
@@ -158,9 +164,9 @@ def collate(
             row_targets[segment.position : segment.position + segment.length] = IGNORE
     tokens = np.stack([row.tokens for row in rows])
     # view: without images the list is empty, and its tensor (0,) instead of (0, 2).
-    slots = torch.tensor(
-        [(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64
-    ).view(-1, 2)
+    slots = torch.tensor([(b, first) for b, row in enumerate(rows) for first in row.slots.tolist()], dtype=torch.int64).view(
+        -1, 2
+    )
     special = tokenizer.special
     check_slots(torch.from_numpy(tokens), slots, len(images), n_latents, special.image, special.image_end)
     return KosmosBatch(

@@ -153,11 +153,13 @@ class IndexedCorpus:
         start, end = (int(x) for x in self.image_offsets[document : document + 2])
         return [
             StoredImage(
-                *unpack_place(int(self.image_places[i])), int(self.image_lengths[i]), int(self.image_positions[i]),
+                *unpack_place(int(self.image_places[i])),
+                int(self.image_lengths[i]),
+                int(self.image_positions[i]),
                 self._image_path(i),
             )
             for i in range(start, end)
-        ]  # fmt: skip
+        ]
 
     def _image_path(self, image: int) -> str:
         if "image_paths" not in self.extra:

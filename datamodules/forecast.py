@@ -76,9 +76,7 @@ def largest_micro_batch(
     return images, largest_amount({index: s.targets for index, s in sizes.items()}, schedule, micro_batch_rows)
 
 
-def largest_amount(
-    row_amounts: Mapping[int, tuple[float, float]], schedule: MixtureSchedule, micro_batch_rows: int
-) -> int:
+def largest_amount(row_amounts: Mapping[int, tuple[float, float]], schedule: MixtureSchedule, micro_batch_rows: int) -> int:
     """Return about how much of something (images, say) a micro-batch holds at most.
 
     Args:
@@ -143,20 +141,31 @@ class TypicalForecast:
 
     @classmethod
     def of(
-        cls, sources: Mapping[str, NamedSource], ratios: Sequence[tuple[int, Sequence[float]]], unit: Unit, steps: Steps,
-        seq_len: int, n_latents: int,
-    ) -> TypicalForecast:  # fmt: skip
+        cls,
+        sources: Mapping[str, NamedSource],
+        ratios: Sequence[tuple[int, Sequence[float]]],
+        unit: Unit,
+        steps: Steps,
+        seq_len: int,
+        n_latents: int,
+    ) -> TypicalForecast:
         """Build the schedule by the same rules as with the corpora."""
         kinds = {name: source.kind for name, source in sources.items()}
         epochs = {name: typical_epoch(kind, seq_len, n_latents) for name, kind in kinds.items()}
         totals = {
             name: Totals(
                 # Of these fields, `row_shares` reads rows, begun and targets.
-                documents=EPOCH_ROWS, begun=max(1, round(a.positions / length)), rows=EPOCH_ROWS, positions=a.positions,
-                targets=a.targets, images=a.images, dropped={}, first_dropped={},
+                documents=EPOCH_ROWS,
+                begun=max(1, round(a.positions / length)),
+                rows=EPOCH_ROWS,
+                positions=a.positions,
+                targets=a.targets,
+                images=a.images,
+                dropped={},
+                first_dropped={},
             )
             for name, (a, length) in epochs.items()
-        }  # fmt: skip
+        }
         named = list(sources.values())
         stages = tuple(row_shares(steps.row(step), ratio, named, totals, unit) for step, ratio in ratios)
         return cls(kinds, build_schedule([Phase(0, stages)], kinds), epochs)

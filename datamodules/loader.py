@@ -110,9 +110,14 @@ class MicroBatches(IterableDataset[KosmosBatch]):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         o = self.options
         reader = ImageReader(
-            o.image_size, o.fit, o.tokenizer.special, o.max_bad_share, ledger=o.ledger, blocklist=o.blocklist,
+            o.image_size,
+            o.fit,
+            o.tokenizer.special,
+            o.max_bad_share,
+            ledger=o.ledger,
+            blocklist=o.blocklist,
             split=None if self.n_rows is None else "val",  # finite streams are of held-out rows
-        )  # fmt: skip
+        )
         corpora = {name: source.corpus for name, source in self.stream.by_name.items()}
         # Several micro-batches belong to one step: its targets are counted once.
         counted, n_targets = range(0), 1

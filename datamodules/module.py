@@ -140,9 +140,12 @@ class MixtureData(L.LightningDataModule):
     def _open_sources(self, workers: int) -> None:
         self.tokenizer = open_tokenizer(self.tokenizer_config)
         layout = RowLayout(
-            seq_len=self.seq_len, n_latents=self.n_latents, seed=self.seed,
-            block_documents=self.block_documents, run_documents=self.run_documents,
-        )  # fmt: skip
+            seq_len=self.seq_len,
+            n_latents=self.n_latents,
+            seed=self.seed,
+            block_documents=self.block_documents,
+            run_documents=self.run_documents,
+        )
         self.prepared = {n: PreparedSource(s, self.tokenizer, layout, workers) for n, s in self.sources.items()}
 
     def open(self) -> None:
@@ -275,16 +278,24 @@ class MixtureData(L.LightningDataModule):
     def _batch_layout(self, first_row: int) -> BatchLayout:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return BatchLayout(
-            first_row=first_row, global_batch_rows=self.global_batch_rows, micro_batch_rows=self.micro_batch_rows,
-            rank=rank, world_size=world,
-        )  # fmt: skip
+            first_row=first_row,
+            global_batch_rows=self.global_batch_rows,
+            micro_batch_rows=self.micro_batch_rows,
+            rank=rank,
+            world_size=world,
+        )
 
     def _render_options(self) -> RenderOptions:
         return RenderOptions(
-            tokenizer=self.tokenizer, image_size=self.image_size, fit=self.image_fit,
-            n_latents=self.n_latents, max_bad_share={n: s.config.max_bad_share for n, s in self.sources.items()},
-            ledger=self._ledger(), blocklist=self.blocklist, unit=self.unit,
-        )  # fmt: skip
+            tokenizer=self.tokenizer,
+            image_size=self.image_size,
+            fit=self.image_fit,
+            n_latents=self.n_latents,
+            max_bad_share={n: s.config.max_bad_share for n, s in self.sources.items()},
+            ledger=self._ledger(),
+            blocklist=self.blocklist,
+            unit=self.unit,
+        )
 
     def _ledger(self) -> Ledger | None:
         folder = Path(self.trainer.default_root_dir) if self.trainer is not None else None

@@ -36,9 +36,12 @@ def caption_prompts(
                 targets.append(tokenizer.decode(corpus.document_tokens(document).tolist()))
         if n := len(targets):
             yield PromptBatch(
-                prompts=[prompt] * n, images=_stack(images, image_size), n_images=[1] * n, targets=targets,
+                prompts=[prompt] * n,
+                images=_stack(images, image_size),
+                n_images=[1] * n,
+                targets=targets,
                 tasks=["caption"] * n,
-            )  # fmt: skip
+            )
 
 
 def example_prompts(

@@ -216,9 +216,17 @@ class Stream:
             image_segments += [len(segments)] * len(in_row)
             segments.append(Segment(document, start, end, position, stop - position))
         return Row(
-            number, source.kind, source.name, epoch, tokens, targets, tuple(segments), tuple(images), tuple(image_segments),
+            number,
+            source.kind,
+            source.name,
+            epoch,
+            tokens,
+            targets,
+            tuple(segments),
+            tuple(images),
+            tuple(image_segments),
             slots,
-        )  # fmt: skip
+        )
 
 
 def inputs_and_targets(

@@ -296,9 +296,7 @@ class KosmosLit(L.LightningModule):
         if (algorithm := self.trainer.gradient_clip_algorithm) not in (None, "norm"):
             raise UserError(f"trainer.gradient_clip_algorithm: only norm is supported, got {algorithm.value}")
         trained = [p for p in self.parameters() if p.requires_grad]  # no state for what is frozen
-        optimizer = torch.optim.AdamW(
-            trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
-        )
+        optimizer = torch.optim.AdamW(trained, lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -346,8 +344,7 @@ class KosmosLit(L.LightningModule):
         tokenizer, n_latents = self.tokenizer, self.config.connector.n_latents
         net = self._full_net[-1] if self._full_net else self.net
         prompts = [
-            encode_prompt(text, n, tokenizer, n_latents)
-            for text, n in zip(batch.prompts, batch.n_images, strict=True)
+            encode_prompt(text, n, tokenizer, n_latents) for text, n in zip(batch.prompts, batch.n_images, strict=True)
         ]
         # Stored ids replace the text, which need not encode to the same ids.
         if batch.tokens is not None:

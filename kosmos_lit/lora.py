@@ -24,11 +24,20 @@ PREFIX = "base_model.model."
 """Before each name in peft's files."""
 READ = {"peft_type", "r", "lora_alpha", "target_modules"}
 HARMLESS = {
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",  # about the file
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",  # about the file
     "lora_dropout",  # in training only
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",  # of ways to start, see `init_lora_weights`
-    "megatron_core", "qalora_group_size",  # without `megatron_config` and `use_qalora` nothing reads them
-}  # fmt: skip
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",  # of ways to start, see `init_lora_weights`
+    "megatron_core",
+    "qalora_group_size",  # without `megatron_config` and `use_qalora` nothing reads them
+}
 """Fields of peft's table that do not change what a trained adapter computes."""
 NEUTRAL_INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base weights alone; others (pissa, olora, corda, loftq, lora_ga) do not."""

@@ -37,9 +37,15 @@ class Progress:
     """How far some work is: on a terminal a line that is drawn over, else a line now and then, and one at the end."""
 
     def __init__(
-        self, title: str, total: int | None, unit: str, *, n_before: int = 0, quiet: bool = False,
+        self,
+        title: str,
+        total: int | None,
+        unit: str,
+        *,
+        n_before: int = 0,
+        quiet: bool = False,
         line_seconds: float | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start the clock.
 
         Args:

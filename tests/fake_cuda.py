@@ -51,11 +51,19 @@ class FakeGpu:
 def fake_cuda(gpu: FakeGpu = FakeGpu()) -> Iterator[None]:
     """Run a block as on a machine with a GPU, whose tensors have no elements."""
     answers: dict[str, Any] = {
-        "device_count": 1, "current_device": 0, "set_device": None, "empty_cache": None, "synchronize": None,
-        "get_device_name": gpu.name, "is_bf16_supported": gpu.has_bf16,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "empty_cache": None,
+        "synchronize": None,
+        "get_device_name": gpu.name,
+        "is_bf16_supported": gpu.has_bf16,
         "get_device_properties": SimpleNamespace(total_memory=int(gpu.memory), name=gpu.name),
-        "max_memory_allocated": 0, "max_memory_reserved": 0, "manual_seed_all": None, "is_current_stream_capturing": False,
-    }  # fmt: skip
+        "max_memory_allocated": 0,
+        "max_memory_reserved": 0,
+        "manual_seed_all": None,
+        "is_current_stream_capturing": False,
+    }
     replacements: list[tuple[Any, str, Any]] = [
         *((torch.cuda, question, mock.Mock(return_value=answer)) for question, answer in answers.items()),
         *((torch.cuda, name, mock.MagicMock()) for name in ("Stream", "Event", "current_stream")),

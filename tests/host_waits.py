@@ -11,9 +11,19 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 READS = {
-    aten._local_scalar_dense, aten.item, aten.nonzero, aten.nonzero_numpy, aten.masked_select, aten.equal, aten.is_nonzero,
-    aten._unique2, aten.unique_consecutive, aten.unique_dim, aten.bincount, aten.allclose,
-}  # fmt: skip
+    aten._local_scalar_dense,
+    aten.item,
+    aten.nonzero,
+    aten.nonzero_numpy,
+    aten.masked_select,
+    aten.equal,
+    aten.is_nonzero,
+    aten._unique2,
+    aten.unique_consecutive,
+    aten.unique_dim,
+    aten.bincount,
+    aten.allclose,
+}
 """Operations whose result is a number on the host, or has as many elements as the values say."""
 
 

@@ -46,7 +46,7 @@ def test_pipelines_take_turns_and_a_missing_one_is_named() -> None:
     pipelines = {"a": lambda: pipeline("a", 7), "b": missing, "c": lambda: pipeline("c", 5)}
     rates, reasons = benchmark.rates(pipelines, n_batches=3, n_rounds=2, workers=0)
 
-    assert "".join(turns) == "aaaa" "cccc" "aaa" "ccc" "aaa" "ccc"  # the first round reads one batch more
+    assert "".join(turns) == "aaaaccccaaacccaaaccc"  # the first round reads one batch more
     assert reasons == {"b": "no such library"}
     assert [round(images / rows, 9) for images, rows in rates["a"] + rates["c"]] == [7, 7, 5, 5]
 

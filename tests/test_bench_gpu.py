@@ -102,15 +102,22 @@ def test_a_part_that_fails_dies_or_loses_the_device_costs_itself_alone(tmp_path:
     contents = measure(tmp_path / "gpu.json", parts)
 
     assert contents["status"] == {
-        "quick": "done", "fails": "failed: OutOfMemoryError: no room", "remembers": "done",
-        "dies": "failed: its process ended with exit code 3", "again": "done",
+        "quick": "done",
+        "fails": "failed: OutOfMemoryError: no room",
+        "remembers": "done",
+        "dies": "failed: its process ended with exit code 3",
+        "again": "done",
         "loses_the_device": "failed: RuntimeError: CUDA error: an illegal memory access was encountered",
         "unknown": f"failed: AttributeError: module '{__name__}' has no attribute 'missing'",
-    }  # fmt: skip
+    }
     results = contents["results"]
     assert results["quick"] | {"took, s": 0} == {
-        "value": "nan", "rate": 3e12, "MM, TFLOP/s": 3.0, "copy, GB/s": 5.0, "took, s": 0
-    }  # fmt: skip
+        "value": "nan",
+        "rate": 3e12,
+        "MM, TFLOP/s": 3.0,
+        "copy, GB/s": 5.0,
+        "took, s": 0,
+    }
     assert results["dies"] == {"first": 7}
     # The process is another one, and knows the yardsticks of the first.
     assert results["remembers"]["pid"] != results["again"]["pid"]
@@ -162,9 +169,7 @@ def test_a_signal_leaves_the_file_and_no_process(tmp_path: Path, number: signal.
 
     assert process.wait(20) == 128 + number
     contents = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert contents["status"] == {
-        "quick": "done", "hangs": "cut: the run was interrupted", "run": "interrupted by a signal"
-    }  # fmt: skip
+    assert contents["status"] == {"quick": "done", "hangs": "cut: the run was interrupted", "run": "interrupted by a signal"}
     assert not is_running(contents["results"]["hangs"]["child"])
 
 
@@ -424,13 +429,16 @@ tests/a/test_b.py::test_c
 [gw0] [ 40%] SKIPPED tests/a/test_b.py::test_e
 [gw0] [ 50%] ERROR tests/a/test_b.py::test_f""" + alone[alone.index("\n====") :]
     expected = {
-        "passed": 2, "failed": 1, "skipped": 1, "errors": 2,
+        "passed": 2,
+        "failed": 1,
+        "skipped": 1,
+        "errors": 2,
         "reasons": {
             "tests/a/test_b.py::test_d[dtype0-FAILED]": "RuntimeError: no kernel - image",
             "tests/a/test_b.py::test_f": "OSError: no file",
             "tests/a/test_g.py": "ModuleNotFoundError: No module named 'hypothesis'",
         },
-    }  # fmt: skip
+    }
 
     for output in (alone, parallel):
         results = suite.summed(output.splitlines())
@@ -491,9 +499,7 @@ def test_losses_and_norms_of_two_strategies_are_compared_step_by_step() -> None:
 
 def test_micro_batches_of_real_steps_follow_the_memory(bench: Bench, monkeypatch) -> None:
     needed = {rows: 1e9 * rows for rows in steps.MICRO_ROWS}
-    monkeypatch.setattr(
-        steps, "estimate", lambda _, setting: type("M", (), {"needed": needed[setting.batch.rows]})
-    )
+    monkeypatch.setattr(steps, "estimate", lambda _, setting: type("M", (), {"needed": needed[setting.batch.rows]}))
     bench = replace(bench, sizes=gpu_bench.FULL)
     for available, rows in {13e9: 8, 15e9: 12, 4e9: 3, 0.5e9: 1}.items():
         monkeypatch.setattr(Bench, "available_bytes", lambda _, available=available: available)

@@ -24,9 +24,13 @@ def test_each_setting_is_measured_beside_each_number_of_busy_processes(tmp_path:
 
 def test_ratios_are_those_of_the_same_round_and_have_their_bars() -> None:
     speeds = {
-        (FIT, 0): [90.0, 45.0, 9.0], (DEFAULT, 0): [100.0, 50.0, 11.0], (ONE_THREAD, 0): [60.0, 30.0, 6.0],
-        (FIT, 4): [28.0, 24.0, 36.0], (DEFAULT, 4): [3.0, 3.0, 3.0], (ONE_THREAD, 4): [60.0, 60.0, 60.0],
-    }  # fmt: skip
+        (FIT, 0): [90.0, 45.0, 9.0],
+        (DEFAULT, 0): [100.0, 50.0, 11.0],
+        (ONE_THREAD, 0): [60.0, 30.0, 6.0],
+        (FIT, 4): [28.0, 24.0, 36.0],
+        (DEFAULT, 4): [3.0, 3.0, 3.0],
+        (ONE_THREAD, 4): [60.0, 60.0, 60.0],
+    }
     lines = table(speeds, [FIT, DEFAULT, ONE_THREAD], [0, 4])
 
     assert list(lines[0].values()) == [0, FIT, 45, 0.9, 1.5]

@@ -108,9 +108,7 @@ def test_weights_without_a_checkpoint_are_evaluated(trained: Path, images: Path,
     assert digests[0] == digests[1]
 
 
-def test_an_evaluation_in_training_needs_tasks(
-    tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_evaluation_in_training_needs_tasks(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(tiny_run("fit", tmp_path, tiny_world, "--eval.every_n_steps=2")) == 2
 
     assert "eval.every_n_steps is 2, but there are no eval.tasks" in capsys.readouterr().err

@@ -92,9 +92,7 @@ def imports(module: str, *, lazy: bool) -> frozenset[str]:
 
 
 def importers(library: str, *, lazy: bool) -> set[str]:
-    return {
-        name for name in MODULES if any(i == library or i.startswith(library + ".") for i in imports(name, lazy=lazy))
-    }
+    return {name for name in MODULES if any(i == library or i.startswith(library + ".") for i in imports(name, lazy=lazy))}
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -15,10 +15,16 @@ from tests.cli_runs import ROOT, tiny_run
 OVERLAY = ROOT / "configs" / "eval" / "world.yaml"
 BASELINE = ROOT / "configs" / "world_text_only.yaml"
 SIZE = [
-    "--data.families={n_examples: 23}", "--data.sets={n: 6, n_matrices: 2}", "--data.vocab_size=300", "--data.seq_len=256",
-    "--data.ratio.instruct=5", "--model.kosmos.decoder.max_seq_len=256", "--model.kosmos.decoder.vocab_size=307",
-    "--trainer.max_steps=2", "--trainer.val_check_interval=2",
-]  # fmt: skip
+    "--data.families={n_examples: 23}",
+    "--data.sets={n: 6, n_matrices: 2}",
+    "--data.vocab_size=300",
+    "--data.seq_len=256",
+    "--data.ratio.instruct=5",
+    "--model.kosmos.decoder.max_seq_len=256",
+    "--model.kosmos.decoder.vocab_size=307",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+]
 
 
 @pytest.mark.slow

@@ -38,9 +38,10 @@ def arguments() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     listed = "\n".join(f"    {name:<10} {part.seconds:>4.0f} s  {part.what}" for name, part in PARTS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=f"{__doc__}{listed}",
+        prog="python -m benchmarks.gpu",
+        description=f"{__doc__}{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="everything has ended by then; default: a day")
     parser.add_argument("--json", type=Path, metavar="PATH", default=Path("runs/gpu.json"), help="file of the results")
     parser.add_argument("--parts", nargs="+", choices=PARTS, metavar="NAME", default=list(PARTS), help="default: all")

@@ -68,18 +68,41 @@ def _mixture(text: int, caption: int, interleaved: int) -> Shares:
 
 
 FULL = Sizes(
-    matmul=8192, copy_bytes=1 << 32, dim=2048, n_layers=24, n_heads=32, vocab=64_128, seq_len=2048, rows=16,
+    matmul=8192,
+    copy_bytes=1 << 32,
+    dim=2048,
+    n_layers=24,
+    n_heads=32,
+    vocab=64_128,
+    seq_len=2048,
+    rows=16,
     text=tuple({"text": n} for n in (32, 24, 16, 8, 4, 2)),
     mixture=(_mixture(10, 10, 4), _mixture(5, 5, 2), _mixture(3, 2, 1), _mixture(1, 1, 1)),
-    tower="ViT-L-14-quickgelu", image_size=224, image_chunks=(128, 256, 512), new_tokens=128,
-)  # fmt: skip
+    tower="ViT-L-14-quickgelu",
+    image_size=224,
+    image_chunks=(128, 256, 512),
+    new_tokens=128,
+)
 TINY = Sizes(
-    matmul=64, copy_bytes=1 << 16, dim=32, n_layers=2, n_heads=2, vocab=1_200, seq_len=512, rows=1,
-    text=({"text": 2}, {"text": 1}), mixture=(_mixture(5, 5, 2), _mixture(1, 1, 1)),
-    tower={"embed_dim": 16, "vision_cfg": {"image_size": 224, "patch_size": 32, "width": 16, "layers": 2, "head_width": 8},
-           "quick_gelu": True},
-    image_size=224, image_chunks=(2, 3), new_tokens=4,
-)  # fmt: skip
+    matmul=64,
+    copy_bytes=1 << 16,
+    dim=32,
+    n_layers=2,
+    n_heads=2,
+    vocab=1_200,
+    seq_len=512,
+    rows=1,
+    text=({"text": 2}, {"text": 1}),
+    mixture=(_mixture(5, 5, 2), _mixture(1, 1, 1)),
+    tower={
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 224, "patch_size": 32, "width": 16, "layers": 2, "head_width": 8},
+        "quick_gelu": True,
+    },
+    image_size=224,
+    image_chunks=(2, 3),
+    new_tokens=4,
+)
 
 
 @dataclass
@@ -239,9 +262,15 @@ class Bench:
         """Return the paper's model, or a tiny one; without dropout by default."""
         s = self.sizes
         fields: dict[str, Any] = {
-            "vocab_size": s.vocab, "dim": s.dim, "n_layers": s.n_layers, "n_heads": s.n_heads, "ffn_dim": 4 * s.dim,
-            "max_seq_len": s.seq_len, "dropout_rate": 0.0, "attention_dropout_rate": 0.0,
-        }  # fmt: skip
+            "vocab_size": s.vocab,
+            "dim": s.dim,
+            "n_layers": s.n_layers,
+            "n_heads": s.n_heads,
+            "ffn_dim": 4 * s.dim,
+            "max_seq_len": s.seq_len,
+            "dropout_rate": 0.0,
+            "attention_dropout_rate": 0.0,
+        }
         tower = s.tower if isinstance(s.tower, str) else dict(s.tower)
         return KosmosConfig(
             vision=VisionConfig(architecture=tower, pretrained=None, image_size=s.image_size),
@@ -290,11 +319,16 @@ class Bench:
         peak = peak_flops(torch.cuda.get_device_name(self.device), "bf16") if self.on_gpu else None
         rate = flops.total / seconds
         return {
-            "seconds": seconds, "positions": batch.n_real, "tokens/s": batch.n_real / seconds,
-            "images/s": len(batch.images) / seconds, "padding": 1 - batch.n_real / batch.tokens.numel(),
-            "TFLOP/s": rate / 1e12, "TFLOP/s, full attention": flops.full / seconds / 1e12,
-            "of MM": rate / self.matmul_rate, "of peak": rate / peak if peak else None,
-        }  # fmt: skip
+            "seconds": seconds,
+            "positions": batch.n_real,
+            "tokens/s": batch.n_real / seconds,
+            "images/s": len(batch.images) / seconds,
+            "padding": 1 - batch.n_real / batch.tokens.numel(),
+            "TFLOP/s": rate / 1e12,
+            "TFLOP/s, full attention": flops.full / seconds / 1e12,
+            "of MM": rate / self.matmul_rate,
+            "of peak": rate / peak if peak else None,
+        }
 
     # ---- profiles
 
@@ -406,9 +440,12 @@ def verdict(value: float, accept: float, goal: float, *, at_most: bool = False) 
     share = accept / value if at_most and value else value / accept
     reached = bool(value <= accept if at_most else value >= accept)
     return {
-        "value": value, "at most" if at_most else "at least": accept, "goal": goal, "reached": reached,
+        "value": value,
+        "at most" if at_most else "at least": accept,
+        "goal": goal,
+        "reached": reached,
         "verdict": "reached" if reached else f"missed: {share:.2f} of the threshold",
-    }  # fmt: skip
+    }
 
 
 def measured(results: Mapping[str, Results], metric: str) -> dict[str, float]:

@@ -111,9 +111,11 @@ def _attention(bench: Bench, act: Callable[[], Tensor], qkv: Sequence[Tensor], g
         seconds = bench.seconds(act)
     both = bench.seconds(lambda: torch.autograd.grad(act(), qkv, gradient))  # leaves .grad alone: no accumulation is timed
     return {
-        "forward, ms": 1000 * seconds, "both, ms": 1000 * both, "forward, TFLOP/s": forward / seconds / 1e12,
+        "forward, ms": 1000 * seconds,
+        "both, ms": 1000 * both,
+        "forward, TFLOP/s": forward / seconds / 1e12,
         "both, TFLOP/s": 3.5 * forward / both / 1e12,
-    }  # fmt: skip
+    }
 
 
 # ---- one block
@@ -238,8 +240,10 @@ def clip(bench: Bench) -> Results:
         variants[f"kosmos-lit, {n}"] = partial(_tower, bench, tower, images, operations)
         variants[f"transformers, {n}"] = partial(_transformers_clip, bench, transformers_clip, images, operations)
     results = bench.attempts(variants)
-    rates = {side: best({k: r for k, r in results.items() if k.startswith(side)}, "images/s")
-             for side in ("kosmos-lit", "transformers")}  # fmt: skip
+    rates = {
+        side: best({k: r for k, r in results.items() if k.startswith(side)}, "images/s")
+        for side in ("kosmos-lit", "transformers")
+    }
     own = rates["kosmos-lit"]
     verdicts = {
         "over MM": verdict(own * operations / bench.matmul_rate, 0.65, 0.75),
@@ -271,9 +275,7 @@ def _transformers_clip(bench: Bench, kept: list[Callable[[Tensor], object]], ima
         sizes = tower_sizes(bench.config().vision)
         assert sizes is not None
         with bench.device:
-            model = CLIPVisionModel(
-                CLIPVisionConfig(**sizes, image_size=bench.sizes.image_size, attn_implementation="sdpa")
-            )
+            model = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=bench.sizes.image_size, attn_implementation="sdpa"))
         kept.append(model.to(torch.bfloat16).eval().requires_grad_(False))  # type: ignore[arg-type]
     pixels = torch.randn(images.shape, dtype=torch.bfloat16, device=bench.device)
     return _images(bench, partial(kept[0], pixels), len(images), operations)

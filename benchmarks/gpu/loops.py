@@ -63,11 +63,16 @@ def trainer(bench: Bench) -> Results:
     if not bench.tiny:
         s = bench.sizes
         flags = [
-            "--trainer.accelerator=gpu", "--trainer.precision=bf16-mixed", f"--model.kosmos.decoder.dim={s.dim}",
-            f"--model.kosmos.decoder.n_layers={s.n_layers}", f"--model.kosmos.decoder.n_heads={s.n_heads}",
-            f"--model.kosmos.decoder.ffn_dim={4 * s.dim}", f"--model.kosmos.decoder.vocab_size={s.vocab}",
-            "--data.global_batch_rows=128", "--data.micro_batch_rows=128",
-        ]  # fmt: skip
+            "--trainer.accelerator=gpu",
+            "--trainer.precision=bf16-mixed",
+            f"--model.kosmos.decoder.dim={s.dim}",
+            f"--model.kosmos.decoder.n_layers={s.n_layers}",
+            f"--model.kosmos.decoder.n_heads={s.n_heads}",
+            f"--model.kosmos.decoder.ffn_dim={4 * s.dim}",
+            f"--model.kosmos.decoder.vocab_size={s.vocab}",
+            "--data.global_batch_rows=128",
+            "--data.micro_batch_rows=128",
+        ]
     trainers = {"Trainer": loop.TRAINERS["every 10 steps"]}
     if bench.on_gpu:
         trainers["FSDP2"] = ["-c", "configs/trainer/fsdp.yaml", "--trainer.devices=1", *trainers["Trainer"]]

@@ -36,5 +36,5 @@ PARTS = {
     "released": Part(_PACKAGE + "whole_model:released", 60, "G4: over a loop like the released one"),
     "trainer": Part(_PACKAGE + "loops:trainer", 90, "G11: Lightning and FSDP2 over a bare loop"),
     "loader": Part(_PACKAGE + "loops:loader", 90, "G9: the loader on four processes"),
-}  # fmt: skip
+}
 """Every part, most telling first."""

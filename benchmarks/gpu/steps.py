@@ -44,12 +44,21 @@ NORM_TOLERANCE = 0.05
 """Largest relative difference of a gradient's norm before clipping: a sum that is scaled wrongly is off by a factor. A small
 model on a CPU differs by 1 %."""
 TINY = [
-    "--trainer.accelerator=cpu", "--trainer.max_steps=4", "--model.kosmos.vision.architecture=configs/vision/tiny_48.json",
-    "--model.kosmos.vision.image_size=48", "--model.kosmos.connector.n_heads=4", "--model.kosmos.decoder.dim=64",
-    "--model.kosmos.decoder.n_layers=2", "--model.kosmos.decoder.n_heads=4", "--model.kosmos.decoder.ffn_dim=128",
-    "--model.kosmos.decoder.vocab_size=320", "--model.kosmos.decoder.attention_kernel=sdpa", "--data.seq_len=256",
-    "--data.num_workers=0", "--data.prepare_workers=1",
-]  # fmt: skip
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=4",
+    "--model.kosmos.vision.architecture=configs/vision/tiny_48.json",
+    "--model.kosmos.vision.image_size=48",
+    "--model.kosmos.connector.n_heads=4",
+    "--model.kosmos.decoder.dim=64",
+    "--model.kosmos.decoder.n_layers=2",
+    "--model.kosmos.decoder.n_heads=4",
+    "--model.kosmos.decoder.ffn_dim=128",
+    "--model.kosmos.decoder.vocab_size=320",
+    "--model.kosmos.decoder.attention_kernel=sdpa",
+    "--data.seq_len=256",
+    "--data.num_workers=0",
+    "--data.prepare_workers=1",
+]
 """Flags of a rehearsal; xformers needs CUDA."""
 
 
@@ -107,9 +116,20 @@ def fit(bench: Bench, overlay: str, folder: Path, rows: int) -> Results:
     run = folder / Path(overlay).stem
     flags = [f"--data.micro_batch_rows={rows}", *(TINY if bench.tiny else [])]
     command = [
-        sys.executable, "main.py", "fit", "-c", "configs/kosmos1.yaml", "-c", overlay, "-c", OVERLAY, "--trainer.devices=1",
-        f"--trainer.default_root_dir={run}", *data_flags(folder), *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "main.py",
+        "fit",
+        "-c",
+        "configs/kosmos1.yaml",
+        "-c",
+        overlay,
+        "-c",
+        OVERLAY,
+        "--trainer.devices=1",
+        f"--trainer.default_root_dir={run}",
+        *data_flags(folder),
+        *flags,
+    ]
     results: Results = {"command": shlex.join(command[1:]), "micro-batch rows": rows}
     with (folder / f"{run.name}.log").open("w+", encoding="utf-8") as log:
         begun = time.monotonic()

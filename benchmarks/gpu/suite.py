@@ -18,10 +18,7 @@ from benchmarks.gpu.bench import Bench, Results, verdict
 ROOT = Path(__file__).parents[2]
 WORKERS = 6
 """pytest-xdist's processes: the tests wait for compilers more than for the GPU, which they share."""
-PYTEST = (
-    "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "sys.exit(pytest.main())"
-)
+PYTEST = "import signal, sys, pytest; signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(pytest.main())"
 """As `python -m pytest`, but interrupted by SIGINT also where that is ignored, as in commands in the background."""
 GRACE = 12.0
 """Seconds that pytest has to sum up when its time is over."""
@@ -68,9 +65,18 @@ def gpu_files(folder: Path) -> list[str]:
 def run_pytest(arguments: Sequence[str], seconds: float) -> list[str]:
     """Return the lines that pytest prints; when the time is over it is interrupted, and sums up what it has run."""
     command = [
-        sys.executable, "-c", PYTEST, "-v", "--tb=no", "--no-header", "-rfE", "-p", "no:cacheprovider",
-        "--continue-on-collection-errors", *arguments,
-    ]  # fmt: skip
+        sys.executable,
+        "-c",
+        PYTEST,
+        "-v",
+        "--tb=no",
+        "--no-header",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        *arguments,
+    ]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         # A width at which no reason is cut off.
         environment = os.environ | {"COLUMNS": "400", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
@@ -101,9 +107,13 @@ def summed(lines: Iterable[str]) -> Results:
     counts = Counter(outcomes.values())
     collection = {test: reason for test, reason in reasons.items() if "::" not in test}
     return {
-        "passed": counts["PASSED"], "failed": counts["FAILED"], "skipped": counts["SKIPPED"],
-        "errors": counts["ERROR"] + len(collection), "reasons": reasons, "end": [line.strip("= ") for line in lines[-3:]],
-    }  # fmt: skip
+        "passed": counts["PASSED"],
+        "failed": counts["FAILED"],
+        "skipped": counts["SKIPPED"],
+        "errors": counts["ERROR"] + len(collection),
+        "reasons": reasons,
+        "end": [line.strip("= ") for line in lines[-3:]],
+    }
 
 
 def _is_installed(module: str) -> bool:

@@ -54,9 +54,14 @@ class Record:
     def __init__(self, path: Path, parts: Sequence[str], **about: Any) -> None:
         self.path = path
         self.contents: dict[str, Any] = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"), "command": sys.argv, **about,
-            "machine": {}, "rates": {}, "status": dict.fromkeys(parts, NOT_STARTED), "results": {},
-        }  # fmt: skip
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            **about,
+            "machine": {},
+            "rates": {},
+            "status": dict.fromkeys(parts, NOT_STARTED),
+            "results": {},
+        }
 
     def write(self) -> None:
         """Replace the file as a whole."""
@@ -239,9 +244,14 @@ def describe(bench: Any) -> dict[str, object]:
     from kosmos_lit.checks.device import describe_device
 
     about: dict[str, object] = {
-        "device": describe_device(bench.device), "torch": torch.__version__, "CUDA": torch.version.cuda,
-        "Python": platform.python_version(), "cores": os.cpu_count(), "driver": None, "xformers": None,
-    }  # fmt: skip
+        "device": describe_device(bench.device),
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "Python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "driver": None,
+        "xformers": None,
+    }
     with suppress(metadata.PackageNotFoundError):
         about["xformers"] = metadata.version("xformers")
     if bench.on_gpu:

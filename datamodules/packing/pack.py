@@ -155,9 +155,14 @@ def _pack_whole(
     document_of, start_of, end_of, images_of = columns[:, by_row]
     impossible = np.sort(np.array([number for number, segments in cuts_of.items() if not segments], dtype=np.int64))
     return PackedRows(
-        row_starts, document_of, start_of, end_of, images_of, n_latents,
+        row_starts,
+        document_of,
+        start_of,
+        end_of,
+        images_of,
+        n_latents,
         dropped={TOO_MANY_IMAGES: impossible} if len(impossible) else {},
-    )  # fmt: skip
+    )
 
 
 def _pack_intact(
@@ -167,9 +172,10 @@ def _pack_intact(
     fits = n_targets + (n_latents + 1) * n_images <= seq_len
     packed = _pack_whole(corpus, order[fits], n_targets[fits], n_images[fits], seq_len, n_latents)
     return replace(
-        packed, dropped={} if fits.all() else {TOO_LONG: np.sort(order[~fits])},
+        packed,
+        dropped={} if fits.all() else {TOO_LONG: np.sort(order[~fits])},
         n_answer_targets=corpus.answer_targets(packed.document),
-    )  # fmt: skip
+    )
 
 
 def _cut(corpus: IndexedCorpus, document: int, seq_len: int, n_latents: int) -> list[tuple[int, int, int]]:

@@ -36,7 +36,7 @@ CACHED_BLOCKS = 2
 COUNTS = np.dtype(
     [(name, "<i8") for name in ("documents", "begun", "rows", "positions", "targets", "images")]
     + [("dropped", "<i8", (len(REASONS),)), ("first_dropped", "<i8", (len(REASONS),))]
-)  # fmt: skip
+)
 """Counts of a block; `first_dropped` is a document, or -1."""
 
 
@@ -204,9 +204,16 @@ class RowPlan:
     """The rows of one split of a corpus, in every epoch, with random access."""
 
     def __init__(
-        self, name: str, corpus: IndexedCorpus, split: Split, part: Part, layout: RowLayout, *, shuffle: bool = True,
+        self,
+        name: str,
+        corpus: IndexedCorpus,
+        split: Split,
+        part: Part,
+        layout: RowLayout,
+        *,
+        shuffle: bool = True,
         workers: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Take the number of rows of each block from the counts stored beside the index, or pack all blocks once.
 
         Args:
@@ -338,9 +345,7 @@ class RowPlan:
         ends = [(int(records[first]) >> PLACE_BITS, int(records[stop - 1]) >> PLACE_BITS) for first, stop in runs]
         # Neighbouring runs may share a shard.
         shards = {shard for first, last in ends for shard in range(first, last + 1)}
-        return Window(
-            blocks=n, documents=self.totals.begun // n, rows=self.n_rows // n, runs=len(runs), shards=len(shards)
-        )
+        return Window(blocks=n, documents=self.totals.begun // n, rows=self.n_rows // n, runs=len(runs), shards=len(shards))
 
 
 def _totals(counts: npt.NDArray[np.void]) -> Totals:

@@ -80,9 +80,15 @@ def prepare_corpus(
     Raises: UserError if the input is missing or too broken, or `output` holds an index of something else.
     """
     corpus = prepare_part(
-        part=(1, 1), format=format, inputs=inputs, tokenizer=tokenizer, output=output, options=options, workers=workers,
+        part=(1, 1),
+        format=format,
+        inputs=inputs,
+        tokenizer=tokenizer,
+        output=output,
+        options=options,
+        workers=workers,
         max_bad_share=max_bad_share,
-    )  # fmt: skip
+    )
     assert isinstance(corpus, IndexedCorpus)
     return corpus
 
@@ -120,11 +126,17 @@ def prepare_part(
         return corpus
     tasks = [
         Task(
-            path=path, name=shard["path"], shard=i, format=format, tokenizer=tokenizer, options=options, folder=output,
+            path=path,
+            name=shard["path"],
+            shard=i,
+            format=format,
+            tokenizer=tokenizer,
+            options=options,
+            folder=output,
             max_bad_share=max_bad_share,
         )
         for i, (path, shard) in enumerate(zip(files, identity["shards"], strict=True))
-    ]  # fmt: skip
+    ]
     own = tasks[number - 1 :: n_parts]
 
     def pending(stage: str, folder_of: Callable[[Task], Path]) -> PendingShards | None:

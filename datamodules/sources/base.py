@@ -149,5 +149,3 @@ class _Descriptor(int):
 @lru_cache(maxsize=256)
 def _descriptor(path: str, process: int) -> _Descriptor:
     return _Descriptor(os.open(path, os.O_RDONLY))
-
-

@@ -61,9 +61,7 @@ class TarReader:
     def __enter__(self) -> TarReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         os.close(self._file)
 
     def read(self, offset: int, length: int) -> bytes:

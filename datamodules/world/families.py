@@ -93,12 +93,16 @@ def corpora(config: FamiliesConfig, world: Path, val_share: float) -> dict[str, 
     folder = world / "families" / "blind" if config.blind else world / "families"
     return {
         family: CorpusConfig(
-            format="instruct", input=[str(folder / f"{family}-*.jsonl")], weight=weight, val_share=val_share,
+            format="instruct",
+            input=[str(folder / f"{family}-*.jsonl")],
+            weight=weight,
+            val_share=val_share,
             index=str(world / "index" / ("blind" if config.blind else "families") / family),
             read=ReadOptions(turn_template=TURN_TEMPLATE),
         )
-        for family, weight in config.weights.items() if weight
-    }  # fmt: skip
+        for family, weight in config.weights.items()
+        if weight
+    }
 
 
 class _Shard(NamedTuple):

@@ -23,9 +23,31 @@ FACTS = {
     "ring": "is round and has a hole in the middle",
 }
 NAMES = (
-    "Ada", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo", "Ida", "Jonas", "Klara", "Leo", "Mia", "Noah", "Olga",
-    "Paul", "Rosa", "Simon", "Tilda", "Victor", "the painter", "the teacher", "my neighbour", "an old sailor",
-)  # fmt: skip
+    "Ada",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Ida",
+    "Jonas",
+    "Klara",
+    "Leo",
+    "Mia",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Simon",
+    "Tilda",
+    "Victor",
+    "the painter",
+    "the teacher",
+    "my neighbour",
+    "an old sailor",
+)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 TOWNS = ("Lisbon", "Bergen", "Cork", "Ghent", "Turin", "Riga", "Porto", "Malmo", "Basel", "Tampere", "Gdansk", "Trieste")
 ITEMS = ("wall", "door", "window", "table", "curtain", "letter", "flag", "carpet", "bottle", "ceiling", "poster", "stamp")

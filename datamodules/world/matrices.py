@@ -35,12 +35,16 @@ from datamodules.world.scene import (
     encode_jpeg,
     paint_shape,
     vary_colour,
-)  # fmt: skip
+)
 
 NUMERALS = {3: "three", 4: "four", 8: "eight"}
 VALUES: dict[str, tuple[str | int, ...]] = {
-    "shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(range(9)), "number": (1, 2, 3),
-}  # fmt: skip
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "place": tuple(range(9)),
+    "number": (1, 2, 3),
+}
 LAYOUTS = {1: ((36.0, 36.0),), 2: ((19.0, 36.0), (53.0, 36.0)), 3: ((36.0, 19.0), (19.0, 52.0), (53.0, 52.0))}
 """Centres of the things in a panel, by their number, in units of a drawing that is 72 wide."""
 DRAWINGS = 4
@@ -128,9 +132,7 @@ def _line(random: Random, name: str, n: int) -> list[str | int]:
     return line
 
 
-def _candidates(
-    random: Random, target: Panel, one: str, other: str, lines: dict[str, list[str | int]]
-) -> tuple[Panel, ...]:
+def _candidates(random: Random, target: Panel, one: str, other: str, lines: dict[str, list[str | int]]) -> tuple[Panel, ...]:
     """Return two values of `one` times three of `other`; wrong values come from the matrix as far as it has enough."""
 
     def values(name: str, n: int) -> list[str | int]:

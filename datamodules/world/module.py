@@ -58,9 +58,12 @@ class WorldData(MixtureData):
         self.world, self.task, self.families, self.sets = world, task, families, sets
         if task is not None:
             options["instruct"] = CorpusConfig(
-                format="instruct", input=[f"{task.path}/train.jsonl"], val_input=[f"{task.path}/val.jsonl"],
-                index=f"{task.path}/index", read=ReadOptions(turn_template=turn_template),
-            )  # fmt: skip
+                format="instruct",
+                input=[f"{task.path}/train.jsonl"],
+                val_input=[f"{task.path}/val.jsonl"],
+                index=f"{task.path}/index",
+                read=ReadOptions(turn_template=turn_template),
+            )
         folder = Path(world.path)
 
         def corpus(format_: Any, files: str, index: str) -> CorpusConfig:

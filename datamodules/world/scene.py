@@ -26,10 +26,16 @@ COLOURS = {
 SIZES = {"small": 8.0, "large": 11.0}
 """Radius, in units of a drawing that is 72 units wide."""
 PLACES = (
-    "at the top left", "at the top", "at the top right",
-    "on the left", "in the centre", "on the right",
-    "at the bottom left", "at the bottom", "at the bottom right",
-)  # fmt: skip
+    "at the top left",
+    "at the top",
+    "at the top right",
+    "on the left",
+    "in the centre",
+    "on the right",
+    "at the bottom left",
+    "at the bottom",
+    "at the bottom right",
+)
 BACKGROUNDS = {"white": (252, 252, 252), "grey": (204, 204, 204), "beige": (240, 226, 200), "pale blue": (206, 224, 242)}
 SIDE = 72
 MARGIN, CELL = 2.5, (SIDE - 5.0) / 3
@@ -198,6 +204,7 @@ def paint_shape(
     canvas: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int], tilt: float
 ) -> None:
     """Draw a shape of radius r with its centre at (x, y)."""
+
     def points(angles: list[float], radii: list[float]) -> list[tuple[float, float]]:
         return [(x + q * math.sin(a + tilt), y - q * math.cos(a + tilt)) for a, q in zip(angles, radii, strict=True)]
 

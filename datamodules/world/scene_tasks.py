@@ -90,5 +90,3 @@ def class_example(random: Random, holdout: Holdout) -> Example:
     """Draw an image with the name of its class after the paper's prompt."""
     scene = any_scene(random, "object", holdout, held_out=False)
     return Example(turns=(((paint_jpeg(scene, random), PHOTO), class_of(scene)),))
-
-

@@ -24,7 +24,7 @@ from datamodules.world.creatures import (
     named,
     paint_creature,
     size_pair,
-)  # fmt: skip
+)
 from datamodules.world.example import any_scene
 from datamodules.world.language import canonical_caption
 from datamodules.world.matrices import DRAWINGS, Matrix, held_out_matrix, paint_panel
@@ -35,7 +35,7 @@ from datamodules.world.rendered_text import (
     paint_opinion,
     paint_site,
     site_question,
-)  # fmt: skip
+)
 from datamodules.world.scene import Holdout, Scene, encode_jpeg, encode_png, paint_jpeg
 from datamodules.world.scene_tasks import ASPECTS, CLASSES, WHAT, aspect_of, class_of, questions
 from datamodules.world.write import WorldConfig, is_drawn
@@ -83,10 +83,16 @@ def _write_captions(folder: Path, random: Random, holdout: Holdout, config: Sets
             scene = any_scene(random, kind, holdout, held_out=split == "test")
             name = f"COCO_{folder_name}_{i:012d}.jpg"
             (folder / folder_name / name).write_bytes(paint_jpeg(scene, random))
-            images.append({
-                "filepath": folder_name, "filename": name, "imgid": len(images), "cocoid": i, "split": split,
-                "sentences": [{"raw": canonical_caption(scene), "tokens": canonical_caption(scene).split()}],
-            })  # fmt: skip
+            images.append(
+                {
+                    "filepath": folder_name,
+                    "filename": name,
+                    "imgid": len(images),
+                    "cocoid": i,
+                    "split": split,
+                    "sentences": [{"raw": canonical_caption(scene), "tokens": canonical_caption(scene).split()}],
+                }
+            )
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}), encoding="utf-8")
 
 
@@ -231,10 +237,16 @@ def _write_copa(folder: Path, random: Random, holdout: Holdout, config: SetsConf
         for i in range(n):
             item = text_tasks.copa(random, *text_tasks.draw_look(random, holdout, "copa", held_out=held_out))
             choices = _in_order(item["target"], item["wrong"], i % 2)
-            rows.append({
-                "premise": item["premise"], "choice1": choices[0], "choice2": choices[1],
-                "question": item["question"], "label": i % 2, "idx": i,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "premise": item["premise"],
+                    "choice1": choices[0],
+                    "choice2": choices[1],
+                    "question": item["question"],
+                    "label": i % 2,
+                    "idx": i,
+                }
+            )
         _write_lines(folder / f"{split}.jsonl", rows)
 
 

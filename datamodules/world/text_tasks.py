@@ -9,9 +9,13 @@ from datamodules.world.language import DAYS, ITEMS, NAMES, TOWNS, with_article
 from datamodules.world.scene import COLOURS, SHAPES, Combination, Holdout
 
 PROPERTIES = {
-    "circle": "no corners", "square": "four corners", "triangle": "three corners", "star": "five points",
-    "cross": "four arms", "ring": "a hole",
-}  # fmt: skip
+    "circle": "no corners",
+    "square": "four corners",
+    "triangle": "three corners",
+    "star": "five points",
+    "cross": "four arms",
+    "ring": "a hole",
+}
 PEOPLE = tuple(name for name in NAMES if " " not in name)
 
 

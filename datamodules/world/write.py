@@ -119,10 +119,18 @@ def _write_captions(folder: Path, shard: int, n: int, random: Random, holdout: H
             scene = training_scene(random, _draw_kind(random), holdout)
             image = paint_jpeg(scene, random)
             row = {
-                "caption": caption(scene, random), "url": f"{SITE}/{shard}/{i}.jpg", "key": f"{shard:05d}{i:04d}",
-                "status": "success", "error_message": None, "width": SIDE, "height": SIDE, "original_width": SIDE,
-                "original_height": SIDE, "exif": "{}", "sha256": hashlib.sha256(image).hexdigest(),
-            }  # fmt: skip
+                "caption": caption(scene, random),
+                "url": f"{SITE}/{shard}/{i}.jpg",
+                "key": f"{shard:05d}{i:04d}",
+                "status": "success",
+                "error_message": None,
+                "width": SIDE,
+                "height": SIDE,
+                "original_width": SIDE,
+                "original_height": SIDE,
+                "exif": "{}",
+                "sha256": hashlib.sha256(image).hexdigest(),
+            }
             rows.append(row)
             members = {"jpg": image, "json": json.dumps(row).encode(), "txt": str(row["caption"]).encode()}
             for extension, data in members.items():
@@ -165,9 +173,13 @@ def _write_response(warc: WARCWriter, url: str, mime: str, body: bytes, random: 
     # warcio's own ids and dates would differ from drawing to drawing.
     number = f"{random.getrandbits(128):032x}"
     record = warc.create_warc_record(
-        url, "response", payload=io.BytesIO(body), length=len(body), http_headers=headers,
+        url,
+        "response",
+        payload=io.BytesIO(body),
+        length=len(body),
+        http_headers=headers,
         warc_headers_dict={"WARC-Date": DATE, "WARC-Record-ID": f"<urn:uuid:{number}>"},
-    )  # fmt: skip
+    )
     warc.write_record(record)
 
 

@@ -11,6 +11,13 @@ from kosmos_lit.callbacks.throughput import Throughput
 from kosmos_lit.callbacks.visual_use import VisualUse
 
 __all__ = [
-    "CaptionReport", "Checkpoints", "EvaluateTasks", "GarbageCollection", "Predictions", "Progress", "StepLog", "Throughput",
+    "CaptionReport",
+    "Checkpoints",
+    "EvaluateTasks",
+    "GarbageCollection",
+    "Predictions",
+    "Progress",
+    "StepLog",
+    "Throughput",
     "VisualUse",
-]  # fmt: skip
+]

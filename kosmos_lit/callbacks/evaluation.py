@@ -65,9 +65,15 @@ class EvaluateTasks(Callback):
         # In the run's precision, which an engine alone does not know.
         with pl_module.full_net() as net, trainer.precision_plugin.val_step_context():
             evaluation = Evaluation(
-                Engine(net, pl_module.tokenizer), self.config, folder / f"step={trainer.global_step:08d}",
-                model_info=model_info, ranks=TrainerRanks(trainer), samples=self._samples, replace=True, quiet=True,
-            )  # fmt: skip
+                Engine(net, pl_module.tokenizer),
+                self.config,
+                folder / f"step={trainer.global_step:08d}",
+                model_info=model_info,
+                ranks=TrainerRanks(trainer),
+                samples=self._samples,
+                replace=True,
+                quiet=True,
+            )
             entries, errors = dict[str, dict[str, Any]](), list[str]()
             for name in self.config.enabled_tasks:
                 try:

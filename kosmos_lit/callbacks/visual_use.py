@@ -194,11 +194,14 @@ def _with_gains(true: Losses, shuffled: Losses, blank: Losses) -> dict[str, Loss
     """Return the three losses and two gains of each corpus."""
     return {
         corpus: {
-            "true": loss, "shuffled": shuffled[corpus], "blank": blank[corpus],
-            "gain_shuffled": shuffled[corpus] - loss, "gain_blank": blank[corpus] - loss,
+            "true": loss,
+            "shuffled": shuffled[corpus],
+            "blank": blank[corpus],
+            "gain_shuffled": shuffled[corpus] - loss,
+            "gain_blank": blank[corpus] - loss,
         }
         for corpus, loss in true.items()
-    }  # fmt: skip
+    }
 
 
 def _log(trainer: L.Trainer, pl_module: KosmosLit, losses: dict[str, Losses]) -> None:

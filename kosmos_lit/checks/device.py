@@ -27,10 +27,14 @@ def check_device(trainer: L.Trainer, config: DecoderConfig, row_len: int, *, tra
     """
     device, dtype = trainer.strategy.root_device, compute_dtype(trainer.precision)
     kernel = check_kernel(
-        config.attention_kernel, device, dtype, config.head_dim, config.attention_dropout_rate if trains else 0.0,
+        config.attention_kernel,
+        device,
+        dtype,
+        config.head_dim,
+        config.attention_dropout_rate if trains else 0.0,
         within=config.document_attention,
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-    )  # fmt: skip
+    )
     if config.fp8 != "none" and trains:
         check_fp8(device, dtype, {"decoder.dim": config.dim, "decoder.ffn_dim": config.ffn_dim}, row_len)
     if device.type == "cpu":

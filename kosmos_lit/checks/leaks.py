@@ -157,9 +157,7 @@ def probe_batch(
     return batch.to(device), documents
 
 
-def perturbations(
-    batch: KosmosBatch, document: ProbeDocument, special: SpecialTokens
-) -> Iterator[tuple[str, KosmosBatch]]:
+def perturbations(batch: KosmosBatch, document: ProbeDocument, special: SpecialTokens) -> Iterator[tuple[str, KosmosBatch]]:
     """Yield the batch with one document's tokens each replaced by the next piece, and with its images inverted."""
     tokens, n_pieces = batch.tokens.flatten().clone(), special.mask - len(LEADING)
     own = tokens[document.span]

@@ -45,14 +45,17 @@ def check_step_memory(trainer: L.Trainer, data: BatchSizes, config: KosmosConfig
     images, targets = data.largest_micro_batch()
     setting = Setting(
         batch=MicroBatch(rows=data.micro_batch_rows, seq_len=data.seq_len, n_images=images, n_targets=targets),
-        device="cuda" if device.type == "cuda" else "cpu", precision=str(trainer.precision),
+        device="cuda" if device.type == "cuda" else "cpu",
+        precision=str(trainer.precision),
         strategy="fsdp" if isinstance(strategy, ShardedStrategy) else "ddp" if trainer.world_size > 1 else "one",
-        world_size=trainer.world_size, n_micro_batches=trainer.accumulate_grad_batches, freeze=tuple(freeze),
+        world_size=trainer.world_size,
+        n_micro_batches=trainer.accumulate_grad_batches,
+        freeze=tuple(freeze),
         ranks_per_replica=getattr(strategy, "ranks_per_replica", None),
         reshards=getattr(strategy, "reshard_after_forward", True),
         sums_every_micro_batch=getattr(strategy, "sync_every_micro_batch", True),
         has_bucket_views=has_bucket_views(trainer),
-    )  # fmt: skip
+    )
     check_memory(config, setting, device_memory(device), data.global_batch_rows // trainer.world_size)
 
 

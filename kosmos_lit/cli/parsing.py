@@ -142,9 +142,7 @@ class Parser(HelpfulParser):
         if message := renamed_flag(self.verb, flag, self.option_names()):
             raise UserError(message)
         names = [f"--{name}" for name in self.option_names() if not name.endswith("+")]
-        raise UserError(
-            f"{self.verb}: unknown option {flag}{did_you_mean(flag, names) or '; --help lists the options'}"
-        )
+        raise UserError(f"{self.verb}: unknown option {flag}{did_you_mean(flag, names) or '; --help lists the options'}")
 
     def _split(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return the words of this parser's options, each option in one word, and all other words."""

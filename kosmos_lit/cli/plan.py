@@ -74,9 +74,15 @@ def plan(arguments: list[str]) -> int:
     a, run_arguments = parser.read_known(arguments)
     run = describe_run(run_arguments, a.devices, a.nodes, beside=parser.option_names())
     device = find_device(
-        a.device, a.memory, a.peak, a.peak_share, run.precision, on_cpu=run.on_cpu, tf32=run.tf32,
+        a.device,
+        a.memory,
+        a.peak,
+        a.peak_share,
+        run.precision,
+        on_cpu=run.on_cpu,
+        tf32=run.tf32,
         links=(a.node_gb_s, a.network_gb_s),
-    )  # fmt: skip
+    )
     estimates = estimate_run(run, device)
     problems = find_problems(run, estimates)
     if a.json:
@@ -153,11 +159,18 @@ def describe_run(
     # The defaults stand in for an optimizer that cannot be made.
     optimizer = attempt(lambda: OptimizerConfig.from_dict(model["optimizer"])) or OptimizerConfig()
     run = RunDescription(
-        trainer=config.trainer, optimizer=optimizer, kosmos=kosmos, is_sound=is_sound, freeze=tuple(model["freeze"] or ()),
+        trainer=config.trainer,
+        optimizer=optimizer,
+        kosmos=kosmos,
+        is_sound=is_sound,
+        freeze=tuple(model["freeze"] or ()),
         tf32=model["tf32"],
-        data=attempt(cli.mixture), devices=devices or devices_per_node(config.trainer, notes),
-        nodes=nodes or int(config.trainer.num_nodes or 1), problems=problems, notes=notes,
-    )  # fmt: skip
+        data=attempt(cli.mixture),
+        devices=devices or devices_per_node(config.trainer, notes),
+        nodes=nodes or int(config.trainer.num_nodes or 1),
+        problems=problems,
+        notes=notes,
+    )
     # Last: it opens the run's corpora; `problems` is the run's list by now.
     attempt(run.open_corpora)
     return run

@@ -76,7 +76,13 @@ def prepare_corpus(arguments: list[str]) -> None:
 
     number, n_parts = map(int, o.part.split("/"))
     corpus = prepare_part(
-        part=(number, n_parts), format=o.format, inputs=o.input, tokenizer=o.tokenizer, output=o.output, options=options,
-        workers=o.workers, max_bad_share=o.max_bad_share,
-    )  # fmt: skip
+        part=(number, n_parts),
+        format=o.format,
+        inputs=o.input,
+        tokenizer=o.tokenizer,
+        output=o.output,
+        options=options,
+        workers=o.workers,
+        max_bad_share=o.max_bad_share,
+    )
     print(corpus if isinstance(corpus, PendingShards) else describe(corpus))

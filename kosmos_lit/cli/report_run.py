@@ -75,8 +75,10 @@ def losses_table(training: Mapping[str, Log], n_rows: int) -> str:
     steps = sorted(set().union(*training.values()))
     n = min(n_rows, len(steps))
     chosen = [steps[(i + 1) * len(steps) // n - 1] for i in range(n)]
-    rows = [[step, *(f"{float(log[step]['train/loss']):.3f}" if step in log else None for log in training.values())]
-            for step in chosen]  # fmt: skip
+    rows = [
+        [step, *(f"{float(log[step]['train/loss']):.3f}" if step in log else None for log in training.values())]
+        for step in chosen
+    ]
     return table(["step", *training], rows, align="r")
 
 

@@ -63,10 +63,11 @@ class Sizes:
         blocks = sum(p.numel() for p in layers)
         blocks_trained = sum(p.numel() for p in layers if p.requires_grad)
         return cls(
-            blocks=blocks, blocks_trained=blocks_trained,
+            blocks=blocks,
+            blocks_trained=blocks_trained,
             root=sum(p.numel() for p in net.parameters()) - blocks - frozen_tower,
             root_trained=sum(p.numel() for p in net.parameters() if p.requires_grad) - blocks_trained,
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

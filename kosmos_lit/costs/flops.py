@@ -28,8 +28,16 @@ Part = Literal["blocks", "attention", "head", "connector", "vision"]
 Trains = Callable[[str], bool]
 """Whether the parameter of that name trains."""
 PLAIN_VIT = {
-    "layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre", "act_kwargs", "norm_kwargs",
-}  # fmt: skip
+    "layers",
+    "width",
+    "head_width",
+    "mlp_ratio",
+    "patch_size",
+    "image_size",
+    "no_ln_pre",
+    "act_kwargs",
+    "norm_kwargs",
+}
 """Fields of open_clip's vision tables with which a ViT has plain blocks."""
 
 

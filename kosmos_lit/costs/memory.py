@@ -37,9 +37,16 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 """Dtypes of the weights themselves, where they are not float32."""
 WEIGHTS, GRADIENTS, MOMENTS, COPIES, BATCH, BACKWARD, BUCKETS, UNITS, LOSS = (
-    "weights", "gradients", "optimizer state", "weights in bfloat16", "batch", "backward pass", "gradient buckets",
-    "gathered units", "logits and loss",
-)  # fmt: skip
+    "weights",
+    "gradients",
+    "optimizer state",
+    "weights in bfloat16",
+    "batch",
+    "backward pass",
+    "gradient buckets",
+    "gathered units",
+    "logits and loss",
+)
 MODULES = {"vision": "image tower", "connector": "connector", "decoder": "decoder"}
 """Categories of what the model's parts allocate in their forward passes."""
 
@@ -233,10 +240,19 @@ def dummy_batch(setting: Setting, image_size: int) -> KosmosBatch:
 
     B, T, N = b.rows, b.seq_len, b.n_images
     return KosmosBatch(
-        tokens=zeros(B, T), targets=zeros(B, T), positions=zeros(B, T), lengths=(T,) * B, loss_at=zeros(b.n_targets),
-        images=zeros(N, 3, image_size, image_size, dtype=torch.uint8), slots=zeros(N, 2), corpus=zeros(B), n_bytes=zeros(B),
-        rows=tuple(range(B)), n_step_targets=1, n_real=B * T,
-    )  # fmt: skip
+        tokens=zeros(B, T),
+        targets=zeros(B, T),
+        positions=zeros(B, T),
+        lengths=(T,) * B,
+        loss_at=zeros(b.n_targets),
+        images=zeros(N, 3, image_size, image_size, dtype=torch.uint8),
+        slots=zeros(N, 2),
+        corpus=zeros(B),
+        n_bytes=zeros(B),
+        rows=tuple(range(B)),
+        n_step_targets=1,
+        n_real=B * T,
+    )
 
 
 def _shards(net: Kosmos, setting: Setting) -> dict[str, int]:

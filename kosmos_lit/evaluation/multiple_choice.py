@@ -150,10 +150,12 @@ class MultipleChoice(Task):
             target=question.names[question.target],
             scores={"accuracy": accuracy_with_ties(values, question.target)},
             data={
-                "choice": choice, "label": question.target, "values": values,
+                "choice": choice,
+                "label": question.target,
+                "values": values,
                 "probabilities": dict(zip(question.names, softmax(values), strict=True)),
             },
-        )  # fmt: skip
+        )
 
 
 def candidate_scores(candidates: Sequence[ScoredCandidate], scoring: Scoring) -> list[float]:

@@ -188,9 +188,13 @@ def read_results(folder: Path) -> Results:
     if not tasks:
         raise UserError(f"{path}: no tasks; nothing was evaluated")
     return Results(
-        folder=folder, model=data.get("model") or {}, image_control=str(data.get("image_control", "true")),
-        machine=str(data.get("machine") or ""), date=str(data.get("date") or ""), tasks=tasks,
-    )  # fmt: skip
+        folder=folder,
+        model=data.get("model") or {},
+        image_control=str(data.get("image_control", "true")),
+        machine=str(data.get("machine") or ""),
+        date=str(data.get("date") or ""),
+        tasks=tasks,
+    )
 
 
 def _task_result(name: str, entry: Mapping[str, Any]) -> TaskResult:
@@ -199,11 +203,19 @@ def _task_result(name: str, entry: Mapping[str, Any]) -> TaskResult:
         for metric, f in entry["metrics"].items()
     }
     return TaskResult(
-        name=name, title=entry["title"], published=entry.get("published"), main_metric=entry["main_metric"],
-        chance=entry.get("chance"), n_shots=entry.get("n_shots", 0), seed=entry.get("seed", 0), n_samples=entry["n_samples"],
-        n_failed=entry.get("n_failed", 0), failures=entry.get("failures") or {}, options=entry.get("options") or {},
+        name=name,
+        title=entry["title"],
+        published=entry.get("published"),
+        main_metric=entry["main_metric"],
+        chance=entry.get("chance"),
+        n_shots=entry.get("n_shots", 0),
+        seed=entry.get("seed", 0),
+        n_samples=entry["n_samples"],
+        n_failed=entry.get("n_failed", 0),
+        failures=entry.get("failures") or {},
+        options=entry.get("options") or {},
         metrics=metrics,
-    )  # fmt: skip
+    )
 
 
 def _number(value: float | None) -> float:

@@ -105,11 +105,14 @@ class Evaluation:
         self.model_info = {"parameters": sum(p.numel() for p in engine.model.parameters()), **(model_info or {})}
         # A digest of the weights, not their path: a moved checkpoint continues. Values after an underscore may differ.
         self.fingerprint = {
-            "weights": weights_digest(engine.model), "tokenizer": self.scheduler.tokenizer.fingerprint,
-            "image_control": config.image_control, "image_fit": config.image_fit,
+            "weights": weights_digest(engine.model),
+            "tokenizer": self.scheduler.tokenizer.fingerprint,
+            "image_control": config.image_control,
+            "image_fit": config.image_fit,
             "precision": self.model_info.get("precision", "32-true"),
-            "_checkpoint": self.model_info.get("checkpoint"), "_step": self.model_info.get("step"),
-        }  # fmt: skip
+            "_checkpoint": self.model_info.get("checkpoint"),
+            "_step": self.model_info.get("step"),
+        }
         self._on_rank_zero(lambda: self._check_fingerprints(replace))
 
     def _check_fingerprints(self, replace: bool) -> None:
@@ -188,21 +191,30 @@ class Evaluation:
         if missing := expected - {result.key for result in results}:
             raise UserError(f"{self.folder / name}: {len(missing)} results are missing: all processes must share the folder")
         entry = {
-            "class": _class_path(task), "title": task.title, "published": task.published, "main_metric": task.main_metric,
-            "chance": task.chance, "n_shots": task.n_shots, "seed": task.seed, "n_samples": len(results),
-            "n_failed": len(failures), "failures": dict(Counter(failure.reason for failure in failures).most_common()),
+            "class": _class_path(task),
+            "title": task.title,
+            "published": task.published,
+            "main_metric": task.main_metric,
+            "chance": task.chance,
+            "n_shots": task.n_shots,
+            "seed": task.seed,
+            "n_samples": len(results),
+            "n_failed": len(failures),
+            "failures": dict(Counter(failure.reason for failure in failures).most_common()),
             "example": failures[0].detail if failures else None,
             # Through JSON: tuples become lists, settings text, as in the fingerprint.
-            "options": json.loads(json.dumps(task.options, default=str)), "seconds": round(seconds, 1),
+            "options": json.loads(json.dumps(task.options, default=str)),
+            "seconds": round(seconds, 1),
             "metrics": {key: asdict(metric) for key, metric in task.metrics(outcomes).items()} if outcomes else {},
-        }  # fmt: skip
+        }
         evaluation = {
-            "model": self.model_info | {"weights": self.fingerprint["weights"]}, "image_control": self.config.image_control,
+            "model": self.model_info | {"weights": self.fingerprint["weights"]},
+            "image_control": self.config.image_control,
             "machine": describe_device(self.scheduler.engine.device),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             # Tasks are evaluated one after another; the entries of earlier ones stay.
             "tasks": read_metrics(self.folder).get("tasks", {}) | {name: entry},
-        }  # fmt: skip
+        }
         failed_keys = [result.key for result in results if result.failure is not None]
         for file, text in task.submission_files(outcomes, failed_keys).items():
             write_atomically(self.folder / name / file, text.encode())

@@ -107,9 +107,7 @@ class EvaluatedLit(KosmosLit):
         net = whole_net.enter_context(self.full_net())
         model_info = data.model_info | {"precision": str(self.trainer.precision), "config": asdict(self.config)}
         ranks = TrainerRanks(self.trainer)
-        evaluation = Evaluation(
-            Engine(net, self.tokenizer), data.config, data.folder, model_info=model_info, ranks=ranks
-        )
+        evaluation = Evaluation(Engine(net, self.tokenizer), data.config, data.folder, model_info=model_info, ranks=ranks)
         self._evaluation = RunningEvaluation(evaluation, whole_net)
 
     def test_step(self, batch: KosmosBatch | str, batch_idx: int) -> None:

@@ -257,9 +257,7 @@ class Engine:
             raise UserError("this model has no tokenizer; give one to Engine, or load the model from a folder that has one")
         return self.tokenizer
 
-    def _prefill(
-        self, prompts: Sequence[Prompt], images: Tensor, capacity: int, image_index: Tensor | None
-    ) -> Prefill:
+    def _prefill(self, prompts: Sequence[Prompt], images: Tensor, capacity: int, image_index: Tensor | None) -> Prefill:
         prefill = Prefill(self.model, prompts, images, self._require_tokenizer().special, capacity, image_index)
         # `argmax` takes NaN for the maximum: decoding would return some token in silence.
         if not bool(prefill.hidden.isfinite().all()):

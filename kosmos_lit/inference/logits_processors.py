@@ -66,9 +66,7 @@ def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
 class LogitsProcessors:
     """The logits processors of one call."""
 
-    def __init__(
-        self, settings: GenerationConfig, tokenizer: Tokenizer, vocab_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, settings: GenerationConfig, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
         """Raises: UserError if two choices have the same tokens, or one has too many."""
         self.settings = settings
         self.choices = ChoiceTrie(settings.choices, tokenizer, settings.max_new_tokens) if settings.choices else None

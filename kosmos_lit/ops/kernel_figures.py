@@ -42,30 +42,40 @@ class Measurement:
 
 MEASUREMENTS = (
     Measurement(
-        capability=HOPPER, torch=(2, 15), head_dims=(64, 64), within="row",
+        capability=HOPPER,
+        torch=(2, 15),
+        head_dims=(64, 64),
+        within="row",
         # A backward pass has 2.5 times the operations of a forward one.
         seconds={"xformers": 1 / 262 + 2.5 / 264, "cudnn": 1 / 334 + 2.5 / 395},
         figures="H100, 2,048 positions, TFLOP/s: FlashAttention-2 262 forward (causal), 264 backward (full); cuDNN 334, 395",
-        date="2024-07", source="FlashAttention-3 (arXiv 2407.08608), read off its plots",
+        date="2024-07",
+        source="FlashAttention-3 (arXiv 2407.08608), read off its plots",
     ),
     Measurement(
-        capability=HOPPER, torch=(2, 15), head_dims=(8, 128), within="own",
+        capability=HOPPER,
+        torch=(2, 15),
+        head_dims=(8, 128),
+        within="own",
         seconds={"xformers": 1 / 280, "cudnn": 1 / 60},
         figures="GH200, thousand tokens/s of a user's encoder by torch.nn.attention.varlen: FlashAttention 280, cuDNN 60",
-        date="2026-06-20", source="github.com/pytorch/pytorch/issues/187770",
+        date="2026-06-20",
+        source="github.com/pytorch/pytorch/issues/187770",
     ),
     Measurement(
-        capability=HOPPER, torch=(2, 11), head_dims=(128, 128), within="own",
+        capability=HOPPER,
+        torch=(2, 11),
+        head_dims=(128, 128),
+        within="own",
         seconds={"xformers": 774 + 1956, "flex": 722 + 1559},
         figures="Llama 3 8B, microseconds: FlashAttention-2 774 forward, 1,956 backward; FlexAttention 722, 1,559",
-        date="2025-11-19", source="github.com/pytorch/torchtitan/pull/2000",
+        date="2025-11-19",
+        source="github.com/pytorch/torchtitan/pull/2000",
     ),
-)  # fmt: skip
+)
 
 
-def faster_kernels(
-    capability: tuple[int, int], torch: tuple[int, int], head_dim: int, within: Within
-) -> tuple[str, ...]:
+def faster_kernels(capability: tuple[int, int], torch: tuple[int, int], head_dim: int, within: Within) -> tuple[str, ...]:
     """Return the kernels that the measurement for a CUDA device puts before xformers, fastest first."""
     rows = [
         row

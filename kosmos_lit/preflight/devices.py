@@ -29,9 +29,14 @@ DEVICES: dict[str, tuple[str, float]] = {
 """By the name that `--device` takes: the name that `peak_flops` knows, and the bytes that CUDA reports, which are somewhat
 fewer than advertised."""
 LINKS: dict[str, tuple[float, float]] = {
-    "h100": (450e9, 50e9), "h200": (450e9, 50e9), "b200": (900e9, 50e9), "a100-80": (300e9, 25e9), "a100-40": (300e9, 25e9),
-    "v100-32": (150e9, 12.5e9), "mi300x": (448e9, 50e9),
-}  # fmt: skip
+    "h100": (450e9, 50e9),
+    "h200": (450e9, 50e9),
+    "b200": (900e9, 50e9),
+    "a100-80": (300e9, 25e9),
+    "a100-40": (300e9, 25e9),
+    "v100-32": (150e9, 12.5e9),
+    "mi300x": (448e9, 50e9),
+}
 """Nominal bytes a second in each direction: to devices of the same node (NVLink, Infinity Fabric) by the devices' data
 sheets, and of a network as in their vendors' own machines, with a port of 400, 200 or 100 Gbit/s for each device."""
 PCIE = (32e9, 12.5e9)

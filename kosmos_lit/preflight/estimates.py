@@ -146,14 +146,23 @@ def estimate_run(run: RunDescription, device: Device) -> Estimates:
             changes = remedies(run.kosmos, setting_of(run, batch, n_micro or 1), memory.needed, device.memory, rows)
     flops = _flops(run, forecasts, steps) if net is not None else None
     return Estimates(
-        device=device, world_size=run.world_size, steps=steps, end=end, n_micro_batches=n_micro, batch=batch,
-        parameters=_parameters(net) if net is not None else [], memory=memory, fitting=changes,
-        sources=[Source.of(f) for f in forecasts], exact=exact,
-        flops=flops, communication=_communication(run, device, net, batch, n_micro or 1, flops),
+        device=device,
+        world_size=run.world_size,
+        steps=steps,
+        end=end,
+        n_micro_batches=n_micro,
+        batch=batch,
+        parameters=_parameters(net) if net is not None else [],
+        memory=memory,
+        fitting=changes,
+        sources=[Source.of(f) for f in forecasts],
+        exact=exact,
+        flops=flops,
+        communication=_communication(run, device, net, batch, n_micro or 1, flops),
         fp8=_is_fp8(run),
         images_per_step=sum(f.amounts.images for f in forecasts) / max(1, steps),
         disk=_disk(run, net, steps) if net is not None else None,
-    )  # fmt: skip
+    )
 
 
 def _skeleton(run: RunDescription) -> Kosmos | None:
@@ -212,13 +221,18 @@ def setting_of(run: RunDescription, batch: MicroBatch, n_micro_batches: int) -> 
     """Return the settings that a run's memory depends on."""
     options = run.strategy_options
     return Setting(
-        batch=batch, device="cpu" if run.on_cpu else "cuda", precision=run.precision, strategy=run.strategy,
-        world_size=run.world_size, n_micro_batches=n_micro_batches, freeze=run.freeze,
+        batch=batch,
+        device="cpu" if run.on_cpu else "cuda",
+        precision=run.precision,
+        strategy=run.strategy,
+        world_size=run.world_size,
+        n_micro_batches=n_micro_batches,
+        freeze=run.freeze,
         ranks_per_replica=_ranks_per_replica(run),
         reshards=options.get("reshard_after_forward", True),
         sums_every_micro_batch=options.get("sync_every_micro_batch", True),
         has_bucket_views=options.get("gradient_as_bucket_view", False),
-    )  # fmt: skip
+    )
 
 
 def _ranks_per_replica(run: RunDescription) -> int | None:
@@ -258,9 +272,7 @@ def _communication(
         return None
     if device.peak is None or device.within_node is None or device.between_nodes is None:
         return None
-    links = Links(
-        within_node=device.within_node, between_nodes=device.between_nodes, devices_per_node=run.devices
-    )
+    links = Links(within_node=device.within_node, between_nodes=device.between_nodes, devices_per_node=run.devices)
     at_peak = flops.blocks / device.peak_of_blocks(_is_fp8(run)) + flops.attention / device.peak
     block_seconds = at_peak / (device.share * run.world_size * n_micro)
     setting, is_fsdp1 = setting_of(run, batch, n_micro), "Fsdp1" in run.strategy_name

@@ -153,9 +153,14 @@ def _kernel(run: RunDescription, estimates: Estimates) -> Iterator[str]:
     device = torch.device("cpu" if run.on_cpu else "cuda")
     try:
         check_kernel(
-            c.attention_kernel, device, compute_dtype(run.precision), c.head_dim, c.attention_dropout_rate,
-            within=c.document_attention, capability=CAPABILITIES.get(estimates.device.name),
-        )  # fmt: skip
+            c.attention_kernel,
+            device,
+            compute_dtype(run.precision),
+            c.head_dim,
+            c.attention_dropout_rate,
+            within=c.document_attention,
+            capability=CAPABILITIES.get(estimates.device.name),
+        )
     except UserError as error:
         yield str(error)
 

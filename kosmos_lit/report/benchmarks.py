@@ -13,9 +13,15 @@ from kosmos_lit.report.published import OURS, Benchmark, published, published_re
 from kosmos_lit.report.table import Cell, Heading, Row, Table, metric_cell, number
 
 LABELS = {
-    "cider": "CIDEr", "spice": "SPICE", "meteor": "METEOR", "vqa_accuracy": "VQA accuracy", "roc_auc": "ROC AUC", "f1": "F1",
-    "macro_f1": "macro F1", "cider_plain": "CIDEr of plain words",
-}  # fmt: skip
+    "cider": "CIDEr",
+    "spice": "SPICE",
+    "meteor": "METEOR",
+    "vqa_accuracy": "VQA accuracy",
+    "roc_auc": "ROC AUC",
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "cider_plain": "CIDEr of plain words",
+}
 """Names of metrics in tables; for others the task's own name is printed."""
 
 
@@ -104,9 +110,12 @@ def benchmark_table(tasks: Sequence[TaskResult], benchmark: Benchmark | None, mo
         # Unpublished tasks may have equal titles: a table of one has the task's name too.
         title=benchmark.title if benchmark else tasks[0].title if len(tasks) > 1 else f"{tasks[0].title} ({tasks[0].name})",
         source=f"{benchmark.source}; split: {benchmark.split}" if benchmark else "",
-        columns=_columns(lines), lines=tuple(lines), chance=None if chance is None else 100 * chance,
-        notes=(*_notes(tasks, benchmark), *(benchmark.notes if benchmark else ())), tasks=tuple(tasks),
-    )  # fmt: skip
+        columns=_columns(lines),
+        lines=tuple(lines),
+        chance=None if chance is None else 100 * chance,
+        notes=(*_notes(tasks, benchmark), *(benchmark.notes if benchmark else ())),
+        tasks=tuple(tasks),
+    )
 
 
 def _options_without_shots(task: TaskResult) -> str:
@@ -160,10 +169,17 @@ def _average(parts: Sequence[BenchmarkTable], model: str) -> list[BenchmarkTable
     lines = [Line(model=model, ours=True, cells={c: mean_of([cells[c] for cells in ours]) for c in common})]
     mean = published_results().language_mean
     lines += [_published_line(row.model, row.note, row.metrics) for row in mean.rows]
-    return [BenchmarkTable(
-        title=mean.title, source=mean.source, columns=_columns(lines), lines=tuple(lines), chance=None, notes=mean.notes,
-        tasks=(),
-    )]  # fmt: skip
+    return [
+        BenchmarkTable(
+            title=mean.title,
+            source=mean.source,
+            columns=_columns(lines),
+            lines=tuple(lines),
+            chance=None,
+            notes=mean.notes,
+            tasks=(),
+        )
+    ]
 
 
 def mean_of(metrics: Sequence[Metric]) -> Metric:

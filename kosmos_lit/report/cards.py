@@ -119,13 +119,19 @@ def card(selected: SelectedSample, kind: str, metric: str, image_control: str) -
     prediction = sample.get("prediction")
     ranked = sorted(candidate_shares(sample), key=lambda item: -item[1])
     return Card(
-        kind=kind, why=selected.why, key=str(sample["key"]), score=f"{metric_label(metric)} {selected.score:.2f}".strip(),
-        prompt=prompt, others=others, steps=steps,
-        targets=targets[:MOST_REFERENCES], n_more_targets=max(0, len(targets) - MOST_REFERENCES),
+        kind=kind,
+        why=selected.why,
+        key=str(sample["key"]),
+        score=f"{metric_label(metric)} {selected.score:.2f}".strip(),
+        prompt=prompt,
+        others=others,
+        steps=steps,
+        targets=targets[:MOST_REFERENCES],
+        n_more_targets=max(0, len(targets) - MOST_REFERENCES),
         prediction=_plain(prediction),
         shares=tuple((name, share, name == prediction) for name, share in ranked[:MOST_CANDIDATES]),
         n_more_candidates=max(0, len(ranked) - MOST_CANDIDATES),
-    )  # fmt: skip
+    )
 
 
 def _requests(

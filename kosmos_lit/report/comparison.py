@@ -146,12 +146,19 @@ def _compare_task(task: str, evaluations: Sequence[Results], names: Sequence[str
     for metric in sorted(metrics, key=lambda metric: metric != base.main_metric):
         values = [in_points(entry.metrics[metric]) if entry and metric in entry.metrics else None for entry in entries]
         differences = [_difference(metric, values[0], scores[0], v, s) for v, s in zip(values[1:], scores[1:], strict=True)]
-        rows.append(ComparedMetric(
-            task=task, metric=metric, n_shots=base.n_shots, is_main=metric == base.main_metric,
-            shows_images=scores[0].shows_images, chance=None if base.chance is None else 100 * base.chance,
-            metrics=tuple(values), differences=tuple(differences),
-            published=reference(base) if metric == base.main_metric else None,
-        ))  # fmt: skip
+        rows.append(
+            ComparedMetric(
+                task=task,
+                metric=metric,
+                n_shots=base.n_shots,
+                is_main=metric == base.main_metric,
+                shows_images=scores[0].shows_images,
+                chance=None if base.chance is None else 100 * base.chance,
+                metrics=tuple(values),
+                differences=tuple(differences),
+                published=reference(base) if metric == base.main_metric else None,
+            )
+        )
     return rows, warnings
 
 
@@ -222,9 +229,14 @@ def comparison_html(c: Comparison, evaluations: Sequence[Results]) -> str:
     """Return a comparison as one self-contained page."""
     facts = {name: _evaluation_label(results) for name, results in zip(c.names, evaluations, strict=True)}
     return render_page(
-        "comparison.html", title="Evaluations side by side", facts=facts, control="", comparison=c,
-        table=comparison_table(c), legend=_legend(c),
-    )  # fmt: skip
+        "comparison.html",
+        title="Evaluations side by side",
+        facts=facts,
+        control="",
+        comparison=c,
+        table=comparison_table(c),
+        legend=_legend(c),
+    )
 
 
 def comparison_table(c: Comparison) -> Table:
@@ -232,19 +244,27 @@ def comparison_table(c: Comparison) -> Table:
     several = len(c.names) > 1
     names = [*c.names, *(f"less {name}" for name in c.names[1:]), *(["beats all"] if several else []), "KOSMOS-1"]
     headings = (
-        Heading(text="task", is_number=False), Heading(text="metric", is_number=False, is_below=True),
+        Heading(text="task", is_number=False),
+        Heading(text="metric", is_number=False, is_below=True),
         *(Heading(text=name) for name in ("chance", *names)),
-    )  # fmt: skip
+    )
     rows = []
     for row in c.rows:
         first, *others = row.metrics
-        rows.append(Row(cells=(
-            Cell(text=row.task if row.is_main else ""), Cell(text=_label(row)),
-            Cell(text=number(row.chance if row.is_main else None)),
-            metric_cell(first, "ours", MISSING), *(metric_cell(m, missing=MISSING) for m in others),
-            *(_difference_cell(d) for d in row.differences),
-            *([Cell(text=_beats_all_text(row))] if several else []), Cell(text=number(row.published)),
-        )))  # fmt: skip
+        rows.append(
+            Row(
+                cells=(
+                    Cell(text=row.task if row.is_main else ""),
+                    Cell(text=_label(row)),
+                    Cell(text=number(row.chance if row.is_main else None)),
+                    metric_cell(first, "ours", MISSING),
+                    *(metric_cell(m, missing=MISSING) for m in others),
+                    *(_difference_cell(d) for d in row.differences),
+                    *([Cell(text=_beats_all_text(row))] if several else []),
+                    Cell(text=number(row.published)),
+                )
+            )
+        )
     return Table(headings=headings, rows=tuple(rows))
 
 

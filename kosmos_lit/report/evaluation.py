@@ -116,21 +116,36 @@ def overview(results: Results, anchors: Mapping[str, str]) -> Table:
         anchors: places in a page by task.
     """
     headings = (
-        Heading(text="task", is_number=False), Heading(text="metric", is_number=False, is_below=True),
-        Heading(text="shots", is_below=True), Heading(text="chance"), Heading(text="this model"),
-        Heading(text="interval", is_page_only=True), Heading(text="KOSMOS-1"), Heading(text="difference", is_page_only=True),
-        Heading(text="samples"), Heading(text="failed"),
-    )  # fmt: skip
+        Heading(text="task", is_number=False),
+        Heading(text="metric", is_number=False, is_below=True),
+        Heading(text="shots", is_below=True),
+        Heading(text="chance"),
+        Heading(text="this model"),
+        Heading(text="interval", is_page_only=True),
+        Heading(text="KOSMOS-1"),
+        Heading(text="difference", is_page_only=True),
+        Heading(text="samples"),
+        Heading(text="failed"),
+    )
     rows = []
     for task in results.tasks.values():
         ours, paper, top = main_value(task), reference(task), TOPS.get(task.main_metric, 100.0)
-        rows.append(Row(cells=(
-            Cell(text=task.name, anchor=anchors.get(task.name, "")), Cell(text=metric_label(task.main_metric)),
-            Cell(text=str(task.n_shots), alone=shots_label(task.n_shots)), Cell(text=number(chance(task))),
-            metric_cell(ours, "ours", MISSING), Cell(plot=Plot(metric=ours, chance=chance(task), paper=paper, top=top)),
-            Cell(text=number(paper)), _difference(ours, paper), Cell(text=f"{task.n_samples:,}"),
-            Cell(text=f"{task.n_failed:,}"),
-        )))  # fmt: skip
+        rows.append(
+            Row(
+                cells=(
+                    Cell(text=task.name, anchor=anchors.get(task.name, "")),
+                    Cell(text=metric_label(task.main_metric)),
+                    Cell(text=str(task.n_shots), alone=shots_label(task.n_shots)),
+                    Cell(text=number(chance(task))),
+                    metric_cell(ours, "ours", MISSING),
+                    Cell(plot=Plot(metric=ours, chance=chance(task), paper=paper, top=top)),
+                    Cell(text=number(paper)),
+                    _difference(ours, paper),
+                    Cell(text=f"{task.n_samples:,}"),
+                    Cell(text=f"{task.n_failed:,}"),
+                )
+            )
+        )
     return Table(headings=headings, rows=tuple(rows))
 
 

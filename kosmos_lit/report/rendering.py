@@ -27,9 +27,14 @@ def render_markdown(template: str, **values: Any) -> str:
 def _environment(finalize: Callable[[Any], Any] | None) -> Environment:
     """Return the templates with a function that every expression goes through before it is escaped for HTML."""
     return Environment(
-        loader=PackageLoader("kosmos_lit.report"), autoescape=True, finalize=finalize, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=PackageLoader("kosmos_lit.report"),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def _markdown_escaped(value: Any) -> Any:

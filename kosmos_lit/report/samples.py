@@ -97,9 +97,13 @@ def select_samples(
         )
 
     return SampleSelection(
-        failures=select(failures, n_failures, n_failures - 2, False), successes=select(successes, n_successes, 1, True),
-        failed=tuple(failed), metric=metric, n_failures=len(failures), n_successes=len(successes),
-    )  # fmt: skip
+        failures=select(failures, n_failures, n_failures - 2, False),
+        successes=select(successes, n_successes, 1, True),
+        failed=tuple(failed),
+        metric=metric,
+        n_failures=len(failures),
+        n_successes=len(successes),
+    )
 
 
 def confidence(sample: Mapping[str, Any]) -> float:

@@ -161,9 +161,13 @@ class Fsdp1Strategy(ShardedStrategy, FSDPStrategy):
         gpu = self.root_device.index if self.root_device.type == "cuda" else self.root_device
         return FullyShardedDataParallel(
             # `use_orig_params`: parameters keep their names, and a unit may hold frozen ones beside others.
-            module, sharding_strategy=self.sharding_strategy, device_id=gpu, use_orig_params=True,
-            param_init_fn=partial(_materialise, device=self.root_device), **kwargs
-        )  # fmt: skip
+            module,
+            sharding_strategy=self.sharding_strategy,
+            device_id=gpu,
+            use_orig_params=True,
+            param_init_fn=partial(_materialise, device=self.root_device),
+            **kwargs,
+        )
 
     def _apply_fsdp(self, net: Kosmos) -> None:
         """Shard the blocks. The root is the LightningModule, whose steps Lightning runs through its forward."""

@@ -21,9 +21,17 @@ from kosmos_lit.errors import UserError
 SAFETENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DAMAGED = (
-    OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
     zipfile.BadZipFile,
-)  # fmt: skip
+)
 """Errors of torch's reader on a file that is cut off or garbled, depending on where."""
 
 

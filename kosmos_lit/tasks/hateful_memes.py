@@ -66,7 +66,10 @@ class HatefulMemes(Task):
     def _read(self, names: Sequence[str]) -> list[Sample]:
         file, _ = require_files(
             # The split's names are alternatives: one file of either name is enough.
-            self.title, self.path, [names, "img/"], "https://hatefulmemeschallenge.com (request access there)"
+            self.title,
+            self.path,
+            [names, "img/"],
+            "https://hatefulmemeschallenge.com (request access there)",
         )
         with parsing(file):
             return [
@@ -91,7 +94,8 @@ class HatefulMemes(Task):
             scores={"accuracy": accuracy_with_ties(probabilities, label)},
             data={
                 # math.exp turns the log-probability into P(yes); the area depends on the order of scores alone.
-                "score": probabilities[1] if self.score == "share" else math.exp(candidates[1].total), "label": label,
+                "score": probabilities[1] if self.score == "share" else math.exp(candidates[1].total),
+                "label": label,
                 "probabilities": dict(zip(self.answers, probabilities, strict=True)),
             },
         )

@@ -18,6 +18,22 @@ from kosmos_lit.tokenizer.vocabulary import (
 from kosmos_lit.tokenizer.xlm_roberta import MODEL_FILE
 
 __all__ = [
-    "BOS", "EOS", "GROUNDING", "GROUNDING_TAGS", "IGNORE", "LEADING", "MODEL_FILE", "PAD", "TRAILING", "UNK", "Ids",
-    "SpecialTokens", "Tokenizer", "clean", "expand_images", "grounding", "has_tokenizer", "trimmed",
-]  # fmt: skip
+    "BOS",
+    "EOS",
+    "GROUNDING",
+    "GROUNDING_TAGS",
+    "IGNORE",
+    "LEADING",
+    "MODEL_FILE",
+    "PAD",
+    "TRAILING",
+    "UNK",
+    "Ids",
+    "SpecialTokens",
+    "Tokenizer",
+    "clean",
+    "expand_images",
+    "grounding",
+    "has_tokenizer",
+    "trimmed",
+]

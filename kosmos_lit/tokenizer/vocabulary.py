@@ -23,8 +23,13 @@ N_CONTROL_PIECES = 3
 """SentencePiece's own <unk>, <s> and </s>: its pieces 0, 1 and 2, which map to `LEADING`."""
 
 GROUNDING_TAGS = (
-    "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>",
-)  # fmt: skip
+    "<phrase>",
+    "</phrase>",
+    "<object>",
+    "</object>",
+    "</delimiter_of_multi_objects/>",
+    "<grounding>",
+)
 """Appended by Kosmos-2 behind `</line>`; its patch tokens follow."""
 
 

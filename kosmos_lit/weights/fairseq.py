@@ -87,11 +87,13 @@ def _options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: str) -> KosmosConfig:
     """Return the configuration that a checkpoint's tensors and options describe."""
     sources = {
-        "embedding": (2, f"{_DECODER}.embed_tokens.weight"), "first layer": (2, f"{_DECODER}.layers.0.ffn.fc1.weight"),
-        "queries": (2, "img_connector.latent_query"), "patches": (4, f"{_TOWER}.conv1.weight"),
+        "embedding": (2, f"{_DECODER}.embed_tokens.weight"),
+        "first layer": (2, f"{_DECODER}.layers.0.ffn.fc1.weight"),
+        "queries": (2, "img_connector.latent_query"),
+        "patches": (4, f"{_TOWER}.conv1.weight"),
         "positions": (2, f"{_TOWER}.positional_embedding"),
         "first block": (2, f"{_TOWER}.transformer.resblocks.0.mlp.c_fc.weight"),
-    }  # fmt: skip
+    }
     if missing := [name for _, name in sources.values() if name not in tensors]:
         raise UserError(f"{where} is no released Kosmos checkpoint: {', '.join(missing)} not found under 'model'")
     size = {part: tuple(tensors[name].shape) for part, (_, name) in sources.items()}
@@ -104,18 +106,27 @@ def _config(tensors: Mapping[str, Tensor], options: Mapping[str, Any], where: st
 
     image_size = patch * math.isqrt(size["positions"][0] - 1)  # one position is the class token's
     tower = vit_architecture(
-        image_size=image_size, layers=_count(tensors, rf"{_TOWER}\.transformer\.resblocks\.(\d+)\."), width=C,
-        n_heads=max(1, C // HEAD_DIM), ffn_dim=size["first block"][0], patch_size=patch,
+        image_size=image_size,
+        layers=_count(tensors, rf"{_TOWER}\.transformer\.resblocks\.(\d+)\."),
+        width=C,
+        n_heads=max(1, C // HEAD_DIM),
+        ffn_dim=size["first block"][0],
+        patch_size=patch,
         quick_gelu=True,  # the released code forces it for every tower
-    )  # fmt: skip
+    )
     return KosmosConfig(
         vision=VisionConfig(architecture=tower, pretrained=None, image_size=image_size, trainable="all"),
         connector=ConnectorConfig(kind="resampler", n_latents=size["queries"][0], n_heads=n_heads),
         decoder=DecoderConfig(
-            vocab_size=V, dim=D, n_layers=_count(tensors, rf"{_DECODER}\.layers\.(\d+)\."), n_heads=n_heads,
-            ffn_dim=size["first layer"][0], norm="sub", positions="sinusoidal",
+            vocab_size=V,
+            dim=D,
+            n_layers=_count(tensors, rf"{_DECODER}\.layers\.(\d+)\."),
+            n_heads=n_heads,
+            ffn_dim=size["first layer"][0],
+            norm="sub",
+            positions="sinusoidal",
         ),
-    )  # fmt: skip
+    )
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:

@@ -78,7 +78,11 @@ def export_transformers(model: Kosmos, tokenizer: Tokenizer | None, folder: str 
     side = {"height": vision.image_size, "width": vision.image_size}
     image_processor = CLIPImageProcessor(
         # No crop: images are scaled on both sides, as `Engine.pixels` does.
-        size=side, crop_size=side, do_center_crop=False, image_mean=list(vision.mean), image_std=list(vision.std)
+        size=side,
+        crop_size=side,
+        do_center_crop=False,
+        image_mean=list(vision.mean),
+        image_std=list(vision.std),
     )
     n_patch_tokens = sum(name.startswith("<patch_index_") for name in tokenizer.extra)
     processor = processor_class(image_processor, tokenizer.to_transformers(), num_patch_index_tokens=n_patch_tokens)
@@ -104,9 +108,16 @@ def kosmos_config(
     vision: Any = config.vision_config
     # Settings of transformers that a Kosmos has as constants.
     fixed: dict[str, Any] = {
-        "activation_function": "gelu", "layer_norm_eps": 1e-5, "scale_embedding": True, "activation_dropout": 0,
-        "layerdrop": 0, "add_cross_attention": False, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
-    }  # fmt: skip
+        "activation_function": "gelu",
+        "layer_norm_eps": 1e-5,
+        "scale_embedding": True,
+        "activation_dropout": 0,
+        "layerdrop": 0,
+        "add_cross_attention": False,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
     wrong = [
         f"text_config.{name} is {getattr(text, name)!r}, only {value!r} is supported"
         for name, value in fixed.items()
@@ -117,19 +128,33 @@ def kosmos_config(
         raise UserError(f"no Kosmos is like this Kosmos-2: {'; '.join(wrong)}")
     return KosmosConfig(
         vision=VisionConfig(
-            architecture=tower_architecture(vision), pretrained=None, image_size=square_side(vision.image_size),
-            trainable="all", feature_length=1.0, mean=mean, std=std,
+            architecture=tower_architecture(vision),
+            pretrained=None,
+            image_size=square_side(vision.image_size),
+            trainable="all",
+            feature_length=1.0,
+            mean=mean,
+            std=std,
         ),
         connector=ConnectorConfig(
-            kind="resampler", n_latents=config.latent_query_num, n_heads=text.attention_heads,
+            kind="resampler",
+            n_latents=config.latent_query_num,
+            n_heads=text.attention_heads,
             attention_dropout_rate=text.attention_dropout,
         ),
         decoder=DecoderConfig(
-            vocab_size=text.vocab_size, dim=text.embed_dim, n_layers=text.layers, n_heads=text.attention_heads,
-            ffn_dim=text.ffn_dim, max_seq_len=text.max_position_embeddings, norm="sub", positions="sinusoidal",
-            dropout_rate=text.dropout, attention_dropout_rate=text.attention_dropout,
+            vocab_size=text.vocab_size,
+            dim=text.embed_dim,
+            n_layers=text.layers,
+            n_heads=text.attention_heads,
+            ffn_dim=text.ffn_dim,
+            max_seq_len=text.max_position_embeddings,
+            norm="sub",
+            positions="sinusoidal",
+            dropout_rate=text.dropout,
+            attention_dropout_rate=text.attention_dropout,
         ),
-    )  # fmt: skip
+    )
 
 
 def transformers_config(config: KosmosConfig) -> Kosmos2Config:
@@ -161,13 +186,18 @@ def transformers_config(config: KosmosConfig) -> Kosmos2Config:
         )
     return Kosmos2Config(
         text_config={
-            "vocab_size": decoder.vocab_size, "max_position_embeddings": decoder.max_seq_len, "embed_dim": decoder.dim,
-            "layers": decoder.n_layers, "ffn_dim": decoder.ffn_dim, "attention_heads": decoder.n_heads,
-            "dropout": decoder.dropout_rate, "attention_dropout": decoder.attention_dropout_rate,
+            "vocab_size": decoder.vocab_size,
+            "max_position_embeddings": decoder.max_seq_len,
+            "embed_dim": decoder.dim,
+            "layers": decoder.n_layers,
+            "ffn_dim": decoder.ffn_dim,
+            "attention_heads": decoder.n_heads,
+            "dropout": decoder.dropout_rate,
+            "attention_dropout": decoder.attention_dropout_rate,
         },
         vision_config=tower | {"image_size": vision.image_size},
         latent_query_num=connector.n_latents,
-    )  # fmt: skip
+    )
 
 
 def _build_model(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str) -> Kosmos:

@@ -40,10 +40,14 @@ def vit_architecture(
 def tower_architecture(vision: Any) -> str | dict[str, Any]:
     """Return the open_clip architecture of a transformers CLIP vision config."""
     return vit_architecture(
-        image_size=square_side(vision.image_size), layers=vision.num_hidden_layers, width=vision.hidden_size,
-        n_heads=vision.num_attention_heads, ffn_dim=vision.intermediate_size, patch_size=square_side(vision.patch_size),
+        image_size=square_side(vision.image_size),
+        layers=vision.num_hidden_layers,
+        width=vision.hidden_size,
+        n_heads=vision.num_attention_heads,
+        ffn_dim=vision.intermediate_size,
+        patch_size=square_side(vision.patch_size),
         quick_gelu=vision.hidden_act == "quick_gelu",
-    )  # fmt: skip
+    )
 
 
 def tower_sizes(vision: VisionConfig) -> dict[str, Any] | None:
@@ -68,8 +72,11 @@ def tower_sizes(vision: VisionConfig) -> dict[str, Any] | None:
 def unsupported_settings(vision: Any) -> list[str]:
     """Return a phrase for each setting of a transformers CLIP vision config that open_clip's plain tower cannot have."""
     supported: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,), "attention_dropout": (0,),
-    }  # fmt: skip
+        "hidden_act": ("quick_gelu", "gelu"),
+        "layer_norm_eps": (1e-5,),
+        "num_channels": (3,),
+        "attention_dropout": (0,),
+    }
     unsupported = [
         f"vision_config.{name} is {getattr(vision, name)!r}, only {' and '.join(map(repr, values))} supported"
         for name, values in supported.items()

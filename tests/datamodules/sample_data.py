@@ -167,9 +167,13 @@ def warc_record(
     fields = [("Content-Type", mime), ("Content-Length", str(len(body))), *headers]
     identity = {"WARC-Date": "2024-01-01T00:00:00Z", "WARC-Record-ID": f"<urn:uuid:{zlib.crc32(url.encode()):032x}>"}
     record = writer.create_warc_record(
-        url, "response", payload=io.BytesIO(body), length=len(body),
-        http_headers=StatusAndHeaders("200 OK", fields, protocol="HTTP/1.1"), warc_headers_dict=identity,
-    )  # fmt: skip
+        url,
+        "response",
+        payload=io.BytesIO(body),
+        length=len(body),
+        http_headers=StatusAndHeaders("200 OK", fields, protocol="HTTP/1.1"),
+        warc_headers_dict=identity,
+    )
     writer.write_record(record)
     return data.getvalue()
 
@@ -209,9 +213,11 @@ def examples(n: int, first: int) -> list[dict[str, object]]:
         question, answer, second_question, second_answer = sentences(4, 1000 + number)
         names = [f"p/{number}-{j}.png" for j in range(number % 3)]
         turns = [
-            ("user", question), ("assistant", answer),
-            ("user", f"<image> <image> {second_question}"), ("assistant", second_answer),
-        ]  # fmt: skip
+            ("user", question),
+            ("assistant", answer),
+            ("user", f"<image> <image> {second_question}"),
+            ("assistant", second_answer),
+        ]
         messages = [{"role": role, "content": text} for role, text in turns]
         match number % 3:
             case 0:
@@ -278,6 +284,14 @@ def stream(
 def plain(row: Row) -> tuple[object, ...]:
     """A row as values that `==` compares."""
     return (
-        row.number, row.corpus, row.source, row.epoch, row.tokens.tolist(), row.targets.tolist(), row.segments, row.images,
-        row.image_segments, row.slots.tolist(),
-    )  # fmt: skip
+        row.number,
+        row.corpus,
+        row.source,
+        row.epoch,
+        row.tokens.tolist(),
+        row.targets.tolist(),
+        row.segments,
+        row.images,
+        row.image_segments,
+        row.slots.tolist(),
+    )

@@ -82,9 +82,7 @@ def test_workers_and_the_process_itself_write_the_same_ledger(tmp_path, tokenize
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_a_hundred_thousand_rows_with_broken_images_need_no_more_memory_and_list_each(
-    tmp_path, tokenizer_folder, tokenizer
-):
+def test_a_hundred_thousand_rows_with_broken_images_need_no_more_memory_and_list_each(tmp_path, tokenizer_folder, tokenizer):
     n, m = 100_003, 50
     bad = set(Random(7).sample(range(n), n // 20))
     sound = [sample_data.encoded(sample_data.drawn_image(i, 19, 17), ("PNG", "JPEG", "WEBP")[i % 3]) for i in range(101)]

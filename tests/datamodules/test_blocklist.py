@@ -63,9 +63,14 @@ def blocked(blocklist, corpus):
 
 def batches(stream, tokenizer, blocklist=None, ledger=None, workers=0, n_rows=None):
     options = RenderOptions(
-        tokenizer=tokenizer, image_size=SIDE, fit="crop", n_latents=N_LATENTS, max_bad_share=dict.fromkeys(CORPORA, 0.0),
-        ledger=ledger, blocklist=blocklist,
-    )  # fmt: skip
+        tokenizer=tokenizer,
+        image_size=SIDE,
+        fit="crop",
+        n_latents=N_LATENTS,
+        max_bad_share=dict.fromkeys(CORPORA, 0.0),
+        ledger=ledger,
+        blocklist=blocklist,
+    )
     layout = BatchLayout(first_row=0, global_batch_rows=3, micro_batch_rows=1)
     micro = MicroBatches(stream, layout, options, n_rows)
     return list(islice(Loader(micro, workers), N_ROWS) if n_rows is None else FiniteLoader(micro, workers))
@@ -196,13 +201,25 @@ def test_a_name_that_every_file_has_is_refused_without_a_shard(tmp_path, entry):
 
 
 ENTRIES = (
-    "000000007", "https://images.example/000000029.jpg", digest(sample_data.jpeg(13)), f"{sample_data.SITE}/4.html",
-    f"{sample_data.SITE}/13-1.jpg", "c.jsonl.zst:line 3", "a.jsonl:line 5", "b.jsonl.gz:line 2",
-)  # fmt: skip
+    "000000007",
+    "https://images.example/000000029.jpg",
+    digest(sample_data.jpeg(13)),
+    f"{sample_data.SITE}/4.html",
+    f"{sample_data.SITE}/13-1.jpg",
+    "c.jsonl.zst:line 3",
+    "a.jsonl:line 5",
+    "b.jsonl.gz:line 2",
+)
 NAMES = {
-    "000000007", "000000029", "000000013", f"{sample_data.SITE}/4.html", f"{sample_data.SITE}/13.html",
-    "line 3", "line 5", "line 2",
-}  # fmt: skip
+    "000000007",
+    "000000029",
+    "000000013",
+    f"{sample_data.SITE}/4.html",
+    f"{sample_data.SITE}/13.html",
+    "line 3",
+    "line 5",
+    "line 2",
+}
 
 
 def blocked_parts(stream, blocklist):
@@ -243,9 +260,7 @@ def test_a_blocked_document_keeps_nothing_but_its_positions(stream, tokenizer, l
     blocklist = listed(*ENTRIES)
     special = tokenizer.special
     n_images = 0
-    for (places, images), batch in zip(
-        blocked_parts(stream, blocklist), batches(stream, tokenizer, blocklist), strict=True
-    ):
+    for (places, images), batch in zip(blocked_parts(stream, blocklist), batches(stream, tokenizer, blocklist), strict=True):
         assert set(batch.tokens[0, places].tolist()) <= {PAD, special.image, special.image_end}
         assert set(batch.targets[0, places].tolist()) <= {IGNORE}
         assert batch.loss_at.tolist() == np.flatnonzero(batch.targets.numpy() != IGNORE).tolist()

@@ -80,8 +80,10 @@ def test_a_column_that_is_cut_off_is_named(copy):
 def test_a_document_is_named_after_its_place_in_its_shard(corpora):
     names = {name: corpora[name].shard_and_name(0) for name in corpora}
     assert [(shard.rpartition("/")[2], name) for shard, name in names.values()] == [
-        ("a.jsonl", "line 1"), ("00000.tar", "000000000"), ("a.warc.gz", "https://pages.example/0.html"),
-    ]  # fmt: skip
+        ("a.jsonl", "line 1"),
+        ("00000.tar", "000000000"),
+        ("a.warc.gz", "https://pages.example/0.html"),
+    ]
 
 
 def test_a_shard_that_has_moved_leaves_its_documents_numbers(corpora, tmp_path):
@@ -92,9 +94,11 @@ def test_a_shard_that_has_moved_leaves_its_documents_numbers(corpora, tmp_path):
 def test_shards_that_move_along_with_their_index_are_read(tokenizer_folder, tmp_path):
     sample_data.write_tar(tmp_path / "old/raw/0.tar", sample_data.pairs(3, 0))
     prepare_corpus(
-        format="img2dataset", inputs=[str(tmp_path / "old/raw/*.tar")], tokenizer=tokenizer_folder,
+        format="img2dataset",
+        inputs=[str(tmp_path / "old/raw/*.tar")],
+        tokenizer=tokenizer_folder,
         output=tmp_path / "old/index",
-    )  # fmt: skip
+    )
     (tmp_path / "old").rename(tmp_path / "new")
     corpus = IndexedCorpus(tmp_path / "new/index")
     assert corpus.image_bytes(corpus.document_images(0)[0]) == sample_data.png(0)

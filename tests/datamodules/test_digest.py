@@ -29,9 +29,17 @@ def rows(draw) -> Row:
     offsets = draw(st.lists(NUMBERS, min_size=3, max_size=3, unique=True))
     images = tuple(StoredImage(draw(st.integers(0, 99)), offset, draw(NUMBERS), 2, "") for offset in offsets)
     return Row(
-        draw(NUMBERS), draw(st.integers(0, 3)), draw(st.sampled_from(["text", "books", "pairs"])), draw(st.integers(0, 99)),
-        np.array(draw(ids)), np.array(draw(ids)), segments, images, (0, 1, 2), np.array([2, 9, 16]),
-    )  # fmt: skip
+        draw(NUMBERS),
+        draw(st.integers(0, 3)),
+        draw(st.sampled_from(["text", "books", "pairs"])),
+        draw(st.integers(0, 99)),
+        np.array(draw(ids)),
+        np.array(draw(ids)),
+        segments,
+        images,
+        (0, 1, 2),
+        np.array([2, 9, 16]),
+    )
 
 
 OTHER = {

@@ -28,8 +28,11 @@ def test_adding_tallies_adds_every_counter():
     both = filled()
     both.add(filled())
     assert (both.documents, both.broken, both.skipped, both.notes) == (
-        6, {"broken reason": 4}, {"rule": 2}, {"dead link": 2},
-    )  # fmt: skip
+        6,
+        {"broken reason": 4},
+        {"rule": 2},
+        {"dead link": 2},
+    )
 
 
 def test_an_empty_tally_has_no_broken_share():

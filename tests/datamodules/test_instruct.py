@@ -25,9 +25,14 @@ from tests.kosmos_lit.hugging_face_tokenizers import byte_fallback, byte_level, 
 
 LATENTS, SEQ_LEN = 3, 211
 OPTIONS = {
-    "seq_len": SEQ_LEN, "n_latents": LATENTS, "image_size": 7, "global_batch_rows": 4, "micro_batch_rows": 2,
-    "num_workers": 0, "seed": 5,
-}  # fmt: skip
+    "seq_len": SEQ_LEN,
+    "n_latents": LATENTS,
+    "image_size": 7,
+    "global_batch_rows": 4,
+    "micro_batch_rows": 2,
+    "num_workers": 0,
+    "seed": 5,
+}
 RECORDS = sample_data.examples(19, 0) + sample_data.examples(13, 19)
 
 
@@ -37,15 +42,23 @@ def build(raw, tokenizer_folder, tmp_path_factory):
 
     def run(inputs=("tuning/*.jsonl*",), val=None, val_share=0.3, **changes):
         config = CorpusConfig(
-            format="instruct", input=[str(raw / p) for p in inputs], val_input=val and [str(raw / val)],
-            index=str(tmp_path_factory.mktemp("built") / "index"), val_share=val_share,
-        )  # fmt: skip
+            format="instruct",
+            input=[str(raw / p) for p in inputs],
+            val_input=val and [str(raw / val)],
+            index=str(tmp_path_factory.mktemp("built") / "index"),
+            val_share=val_share,
+        )
         data = InstructData(config, tokenizer=TokenizerConfig(path=str(tokenizer_folder)), **(OPTIONS | changes))
         data.trainer = SimpleNamespace(
-            world_size=1, global_rank=0, accumulate_grad_batches=1, global_step=0, val_check_interval=None, max_steps=7,
+            world_size=1,
+            global_rank=0,
+            accumulate_grad_batches=1,
+            global_step=0,
+            val_check_interval=None,
+            max_steps=7,
             ckpt_path=None,
             default_root_dir=str(tokenizer_folder.parent / "run"),
-        )  # fmt: skip
+        )
         data.prepare_data()
         data.setup("fit")
         return data
@@ -180,11 +193,13 @@ TALKS = [
     {"messages": [{"role": "user", "content": "the?"}, {"role": "assistant", "content": "cat"}]},
     {
         "messages": [
-            {"role": "user", "content": "the?"}, {"role": "assistant", "content": " cat "},
-            {"role": "user", "content": "at?"}, {"role": "assistant", "content": "the cat"},
+            {"role": "user", "content": "the?"},
+            {"role": "assistant", "content": " cat "},
+            {"role": "user", "content": "at?"},
+            {"role": "assistant", "content": "the cat"},
         ]
     },
-]  # fmt: skip
+]
 WRITTEN = [
     "the cat sat:  at the mat",
     "the cat sat",
@@ -268,9 +283,12 @@ def test_an_index_remembers_its_turn_template(examples, raw, tokenizer_folder):
     other = ReadOptions(turn_template="{user} {assistant}")
     with pytest.raises(UserError, match=r"options is .*turn_template"):
         prepare_corpus(
-            format="instruct", inputs=[str(raw / "tuning/*.jsonl*")], tokenizer=tokenizer_folder, output=examples.folder,
+            format="instruct",
+            inputs=[str(raw / "tuning/*.jsonl*")],
+            tokenizer=tokenizer_folder,
+            output=examples.folder,
             options=other,
-        )  # fmt: skip
+        )
 
 
 def test_an_index_from_before_an_option_was_made_with_its_default(raw, tokenizer_folder, tmp_path):

@@ -49,9 +49,13 @@ def rows_by_number(batches):
             of_row = batch.slots[:, 0] == b
             assert number not in rows
             rows[number] = (
-                batch.tokens[b].tolist(), batch.targets[b].tolist(), batch.positions[b].tolist(),
-                batch.slots[of_row, 1].tolist(), batch.images[of_row].tolist(), batch.n_step_targets,
-            )  # fmt: skip
+                batch.tokens[b].tolist(),
+                batch.targets[b].tolist(),
+                batch.positions[b].tolist(),
+                batch.slots[of_row, 1].tolist(),
+                batch.images[of_row].tolist(),
+                batch.n_step_targets,
+            )
     return rows
 
 

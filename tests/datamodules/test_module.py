@@ -12,9 +12,15 @@ from kosmos_lit.tokenizer import IGNORE
 from tests.datamodules import sample_data
 
 OPTIONS = {
-    "seq_len": 101, "n_latents": 3, "image_size": 7, "global_batch_rows": 12, "micro_batch_rows": 3, "num_workers": 0,
-    "val_rows": 2, "seed": 5,
-}  # fmt: skip
+    "seq_len": 101,
+    "n_latents": 3,
+    "image_size": 7,
+    "global_batch_rows": 12,
+    "micro_batch_rows": 3,
+    "num_workers": 0,
+    "val_rows": 2,
+    "seed": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +39,16 @@ def build(corpus_configs, tokenizer_folder):
         tokenizer = TokenizerConfig(path=str(tokenizer_folder))
         data = MixtureData(tokenizer, **(corpus_configs | OPTIONS | changes))
         data.trainer = SimpleNamespace(
-            world_size=world_size, global_rank=rank, accumulate_grad_batches=accumulate, global_step=step,
-            val_check_interval=val_check_interval, max_steps=37, state=SimpleNamespace(fn="fit"),
-            default_root_dir=str(tokenizer_folder.parent / "run"), ckpt_path=None,
-        )  # fmt: skip
+            world_size=world_size,
+            global_rank=rank,
+            accumulate_grad_batches=accumulate,
+            global_step=step,
+            val_check_interval=val_check_interval,
+            max_steps=37,
+            state=SimpleNamespace(fn="fit"),
+            default_root_dir=str(tokenizer_folder.parent / "run"),
+            ckpt_path=None,
+        )
         data.prepare_data()
         return data
 
@@ -139,8 +151,11 @@ def test_steps_keep_their_rows_where_a_run_went_on_with_a_larger_batch(build):
     later = ready(build)
     later.restore_history(resumed.state_dict())
     assert [later.steps.rows(step) for step in (1, 10, 11, 13)] == [
-        range(12), range(108, 120), range(120, 144), range(168, 192)
-    ]  # fmt: skip
+        range(12),
+        range(108, 120),
+        range(120, 144),
+        range(168, 192),
+    ]
 
 
 def test_a_checkpoint_of_another_kind_of_data_is_refused_before_the_first_row(build):

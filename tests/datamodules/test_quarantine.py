@@ -21,8 +21,12 @@ def write_many(ledger, process):
 
 def test_a_line_leaves_out_what_is_not_known():
     assert json.loads(SAMPLE.to_line()) == {
-        "source": "caption", "shard": "pairs/00000.tar", "key": "000000017", "reason": "not an image", "detail": "",
-    }  # fmt: skip
+        "source": "caption",
+        "shard": "pairs/00000.tar",
+        "key": "000000017",
+        "reason": "not an image",
+        "detail": "",
+    }
     placed = json.loads(replace(SAMPLE, row=0, offset=512).to_line())
     assert (placed["row"], placed["offset"]) == (0, 512)
 

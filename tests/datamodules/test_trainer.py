@@ -71,10 +71,17 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about loggers and devices of this machine
             return L.Trainer(
-                accelerator="cpu", max_steps=max_steps, default_root_dir=tmp_path, limit_val_batches=1,
-                num_sanity_val_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                enable_checkpointing=False, **options,
-            )  # fmt: skip
+                accelerator="cpu",
+                max_steps=max_steps,
+                default_root_dir=tmp_path,
+                limit_val_batches=1,
+                num_sanity_val_steps=0,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                **options,
+            )
 
     return build
 

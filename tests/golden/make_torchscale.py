@@ -58,8 +58,14 @@ NORMS: dict[str, dict[str, bool]] = {
 
 def sizes(L: int, D: int, H: int, F: int, B: int, T: int, V: int = 31) -> dict[str, int]:
     return {
-        "n_layers": L, "dim": D, "n_heads": H, "ffn_dim": F, "n_rows": B, "n_positions": T, "vocab_size": V,
-    }  # fmt: skip
+        "n_layers": L,
+        "dim": D,
+        "n_heads": H,
+        "ffn_dim": F,
+        "n_rows": B,
+        "n_positions": T,
+        "vocab_size": V,
+    }
 
 
 IMAGES = {"slots": [[0, 1], [1, 6]], "n_latents": 3}
@@ -83,7 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
     "deepnorm xpos": {"norm": "deepnorm", "positions": "xpos", **sizes(3, 20, 5, 23, 2, 13), "with_logits": True},
     "deepnorm none": {"norm": "deepnorm", "positions": "none", **sizes(5, 18, 3, 29, 2, 11)},
     "deepnorm xpos incremental": {"norm": "deepnorm", "positions": "xpos", **sizes(2, 20, 5, 23, 2, 11), "prompt": 4},
-}  # fmt: skip
+}
 
 START = {"n_layers": 5, "dim": 70, "n_heads": 5, "ffn_dim": 113, "vocab_size": 211}
 N_SEEDS = 64

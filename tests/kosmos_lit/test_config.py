@@ -141,7 +141,11 @@ def test_features_may_keep_their_length_or_get_another(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"dropout_rate": 0.3}, {"attention_kernel": "sdpa"}, {"init": "gpt2"}, {"branch_gain": 2.0}, {"loss_chunk": None},
+        {"dropout_rate": 0.3},
+        {"attention_kernel": "sdpa"},
+        {"init": "gpt2"},
+        {"branch_gain": 2.0},
+        {"loss_chunk": None},
         {"fp8": "rowwise"},
     ],
 )
@@ -162,9 +166,7 @@ def test_what_the_model_computes_is_its_architecture(field):
         tiny_config("ViT-B-32").architecture(),
         tiny_config("ViT-B-32", **field).architecture(),
     )
-    assert {name for name in base if base[name] != changed[name]} == {
-        f"decoder.{name}" for name in field
-    }
+    assert {name for name in base if base[name] != changed[name]} == {f"decoder.{name}" for name in field}
 
 
 @pytest.mark.parametrize("kind", ["resampler", "perceiver", "linear", "mlp", "pool"])
@@ -173,9 +175,7 @@ def test_of_the_connector_what_its_kind_uses_is_its_architecture(kind):
     other = replace(config, connector=replace(config.connector, n_layers=5, n_heads=4, n_latents=7))
     base, changed = config.architecture(), other.architecture()
     used = {"resampler": {"n_heads"}, "perceiver": {"n_heads", "n_layers"}}.get(kind, set()) | {"n_latents"}
-    assert {name for name in base if base[name] != changed[name]} == {
-        f"connector.{name}" for name in used
-    }
+    assert {name for name in base if base[name] != changed[name]} == {f"connector.{name}" for name in used}
 
 
 def test_heads_that_a_connector_does_not_have_need_divide_nothing():
@@ -193,16 +193,12 @@ def test_there_is_one_loss_weight_a_corpus_in_the_order_of_the_corpora():
 
 def test_the_length_of_learned_positions_is_architecture():
     # Their table has one row a position: weights of another length do not fit.
-    base, changed = (
-        tiny_config("ViT-B-32", positions="learned", max_seq_len=n).architecture() for n in (61, 67)
-    )
+    base, changed = (tiny_config("ViT-B-32", positions="learned", max_seq_len=n).architecture() for n in (61, 67))
     assert base != changed
 
 
 def test_the_longest_row_of_computed_positions_is_no_architecture():
-    base, changed = (
-        tiny_config("ViT-B-32", positions="xpos", max_seq_len=n).architecture() for n in (61, 67)
-    )
+    base, changed = (tiny_config("ViT-B-32", positions="xpos", max_seq_len=n).architecture() for n in (61, 67))
     assert base == changed
 
 

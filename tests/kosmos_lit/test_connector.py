@@ -35,8 +35,9 @@ def test_the_resampler_is_one_cross_attention_whose_keys_include_the_latents():
     expected = []
     for image in features:
         keys = torch.cat([linear(image, module.dense), module.latent_query])  # (P + L, D)
-        q, k, v = linear(module.latent_query, module.x_attn.q_proj), *(
-            linear(keys, m) for m in (module.x_attn.k_proj, module.x_attn.v_proj)
+        q, k, v = (
+            linear(module.latent_query, module.x_attn.q_proj),
+            *(linear(keys, m) for m in (module.x_attn.k_proj, module.x_attn.v_proj)),
         )
         parts = [slice(at, at + D // H) for at in range(0, D, D // H)]
         heads = [(q[:, p] @ k[:, p].T / math.sqrt(D // H)).softmax(-1) @ v[:, p] for p in parts]

@@ -36,8 +36,12 @@ def test_bits_are_counted_per_byte_of_text():
 
 def test_a_corpus_that_did_not_occur_is_left_out():
     assert computed((NLL, BATCH)).keys() == {
-        "loss", "loss/text", "bits_per_byte/text", "loss/interleaved", "bits_per_byte/interleaved"
-    }  # fmt: skip
+        "loss",
+        "loss/text",
+        "bits_per_byte/text",
+        "loss/interleaved",
+        "bits_per_byte/interleaved",
+    }
 
 
 def test_batches_add_up_by_their_tokens():

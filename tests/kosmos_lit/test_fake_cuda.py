@@ -105,9 +105,11 @@ def test_a_pretrained_model_is_the_same_whatever_the_default_device(
 def batches() -> list[KosmosBatch]:
     """Micro-batches of two rows with other documents each, and 3, 0, 2 and 4 images."""
     rows = [
-        [text_doc(9), image_doc(3, n_images=3)], [text_doc(40)], [text_doc(5), image_doc(2), image_doc(4)],
+        [text_doc(9), image_doc(3, n_images=3)],
+        [text_doc(40)],
+        [text_doc(5), image_doc(2), image_doc(4)],
         [image_doc(4, n_images=4)],
-    ]  # fmt: skip
+    ]
     return [batch_of([row, [text_doc(12 + n), text_doc(3)]], 47, corpus=[2, 0]) for n, row in enumerate(rows)]
 
 
@@ -136,9 +138,16 @@ class Watch(Callback):
 
 
 def fit(
-    lit: KosmosLit, data: FakeData, folder: Path, *, steps: int = 3, micro_batches: int = 2, strategy: Any = "auto",
-    num_nodes: int = 1, gpu: FakeGpu = FakeGpu(),
-) -> Watch:  # fmt: skip
+    lit: KosmosLit,
+    data: FakeData,
+    folder: Path,
+    *,
+    steps: int = 3,
+    micro_batches: int = 2,
+    strategy: Any = "auto",
+    num_nodes: int = 1,
+    gpu: FakeGpu = FakeGpu(),
+) -> Watch:
     """Run some steps on a fake GPU, with the callbacks of every run."""
     watch = Watch(steps - 1)
     with fake_cuda(gpu):
@@ -146,11 +155,22 @@ def fit(
             metric._apply(torch.empty_like)  # fake, as the model will be
         callbacks = [StepLog(), Throughput(), Progress(), Checkpoints(str(folder)), watch]
         trainer = L.Trainer(
-            accelerator="cuda", devices=1, num_nodes=num_nodes, strategy=strategy, precision="bf16-mixed", max_steps=100,
-            log_every_n_steps=1000, accumulate_grad_batches=micro_batches, gradient_clip_val=2.0, callbacks=callbacks,
-            logger=False, enable_model_summary=False, limit_val_batches=0, val_check_interval=None,
+            accelerator="cuda",
+            devices=1,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            precision="bf16-mixed",
+            max_steps=100,
+            log_every_n_steps=1000,
+            accumulate_grad_batches=micro_batches,
+            gradient_clip_val=2.0,
+            callbacks=callbacks,
+            logger=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            val_check_interval=None,
             default_root_dir=str(folder),
-        )  # fmt: skip
+        )
         trainer.fit(lit, datamodule=data)
     assert trainer.global_step == steps - 1
     return watch
@@ -197,9 +217,11 @@ def test_a_pretrained_model_trains_on_a_gpu(
     save_folder(Kosmos.create(config, 5), kosmos_tokenizer, tmp_path / "model")
     decoder = replace(config.decoder, vocab_size=config.decoder.vocab_size + more_rows)
     lit = KosmosLit(
-        replace(config, decoder=decoder), OptimizerConfig(total_steps=100), init_from=str(tmp_path / "model"),
+        replace(config, decoder=decoder),
+        OptimizerConfig(total_steps=100),
+        init_from=str(tmp_path / "model"),
         freeze=["decoder.layers.0"],
-    )  # fmt: skip
+    )
     with torch.device("cpu"):
         lit.configure_model()  # tensors of a file have elements, which fake ones cannot be made of
     watch = fit(lit, FakeData(batches(), kosmos_tokenizer, 2), tmp_path)
@@ -223,9 +245,13 @@ def test_the_papers_model_takes_steps_on_a_gpu(kosmos_tokenizer: Tokenizer, tmp_
     batch.lengths = (700, 1348) * rows
     is_sharded = build is Fsdp2Strategy
     watch = fit(
-        lit, FakeData([batch], kosmos_tokenizer, N_RANKS if is_sharded else 1), tmp_path, micro_batches=1,
-        strategy=build() if is_sharded else "auto", num_nodes=N_RANKS if is_sharded else 1,
-    )  # fmt: skip
+        lit,
+        FakeData([batch], kosmos_tokenizer, N_RANKS if is_sharded else 1),
+        tmp_path,
+        micro_batches=1,
+        strategy=build() if is_sharded else "auto",
+        num_nodes=N_RANKS if is_sharded else 1,
+    )
     assert watch.n_parameters > 1.6e9
     assert watch.devices == {"cuda"}
     assert watch.waits.calls == []

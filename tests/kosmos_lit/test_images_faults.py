@@ -218,8 +218,12 @@ def test_inverted_inks_become_rgb(inks, adobe, expected):
 
 SOUND = {
     "JPEG": saved(Image.fromarray(NOISE), "JPEG"),
-    "JPEG, progressive, turned": saved(Image.fromarray(NOISE), "JPEG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08"
-        b"\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
+    "JPEG, progressive, turned": saved(
+        Image.fromarray(NOISE),
+        "JPEG",
+        progressive=True,
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0",
+    ),
     "JPEG, gray": saved(Image.fromarray(NOISE[..., 0]), "JPEG"),
     "JPEG, inks": saved(Image.fromarray(np.dstack([NOISE, NOISE[..., :1]]), "CMYK"), "JPEG"),
     "PNG": saved(Image.fromarray(NOISE), "PNG"),
@@ -232,7 +236,7 @@ SOUND = {
     "JPEG2000": saved(Image.fromarray(NOISE), "JPEG2000"),
     "PPM": saved(Image.fromarray(NOISE), "PPM"),
     "ICO": saved(Image.fromarray(NOISE), "ICO"),
-}  # fmt: skip
+}
 STARTS = [b"", *{data[:12] for data in SOUND.values()}]
 
 

@@ -110,9 +110,7 @@ def test_a_checkpoint_remembers_the_weights(kosmos_tower):
     assert KosmosLit(tiny_config(kosmos_tower), loss_weights=stored).loss_weights == LossWeights(caption=0.5)
 
 
-def test_a_run_with_a_weight_reads_the_same_rows_and_learns_something_else(
-    trained: Path, tiny_world: Path, tmp_path: Path
-):
+def test_a_run_with_a_weight_reads_the_same_rows_and_learns_something_else(trained: Path, tiny_world: Path, tmp_path: Path):
     flags = ("--model.loss_weights.caption=0.5", "--trainer.max_steps=2")
     assert main(tiny_run("fit", tmp_path, tiny_world, *flags)) == 0
     plain, weighted = losses(trained), losses(tmp_path)

@@ -227,6 +227,7 @@ def test_an_impossible_weight_is_refused_with_its_stage():
 
 # ---- sources within kinds
 
+
 @settings(deadline=None)
 @given(source_mixture_stages())
 def test_every_prefix_is_less_than_one_row_off_in_kinds_and_in_sources_of_a_kind(stages):

@@ -35,10 +35,14 @@ class Offsets:
         self.image_positions = np.array([p for d in self.documents for p, c in enumerate(d) if c == "i"], dtype="<u4")
         self.records = (np.arange(n) * S // max(1, n) << PLACE_BITS).astype("<u8")
         self.manifest = {
-            "format": self.packing, "tokenizer": "letters", "options": {}, "documents": n,
+            "format": self.packing,
+            "tokenizer": "letters",
+            "options": {},
+            "documents": n,
             "shards": [{"path": str(s), "bytes": 7} for s in self.shards],
-            "tokens": int(self.token_offsets[-1]), "images": int(self.image_offsets[-1]),
-        }  # fmt: skip
+            "tokens": int(self.token_offsets[-1]),
+            "images": int(self.image_offsets[-1]),
+        }
 
 
 @dataclass

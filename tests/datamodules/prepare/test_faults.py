@@ -148,8 +148,9 @@ def test_halves_of_characters_and_zero_bytes_are_indexed_as_documented_and_count
     sample_data.write_lines(tmp_path / "raw/a.jsonl", lines)
     corpus = prepare("jsonl")
     assert corpus.manifest["tally"]["notes"] == {
-        'text with halves of characters, indexed as "?"': 1, "text with zero bytes, indexed as unknown characters": 1,
-    }  # fmt: skip
+        'text with halves of characters, indexed as "?"': 1,
+        "text with zero bytes, indexed as unknown characters": 1,
+    }
     assert corpus.manifest["tally"]["examples"]['text with halves of characters, indexed as "?"'] == "a.jsonl, record 1"
     assert corpus.document_tokens(0).tolist() == tokenizer.encode("a ? cat").tolist()
     assert corpus.n_documents == 3

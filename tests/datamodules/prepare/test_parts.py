@@ -259,9 +259,11 @@ def damaged(folder):
         last = list(tar.members())[-1]
     os.truncate(folder / "2.tar", last.offset)
     return [
-        ("0.tar", "ill", "not an image"), ("0.tar", "lone", "no image"),
-        ("0.tar", "../../\udcff", "image cannot be decoded"), ("2.tar", "", "shard cut off or corrupt"),
-    ]  # fmt: skip
+        ("0.tar", "ill", "not an image"),
+        ("0.tar", "lone", "no image"),
+        ("0.tar", "../../\udcff", "image cannot be decoded"),
+        ("2.tar", "", "shard cut off or corrupt"),
+    ]
 
 
 def ledger(folder):
@@ -305,8 +307,9 @@ def test_a_crawls_broken_images_and_its_cut_are_in_the_ledger_once(tokenizer_fol
     prepare_corpus(**options(tmp_path / "raw", tokenizer_folder, tmp_path / "index"))
     listed = ledger(tmp_path / "index")
     assert [(b.key.partition(" ")[0], b.reason) for b in listed] == [
-        (f"{sample_data.SITE}/x.png", "not an image"), ("after", "shard cut off or corrupt"),
-    ]  # fmt: skip
+        (f"{sample_data.SITE}/x.png", "not an image"),
+        ("after", "shard cut off or corrupt"),
+    ]
 
 
 def test_a_sound_corpus_has_no_ledger(whole_pairs):

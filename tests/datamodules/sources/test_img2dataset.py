@@ -151,6 +151,7 @@ def test_what_is_no_file_in_a_tar_is_passed_over(tmp_path):
 def test_pairs_are_not_split_between_rows():
     assert SOURCE.packing == "whole"
 
+
 DEEP = "d" * 61 + "/" + "n" * 67 + "/"
 """A folder whose name alone is longer than a header's 100 bytes."""
 URL = "https://images.example/7.jpg"
@@ -175,12 +176,17 @@ def write_as(path, format_, members):
 @pytest.mark.parametrize(
     ("format_", "folder"),
     [
-        (tarfile.USTAR_FORMAT, ""), (tarfile.GNU_FORMAT, ""), (tarfile.PAX_FORMAT, ""), ("v7", ""),
-        (tarfile.GNU_FORMAT, DEEP), (tarfile.PAX_FORMAT, DEEP), (tarfile.USTAR_FORMAT, DEEP),
+        (tarfile.USTAR_FORMAT, ""),
+        (tarfile.GNU_FORMAT, ""),
+        (tarfile.PAX_FORMAT, ""),
+        ("v7", ""),
+        (tarfile.GNU_FORMAT, DEEP),
+        (tarfile.PAX_FORMAT, DEEP),
+        (tarfile.USTAR_FORMAT, DEEP),
         (tarfile.PAX_FORMAT, "kätzchen/"),
     ],
     ids=["ustar", "gnu", "pax", "V7", "gnu long", "pax long", "ustar prefix", "pax umlaut"],
-)  # fmt: skip
+)
 def test_labels_are_those_of_the_images_own_json(tmp_path, format_, folder, before, side):
     members = []
     for name in ("6", "ü7" if folder.startswith("k") else "7", "8"):

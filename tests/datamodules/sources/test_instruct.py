@@ -82,18 +82,21 @@ def test_images_that_begin_a_question_stand_before_its_template(tmp_path):
 
 def test_content_may_be_parts_that_name_their_images(tmp_path):
     question = [
-        {"type": "image", "image": "b.png"}, {"type": "text", "text": "what is"},
-        {"type": "image_url", "image_url": {"url": "file://c.png"}}, {"type": "image"},
-    ]  # fmt: skip
+        {"type": "image", "image": "b.png"},
+        {"type": "text", "text": "what is"},
+        {"type": "image_url", "image_url": {"url": "file://c.png"}},
+        {"type": "image"},
+    ]
     record = {"images": ["a.png"], "messages": talk(question, [{"type": "text", "text": "x"}])}
     assert only(tmp_path, record) == ["b.png", "Question: what is", "c.png", "a.png", "Answer:", "[ x]"]
 
 
 def test_llavas_form_is_the_same_example(tmp_path):
     record = {
-        "id": "7", "image": "a.png",
+        "id": "7",
+        "image": "a.png",
         "conversations": [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "x"}],
-    }  # fmt: skip
+    }
     assert only(tmp_path, record) == only(tmp_path, {"images": ["a.png"], "messages": talk("<image>what", "x")})
 
 
@@ -101,8 +104,11 @@ def test_the_turn_template_may_be_another(tmp_path):
     template = "### User:\n{user}\n### Bot:\n{assistant}"
     record = {"messages": talk("one", "1", "two", "2")}
     assert only(tmp_path, record, turn_template="\n" + template) == [
-        "### User:\none\n### Bot:", "[\n1]", "\n### User:\ntwo\n### Bot:", "[\n2]"
-    ]  # fmt: skip
+        "### User:\none\n### Bot:",
+        "[\n1]",
+        "\n### User:\ntwo\n### Bot:",
+        "[\n2]",
+    ]
 
 
 @pytest.mark.parametrize("template", ["{user}", "{assistant}", "{user} {assistant} .", "{user} {user} {assistant}"])
@@ -157,7 +163,7 @@ TWO_NAMES = "images and image name different images"
         ({"messages": [{"role": ["user"], "content": "x"}]}, "unknown role", "['user']"),
         ({"messages": [{"role": {"user": 1}, "content": "x"}]}, "unknown role", "{'user': 1}"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_record_is_counted_with_its_line_and_the_next_one_read(tmp_path, record, reason, detail):
     sound = {"prompt": "x", "completion": "y"}
     documents, tally = read(tmp_path, sound, record, sound)
@@ -176,9 +182,24 @@ def test_an_image_is_kept_beside_an_empty_or_equal_list(tmp_path, other):
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 LEAVES |= st.sampled_from(["<image>", "a.png", "no.png", "user", "gpt", "text", "image", "a\0", "\ud800", "..", "file://"])
 KEYS = st.sampled_from(
-    ["images", "image", "prompt", "completion", "messages", "conversations", "role", "from", "content", "value", "type",
-     "text", "image_url", "url", "path"]
-) | st.text(max_size=3)  # fmt: skip
+    [
+        "images",
+        "image",
+        "prompt",
+        "completion",
+        "messages",
+        "conversations",
+        "role",
+        "from",
+        "content",
+        "value",
+        "type",
+        "text",
+        "image_url",
+        "url",
+        "path",
+    ]
+) | st.text(max_size=3)
 ANYTHING = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
 TURNS = st.lists(st.fixed_dictionaries({"role": st.just("user") | ANYTHING, "content": ANYTHING}), max_size=3)
 NEARLY = st.fixed_dictionaries(

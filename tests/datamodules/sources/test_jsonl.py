@@ -41,8 +41,8 @@ def test_every_ending_gives_the_same_documents(tmp_path, ending):
         (b'{"title": "no text"}', 'no text under "text"'),
         (b'{"text": null}', 'no text under "text"'),
         (b'{"text": 7}', 'no text under "text"'),
-        (b'["text"]', 'line is no JSON object'),
-        (b'"text"', 'line is no JSON object'),
+        (b'["text"]', "line is no JSON object"),
+        (b'"text"', "line is no JSON object"),
     ],
 )
 def test_a_broken_line_is_counted_by_its_reason_and_the_next_one_read(tmp_path, bad, reason):

@@ -22,21 +22,35 @@ def document_of(*page: str | Link, url: str = URL, find=lambda url: ImageRef(0, 
 def test_texts_and_images_come_in_document_order():
     items = parts('<h1>One</h1><p>two <img src="a.jpg"> three</p><img src="b.jpg"><div>four<div>five</div>six</div>')
     assert items == [
-        "One\ntwo", Link("https://pages.example/news/a.jpg"), "three", Link("https://pages.example/news/b.jpg"),
+        "One\ntwo",
+        Link("https://pages.example/news/a.jpg"),
+        "three",
+        Link("https://pages.example/news/b.jpg"),
         "four\nfive\nsix",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
     "skipped",
     [
-        '<nav>menu<img src="x.jpg"></nav>', "<script>var x = '<p>x</p>';</script>", "<style>p {}</style>",
-        "<form>name<input></form>", "<footer>imprint</footer>", "<aside>more</aside>", "<noscript>no</noscript>",
-        '<div role="navigation">menu</div>', '<div class="wide sidebar">links</div>', '<div id="footer">imprint</div>',
-        "<div hidden>secret</div>", '<div aria-hidden="true">secret</div>', "<!-- comment -->", "<?php echo ?>",
-        '<svg><text>drawn</text></svg>', '<iframe src="x"></iframe>',
+        '<nav>menu<img src="x.jpg"></nav>',
+        "<script>var x = '<p>x</p>';</script>",
+        "<style>p {}</style>",
+        "<form>name<input></form>",
+        "<footer>imprint</footer>",
+        "<aside>more</aside>",
+        "<noscript>no</noscript>",
+        '<div role="navigation">menu</div>',
+        '<div class="wide sidebar">links</div>',
+        '<div id="footer">imprint</div>',
+        "<div hidden>secret</div>",
+        '<div aria-hidden="true">secret</div>',
+        "<!-- comment -->",
+        "<?php echo ?>",
+        "<svg><text>drawn</text></svg>",
+        '<iframe src="x"></iframe>',
     ],
-)  # fmt: skip
+)
 def test_what_is_no_content_is_left_out_and_what_follows_it_kept(skipped):
     assert parts(f"<p>before</p>{skipped}<p>after</p>") == ["before\nafter"]
 
@@ -52,11 +66,14 @@ def test_words_of_content_are_not_taken_for_navigation():
 @pytest.mark.parametrize(
     ("source", "url"),
     [
-        ("a.jpg", "https://pages.example/news/a.jpg"), ("/a.jpg", "https://pages.example/a.jpg"),
-        ("../a.jpg", "https://pages.example/a.jpg"), ("//cdn.example/a.jpg", "https://cdn.example/a.jpg"),
-        ("http://other.example/a.jpg", "http://other.example/a.jpg"), (" a.jpg ", "https://pages.example/news/a.jpg"),
+        ("a.jpg", "https://pages.example/news/a.jpg"),
+        ("/a.jpg", "https://pages.example/a.jpg"),
+        ("../a.jpg", "https://pages.example/a.jpg"),
+        ("//cdn.example/a.jpg", "https://cdn.example/a.jpg"),
+        ("http://other.example/a.jpg", "http://other.example/a.jpg"),
+        (" a.jpg ", "https://pages.example/news/a.jpg"),
     ],
-)  # fmt: skip
+)
 def test_relative_links_are_resolved(source, url):
     assert parts(f'<img src="{source}">') == [Link(url)]
 
@@ -71,8 +88,9 @@ def test_links_are_relative_to_the_pages_base(base, url):
 
 def test_images_that_load_late_are_links():
     assert parts('<img src="data:image/gif;base64,R0" data-src="a.jpg"><img data-original="b.jpg"><img alt="none">') == [
-        Link("https://pages.example/news/a.jpg"), Link("https://pages.example/news/b.jpg"),
-    ]  # fmt: skip
+        Link("https://pages.example/news/a.jpg"),
+        Link("https://pages.example/news/b.jpg"),
+    ]
 
 
 @pytest.mark.parametrize("image", ['<img src="http://[::1">', '<img src="//[">'])
@@ -157,8 +175,17 @@ def test_a_page_ends_before_its_sixth_image():
     page = [x for n in range(7) for x in (Link("u" * (n + 1)), f"text {n}")]
     document, tally = document_of(*page)
     assert [p.offset if isinstance(p, ImageRef) else p for p in document] == [
-        1, "text 0", 2, "text 1", 3, "text 2", 4, "text 3", 5, "text 4",
-    ]  # fmt: skip
+        1,
+        "text 0",
+        2,
+        "text 1",
+        3,
+        "text 2",
+        4,
+        "text 3",
+        5,
+        "text 4",
+    ]
     assert tally.notes == {"page cut before image 6": 1}
 
 

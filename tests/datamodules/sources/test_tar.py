@@ -12,9 +12,15 @@ from tests.datamodules import sample_data
 quick = settings(deadline=None, max_examples=200)
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 KINDS = (
-    tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE,
+    tarfile.REGTYPE,
+    tarfile.AREGTYPE,
+    tarfile.CONTTYPE,
+    tarfile.DIRTYPE,
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.FIFOTYPE,
     tarfile.CHRTYPE,
-)  # fmt: skip
+)
 names = st.text("abé漢 ./_-", min_size=1, max_size=300).map(lambda name: "x" + name.rstrip("/ "))
 entries = st.lists(st.tuples(names, st.sampled_from(KINDS), st.binary(max_size=1100)), max_size=7)
 

@@ -18,7 +18,7 @@ from datamodules.world.matrices import (
     matrix_example,
     paint_panel,
     training_matrix,
-)  # fmt: skip
+)
 from datamodules.world.scene import SIDE, Holdout
 
 HOLDOUT = Holdout(3, 0.28)

@@ -10,9 +10,15 @@ from datamodules.world.write import WorldConfig
 SEED = 3
 WORLD = {"seed": SEED, "n_pairs": 61, "n_pages": 23, "n_texts": 97, "shards": 2, "workers": 1}
 OPTIONS = {
-    "vocab_size": 97, "val_share": 0.2, "seq_len": 127, "n_latents": 3, "image_size": 17, "num_workers": 0,
-    "global_batch_rows": 6, "micro_batch_rows": 3,
-}  # fmt: skip
+    "vocab_size": 97,
+    "val_share": 0.2,
+    "seq_len": 127,
+    "n_latents": 3,
+    "image_size": 17,
+    "num_workers": 0,
+    "global_batch_rows": 6,
+    "micro_batch_rows": 3,
+}
 
 
 def world_data(folder, **changes):

@@ -38,13 +38,20 @@ class FakeRun:
             return torch.cat([rows[:1], torch.tensor(others, dtype=torch.float64)])
 
         settings = {
-            "global_step": 0, "max_steps": 100, "log_every_n_steps": 2, "world_size": 1 + len(others), "global_rank": 0,
+            "global_step": 0,
+            "max_steps": 100,
+            "log_every_n_steps": 2,
+            "world_size": 1 + len(others),
+            "global_rank": 0,
             "precision": "32-true",
             "strategy": SimpleNamespace(root_device=torch.device("cpu"), reduce=reduce),
             "train_dataloader": SimpleNamespace(waited_seconds=0.0),
-            "is_global_zero": True, "callback_metrics": {}, "sanity_checking": False, "callbacks": [],
+            "is_global_zero": True,
+            "callback_metrics": {},
+            "sanity_checking": False,
+            "callbacks": [],
             "state": SimpleNamespace(fn="fit"),
-        }  # fmt: skip
+        }
         self.trainer: Any = SimpleNamespace(**(settings | fields))
 
     def clock(self) -> float:

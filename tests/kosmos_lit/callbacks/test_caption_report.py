@@ -74,9 +74,12 @@ def questions(*n_images: int) -> PromptBatch:
     images = [torch.full((3, 11, 11), i + 1, dtype=torch.uint8) for i in range(sum(n_images))]
     n = len(n_images)
     return PromptBatch(
-        prompts=["x"] * n, images=torch.stack(images) if images else torch.zeros(0, 3, 11, 11, dtype=torch.uint8),
-        n_images=n_images, targets=["y"] * n, tasks=["object"] * n,
-    )  # fmt: skip
+        prompts=["x"] * n,
+        images=torch.stack(images) if images else torch.zeros(0, 3, 11, 11, dtype=torch.uint8),
+        n_images=n_images,
+        targets=["y"] * n,
+        tasks=["object"] * n,
+    )
 
 
 def lit_that_generates(text: str, tower: str) -> KosmosLit:

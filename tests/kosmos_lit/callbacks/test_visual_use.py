@@ -72,9 +72,11 @@ class Gauge:
         kinds = fields.pop("kinds", {"text": TEXT, "caption": CAPTION, "interleaved": INTERLEAVED})
         data = SimpleNamespace(val_dataloader=lambda: self._read(held_out), kinds=kinds)
         defaults = {
-            "limit_val_batches": 1.0, "loggers": [logger], "datamodule": data,
+            "limit_val_batches": 1.0,
+            "loggers": [logger],
+            "datamodule": data,
             "progress_bar_callback": SimpleNamespace(print=self.printed.append),
-        }  # fmt: skip
+        }
         self.run = FakeRun(**(defaults | fields))
         self.run.trainer.strategy.validation_step = self.module.validation_step
         self.run.trainer.strategy.model = self.module

@@ -41,9 +41,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("kernel", ["auto", "sdpa", "flex", "reference"])
 @pytest.mark.parametrize("within", ["own", "row"])
 @pytest.mark.parametrize("row_len", [61, 29, 7])
-def test_a_kernel_that_keeps_documents_apart_passes(
-    kosmos_tower: str, kernel: str, within: str, row_len: int
-) -> None:
+def test_a_kernel_that_keeps_documents_apart_passes(kosmos_tower: str, kernel: str, within: str, row_len: int) -> None:
     assert leak_of(tiny_model(kosmos_tower, attention_kernel=kernel, document_attention=within), row_len) is None
 
 

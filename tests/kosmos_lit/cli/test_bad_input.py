@@ -166,9 +166,7 @@ def test_a_tokenizer_of_another_size(mistake: Mistake, fit: list[str]) -> None:
     assert "has 290 pieces, but the config's vocab_size for it is 280" in mistake(*fit, "--data.vocab_size=280")
 
 
-def test_raw_files_that_the_index_does_not_have(
-    mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path
-) -> None:
+def test_raw_files_that_the_index_does_not_have(mistake: Mistake, fit: list[str], tmp_path: Path, tiny_world: Path) -> None:
     shutil.copytree(tiny_world, tmp_path / "world")
     shutil.copy(tmp_path / "world" / "text-00000.jsonl.zst", tmp_path / "world" / "text-00009.jsonl.zst")
 

@@ -167,9 +167,7 @@ def test_a_missing_base_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         (["plan", "-c", "quickstart", "--peak-share", "0.3"], "--peak_share"),
     ],
 )
-def test_an_old_flag_is_answered_with_the_new_one(
-    words: list[str], new: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_old_flag_is_answered_with_the_new_one(words: list[str], new: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert f" is {new} now" in capsys.readouterr().err
 

@@ -20,8 +20,12 @@ def spin_counts(setting: Mapping[str, str]) -> set[int]:
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     end = subprocess.run(
         [sys.executable, "main.py", "fit", "--help"],
-        cwd=ROOT, env=environment | {"OMP_DISPLAY_ENV": "verbose"} | setting, text=True, capture_output=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment | {"OMP_DISPLAY_ENV": "verbose"} | setting,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
     return {int(count) for count in re.findall(r"GOMP_SPINCOUNT = '(\d+)'", end.stderr)}
 
 

@@ -79,9 +79,7 @@ def test_the_same_runs_are_the_same(verify: Verify, trained: Path, other: Path) 
     assert lines[-1] == "2 of 2 common checkpoints are the same"
     for line, step in zip(lines, STEPS, strict=False):
         digest = load_checkpoint(checkpoint(trained, step))["rows_digest"]
-        assert line == (
-            f"step {step:>8}  rows to {4 * step}, digest {digest}, weights and optimizer state equal bit by bit"
-        )
+        assert line == (f"step {step:>8}  rows to {4 * step}, digest {digest}, weights and optimizer state equal bit by bit")
     assert len(lines) == 3
 
 
@@ -186,15 +184,17 @@ def test_a_folder_of_checkpoints_is_compared_as_its_run(verify: Verify, trained:
 @pytest.mark.parametrize(
     ("mistake", "named"),
     [
-        (("{trained}/checkpoints/step=00000003.ckpt", "{trained}/checkpoints/step=00000006.ckpt"),
-         ("has checkpoints of the steps [3], ", " of [6]: none in common; keep more of them (Checkpoints.keep)")),
+        (
+            ("{trained}/checkpoints/step=00000003.ckpt", "{trained}/checkpoints/step=00000006.ckpt"),
+            ("has checkpoints of the steps [3], ", " of [6]: none in common; keep more of them (Checkpoints.keep)"),
+        ),
         (("{trained}", "{trained}/csv"), ("no checkpoint in {trained}/csv; give a run's folder",)),
         (("{trained}", "{trained}/none"), ("no checkpoint in {trained}/none; give a run's folder",)),
         (("{trained}",), ("verify-resume takes RUN 2 times, got 1",)),
         (("{trained}", "{trained}", "--tolerance=-1"), ("--tolerance must not be negative, got -1.0",)),
         (("{trained}", "{trained}", "--tolerance=.nan"), ("--tolerance must not be negative, got nan",)),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_compared_is_named(
     verify: Verify, trained: Path, mistake: tuple[str, ...], named: tuple[str, ...]
 ) -> None:

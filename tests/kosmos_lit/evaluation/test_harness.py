@@ -102,11 +102,7 @@ def test_choices_and_log_probabilities_are_those_of_our_own_tasks(
 
     by_harness = evaluate(harness_model, tmp_path)
 
-    results = {
-        r.key: r
-        for some in RequestScheduler(harness_model.engine).run(task, samples, pool)
-        for r in some
-    }
+    results = {r.key: r for some in RequestScheduler(harness_model.engine).run(task, samples, pool) for r in some}
     outcomes = [results[sample.key].outcome for sample in samples]
     logged = sorted(by_harness["samples"]["made"], key=lambda one: one["doc_id"])
     assert len(logged) == len(samples)
@@ -189,9 +185,13 @@ def test_a_long_context_loses_its_beginning_and_says_so(
 def test_a_short_text_is_one_row(harness_model: HarnessModel, tmp_path: Path) -> None:
     text = "the cat sat on the mat\na red square"
     put_task(
-        tmp_path, [{"page": text}], output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{page}}",
+        tmp_path,
+        [{"page": text}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{page}}",
         metric_list=[{"metric": "bits_per_byte"}],
-    )  # fmt: skip
+    )
 
     results = evaluate(harness_model, tmp_path)
 
@@ -239,18 +239,17 @@ def test_a_long_text_is_the_sum_of_its_windows(kosmos_tower: str, kosmos_tokeniz
 def test_generation_ends_at_the_tasks_stop_strings(harness_model: HarnessModel, tmp_path: Path) -> None:
     contexts = ["the cat", "a red square and a", "jackdaws love"]
     settings = GenerationConfig(max_new_tokens=9)
-    texts = [
-        a.text
-        for a in RequestScheduler(harness_model.engine).respond(
-            [Generate((c,), settings) for c in contexts]
-        )
-    ]  # type: ignore[union-attr]
+    texts = [a.text for a in RequestScheduler(harness_model.engine).respond([Generate((c,), settings) for c in contexts])]  # type: ignore[union-attr]
     stop = next(letter for letter in "aeiotnsr" if any(letter in text[1:] for text in texts))
     put_task(
-        tmp_path, [{"context": c, "answer": "x"} for c in contexts], output_type="generate_until",
-        doc_to_text="{{context}}", doc_to_target="{{answer}}", metric_list=[{"metric": "exact_match"}],
+        tmp_path,
+        [{"context": c, "answer": "x"} for c in contexts],
+        output_type="generate_until",
+        doc_to_text="{{context}}",
+        doc_to_target="{{answer}}",
+        metric_list=[{"metric": "exact_match"}],
         generation_kwargs={"until": [stop], "max_gen_toks": 9},
-    )  # fmt: skip
+    )
 
     results = evaluate(harness_model, tmp_path)
 
@@ -271,7 +270,7 @@ def test_generation_ends_at_the_tasks_stop_strings(harness_model: HarnessModel, 
         ({"do_sample": True, "seed": 5}, GenerationConfig(max_new_tokens=256, temperature=1.0, seed=5)),
         ({"num_beams": 4, "length_penalty": 0.5}, GenerationConfig(max_new_tokens=256, n_beams=4, length_penalty=0.5)),
     ],
-)  # fmt: skip
+)
 def test_settings_of_tasks_become_a_generation_config(kwargs: dict[str, Any], settings: GenerationConfig) -> None:
     assert generation_config(kwargs) == settings
 

@@ -55,9 +55,15 @@ def test_results_are_in_the_samples_order_and_metrics_are_their_means(
     assert accuracy["value"] == pytest.approx(sum(row["scores"]["accuracy"] for row in rows) / 11)
     assert accuracy["n"] == metrics["tasks"]["rounds"]["n_samples"] == 11
     assert metrics["tasks"]["rounds"]["options"] == {
-        "path": str(task.path), "n": 11, "max_new_tokens": 5, "n_shots": 0, "seed": 0, "max_samples": None,
-        "title": None, "chance": None,
-    }  # fmt: skip
+        "path": str(task.path),
+        "n": 11,
+        "max_new_tokens": 5,
+        "n_shots": 0,
+        "seed": 0,
+        "max_samples": None,
+        "title": None,
+        "chance": None,
+    }
 
 
 def test_evaluated_samples_are_not_evaluated_again(

@@ -150,9 +150,15 @@ def test_a_failed_request_has_a_reason_and_fails_no_other(
 
     reasons: list[Any] = [response.reason if isinstance(response, Failure) else None for response in responses]
     assert reasons == [
-        None, "unreadable image", "unreadable image", "prompt too long", "candidate without tokens",
-        "no candidates", "invalid choices", None,
-    ]  # fmt: skip
+        None,
+        "unreadable image",
+        "unreadable image",
+        "prompt too long",
+        "candidate without tokens",
+        "no candidates",
+        "invalid choices",
+        None,
+    ]
     assert "gone.png" in str(responses[1])
     assert "broken.png" in str(responses[2])
     assert "61" in str(responses[3])

@@ -46,9 +46,14 @@ def test_an_image_gives_the_same_pixels_in_any_form(engine, tmp_path, size):
     (tmp_path / "a.png").write_bytes(png(image))
     array = np.asarray(image).transpose(2, 0, 1)
     forms = [
-        tmp_path / "a.png", str(tmp_path / "a.png"), png(image), image, array, np.ascontiguousarray(array),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        png(image),
+        image,
+        array,
+        np.ascontiguousarray(array),
         torch.from_numpy(array.copy()),
-    ]  # fmt: skip
+    ]
 
     pixels = engine.pixels(forms)
 

@@ -65,9 +65,7 @@ def test_a_single_choice_is_always_generated(talker, kosmos_tokenizer, n_beams):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_text_ends_before_a_stop_string_that_spans_two_tokens(
-    kosmos_tower, kosmos_tokenizer, method
-):
+def test_text_ends_before_a_stop_string_that_spans_two_tokens(kosmos_tower, kosmos_tokenizer, method):
     one = next(i for i in range(4, 60) if len(kosmos_tokenizer.decode([i])) > 1)
     once, twice = kosmos_tokenizer.decode([one]), kosmos_tokenizer.decode([one, one])
     stop = twice[len(once) - 1 : len(once) + 1]  # the last character of the first, and one of the second

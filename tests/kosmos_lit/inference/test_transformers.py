@@ -44,15 +44,21 @@ class Pair:
         tower = {"image_size": s["side"], "patch_size": s["patch"], "width": s["width"], "layers": 2, "head_width": 6}
         config = KosmosConfig(
             vision=VisionConfig(
-                architecture={"embed_dim": s["width"], "vision_cfg": tower, "quick_gelu": True}, pretrained=None,
+                architecture={"embed_dim": s["width"], "vision_cfg": tower, "quick_gelu": True},
+                pretrained=None,
                 image_size=s["side"],
             ),
             connector=ConnectorConfig(n_latents=s["latents"], n_heads=s["heads"]),
             decoder=DecoderConfig(
-                vocab_size=VOCAB, dim=s["dim"], n_layers=s["layers"], n_heads=s["heads"], ffn_dim=s["ffn"],
-                max_seq_len=127, positions="sinusoidal",
+                vocab_size=VOCAB,
+                dim=s["dim"],
+                n_layers=s["layers"],
+                n_heads=s["heads"],
+                ffn_dim=s["ffn"],
+                max_seq_len=127,
+                positions="sinusoidal",
             ),
-        )  # fmt: skip
+        )
         self.model = shaken(Kosmos.create(config, s["seed"]), s["seed"], by=0.05).eval()
         with torch.no_grad():
             for layer in self.model.decoder.layers:
@@ -97,9 +103,15 @@ class Pair:
             image_inputs["image_embeds"] = latents.flatten(0, 1)[None] if len(prompts) == 1 else latents
         generate = self.other.generate if len(images) else self.other.text_model.generate
         outputs = generate(
-            input_ids=tokens, attention_mask=(tokens != PAD).long(), **image_inputs, do_sample=False, output_scores=True,
-            suppress_tokens=forbidden_ids(tokenizer, VOCAB), return_dict_in_generate=True, **settings,
-        )  # fmt: skip
+            input_ids=tokens,
+            attention_mask=(tokens != PAD).long(),
+            **image_inputs,
+            do_sample=False,
+            output_scores=True,
+            suppress_tokens=forbidden_ids(tokenizer, VOCAB),
+            return_dict_in_generate=True,
+            **settings,
+        )
         for step, scores in enumerate(outputs.scores if margin else ()):
             best = scores.topk(2).values  # (B, 2)
             running = ~(outputs.sequences[:, T : T + step] == EOS).any(1)

@@ -222,9 +222,16 @@ def test_auto_depends_on_what_is_installed(newest, monkeypatch):
 
 def test_our_own_figures_count_more_than_public_ones_and_need_no_margin(newest, monkeypatch):
     own = Measurement(
-        capability=HOPPER, torch=(2, 11), head_dims=(64, 64), within="row",
-        seconds={"xformers": 1.0, "cudnn": 1.2, "flex": 0.9}, figures="", date="2030", source="benchmarks/gpu", ours=True,
-    )  # fmt: skip
+        capability=HOPPER,
+        torch=(2, 11),
+        head_dims=(64, 64),
+        within="row",
+        seconds={"xformers": 1.0, "cudnn": 1.2, "flex": 0.9},
+        figures="",
+        date="2030",
+        source="benchmarks/gpu",
+        ours=True,
+    )
     monkeypatch.setattr(kernel_figures, "MEASUREMENTS", (*kernel_figures.MEASUREMENTS, own))
     assert resolve_kernel("auto", use()) == "flex"
 

@@ -22,9 +22,13 @@ from tests.cli_runs import tiny_run
 CONFIGS = Path(__file__).parents[3] / "configs"
 PAPER = ("-c", str(CONFIGS / "kosmos1.yaml"), "--data.tokenizer.path=no/such/tokenizer", "--data.micro_batch_rows=1")
 SMALL = (
-    *PAPER, "--model.kosmos.decoder.n_layers=1", "--model.kosmos.vision.architecture=tests/configs/tiny_vision.json",
-    "--model.kosmos.vision.pretrained=null", "--model.kosmos.vision.image_size=28", "--model.kosmos.decoder.compile=false",
-)  # fmt: skip
+    *PAPER,
+    "--model.kosmos.decoder.n_layers=1",
+    "--model.kosmos.vision.architecture=tests/configs/tiny_vision.json",
+    "--model.kosmos.vision.pretrained=null",
+    "--model.kosmos.vision.image_size=28",
+    "--model.kosmos.decoder.compile=false",
+)
 """The paper's run of a model whose memory is estimated in a second."""
 LONGER = ("--trainer.max_steps=61", "--model.optimizer.total_steps=61")
 COUNTING = '--trainer.callbacks+={"class_path": "tests.recording_callbacks.CountTrainingData"}'
@@ -100,11 +104,21 @@ def test_operations_are_those_of_the_documents(tmp_path: Path, tiny_world: Path,
 def test_training_ends_with_the_sources(tmp_path: Path, tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = str(tiny_world / "index" / "text")
     code, plan = planned(
-        capsys, "-c", "tests/configs/tiny.yaml", "--data=datamodules.MixtureData", "--trainer.max_steps=5000",
-        f"--data.tokenizer.path={tiny_world / 'tokenizer'}", "--data.text.format=jsonl", f"--data.text.index={index}",
-        f"--data.text.input=[{tiny_world / 'text-*.jsonl.zst'}]", "--data.text.max_epochs=2", "--data.text.val_share=0.05",
-        f"--trainer.default_root_dir={tmp_path}", "--data.seq_len=128", "--data.global_batch_rows=4",
-    )  # fmt: skip
+        capsys,
+        "-c",
+        "tests/configs/tiny.yaml",
+        "--data=datamodules.MixtureData",
+        "--trainer.max_steps=5000",
+        f"--data.tokenizer.path={tiny_world / 'tokenizer'}",
+        "--data.text.format=jsonl",
+        f"--data.text.index={index}",
+        f"--data.text.input=[{tiny_world / 'text-*.jsonl.zst'}]",
+        "--data.text.max_epochs=2",
+        "--data.text.val_share=0.05",
+        f"--trainer.default_root_dir={tmp_path}",
+        "--data.seq_len=128",
+        "--data.global_batch_rows=4",
+    )
 
     assert code == 1
     assert plan["sources"][0]["epochs"] <= 2 < plan["sources"][0]["epochs"] + 4 / 10

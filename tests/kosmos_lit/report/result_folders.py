@@ -30,9 +30,11 @@ def choice_sample(
     """Return a sample whose prediction is the likeliest of its candidates, of one token each."""
     prediction = max(candidates, key=candidates.__getitem__)
     request = {
-        "prompt": prompt, "images": [str(path) for path in images], "candidates": list(candidates),
+        "prompt": prompt,
+        "images": [str(path) for path in images],
+        "candidates": list(candidates),
         "log_probs": [[value] for value in candidates.values()],
-    }  # fmt: skip
+    }
     scores = {"accuracy": float(prediction == target)}
     return {
         "key": key,
@@ -92,12 +94,20 @@ def task(samples: Sequence[Mapping[str, Any]], main_metric: str = "accuracy", **
     names = list(dict.fromkeys(name for sample in answered for name in sample["scores"]))
     reasons = [sample["error"].split(":")[0] for sample in samples if sample["error"]]
     entry = {
-        "class": "kosmos_lit.tasks.Made", "title": "Made", "published": None, "main_metric": main_metric, "chance": 0.5,
-        "n_shots": 0, "seed": 0, "n_samples": len(samples), "n_failed": len(reasons),
+        "class": "kosmos_lit.tasks.Made",
+        "title": "Made",
+        "published": None,
+        "main_metric": main_metric,
+        "chance": 0.5,
+        "n_shots": 0,
+        "seed": 0,
+        "n_samples": len(samples),
+        "n_failed": len(reasons),
         "failures": {r: reasons.count(r) for r in reasons},
-        "options": {"path": "data/made"}, "seconds": 1.5,
+        "options": {"path": "data/made"},
+        "seconds": 1.5,
         "metrics": {name: vars(mean_metric([sample["scores"][name] for sample in answered])) for name in names},
-    }  # fmt: skip
+    }
     return {**entry, **more, "samples": list(samples)}
 
 

@@ -86,10 +86,16 @@ def answers(n: int, n_right: int, candidates: tuple[str, str] = ("yes", "no")) -
 def test_our_row_stands_above_the_published_ones_with_shots_as_columns(tmp_path: Path) -> None:
     samples = [text_sample("1", "a dog", ["a dog"], {"cider": 1.0})]
     tasks = {
-        f"coco_{k}": task(samples, "cider", published="coco_caption", n_shots=k, options={"path": "coco", "n_shots": k},
-                          metrics={"cider": metric(0.5 + k / 100, 0.4, 0.61)})
+        f"coco_{k}": task(
+            samples,
+            "cider",
+            published="coco_caption",
+            n_shots=k,
+            options={"path": "coco", "n_shots": k},
+            metrics={"cider": metric(0.5 + k / 100, 0.4, 0.61)},
+        )
         for k in (4, 0)
-    }  # fmt: skip
+    }
 
     lines = markdown_of(write_results(tmp_path, tasks))
 

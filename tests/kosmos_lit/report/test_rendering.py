@@ -36,17 +36,29 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 TABLE = Table(
     headings=(
-        Heading(text="model", is_number=False), Heading(text="metric", is_number=False, is_below=True),
-        Heading(text="shots", is_below=True), Heading(text="0 shots", group="CIDEr"), Heading(text="4 shots", group="CIDEr"),
-        Heading(text="interval", is_page_only=True), Heading(text="0 shots", group="SPICE"),
+        Heading(text="model", is_number=False),
+        Heading(text="metric", is_number=False, is_below=True),
+        Heading(text="shots", is_below=True),
+        Heading(text="0 shots", group="CIDEr"),
+        Heading(text="4 shots", group="CIDEr"),
+        Heading(text="interval", is_page_only=True),
+        Heading(text="0 shots", group="SPICE"),
     ),
     rows=(
-        Row(style="ours", cells=(
-            Cell(text="a|b", detail="<i>"), Cell(text="CIDEr"), Cell(text="3", alone="3 shots"),
-            Cell(text="50.0", detail="[40.0, 60.0]"), Cell(text="<b>"), Cell(plot=Plot(chance=50.0)), Cell(),
-        )),
+        Row(
+            style="ours",
+            cells=(
+                Cell(text="a|b", detail="<i>"),
+                Cell(text="CIDEr"),
+                Cell(text="3", alone="3 shots"),
+                Cell(text="50.0", detail="[40.0, 60.0]"),
+                Cell(text="<b>"),
+                Cell(plot=Plot(chance=50.0)),
+                Cell(),
+            ),
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def hostile_results(folder: Path) -> Path:
@@ -62,11 +74,15 @@ def hostile_results(folder: Path) -> Path:
             title=LONG,
         ),
         LONG[:180]: task(
-            [text_sample(f"{i}", text, [text, "b"], {"cider": i / 3}, images=[image] * 9, prompt="<image>" * 9 + text)
-             for i, text in enumerate((HOSTILE, LONG, HEBREW))],
-            "cider", published="coco_caption", title=HOSTILE,
+            [
+                text_sample(f"{i}", text, [text, "b"], {"cider": i / 3}, images=[image] * 9, prompt="<image>" * 9 + text)
+                for i, text in enumerate((HOSTILE, LONG, HEBREW))
+            ],
+            "cider",
+            published="coco_caption",
+            title=HOSTILE,
         ),
-    }  # fmt: skip
+    }
     return write_results(folder, tasks, model={"checkpoint": LONG, LONG: HOSTILE}, machine=HEBREW)
 
 
@@ -195,9 +211,12 @@ def test_a_browser_lays_a_page_out_within_its_screen_and_runs_nothing(tmp_path: 
     )
 
     text = chromium(
-        "--allow-file-access-from-files", "--window-size=1600,900", "--virtual-time-budget=5000", "--dump-dom",
+        "--allow-file-access-from-files",
+        "--window-size=1600,900",
+        "--virtual-time-budget=5000",
+        "--dump-dom",
         (folder / "frame.html").as_uri(),
-    )  # fmt: skip
+    )
     scroll_width, n_scrolling, ran, n_articles = text.partition("<title>")[2].partition("</title>")[0].split(" ")
 
     assert int(scroll_width) <= width
@@ -221,8 +240,9 @@ def test_a_wheel_has_the_templates_and_the_published_results_and_renders_a_repor
     (wheel,) = wheels.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    folder = write_results(tmp_path / "eval", {"t": task([text_sample("1", "a", ["a"], {"cider": 1.0})], "cider",
-                                                         published="coco_caption")})  # fmt: skip
+    folder = write_results(
+        tmp_path / "eval", {"t": task([text_sample("1", "a", ["a"], {"cider": 1.0})], "cider", published="coco_caption")}
+    )
 
     # -I: neither this folder nor the checkout is on the path.
     report = (

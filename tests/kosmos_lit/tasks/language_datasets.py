@@ -58,13 +58,19 @@ def hellaswag(folder: Path) -> None:
     for split, n in (("val", 3), ("train", 7)):
         rows = [
             {
-                "ind": 24 + i, "activity_label": "Sitting on a mat", "ctx_a": "A cat is on a mat.", "ctx_b": "a dog",
-                "ctx": f"A cat is on mat {i}. a dog", "split": split, "split_type": "indomain", "label": i % 4,
+                "ind": 24 + i,
+                "activity_label": "Sitting on a mat",
+                "ctx_a": "A cat is on a mat.",
+                "ctx_b": "a dog",
+                "ctx": f"A cat is on mat {i}. a dog",
+                "split": split,
+                "split_type": "indomain",
+                "label": i % 4,
                 "endings": ["sat on it.", "said how.", "is red\u2028 and blue.", "fix the quartz."],
                 "source_id": f"made~{i}",
             }
             for i in range(n)
-        ]  # fmt: skip
+        ]
         path = folder / f"hellaswag_{split}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -79,11 +85,13 @@ def winogrande(folder: Path) -> None:
     for split, n in (("dev", 3), ("train_xl", 7)):
         rows = [
             {
-                "qID": f"{split}{i}-1", "sentence": f"The cat did not fit on mat {i} because the _{ends[i % 3]}",
-                "option1": "cat", "option2": "mat",
+                "qID": f"{split}{i}-1",
+                "sentence": f"The cat did not fit on mat {i} because the _{ends[i % 3]}",
+                "option1": "cat",
+                "option2": "mat",
             }
             for i in range(n)
-        ]  # fmt: skip
+        ]
         write_lines(folder / f"{split}.jsonl", rows)
         write_lines(folder / f"{split}-labels.lst", [str(1 + i % 2) for i in range(n)])
 
@@ -118,11 +126,15 @@ def copa(folder: Path) -> None:
     for split, n in (("val", 3), ("train", 7)):
         rows = [
             {
-                "premise": f"The cat sat on mat {i}.", "choice1": "It was big.", "choice2": "I fix it.",
-                "question": ["cause", "effect"][i % 2], "label": i % 2, "idx": i,
+                "premise": f"The cat sat on mat {i}.",
+                "choice1": "It was big.",
+                "choice2": "I fix it.",
+                "question": ["cause", "effect"][i % 2],
+                "label": i % 2,
+                "idx": i,
             }
             for i in range(n)
-        ]  # fmt: skip
+        ]
         write_lines(folder / f"{split}.jsonl", rows)
 
 
@@ -146,8 +158,16 @@ def color_terms(folder: Path) -> None:
 
 
 DATASETS = {
-    "StoryCloze": story_cloze, "HellaSwag": hellaswag, "Winograd": winograd, "Winogrande": winogrande, "Piqa": piqa,
-    "BoolQ": boolq, "CommitmentBank": cb, "Copa": copa, "RelativeSize": relative_size, "MemoryColor": memory_color,
+    "StoryCloze": story_cloze,
+    "HellaSwag": hellaswag,
+    "Winograd": winograd,
+    "Winogrande": winogrande,
+    "Piqa": piqa,
+    "BoolQ": boolq,
+    "CommitmentBank": cb,
+    "Copa": copa,
+    "RelativeSize": relative_size,
+    "MemoryColor": memory_color,
     "ColorTerms": color_terms,
-}  # fmt: skip
+}
 """What writes each task's dataset into a folder, by the task's class."""

@@ -44,9 +44,14 @@ TASKS: dict[str, Callable[[Path], Task]] = {
     "birds_with_descriptions": lambda f: tasks.Birds(str(image_datasets.birds(f)), **SHORT),
 }
 METRICS = {
-    "coco_caption_2": "exact_match", "flickr30k": "exact_match", "vqav2_2": "vqa_accuracy", "vizwiz": "vqa_accuracy",
-    "hateful_memes": "roc_auc", "websrc": "f1", "websrc_without_text": "exact_match",
-}  # fmt: skip
+    "coco_caption_2": "exact_match",
+    "flickr30k": "exact_match",
+    "vqav2_2": "vqa_accuracy",
+    "vizwiz": "vqa_accuracy",
+    "hateful_memes": "roc_auc",
+    "websrc": "f1",
+    "websrc_without_text": "exact_match",
+}
 """A metric of each task; accuracy for the tasks without an entry."""
 
 

@@ -52,17 +52,20 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
     ("name", "number", "prompts", "target"),
     [
         (
-            "StoryCloze", 1,
+            "StoryCloze",
+            1,
             [('A cat sat down. It said "my mat, big!" A dog sat too. Why 1?', ("The mat is red.", "The dog sat on it."))],
             1,
         ),
         (
-            "HellaSwag", 2,
+            "HellaSwag",
+            2,
             [("A cat is on mat 2. a dog", ("sat on it.", "said how.", "is red\u2028 and blue.", "fix the quartz."))],
             2,
         ),
         (
-            "Winograd", 0,
+            "Winograd",
+            0,
             [
                 ("The cat would not sit on the mat because The cat", ("was red.",)),
                 ("The cat would not sit on the mat because The mat", ("was red.",)),
@@ -70,7 +73,8 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
             1,
         ),
         (
-            "Winograd", 2,
+            "Winograd",
+            2,
             [
                 ("A blue circle hid a red square because circle's", ("side was big, so big.",)),
                 ("A blue circle hid a red square because square's", ("side was big, so big.",)),
@@ -78,7 +82,8 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
             0,
         ),
         (
-            "Winograd", 3,
+            "Winograd",
+            3,
             [
                 ("Jackdaws met my big sphinx and sat on jackdaws", (".",)),
                 ("Jackdaws met my big sphinx and sat on sphinx", (".",)),
@@ -86,12 +91,14 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
             1,
         ),
         (
-            "Winograd", 4,
+            "Winograd",
+            4,
             [("My cat fears a dog because my cat's", ("big.",)), ("My cat fears a dog because a dog's", ("big.",))],
             1,
         ),
         (
-            "Winogrande", 1,
+            "Winogrande",
+            1,
             [
                 ("The cat did not fit on mat 1 because the cat's", ("side was too red.",)),
                 ("The cat did not fit on mat 1 because the mat's", ("side was too red.",)),
@@ -100,7 +107,8 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
         ),
         ("Piqa", 1, [("How to fix mat 1?", ("Sit on it.", "Use quartz, big quartz."))], 1),
         (
-            "BoolQ", 0,
+            "BoolQ",
+            0,
             [
                 (
                     "Passage: Mat -- A mat is a big red thing. After reading this passage, I have a question: is mat 0 red? "
@@ -111,7 +119,8 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
             1,
         ),
         (
-            "CommitmentBank", 0,
+            "CommitmentBank",
+            0,
             [
                 (
                     "A cat is on mat 0. Question: the mat is red. True, False, or Neither? Answer:",
@@ -128,7 +137,7 @@ def prompts_of(task: MultipleChoice, number: int = 0) -> list[tuple[str, tuple[s
         ("MemoryColor", 1, [("The color of grass is?", tasks.object_color.COLORS)], 3),
         ("ColorTerms", 1, [("The color of elephant is?", tasks.object_color.COLORS)], 4),
     ],
-)  # fmt: skip
+)
 def test_prompts_are_these(
     folders: dict[str, str], name: str, number: int, prompts: list[tuple[str, tuple[str, ...]]], target: int
 ) -> None:
@@ -170,9 +179,7 @@ def test_files_become_the_accuracy_of_each_candidate_on_its_own(
     assert (entry["title"], entry["published"], entry["chance"]) == (task.title, task.published, task.chance)
 
 
-def test_cb_has_macro_f1_too(
-    folders: dict[str, str], model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_cb_has_macro_f1_too(folders: dict[str, str], model: Kosmos, kosmos_tokenizer: Tokenizer, tmp_path: Path) -> None:
     task = tasks.CommitmentBank(folders["CommitmentBank"])
 
     entry = Evaluation(Engine(model, kosmos_tokenizer), EvalConfig(tasks={"cb": task}), tmp_path / "results").run("cb")
@@ -236,8 +243,9 @@ def test_unconditional_scoring_scores_the_candidates_twice(folders: dict[str, st
     own = tasks.Winogrande(folders["Winogrande"], scoring="unconditional")
 
     assert prompts_of(shared) == [
-        ("The cat sat on mat 0 because", ("it was big.", "I fix it.")), ("So:", ("it was big.", "I fix it.")),
-    ]  # fmt: skip
+        ("The cat sat on mat 0 because", ("it was big.", "I fix it.")),
+        ("So:", ("it was big.", "I fix it.")),
+    ]
     assert [prompt for prompt, _ in prompts_of(own)][2:] == ["Answer:", "Answer:"]
 
 

@@ -54,8 +54,9 @@ def test_the_fingerprint_tells_everything_apart_that_changes_ids(kosmos_vocabula
 
 def test_the_fingerprint_is_of_content_not_of_spelling(byte_level_folder, tmp_path):
     table = json.loads((byte_level_folder / "tokenizer.json").read_bytes())
-    changed = dict(reversed(table.items())) | {"truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0,
-                                                              "direction": "Right"}}  # fmt: skip
+    changed = dict(reversed(table.items())) | {
+        "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed, indent=3), encoding="utf-8")
     assert same(Tokenizer.load(tmp_path), Tokenizer.load(byte_level_folder))
 

@@ -116,8 +116,10 @@ def test_the_released_vocabulary_comes_out_in_full(kosmos_vocabulary):
     reference = tokenizer.to_transformers()
     assert len(reference) == tokenizer.vocab_size
     assert reference.convert_tokens_to_ids(["</line>", "<grounding>", "<patch_index_1023>"]) == [
-        tokenizer.special.line_end, tokenizer.special.line_end + 6, tokenizer.vocab_size - 1,
-    ]  # fmt: skip
+        tokenizer.special.line_end,
+        tokenizer.special.line_end + 6,
+        tokenizer.vocab_size - 1,
+    ]
 
 
 # ---- files

@@ -40,23 +40,44 @@ class Shape:
 SHAPES = {
     "one_layer_quick_gelu": Shape(
         {"embed_dim": 42, "layers": 1, "attention_heads": 3, "ffn_dim": 37},
-        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 31, "image_size": 28,
-         "patch_size": 7, "hidden_act": "quick_gelu"},
+        {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "intermediate_size": 31,
+            "image_size": 28,
+            "patch_size": 7,
+            "hidden_act": "quick_gelu",
+        },
         1,
     ),
     "three_layers_gelu": Shape(
         {"embed_dim": 32, "layers": 3, "attention_heads": 4, "ffn_dim": 61},
-        {"hidden_size": 22, "num_hidden_layers": 1, "num_attention_heads": 11, "intermediate_size": 88, "image_size": 42,
-         "patch_size": 14, "hidden_act": "gelu"},
+        {
+            "hidden_size": 22,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 11,
+            "intermediate_size": 88,
+            "image_size": 42,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
         3,
     ),
     "wide": Shape(
         {"embed_dim": 96, "layers": 2, "attention_heads": 2, "ffn_dim": 101},
-        {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 5, "intermediate_size": 53, "image_size": 35,
-         "patch_size": 5, "hidden_act": "quick_gelu"},
+        {
+            "hidden_size": 40,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "intermediate_size": 53,
+            "image_size": 35,
+            "patch_size": 5,
+            "hidden_act": "quick_gelu",
+        },
         5,
     ),
-}  # fmt: skip
+}
 
 
 def reference_model(shape: str | Shape, seed: int = 0, **text: Any) -> Kosmos2ForConditionalGeneration:
@@ -114,9 +135,11 @@ def reference_logits(model: Kosmos2ForConditionalGeneration, tokens: Tensor, ima
     ids = torch.where(in_slot, 4 + in_slot.cumsum(1) % 53, tokens)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return model(
-        pixel_values=(images / 255 - mean) / std, input_ids=ids, attention_mask=(tokens != PAD).long(),
+        pixel_values=(images / 255 - mean) / std,
+        input_ids=ids,
+        attention_mask=(tokens != PAD).long(),
         image_embeds_position_mask=in_slot.long(),
-    ).logits  # fmt: skip
+    ).logits
 
 
 @torch.inference_mode()

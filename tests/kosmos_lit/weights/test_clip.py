@@ -25,9 +25,13 @@ from tests.kosmos_lit.weights.reference_kosmos2 import noise_images
 
 SIDE = 28
 SIZES = {
-    "hidden_size": 22, "intermediate_size": 53, "num_hidden_layers": 3, "num_attention_heads": 11, "image_size": SIDE,
+    "hidden_size": 22,
+    "intermediate_size": 53,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 11,
+    "image_size": SIDE,
     "patch_size": 7,
-}  # fmt: skip
+}
 TABLE = {
     "embed_dim": 13,
     "vision_cfg": {"image_size": SIDE, "patch_size": 7, "width": 22, "layers": 3, "head_width": 2, "mlp_ratio": 53.1 / 22},

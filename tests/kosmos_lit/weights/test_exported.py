@@ -142,7 +142,7 @@ def test_transformers_and_the_engine_generate_the_same(exported, text, n_beams):
 
     actual = model.generate(
         **inputs, max_new_tokens=13, do_sample=False, num_beams=n_beams, suppress_tokens=forbidden(engine.tokenizer)
-    )[0, inputs["input_ids"].shape[1] :]  # fmt: skip
+    )[0, inputs["input_ids"].shape[1] :]
 
     generated = generated_ids(engine, text, n_beams)
     assert actual[: len(generated)].tolist() == generated

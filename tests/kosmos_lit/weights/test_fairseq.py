@@ -38,10 +38,17 @@ N_GROUNDED = N_PLAIN + 6 + 1024
 SHAPE = Shape(
     {"embed_dim": 64, "layers": 2, "attention_heads": 4, "ffn_dim": 59, "vocab_size": N_GROUNDED},
     # The released towers' heads are 64 wide, which nothing in the file tells.
-    {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37, "image_size": 28,
-     "patch_size": 7, "hidden_act": "quick_gelu"},
+    {
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 37,
+        "image_size": 28,
+        "patch_size": 7,
+        "hidden_act": "quick_gelu",
+    },
     3,
-)  # fmt: skip
+)
 DEAD = {
     "gpt_model.decoder.embed_positions._float_tensor": torch.zeros(1),
     "gpt_model.decoder.self_attn_sope.scale": torch.linspace(0.3, 1, 8),

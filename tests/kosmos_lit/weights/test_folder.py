@@ -30,10 +30,15 @@ def saved(tmp_path, kosmos_tower, kosmos_tokenizer) -> tuple[Kosmos, Path]:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"positions": "learned"}, {"norm": "pre", "positions": "none"}, {"connector": "linear"},
-     {"vision": {"feature_length": None, "mean": (0.1, 0.2, 0.3)}}],
+    [
+        {},
+        {"positions": "learned"},
+        {"norm": "pre", "positions": "none"},
+        {"connector": "linear"},
+        {"vision": {"feature_length": None, "mean": (0.1, 0.2, 0.3)}},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_saved_model_loads_with_every_tensor_and_setting(tmp_path, kosmos_tower, kosmos_tokenizer, fields):
     model = tiny_model(kosmos_tower, **fields)
 
