@@ -123,16 +123,8 @@ $(VENV)/.bench-ready: $(READY)
 	@touch $@
 
 # The pages as a site in dist/site; a broken link is an error.
-docs: $(VENV)/.docs-ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
-
-$(VENV)/.docs-ready: $(READY)
-	@if command -v uv >/dev/null; then \
-		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[docs]'; \
-	else \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'; \
-	fi
-	@touch $@
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 
 check: lint type test-all
 

@@ -211,7 +211,7 @@ class MixtureData(L.LightningDataModule):
         """Return the micro-batches from the next step on.
 
         Raises: UserError if the trainer goes on from a checkpoint without the state of such data, or if `max_epochs` of a
-            source ended training before.
+        source had ended training.
         """
         first_row = 0
         if self.trainer is not None:

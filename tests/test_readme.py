@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +153,14 @@ def test_every_page_is_in_the_site() -> None:
     pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
 
     assert [page for page in pages if not re.search(rf"[\[ ]{re.escape(page)}[,\]]", nav)] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    build = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    assert build.returncode == 0, build.stderr
+    # The reference is made from docstrings.
+    assert "no_repeat_ngram_size" in (tmp_path / "reference" / "engine.html").read_text(encoding="utf-8")
