@@ -1,14 +1,17 @@
 """Checkpoints: written atomically, listed, and compared with a run before they are loaded.
 
 A checkpoint holds tensors and plain Python data only, and is read with `weights_only=True`: a file from elsewhere cannot
-run code. Beside weights and optimizer state it holds the model's configuration and the tokenizer.
+run code. Beside weights and optimizer state it holds the model's configuration and the tokenizer. Every read compares each
+record with the CRC that was written with it, so that flipped bits are found wherever they are.
 """
 
 from __future__ import annotations
 
-import pickle
+import hashlib
 import sys
+import zipfile
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.files import atomic_file, remove_leftovers
 
 SUFFIX = ".ckpt"
-# What torch.load raises for truncated, damaged and foreign files, and for pickles that it refuses to run.
-READ_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
+BLOCK = 2**22
+"""Bytes that are read at a time."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,44 +44,92 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint as plain data, tensors mapped from disk.
+    """Read a checkpoint as plain data, tensors mapped from disk, after a check of all its bytes.
 
     Raises: UserError if there is none, or it is damaged or holds anything but plain data.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}")
+    content_hash(path)
+    return _read(path)
+
+
+def content_hash(path: str | Path) -> str:
+    """Return a hash of a checkpoint's content, after comparing each of its records with the CRC that the file has of it.
+
+    One pass over the file at the speed of the disk; none if this process has checked the same file before.
+
+    Raises: UserError if a record is damaged.
+    """
+    state = Path(path).stat()
+    return _content_hash(Path(path), state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache
+def _content_hash(path: Path, *identity: int) -> str:
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:  # torch compresses nothing; a bomb would
+                    raise zipfile.BadZipFile(f"{record.filename} is compressed")
+                with archive.open(record) as file:
+                    while file.read(BLOCK):  # at the end, zipfile compares the CRC
+                        pass
+                # Without the name's first part, which is the file's own.
+                name = record.filename.partition("/")[2]
+                digest.update(f"{name} {record.file_size} {record.CRC:08x}\n".encode())
+    except Exception as error:  # what a garbled file makes zipfile raise is anything
+        raise _unreadable(path, error) from error
+    return digest.hexdigest()
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """Return a checkpoint's plain data. Raises: UserError if it holds anything else, or cannot be read."""
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except READ_ERRORS as error:
-        raise UserError(f"{path} is no checkpoint that can be read safely: {error}") from error
+    except Exception as error:  # what a garbled pickle makes torch raise is anything
+        raise _unreadable(path, error) from error
     # Lightning's key for what `save_hyperparameters` stored.
     hparams = checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None
-    if not hparams or "kosmos" not in hparams or "global_step" not in checkpoint:
+    if not isinstance(hparams, dict) or "kosmos" not in hparams or not isinstance(checkpoint.get("global_step"), int):
         raise UserError(f"{path} is no checkpoint of kosmos-lit: it does not say which model it holds")
     return checkpoint
 
 
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+    return UserError(f"{path} is no checkpoint that can be read safely: {error or type(error).__name__}")
+
+
 def find_last(folder: Path) -> Path | None:
-    """Return the readable checkpoint of a folder with the highest step, or None if there are no checkpoints.
+    """Return the undamaged checkpoint of a folder with the highest step, or None if there are no checkpoints.
 
     Damaged ones are listed on stderr.
 
     Raises: UserError if there are checkpoints but none can be read: a run must not silently start over.
     """
     steps: list[tuple[int, Path]] = []
-    damaged = []
+    damaged, found = [], None
     for path in folder.glob(f"*{SUFFIX}"):
         try:
             # Mapped from disk, so that no tensor is read for a step number.
-            steps.append((int(load_checkpoint(path)["global_step"]), path))
+            steps.append((_read(path)["global_step"], path))
         except UserError as error:
             damaged.append(str(error))
-    if damaged and not steps:
+    # By the step in the file, whatever the file is called; only files that are newer than the one that is taken are checked.
+    for _, path in sorted(steps, reverse=True):
+        try:
+            content_hash(path)
+        except UserError as error:
+            damaged.append(str(error))
+        else:
+            found = path
+            break
+    if damaged and found is None:
         raise UserError(f"no checkpoint in {folder} can be read: {'; '.join(damaged)}; delete them to start over")
     for message in damaged:
         print(f"skipped: {message}", file=sys.stderr)
-    # By the step in the file, whatever the file is called.
-    return max(steps)[1] if steps else None
+    return found
 
 
 def check_architecture(

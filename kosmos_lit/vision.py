@@ -250,6 +250,22 @@ def describe(config: VisionConfig) -> dict[str, Any]:
     return table
 
 
+def outside_source(architecture: str | dict[str, Any]) -> str | None:
+    """Return the host or file that building an architecture would read, None if none: what a stranger's file may name."""
+    import open_clip
+
+    if isinstance(architecture, str):
+        return None if architecture in open_clip.list_models() else repr(architecture)
+    tower = architecture.get("vision_cfg")
+    # What is no table cannot be built, which says so in its own words.
+    tower = tower if isinstance(tower, dict) else {}
+    # timm downloads weights, and takes names with a prefix for other hosts and folders.
+    name = str(tower.get("timm_model_name") or "")
+    if tower.get("timm_model_pretrained"):
+        return f"the released weights of {name!r}"
+    return repr(name) if ":" in name or "/" in name else None
+
+
 def _trainable(visual: nn.Module, rule: str) -> list[tuple[nn.Parameter, bool]]:
     """Return each parameter, and whether `rule` trains it.
 

@@ -21,6 +21,7 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.state_dicts.files import SAFETENSORS, read_json, read_tensors
 from kosmos_lit.state_dicts.keys import check_shapes, shapes_of
 from kosmos_lit.tokenizer import Tokenizer
+from kosmos_lit.vision import outside_source
 
 CONFIG = "config.json"
 MODEL_TYPE = "kosmos-lit"
@@ -39,8 +40,10 @@ def build_model(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str,
     With `copy`, the weights are copies of them. Tensors of a file are memory-mapped: without a copy, a model changes or
     crashes when the file is written again.
 
-    Raises: UserError listing every missing, surplus and misshapen tensor.
+    Raises: UserError listing every missing, surplus and misshapen tensor, or for a configuration that would reach the
+    network or other files, or has more layers than there are tensors.
     """
+    check_own(config, len(tensors), where)
     model = Kosmos.on_meta(config)
     check_shapes(shapes_of(tensors), shapes_of(model.state_dict()), where)
     if copy:
@@ -52,6 +55,34 @@ def build_model(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str,
         model = Kosmos(replace(config, vision=replace(config.vision, pretrained=None)))
         model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def check_own(config: KosmosConfig, n_tensors: int, where: str) -> None:
+    """Check that a model can be built from its file alone: the configuration comes from the file, so from anybody.
+
+    Args:
+        config: as the file has it.
+        n_tensors: in the file.
+        where: the file, for the message.
+
+    Raises: UserError if building would download something, read other files, or make layers without end.
+    """
+    if source := outside_source(config.vision.architecture):
+        raise UserError(
+            f"{where}: its vision.architecture names {source}; a file's model is built from the file alone: an architecture "
+            "is one of `open_clip.list_models()`, or a table as open_clip's model configs are, timm_model_pretrained: false"
+        )
+    table = config.vision.architecture
+    tower = table.get("vision_cfg") if isinstance(table, dict) else None
+    layers = tower.get("layers") if isinstance(tower, dict) else None
+    counts = {
+        "decoder.n_layers": config.decoder.n_layers,
+        "connector.n_layers": config.connector.n_layers if config.connector.kind == "perceiver" else 0,
+        "vision.architecture.vision_cfg.layers": sum(layers) if isinstance(layers, list | tuple) else layers,
+    }
+    for key, count in counts.items():
+        if isinstance(count, int) and count > n_tensors:  # each layer has tensors of its own
+            raise UserError(f"{where}: {key} is {count}, but it holds no more than {n_tensors} tensors")
 
 
 def save_folder(model: Kosmos, tokenizer: Tokenizer | None, folder: str | Path) -> None:

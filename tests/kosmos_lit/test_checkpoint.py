@@ -1,7 +1,10 @@
 import os
 import pickle
+import random
+import re
 import resource
-from dataclasses import asdict
+import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from kosmos_lit import checkpoint as checkpoints
-from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
+from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, content_hash, find_last, load_checkpoint
 from kosmos_lit.errors import UserError
 from kosmos_lit.weights.load import load_model
 from tests.kosmos_lit.tiny_kosmos import batch_of, image_doc, tiny_config, tiny_model
@@ -130,6 +133,82 @@ def test_a_truncated_file_is_the_users_error(tmp_path, share):
         load_checkpoint(path)
 
 
+def flip(path: Path, at: int, bits: int = 0xFF) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bits
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_any_record_is_the_users_error(tmp_path):
+    path = save(tmp_path / "a.ckpt", checkpoint(weights=torch.arange(1001)))
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        records = {r.filename: whole.find(archive.read(r), r.header_offset) for r in archive.infolist() if r.file_size}
+    assert {"a/data.pkl", "a/data/0"} <= {f"a/{name.partition('/')[2]}" for name in records}
+
+    for at in records.values():
+        path.write_bytes(whole)
+        flip(path, at, 0b100)
+        with pytest.raises(UserError, match=r"a.ckpt is no checkpoint that can be read safely: Bad CRC-32"):
+            load_checkpoint(path)
+
+
+def test_whatever_is_garbled_a_checkpoint_is_whole_or_the_users_error(tmp_path):
+    path = save(tmp_path / "a.ckpt", checkpoint(weights=torch.arange(101)))
+    whole, expected = path.read_bytes(), torch.arange(101)
+    draw, n_found = random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 3, 64])):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            assert torch.equal(load_checkpoint(path)["weights"], expected)
+        except UserError:
+            n_found += 1
+    assert n_found > 100  # the rest hit the space between records, which torch fills up
+
+
+@pytest.mark.parametrize("error", [TypeError("?"), IndexError(), AttributeError("?"), RecursionError(), MemoryError()])
+def test_whatever_reading_raises_is_the_users_error(tmp_path, monkeypatch, error):
+    save(tmp_path / "a.ckpt", checkpoint(7))
+    newest = save(tmp_path / "b.ckpt", checkpoint(11))
+    load = torch.load
+
+    def fails(path, **kwargs):
+        if Path(path) == newest:
+            raise error
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(torch, "load", fails)
+    assert find_last(tmp_path) == tmp_path / "a.ckpt"
+
+
+def test_a_compressed_record_is_the_users_error(tmp_path):
+    path = save(tmp_path / "a.ckpt", checkpoint(weights=torch.zeros(1001)))
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "b.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for record in archive.infolist():
+            bomb.writestr(record.filename, archive.read(record))
+    with pytest.raises(UserError, match=r"b.ckpt is no checkpoint that can be read safely: .* is compressed"):
+        load_checkpoint(tmp_path / "b.ckpt")
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_name(tmp_path):
+    hashes = [
+        content_hash(save(tmp_path / name, checkpoint(weights=torch.full((11,), value))))
+        for name, value in (("a.ckpt", 1.0), ("another.ckpt", 1.0), ("c.ckpt", 2.0))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_file_that_changed_is_checked_again(tmp_path):
+    path = save(tmp_path / "a.ckpt", checkpoint(weights=torch.arange(1001)))
+    load_checkpoint(path)
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match="Bad CRC-32"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("data", [b"some text", b"\x80\x02}q\x00.", b"\x80\x02K\x01.", b"PK\x03\x04", bytes(99)])
 def test_a_file_of_another_kind_is_the_users_error(tmp_path, data):
     (tmp_path / "a.ckpt").write_bytes(data)
@@ -162,6 +241,16 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path):
         save(tmp_path / f"{name}.ckpt", checkpoint(step))
     cut(tmp_path / "b.ckpt")
     assert find_last(tmp_path) == tmp_path / "c.ckpt"
+
+
+def test_a_newest_checkpoint_with_a_flipped_bit_is_passed_over(tmp_path, capsys):
+    for name, step in (("a", 7), ("b", 11), ("c", 13)):
+        save(tmp_path / f"{name}.ckpt", checkpoint(step, weights=torch.arange(1001)))
+    for name in "bc":
+        flip(tmp_path / f"{name}.ckpt", (tmp_path / f"{name}.ckpt").stat().st_size // 2, 1)
+    assert find_last(tmp_path) == tmp_path / "a.ckpt"
+    skipped = capsys.readouterr().err
+    assert all(f"skipped: {tmp_path / name}.ckpt is no checkpoint that can be read safely" in skipped for name in "bc")
 
 
 def test_what_is_passed_over_is_named(tmp_path, capsys):
@@ -221,7 +310,8 @@ def test_every_field_that_differs_is_named():
 def checkpoint_of(model, vocabulary: bytes, **changes) -> dict:
     weights = {f"net.{name}": value for name, value in model.state_dict().items()}
     tokenizer = torch.frombuffer(bytearray(vocabulary), dtype=torch.uint8)
-    return checkpoint(3, model.config, state_dict=weights, tokenizer=tokenizer) | changes
+    config = replace(model.config, vision=model.config.vision.resolved())  # as training stores it
+    return checkpoint(3, config, state_dict=weights, tokenizer=tokenizer) | changes
 
 
 def test_a_checkpoint_gives_model_and_tokenizer(tmp_path, kosmos_tower, kosmos_vocabulary, kosmos_tokenizer):
@@ -244,4 +334,38 @@ def test_missing_weights_are_the_users_error(tmp_path, kosmos_tower, kosmos_voca
     del content["state_dict"]["net.decoder.layer_norm.bias"]
     listed = r"a.ckpt does not fit the model in 1 of \d+ tensors:\n  missing: decoder.layer_norm.bias \(20,\)$"
     with pytest.raises(UserError, match=listed):
+        load_model(save(tmp_path / "a.ckpt", content))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [
+        ("hf-hub:someone/model", "'hf-hub:someone/model'"),
+        ("/etc/tower.json", "'/etc/tower.json'"),
+        ({"embed_dim": 8, "vision_cfg": {"timm_model_name": "hf-hub:someone/model"}}, "'hf-hub:someone/model'"),
+        ({"embed_dim": 8, "vision_cfg": {"timm_model_name": "local-dir:/etc"}}, "'local-dir:/etc'"),
+        (
+            {"embed_dim": 8, "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": True}},
+            "the released weights of 'vit_tiny_patch16_224'",
+        ),
+    ],
+)
+def test_a_checkpoint_reaches_no_host_and_no_other_file(tmp_path, kosmos_tower, kosmos_vocabulary, architecture, named):
+    content = checkpoint_of(tiny_model(kosmos_tower), kosmos_vocabulary)
+    content["hyper_parameters"]["kosmos"]["vision"]["architecture"] = architecture
+    with pytest.raises(
+        UserError, match=re.escape(f"a.ckpt: its vision.architecture names {named}; ")
+    ):
+        load_model(save(tmp_path / "a.ckpt", content))
+
+
+@pytest.mark.parametrize("part", ["decoder", "vision"])
+def test_a_checkpoint_asks_for_no_more_layers_than_it_has_tensors(tmp_path, kosmos_tower, kosmos_vocabulary, part):
+    content = checkpoint_of(tiny_model(kosmos_tower), kosmos_vocabulary)
+    kosmos = content["hyper_parameters"]["kosmos"]
+    if part == "decoder":
+        kosmos["decoder"]["n_layers"] = 10**12
+    else:
+        kosmos["vision"]["architecture"]["vision_cfg"]["layers"] = 10**12
+    with pytest.raises(UserError, match=r"layers is 1000000000000, but it holds no more than \d+ tensors"):
         load_model(save(tmp_path / "a.ckpt", content))
