@@ -317,6 +317,10 @@ class MixtureData(L.LightningDataModule):
     def _set_history(self, history: History) -> None:
         self.history, self.schedule = history, build_schedule(history.phases, history.kinds)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the rows, as plain data: equal on all ranks."""
+        return self.history.to_dict()
+
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         return DataState(self.trainer.global_step, self.steps, self.history).to_dict()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from kosmos_lit.agreement import check_same, from_rank_zero
 from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.files import atomic_file, remove_leftovers
@@ -30,7 +31,8 @@ BLOCK = 2**22
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a temporary file, syncs it to disk, then renames it: after a kill or on a full disk, old files are untouched.
 
-    Lightning's own writer stages in the system's temporary folder and copies, which is not atomic across file systems.
+    Lightning's own writer stages in the system's temporary folder and copies, which is not atomic across file systems. Of
+    several ranks all read the file that rank 0 names, and each checks what it reads.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
@@ -42,16 +44,45 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
 
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        # Not mapped: optimizer state would stay on a file that may be deleted, which a file server does not wait for.
+        return load_agreed(path, mmap=False)
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint as plain data, tensors mapped from disk, after a check of all its bytes.
+
+def load_agreed(path: str | Path, *, mmap: bool) -> dict[str, Any]:
+    """Read the checkpoint that rank 0 names, on all ranks. Collective: all ranks must call it.
+
+    Args:
+        path: of the checkpoint; what other ranks than the first pass does not count.
+        mmap: map tensors from disk.
+
+    Raises: UserError if it is missing or damaged, on any rank, or another file on one of them.
+    """
+    path = from_rank_zero(str(path))
+    # Damage is a value too, so that no rank waits for one that has given up.
+    try:
+        content = content_hash(path)[:12] if Path(path).is_file() else "no file"
+    except UserError as error:
+        content = str(error)
+    check_same({str(path): content}, "Ranks must see one file system: resume when all of them see the same file")
+    return load_checkpoint(path, mmap=mmap)
+
+
+def load_checkpoint(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
+    """Read a checkpoint as plain data, after a check of all its bytes.
+
+    Args:
+        path: of the file.
+        mmap: map tensors from disk, instead of reading all of them.
 
     Raises: UserError if there is none, or it is damaged or holds anything but plain data.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint {path}")
     content_hash(path)
-    return _read(path)
+    return _read(path, mmap=mmap)
 
 
 def content_hash(path: str | Path) -> str:
@@ -84,10 +115,10 @@ def _content_hash(path: Path, *identity: int) -> str:
     return digest.hexdigest()
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _read(path: str | Path, *, mmap: bool = True) -> dict[str, Any]:
     """Return a checkpoint's plain data. Raises: UserError if it holds anything else, or cannot be read."""
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what a garbled pickle makes torch raise is anything
         raise _unreadable(path, error) from error
     # Lightning's key for what `save_hyperparameters` stored.

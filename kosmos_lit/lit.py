@@ -18,6 +18,7 @@ from kosmos_lit.batch import DIGEST_MASK, KosmosBatch, PromptBatch
 from kosmos_lit.checks.device import check_device, check_dtype, uses_compile
 from kosmos_lit.checks.leaks import check_leaks
 from kosmos_lit.checks.memory import BatchSizes, check_step_memory
+from kosmos_lit.checks.ranks import IdentifiedData, check_ranks
 from kosmos_lit.config import KosmosConfig, LossWeights, OptimizerConfig
 from kosmos_lit.corpus_loss import CorpusLoss
 from kosmos_lit.errors import UserError
@@ -38,7 +39,7 @@ from kosmos_lit.trainer_internals import attached_trainer, end_at_sigterm, has_b
 _MASK = (1 << 63) - 1
 
 
-class TrainingData(BatchSizes, Protocol):
+class TrainingData(BatchSizes, IdentifiedData, Protocol):
     """The data module as the model reads it."""
 
     tokenizer: Tokenizer
@@ -182,6 +183,7 @@ class KosmosLit(L.LightningModule):
             )
         check_dtype(self.trainer)
         self.attention_kernel = check_device(self.trainer, self.config.decoder, seq_len, trains=stage == "fit")
+        check_ranks(self.trainer, self.hparams, self._data, self.tokenizer.fingerprint)
         if stage == "fit":
             check_step_memory(self.trainer, self._data, self.config, self.frozen)
 

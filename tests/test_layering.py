@@ -39,6 +39,7 @@ LAYOUT = """
     images
     config
     shipped
+    agreement run_lock
     errors files terminal _version
 """
 """Places of kosmos_lit from the top down: a line imports what stands below it, and within a line a place imports itself.

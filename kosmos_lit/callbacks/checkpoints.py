@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,12 +17,17 @@ from torch import Tensor
 
 from kosmos_lit.lit import KosmosLit
 
+NAME = re.compile(r"step=(\d{8,})\.ckpt")
+"""Names of the files that `Checkpoints` writes."""
+
 
 class Checkpoints(ModelCheckpoint):
     """Writes a checkpoint every N optimizer steps, at the last one, and on Ctrl-C or SIGTERM, and keeps the newest.
 
     After a signal the step ends first, as only whole steps resume exactly; a second signal stops at once. With several
     ranks the first signal stops at once too. No checkpoint is written once the gradient is not finite.
+
+    What is kept is counted on disk, so that the files of earlier starts of a run, killed ones too, are among them.
     """
 
     def __init__(self, dirpath: str, every_n_train_steps: int = 1000, keep: int = 2) -> None:
@@ -29,19 +36,18 @@ class Checkpoints(ModelCheckpoint):
         Args:
             dirpath: Folder of the checkpoints.
             every_n_train_steps: Optimizer steps from one to the next.
-            keep: Checkpoints that are kept, beside the last step's.
+            keep: Checkpoints that are kept, the newest ones; the last step's, or a signal's, is kept beside them.
         """
         super().__init__(
             dirpath=dirpath,
             filename="step={step:08d}",  # zeros, so that names sort by step
             auto_insert_metric_name=False,  # else Lightning writes step=step=
-            monitor="step",  # the highest steps count as the best, which makes the newest ones stay
-            mode="max",
-            save_top_k=keep,
+            save_top_k=-1,  # all: `_remove_old` counts them on disk
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,  # after a resume a repeated step replaces its checkpoint
         )
         self.every_n_train_steps = every_n_train_steps
+        self.keep = keep
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -71,6 +77,18 @@ class Checkpoints(ModelCheckpoint):
         self._signal = number
         print("\nending this step and writing a checkpoint; a second signal stops without one", file=sys.stderr)
 
+    def _remove_old(self, trainer: L.Trainer, n: int) -> None:
+        """Remove all checkpoints up to this step but the newest n.
+
+        Those of later steps are of a run that went on from an earlier one: it will come to them.
+        """
+        if not trainer.is_global_zero:
+            return
+        assert self.dirpath is not None
+        steps = {int(m[1]): path for path in Path(self.dirpath).glob("*.ckpt") if (m := NAME.fullmatch(path.name))}
+        for step in sorted(s for s in steps if s <= trainer.global_step)[:-n]:
+            trainer.strategy.remove_checkpoint(steps[step])
+
     def _restore_handlers(self) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
@@ -92,6 +110,8 @@ class Checkpoints(ModelCheckpoint):
         # Lightning writes the regular ones only.
         if last and not regular:
             trainer.save_checkpoint(self.format_checkpoint_name(self._monitor_candidates(trainer)), weights_only=False)
+        if regular or last:
+            self._remove_old(trainer, self.keep + (not regular))
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is not None:

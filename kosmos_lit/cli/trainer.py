@@ -42,6 +42,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluatedLit
 from kosmos_lit.lit import KosmosLit
+from kosmos_lit.run_lock import RunLock
 from kosmos_lit.sharding.fsdp import Fsdp2Strategy, check_strategy
 from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
 from kosmos_lit.terminal import program
@@ -90,6 +91,9 @@ class SaveConfigOnce(SaveConfigCallback):
 class KosmosCLI(LightningCLI):
     """Fit, validate, test and predict by configuration."""
 
+    lock: RunLock | None = None
+    """Of the run's folder, while a run trains there."""
+
     def __init__(self, arguments: Sequence[str], *, run: bool = True, beside: Sequence[str] = ()) -> None:
         """Read and check the arguments, build what the verb needs and, with `run`, do what it says.
 
@@ -109,12 +113,18 @@ class KosmosCLI(LightningCLI):
         defaults = {"default_config_files": [str(BASE)]}
         # Each verb has a parser of its own.
         per_verb = {verb: kwargs | defaults | {"prog": f"{program()} {verb}"} for verb in self.subcommands()}
+        try:
+            self._start(run=run, parser_kwargs=kwargs | (per_verb if run else defaults))
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _start(self, **more: Any) -> None:
         super().__init__(
             EvaluatedLit if self.arguments[:1] == ["test"] else KosmosLit,
             L.LightningDataModule,
             save_config_callback=SaveConfigOnce,
             parser_class=KosmosParser,
-            parser_kwargs=kwargs | (per_verb if run else defaults),
             subclass_mode_data=True,
             seed_everything_default=0,
             # The model makes its optimizer itself.
@@ -124,7 +134,7 @@ class KosmosCLI(LightningCLI):
             # Loaders yield the rows of their own rank; Lightning's sampler would divide them again.
             trainer_defaults={"use_distributed_sampler": False},
             args=self.arguments,
-            run=run,
+            **more,
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -196,6 +206,13 @@ class KosmosCLI(LightningCLI):
         if checkpoint:
             # The checkpoint replaces these weights, and their file may be gone. The saved configuration still names it.
             self.model.init_from = None
+
+    def before_fit(self) -> None:
+        """Take the run's folder for this run alone. Raises: UserError if another run has it."""
+        # Rank 0 writes there. A trial run (fast_dev_run) writes nothing.
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.lock = RunLock(self.trainer.default_root_dir)
+            self.lock.acquire()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add the checkpoint writer, unless the configuration names one, and the tasks that are run in training.

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from kosmos_lit.checkpoint import load_checkpoint
+from kosmos_lit.checkpoint import load_agreed
 from kosmos_lit.errors import UserError
 from kosmos_lit.sharding.shards import ShardedTensors, named_tensors, original_name
 
@@ -144,7 +144,7 @@ class ShardedStrategy(ParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Return a checkpoint whose tensors are mapped from its file, so that each rank reads its own slices only."""
-        return load_checkpoint(checkpoint_path)
+        return load_agreed(checkpoint_path, mmap=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Raises: UserError naming tensors that are missing, surplus, or of another shape."""

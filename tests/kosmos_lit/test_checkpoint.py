@@ -353,9 +353,7 @@ def test_missing_weights_are_the_users_error(tmp_path, kosmos_tower, kosmos_voca
 def test_a_checkpoint_reaches_no_host_and_no_other_file(tmp_path, kosmos_tower, kosmos_vocabulary, architecture, named):
     content = checkpoint_of(tiny_model(kosmos_tower), kosmos_vocabulary)
     content["hyper_parameters"]["kosmos"]["vision"]["architecture"] = architecture
-    with pytest.raises(
-        UserError, match=re.escape(f"a.ckpt: its vision.architecture names {named}; ")
-    ):
+    with pytest.raises(UserError, match=re.escape(f"a.ckpt: its vision.architecture names {named}; ")):
         load_model(save(tmp_path / "a.ckpt", content))
 
 
