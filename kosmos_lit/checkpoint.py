@@ -140,7 +140,7 @@ def find_last(folder: Path) -> Path | None:
     Raises: UserError if there are checkpoints but none can be read: a run must not silently start over.
     """
     steps: list[tuple[int, Path]] = []
-    damaged, found = [], None
+    damaged, last = [], None
     for path in folder.glob(f"*{SUFFIX}"):
         try:
             # Mapped from disk, so that no tensor is read for a step number.
@@ -154,13 +154,13 @@ def find_last(folder: Path) -> Path | None:
         except UserError as error:
             damaged.append(str(error))
         else:
-            found = path
+            last = path
             break
-    if damaged and found is None:
+    if damaged and last is None:
         raise UserError(f"no checkpoint in {folder} can be read: {'; '.join(damaged)}; delete them to start over")
     for message in damaged:
         print(f"skipped: {message}", file=sys.stderr)
-    return found
+    return last
 
 
 def check_architecture(

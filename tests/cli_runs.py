@@ -8,7 +8,7 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from kosmos_lit.cli.verify_resume import read_log
+from kosmos_lit.cli.run_log import read_log
 
 ROOT = Path(__file__).parents[1]
 # Ranks that two test workers start at the same moment would draw the same free port, and wait for each other for ever.

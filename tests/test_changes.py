@@ -21,8 +21,9 @@ from datamodules.stream import Stream
 from kosmos_lit.batch import CORPORA, DIGEST_MASK
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import main
+from kosmos_lit.cli.run_log import read_log
 from kosmos_lit.cli.trainer import DataCLI
-from kosmos_lit.cli.verify_resume import compare, read_log
+from kosmos_lit.cli.verify_resume import compare
 from tests.cli_runs import tiny_run
 
 pytestmark = pytest.mark.xdist_group("changes")  # one worker: its runs are made once

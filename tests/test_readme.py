@@ -66,6 +66,8 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
             assert_parses(words, arguments[1:]) if words in VERBS else assert_parses(verb, arguments)
         case [".venv/bin/python" | "python", script, *_] if script.startswith("benchmarks/"):
             assert (ROOT / script).is_file()
+        case [script] if script.startswith(".ci/"):
+            assert (ROOT / script).is_file()
         case ["source", ".venv/bin/activate"] | ["tensorboard" | "tar", *_]:
             assert len(words) > 1
         case _:

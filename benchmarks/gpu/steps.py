@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.gpu.bench import Bench, Results, verdict
 from datamodules.world.write import WorldConfig, write_world
-from kosmos_lit.cli.verify_resume import read_log
+from kosmos_lit.cli.run_log import read_log
 from kosmos_lit.config import DecoderConfig, KosmosConfig, VisionConfig
 from kosmos_lit.costs.memory import EstimateError, MicroBatch, Setting, estimate
 

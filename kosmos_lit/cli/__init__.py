@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 
 from kosmos_lit._version import __version__
 from kosmos_lit.errors import UserError, did_you_mean
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb = " ".join(arguments[:2])
         if verb not in VERBS:
             raise UserError(_unknown(verb, group or list(VERBS)))
+        check_files(arguments)
         return _function_of(verb)(arguments[len(verb.split()) :]) or 0  # most verbs return None
     except UserError as error:
         print(f"error: {_without_worker_traceback(str(error))}", file=sys.stderr)
@@ -84,10 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         resume = "; run the same command again to continue"
-        advice = {"fit": f"{resume}, with --ckpt_path last", "test": f"{resume}, if it evaluates tasks"}
+        advice = {"fit": "; add --ckpt_path last to continue", "test": f"{resume}, if it evaluates tasks"}
         advice |= {"prepare tokenizer": resume, "prepare corpus": resume}
         print(f"interrupted{advice.get(verb, '')}", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
+
+
+def check_files(arguments: Sequence[str]) -> None:
+    """Raises: UserError for a config or a checkpoint that there is not, before the imports of a verb, which take seconds."""
+    from kosmos_lit.cli.overlays import with_files_resolved
+
+    words = [part for word in with_files_resolved(arguments) for part in word.split("=", 1 if word[:2] == "--" else 0)]
+    for flag, value in pairwise(words):
+        if flag == "--ckpt_path" and value not in ("last", "null") and not Path(value).exists():
+            raise UserError(f"no checkpoint {value}")
 
 
 def set_spin_count() -> None:

@@ -21,7 +21,7 @@ def data_parser() -> Parser:
     return verb_parser(
         "report data",
         DataReportOptions,
-        positionals={"folders": ("+", "folder of an index, as `prepare corpus` writes it")},
+        positionals={"folders": ("+", "folder of an index, as `prepare corpus` writes it, or of several")},
         description="Print a table of indexes, then for each what was broken, skipped or noticed while it was made.",
     )
 
@@ -32,7 +32,9 @@ def report_data(arguments: list[str]) -> None:
     from datamodules.corpus import IndexedCorpus
     from datamodules.prepare.report import describe
 
-    corpora, rows = [IndexedCorpus(folder) for folder in o.folders], list[list[object]]()
+    # A folder of indexes stands for all of them.
+    folders = [index for folder in o.folders for index in _indexes(folder)]
+    corpora, rows = [IndexedCorpus(folder) for folder in folders], list[list[object]]()
     for corpus in corpora:
         manifest = corpus.manifest
         assert manifest is not None  # an index without one is refused above
@@ -41,3 +43,11 @@ def report_data(arguments: list[str]) -> None:
         rows.append([str(corpus.folder), manifest["format"], len(manifest["shards"]), documents, tokens, images, *means])
     headers = ["index", "format", "shards", "documents", "tokens", "images", "tokens a document", "images a document"]
     print("\n\n".join([table(headers, rows, align="llr"), *map(describe, corpora)]))
+
+
+def _indexes(folder: Path) -> list[Path]:
+    """Return the folders below one that hold an index, or itself, if it does or nothing below it does."""
+    from datamodules.corpus import MANIFEST
+
+    below = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    return [folder] if (folder / MANIFEST).exists() or not below else below

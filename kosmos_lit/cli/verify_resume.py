@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from kosmos_lit.checkpoint import SUFFIX, load_checkpoint
 from kosmos_lit.cli.parsing import Parser, verb_parser
+from kosmos_lit.cli.run_log import read_log
 from kosmos_lit.errors import UserError
 
 
@@ -118,21 +118,6 @@ def first_difference(first: Path, second: Path, tolerance: float = 0.0) -> str |
         if not abs(losses[0] - losses[1]) <= tolerance:  # written so that NaN differs
             return f"in the log the loss differs first at step {step:,}: {losses[0]:.7g} and {losses[1]:.7g}"
     return None
-
-
-def read_log(run: Path) -> dict[int, dict[str, str]]:
-    """Return a run's logged training steps by number, over all its starts; of a repeated step the last record."""
-    return logged(run, "train/loss")
-
-
-def logged(run: Path, metric: str) -> dict[int, dict[str, str]]:
-    """Return the rows of a run's log that have a metric, as `read_log`; training and validation have rows of their own."""
-    steps: dict[int, dict[str, str]] = {}
-    files = (run / "csv").glob("version_*/metrics.csv")
-    for path in sorted(files, key=lambda p: int(p.parent.name.rpartition("_")[2])):  # version_10 is after version_9
-        with path.open(encoding="utf-8", newline="") as file:
-            steps |= {int(float(row["step"])): row for row in csv.DictReader(file) if row.get(metric)}
-    return steps
 
 
 def _checkpoints(run: Path) -> dict[int, Path]:

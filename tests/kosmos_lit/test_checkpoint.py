@@ -156,7 +156,7 @@ def test_a_flipped_bit_in_any_record_is_the_users_error(tmp_path):
 def test_whatever_is_garbled_a_checkpoint_is_whole_or_the_users_error(tmp_path):
     path = save(tmp_path / "a.ckpt", checkpoint(weights=torch.arange(101)))
     whole, expected = path.read_bytes(), torch.arange(101)
-    draw, n_found = random.Random(0), 0
+    draw, n_refused = random.Random(0), 0
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(draw.choice([1, 1, 3, 64])):
@@ -165,8 +165,8 @@ def test_whatever_is_garbled_a_checkpoint_is_whole_or_the_users_error(tmp_path):
         try:
             assert torch.equal(load_checkpoint(path)["weights"], expected)
         except UserError:
-            n_found += 1
-    assert n_found > 100  # the rest hit the space between records, which torch fills up
+            n_refused += 1
+    assert n_refused > 100  # the rest hit the space between records, which torch fills up
 
 
 @pytest.mark.parametrize("error", [TypeError("?"), IndexError(), AttributeError("?"), RecursionError(), MemoryError()])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from PIL import Image
 import kosmos_lit
 from kosmos_lit.checkpoint import load_checkpoint
 from kosmos_lit.cli import VERBS, main
-from tests.cli_runs import losses, tiny_run
+from tests.cli_runs import ROOT, losses, tiny_run
 
 LAST = Path("checkpoints") / "step=00000006.ckpt"
 
@@ -200,15 +203,35 @@ def test_report_run_shows_losses_and_what_differs(
     assert [line.split()[:2] for line in by_step.splitlines()[1:]] == [
         [str(step), f"{float(expected[step]):.3f}"] for step in (2, 4, 6)
     ]
+    # Paths within the two runs' folders are the same settings.
     names = [line.split()[0] for line in settings.splitlines()[1:]]
-    assert {"model.optimizer.lr", "trainer.max_steps"} <= set(names)
-    assert "model.kosmos.decoder.dim" not in names
+    assert names == ["model.optimizer.lr", "trainer.max_steps"]
+
+
+def test_report_run_shows_what_runs_measured_at_their_end(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, share in (("a", 0.25), ("b", 1.0)):
+        (tmp_path / name / "csv").mkdir(parents=True)
+        shutil.copytree(trained / "csv", tmp_path / name / "csv", dirs_exist_ok=True)
+        report = {"exact_match": share, "tasks": {"count": {"n": 27, "exact_match": share / 2}}, "steps": 7}
+        (tmp_path / name / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+    assert main(["report", "run", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+
+    table = capsys.readouterr().out.split("\n\n")[2].splitlines()
+    assert [line.split() for line in table[1:]] == [
+        ["exact_match", "0.250", "1.000"],
+        ["tasks.count.exact_match", "0.125", "0.500"],
+    ]
 
 
 def test_report_run_says_where_no_log_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "run", str(tmp_path)]) == 2
-
     assert f"no training step is logged in {tmp_path}/csv" in capsys.readouterr().err
+
+    assert main(["report", "run", str(tmp_path / "none")]) == 2
+    assert f"no folder {tmp_path}/none" in capsys.readouterr().err
 
 
 def test_report_data_shows_what_an_index_holds(tiny_world: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,11 +239,32 @@ def test_report_data_shows_what_an_index_holds(tiny_world: Path, capsys: pytest.
 
     assert main(["report", "data", *map(str, folders)]) == 0
 
-    lines = capsys.readouterr().out.splitlines()[1 : len(folders) + 1]
+    out = capsys.readouterr().out
+    assert main(["report", "data", str(tiny_world / "index")]) == 0  # their folder stands for all of them
+    assert capsys.readouterr().out == out
+    lines = out.splitlines()[1 : len(folders) + 1]
     for folder, line in zip(folders, lines, strict=True):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         assert line.split()[:2] == [str(folder), manifest["format"]]
         assert line.split()[3:5] == [f"{manifest['documents']:,}", f"{manifest['tokens']:,}"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fit", "-c", "quickstrat"],
+        ["validate", "-c", "quickstart", "--ckpt_path", "none.ckpt"],
+        ["generate", "--ckpt_path=none.ckpt", "--prompt", "a"],
+        ["report", "run", "none"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_file_that_there_is_not_is_said_before_torch_is_imported(command: list[str]) -> None:
+    code = f"import sys; from kosmos_lit.cli import main; print(main({command}), 'torch' in sys.modules)"
+    end = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert end.stdout == "2 False\n"
+    assert "error: " in end.stderr
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
