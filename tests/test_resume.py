@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,22 @@ def test_a_run_killed_at_20_moments_reads_the_same_rows_and_gets_the_same_weight
     assert set(left) - {0} <= {c.step for c in compared}
     assert [c.describe() for c in compared if not c.is_same()] == []
     assert_same_log(straight, parts, left)
+
+
+def test_what_is_kept_is_counted_on_disk_over_all_starts(tmp_path: Path, tiny_world: Path) -> None:
+    callbacks = yaml.safe_load(Path(TINY).read_text(encoding="utf-8"))["trainer"]["callbacks"]
+    folder = tmp_path / "checkpoints"
+    callbacks[-1]["init_args"] |= {"dirpath": str(folder), "keep": 2, "every_n_train_steps": 1}
+    (tmp_path / "keep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}), encoding="utf-8")
+    arguments = tiny_run("fit", tmp_path, tiny_world, "-c", str(tmp_path / "keep.yaml"))
+    assert main([*arguments, "--trainer.max_steps=3"]) == 0
+    # What starts that were killed have left, and a file that is no checkpoint of the run's.
+    for name in ("step=00000000.ckpt", "step=00000001.ckpt", "mine.ckpt"):
+        shutil.copy(folder / "step=00000002.ckpt", folder / name)
+
+    assert main([*arguments, "--ckpt_path=last"]) == 0
+
+    assert sorted(p.name for p in folder.iterdir()) == ["mine.ckpt", "step=00000005.ckpt", "step=00000006.ckpt"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from kosmos_lit.errors import UserError
 from kosmos_lit.lit import KosmosLit
 
 NAME = re.compile(r"step=(\d{8,})\.ckpt")
@@ -36,8 +37,10 @@ class Checkpoints(ModelCheckpoint):
         Args:
             dirpath: Folder of the checkpoints.
             every_n_train_steps: Optimizer steps from one to the next.
-            keep: Checkpoints that are kept, the newest ones; the last step's, or a signal's, is kept beside them.
+            keep: Checkpoints that are kept, the newest ones; -1: all. The last step's, or a signal's, is kept beside them.
         """
+        if keep != -1 and keep < 1:
+            raise UserError(f"Checkpoints: keep must be positive, or -1 for all, got {keep}")
         super().__init__(
             dirpath=dirpath,
             filename="step={step:08d}",  # zeros, so that names sort by step
@@ -110,7 +113,7 @@ class Checkpoints(ModelCheckpoint):
         # Lightning writes the regular ones only.
         if last and not regular:
             trainer.save_checkpoint(self.format_checkpoint_name(self._monitor_candidates(trainer)), weights_only=False)
-        if regular or last:
+        if (regular or last) and self.keep != -1:
             self._remove_old(trainer, self.keep + (not regular))
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
