@@ -40,10 +40,8 @@ def build_model(config: KosmosConfig, tensors: Mapping[str, Tensor], where: str,
     With `copy`, the weights are copies of them. Tensors of a file are memory-mapped: without a copy, a model changes or
     crashes when the file is written again.
 
-    Raises: UserError listing every missing, surplus and misshapen tensor, or for a configuration that would reach the
-    network or other files, or has more layers than there are tensors.
+    Raises: UserError listing every missing, surplus and misshapen tensor.
     """
-    check_own(config, len(tensors), where)
     model = Kosmos.on_meta(config)
     check_shapes(shapes_of(tensors), shapes_of(model.state_dict()), where)
     if copy:
@@ -117,7 +115,9 @@ def load_folder(folder: str | Path) -> LoadedModel:
             f"tokenizer were expected, but model_type is {table.get('model_type')!r}"
         )
     config = KosmosConfig.from_dict(table["kosmos"])
-    model = build_model(config, read_tensors(path / SAFETENSORS), str(path / SAFETENSORS))
+    tensors, where = read_tensors(path / SAFETENSORS), str(path / SAFETENSORS)
+    check_own(config, len(tensors), where)
+    model = build_model(config, tensors, where)
     tokenizer = Tokenizer.load(path) if table.get("has_tokenizer", True) else None  # older folders lack the key
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, str(path))

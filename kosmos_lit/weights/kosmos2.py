@@ -17,7 +17,7 @@ from kosmos_lit.model import Kosmos
 from kosmos_lit.state_dicts.files import read_json, read_tensors
 from kosmos_lit.state_dicts.keys import TRANSFORMERS, check_shapes, shapes_of
 from kosmos_lit.tokenizer import BOS, EOS, PAD, Tokenizer
-from kosmos_lit.weights.folder import LoadedModel, build_model, check_tokenizer, new_folder
+from kosmos_lit.weights.folder import LoadedModel, build_model, check_own, check_tokenizer, new_folder
 from kosmos_lit.weights.towers import parse_config, square_side, tower_architecture, tower_sizes, unsupported_settings
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ def transformers_config(config: KosmosConfig) -> Kosmos2Config:
 
 
 def _build_model(config: KosmosConfig, tensors: dict[str, torch.Tensor], where: str) -> Kosmos:
+    check_own(config, len(tensors), where)
     shapes = shapes_of(Kosmos.on_meta(config).state_dict())
     tensors = {name: t for name, t in tensors.items() if name not in _POSITION_BUFFERS}  # computed anew
     embedding = TRANSFORMERS.external_names("decoder.embed_tokens.weight")[0]

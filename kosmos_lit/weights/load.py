@@ -9,7 +9,7 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.state_dicts.files import read_json
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.weights.folder import CONFIG, MODEL_TYPE, LoadedModel, build_model, load_folder
+from kosmos_lit.weights.folder import CONFIG, MODEL_TYPE, LoadedModel, build_model, check_own, load_folder
 from kosmos_lit.weights.kosmos2 import MODEL_TYPE as KOSMOS2
 from kosmos_lit.weights.kosmos2 import from_transformers
 
@@ -38,7 +38,9 @@ def load_model(path: str | Path) -> LoadedModel:
     checkpoint = load_checkpoint(path)
     # The rest of the state dict is the LightningModule's own, such as metrics.
     weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    model = build_model(KosmosConfig.from_dict(checkpoint["hyper_parameters"]["kosmos"]), weights, str(path))
+    config = KosmosConfig.from_dict(checkpoint["hyper_parameters"]["kosmos"])
+    check_own(config, len(weights), str(path))
+    model = build_model(config, weights, str(path))
     # A checkpoint is tensors and plain data: the tokenizer's files are a tensor of their bytes.
     return LoadedModel(model, Tokenizer.from_bytes(checkpoint["tokenizer"].numpy().tobytes()))
 

@@ -23,7 +23,7 @@ class Terminal:
     def __init__(self, patch: pytest.MonkeyPatch, *, tty: bool = True, columns: int = 200) -> None:
         self.written, self._tty = "", tty
         patch.setattr("sys.stderr", self)
-        patch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+        patch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24)))
 
     def write(self, text: str) -> None:
         self.written += text
