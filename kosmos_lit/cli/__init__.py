@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             verb = " ".join(arguments[:2])
         if verb not in VERBS:
             raise UserError(_unknown(verb, group or list(VERBS)))
-        check_files(arguments)
+        if verb in TRAINER_VERBS:
+            check_files(arguments)
         return _function_of(verb)(arguments[len(verb.split()) :]) or 0  # most verbs return None
     except UserError as error:
         print(f"error: {_without_worker_traceback(str(error))}", file=sys.stderr)
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_files(arguments: Sequence[str]) -> None:
-    """Raises: UserError for a config or a checkpoint that there is not, before the imports of a verb, which take seconds."""
+    """Raises: UserError for a config or a checkpoint that there is not, before Lightning's import, which takes seconds."""
     from kosmos_lit.cli.overlays import with_files_resolved
 
     words = [part for word in with_files_resolved(arguments) for part in word.split("=", 1 if word[:2] == "--" else 0)]

@@ -254,7 +254,7 @@ def test_report_data_shows_what_an_index_holds(tiny_world: Path, capsys: pytest.
     [
         ["fit", "-c", "quickstrat"],
         ["validate", "-c", "quickstart", "--ckpt_path", "none.ckpt"],
-        ["generate", "--ckpt_path=none.ckpt", "--prompt", "a"],
+        ["test", "--config=quickstart", "--ckpt_path=none.ckpt"],
         ["report", "run", "none"],
     ],
     ids=lambda words: words[0],
