@@ -17,8 +17,10 @@ from kosmos_lit.errors import UserError
 
 
 def is_distributed() -> bool:
-    """Return whether this process is one of several ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Return whether this process is one of several ranks; those of torch's `fake` backend exist in name only."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return dist.get_world_size() > 1 and dist.get_backend() != "fake"
 
 
 def from_rank_zero(value: Any) -> Any:
