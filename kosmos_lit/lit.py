@@ -183,8 +183,8 @@ class KosmosLit(L.LightningModule):
             )
         check_dtype(self.trainer)
         self.attention_kernel = check_device(self.trainer, self.config.decoder, seq_len, trains=stage == "fit")
-        check_ranks(self.trainer, self.hparams, self._data, self.tokenizer.fingerprint)
         if stage == "fit":
+            check_ranks(self.trainer, self.hparams, self._data, self.tokenizer.fingerprint)
             check_step_memory(self.trainer, self._data, self.config, self.frozen)
 
     def teardown(self, stage: str) -> None:
