@@ -23,7 +23,11 @@ def tiny_run(verb: str, folder: Path, world: Path, *more: str) -> list[str]:
 
 def start(arguments: list[str], **kwargs: object) -> subprocess.Popen[str]:
     """Start `python main.py ...` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "MASTER_PORT": str(next(_ports))}
+    # A run of several ranks within this process leaves its rank in the environment, which would stand for a launcher's.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "MASTER_PORT": str(next(_ports))}
     command = [sys.executable, str(ROOT / "main.py"), *arguments]
     return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
