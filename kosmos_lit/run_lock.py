@@ -6,9 +6,9 @@ import json
 import os
 import socket
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import psutil
@@ -87,16 +87,23 @@ class RunLock:
                 f"another run writes to {self.path.parent}: {what}{job}, last seen {age:.0f} s ago. Choose another "
                 f"--trainer.default_root_dir, or end that run; without a sign of life for {STALE:.0f} s it counts as dead"
             )
-        # Renamed first: of two processes that find it, one takes it away, and the other one's rename fails.
-        grave = self.path.with_name(f".{NAME}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+        # Taken away, then looked at: another process that saw the dead one's file may have put its own there meanwhile.
+        taken = self._beside()
         with suppress(FileNotFoundError):
-            os.rename(self.path, grave)
-            grave.unlink()
+            os.rename(self.path, taken)
+            if self._holder(taken) != holder:
+                with suppress(FileExistsError):
+                    os.link(taken, self.path)
+            taken.unlink()
 
-    def _holder(self) -> dict[str, Any]:
+    def _beside(self) -> Path:
+        """Return an unused path beside the file."""
+        return self.path.with_name(f".{NAME}.{token_hex(4)}.tmp")
+
+    def _holder(self, path: Path | None = None) -> dict[str, Any]:
         """Return who has the file, empty if it does not say."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads((path or self.path).read_text(encoding="utf-8"))
         except ValueError:
             return {}
         complete = isinstance(content, dict) and content.keys() == _identity().keys()
@@ -104,7 +111,7 @@ class RunLock:
 
     def _age(self) -> float:
         """Return seconds since the last sign of life, by the clock of the folder's own file system."""
-        probe = self.path.with_name(f".{NAME}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+        probe = self._beside()
         probe.touch()
         try:
             return probe.stat().st_mtime - self.path.stat().st_mtime

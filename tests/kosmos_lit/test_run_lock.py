@@ -62,7 +62,25 @@ def test_a_process_that_has_the_number_of_a_dead_one_holds_nothing(tmp_path: Pat
     changed(tmp_path, started=1.0)
     lock = RunLock(tmp_path)
     lock.acquire()
+    assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
     lock.release()
+
+
+def test_who_saw_a_dead_holder_takes_nothing_from_the_one_that_came_first(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = RunLock(tmp_path)
+    before = (tmp_path / NAME).read_text()
+    dead = json.loads(before) | {"started": 1.0}
+    seen = [dead]  # what was there a moment ago, and then the file as it is
+    read = lock._holder
+    monkeypatch.setattr(lock, "_holder", lambda path=None: seen.pop() if seen and path is None else read(path))
+
+    with pytest.raises(UserError, match=f"another run writes to .*: process {holder.pid}"):
+        lock.acquire()
+
+    assert (tmp_path / NAME).read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_holder_on_another_machine_counts_as_dead_without_a_sign_of_life(
