@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tensors here are too small for threads to help, and test processes run side by side."""
+    # Lightning's launchers take every core for a process whose environment names no number, and sums round otherwise then.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
