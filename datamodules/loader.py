@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -172,12 +173,14 @@ class Loader:
 
 
 def _ignore_run_signals(worker: int) -> None:
-    """Make a worker ignore SIGINT and SIGTERM that reach all processes of a run: training still needs its last batches.
+    """Make a worker ignore the signals that reach all processes of a run: training still needs its last batches.
 
     SIGTERM from the training process itself does end the worker: multiprocessing sends it at exit, and then waits for the
     worker. Only on Linux is the sender of a signal known; elsewhere all are ignored.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # the watchdog's question what this process is doing
     if sys.platform == "linux":
         # Blocked, not ignored: sigwaitinfo below takes it, and the new thread inherits the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

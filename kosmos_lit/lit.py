@@ -33,7 +33,7 @@ from kosmos_lit.sharding.fsdp import check_strategy
 from kosmos_lit.sharding.shards import clip_grad_norm, original_name
 from kosmos_lit.sharding.strategy import ShardedStrategy
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.trainer_internals import attached_trainer, end_at_sigterm, has_bucket_views, loss_scaler
+from kosmos_lit.trainer_internals import attached_trainer, has_bucket_views, loss_scaler
 
 # Keeps a seed a non-negative int64.
 _MASK = (1 << 63) - 1
@@ -210,8 +210,6 @@ class KosmosLit(L.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams({"attention_kernel": self.attention_kernel})
         start_at_step(self.trainer, self.optimizer_config, self._rate)
-        if self.trainer.world_size > 1:
-            end_at_sigterm(self.trainer)
 
     def on_train_end(self) -> None:
         self.net.vision.restore_frozen()

@@ -4,13 +4,11 @@ test for each.
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
-from types import FrameType
+import subprocess
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 
 
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
@@ -40,22 +38,52 @@ def set_batch_progress(trainer: L.Trainer, n_batches: int) -> None:
             setattr(counts, name, count + shift)
 
 
-def end_at_sigterm(trainer: L.Trainer) -> None:
-    """Let SIGTERM end a rank at once, and the ranks that it started. For the time of a `fit` on several ranks.
+def cluster_environment(trainer: L.Trainer) -> ClusterEnvironment | None:
+    """Return what started the ranks of a run, Slurm or Lightning's own launcher for example; None for one process."""
+    return getattr(trainer.strategy, "cluster_environment", None)
 
-    Lightning broadcasts before each micro-batch whether rank 0 has received the signal, and reads the answer: the host would
-    wait for a GPU's queue to run empty each time. What starts ranks on several nodes sends the signal to all of them.
+
+def leave_signals_alone(trainer: L.Trainer) -> None:
+    """Keep Lightning from handling signals, and from broadcasting before each micro-batch whether rank 0 received one.
+
+    Its handlers enter collectives, and save in the middle of a step; the broadcast waits for a GPU's queue to run empty.
     """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if (launcher := trainer.strategy.launcher) is not None:
-            launcher.kill(number)
-        sys.exit(128 + number)  # a shell's status for a process that a signal ended
 
-    # Python sets handlers in the main thread only. Lightning restores the former one when the run ends.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
+def take_checkpoint_as_named(trainer: L.Trainer) -> None:
+    """Load the checkpoint that was named, or none: under Slurm Lightning takes any `hpc_ckpt_N.ckpt` that lies about."""
+    trainer._checkpoint_connector._select_ckpt_path = lambda state_fn, ckpt_path, **_: ckpt_path  # type: ignore[method-assign]
+
+
+def log_step(trainer: L.Trainer) -> None:
+    """Write what callbacks have logged of a step, as Lightning does after the last one's `on_train_batch_end`."""
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def started_ranks(trainer: L.Trainer) -> list[subprocess.Popen[bytes]]:
+    """Return the processes of the ranks that this one has started."""
+    launcher = trainer.strategy.launcher
+    return [*getattr(launcher, "procs", []), *getattr(launcher, "released", [])]
+
+
+def release_started_ranks(trainer: L.Trainer) -> None:
+    """Let the ranks that this one has started end with any code: Lightning kills this one when one of them is not 0."""
+    if (launcher := trainer.strategy.launcher) is not None and (ranks := getattr(launcher, "procs", [])):
+        launcher.released = list(ranks)  # type: ignore[attr-defined]
+        ranks.clear()  # the list that Lightning's observer goes through
+
+
+def end_started_ranks(trainer: L.Trainer, seconds: float = 30.0) -> None:
+    """Wait for the ranks that this one has started, and kill those that have not ended then."""
+    release_started_ranks(trainer)
+    for process in started_ranks(trainer):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def lr_schedulers(trainer: L.Trainer) -> list[Any]:

@@ -14,18 +14,22 @@ from pathlib import Path
 from tests.cli_runs import ROOT
 
 
-def on_ranks(n: int, commands: Sequence[Sequence[str]], folder: Path, limit: float = 1200) -> str:
-    """Run `python main.py ...` for each command on n ranks; return the output of all ranks. All must succeed."""
+def on_ranks(n: int, commands: Sequence[Sequence[str]], folder: Path, limit: float = 1200, codes: Sequence[int] = ()) -> str:
+    """Run `python main.py ...` for each command on n ranks; return the output of all ranks.
+
+    All ranks must succeed, or exit with the command's code in `codes`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
     logs = [folder / f"rank-{rank}.txt" for rank in range(n)]
+    turns = json.dumps([[code, *c] for code, c in zip(codes or [0] * len(commands), commands, strict=True)])
     ranks = []
     for rank, log in enumerate(logs):
         environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "tests.ranks", json.dumps([list(c) for c in commands])]
+        command = [sys.executable, "-m", "tests.ranks", turns]
         with log.open("w") as file:
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT))
     end = time.monotonic() + limit
@@ -50,9 +54,13 @@ def _main() -> None:
     from kosmos_lit.cli import main
 
     torch.set_num_threads(1)
-    for command in json.loads(sys.argv[1]):
-        if code := main(command):
-            sys.exit(code)
+    for expected, *command in json.loads(sys.argv[1]):
+        try:
+            code: object = main(command)
+        except SystemExit as end:
+            code = end.code
+        if code != expected:
+            sys.exit(f"exit code {code} instead of {expected}: {command}")
     dist.destroy_process_group()
 
 

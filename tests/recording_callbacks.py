@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,23 @@ class CountValidation(Callback):
         with (Path(trainer.default_root_dir) / f"validation-{trainer.global_rank}.txt").open("a") as file:
             file.write(f"{self.n}\n")
         self.n = 0
+
+
+class SendSignals(Callback):
+    """Sends its own process signals on one rank, after a number of training or of validation batches."""
+
+    def __init__(self, signals: list[str], rank: int = 0, batch: int = 1, hook: str = "on_train_batch_start") -> None:
+        """Take the names of the signals, the rank, and after which call of the hook they come, from 1."""
+        self.signals, self.rank, self.batch = signals, rank, batch
+        self.n = 0
+        setattr(self, hook, self._count)
+
+    def _count(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self.n += not trainer.sanity_checking
+        if self.n == self.batch and trainer.global_rank == self.rank:
+            self.n += 1
+            for name in self.signals:
+                signal.raise_signal(getattr(signal, name))
 
 
 class CountTrainingData(Callback):

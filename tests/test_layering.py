@@ -39,7 +39,8 @@ LAYOUT = """
     images
     config
     shipped
-    agreement run_lock
+    interruption
+    agreement run_lock watchdog
     errors files terminal _version
 """
 """Places of kosmos_lit from the top down: a line imports what stands below it, and within a line a place imports itself.

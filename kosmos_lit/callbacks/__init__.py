@@ -9,6 +9,7 @@ from kosmos_lit.callbacks.progress import Progress
 from kosmos_lit.callbacks.step_log import StepLog
 from kosmos_lit.callbacks.throughput import Throughput
 from kosmos_lit.callbacks.visual_use import VisualUse
+from kosmos_lit.callbacks.watchdog import Watchdog
 
 __all__ = [
     "CaptionReport",
@@ -20,4 +21,5 @@ __all__ = [
     "StepLog",
     "Throughput",
     "VisualUse",
+    "Watchdog",
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kosmos_lit.callbacks.throughput import Throughput
+from kosmos_lit.callbacks.watchdog import Watchdog
 from kosmos_lit.lit import KosmosLit
 
 
@@ -23,6 +24,9 @@ def isolated_evaluation(trainer: L.Trainer, pl_module: KosmosLit) -> Iterator[No
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Throughput):
             callback.pause(trainer)
+    watchdogs = [c for c in trainer.callbacks if isinstance(c, Watchdog)]  # type: ignore[attr-defined]
+    for watchdog in watchdogs:
+        watchdog.enter("evaluation", trainer)
     model = trainer.strategy.model or pl_module  # with the wrappers that a strategy adds around the module
     modes = [(module, module.training) for module in model.modules()]
     # By default fork_rng would save the state of every GPU of the machine.
@@ -40,6 +44,8 @@ def isolated_evaluation(trainer: L.Trainer, pl_module: KosmosLit) -> Iterator[No
         pl_module.val_loss.reset()
         for module, training in modes:
             module.training = training
+        for watchdog in watchdogs:
+            watchdog.enter("step", trainer)
 
 
 def log_separate_row(trainer: L.Trainer, pl_module: KosmosLit, metrics: Mapping[str, float]) -> None:

@@ -15,10 +15,12 @@ Differences from stock, and why:
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
 from kosmos_lit.callbacks.garbage import GarbageCollection
+from kosmos_lit.callbacks.signals import EndAtSignals
+from kosmos_lit.callbacks.watchdog import Watchdog
 from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
 from kosmos_lit.checks.device import check_backend
+from kosmos_lit.checks.launch import check_launch, check_slurm_tasks
 from kosmos_lit.cli.evaluation import evaluation_data
 from kosmos_lit.cli.overlays import BASE, configs_of, read_config, value_at, with_all_named, with_files_resolved
 from kosmos_lit.cli.parsing import HelpfulParser
@@ -41,11 +46,14 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluatedLit
+from kosmos_lit.interruption import Interruption
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.run_lock import RunLock
 from kosmos_lit.sharding.fsdp import Fsdp2Strategy, check_strategy
 from kosmos_lit.sharding.strategy import ShardedStrategy, check_precision
 from kosmos_lit.terminal import program
+from kosmos_lit.trainer_internals import end_started_ranks, leave_signals_alone, take_checkpoint_as_named
+from kosmos_lit.watchdog import LAUNCHER
 
 LINKS = {
     "model.kosmos.connector.n_latents": "data.init_args.n_latents",
@@ -58,6 +66,7 @@ IGNORED_WARNINGS = (
     ".*exists and is not empty",  # the checkpoint folder of a resumed run
     "The dirpath has changed",  # a checkpoint of another run
     ".*sync_dist=True",  # what is logged has been summed over ranks
+    ".*srun. command is available",  # on a machine with Slurm: a run outside a job is no mistake, one in it is checked
     ".*does not have many workers",  # `num_workers` is the config's to choose
 )
 """Patterns of warnings that a user can do nothing about."""
@@ -103,6 +112,7 @@ class KosmosCLI(LightningCLI):
             beside: names of options that another verb has taken, which a misspelt one may stand for.
         """
         self.arguments, self.beside = with_files_resolved(arguments), tuple(beside)
+        self.interruption = Interruption()
         check_flags(self.arguments)
         for config in configs_of(self.arguments):
             check_names(read_config(config), config)
@@ -114,10 +124,14 @@ class KosmosCLI(LightningCLI):
         # Each verb has a parser of its own.
         per_verb = {verb: kwargs | defaults | {"prog": f"{program()} {verb}"} for verb in self.subcommands()}
         try:
-            self._start(run=run, parser_kwargs=kwargs | (per_verb if run else defaults))
+            with self.interruption if run else nullcontext():
+                self._start(run=run, parser_kwargs=kwargs | (per_verb if run else defaults))
         finally:
             if self.lock is not None:
                 self.lock.release()
+            if hasattr(self, "trainer"):
+                fails = sys.exc_info()[0] is not None and not self.interruption.is_agreed
+                end_started_ranks(self.trainer, seconds=3.0 if fails else 30.0)
 
     def _start(self, **more: Any) -> None:
         super().__init__(
@@ -155,8 +169,9 @@ class KosmosCLI(LightningCLI):
         for source, target in LINKS.items():
             parser.link_arguments(source, target)
         parser.add_class_arguments(EvalConfig, "eval")
-        # A callback of every run, also of those whose configuration lists its own callbacks.
+        # Callbacks of every run, also of those whose configuration lists its own callbacks.
         parser.add_lightning_class_args(GarbageCollection, "garbage_collection")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint and check that it fits the configured model.
@@ -185,6 +200,8 @@ class KosmosCLI(LightningCLI):
                 )
         elif path is None and verb != "fit" and not config.model.init_from:
             print(f"{verb}: no --ckpt_path, so the model is untrained")
+        if strays := sorted(Path(config.trainer.default_root_dir or ".").glob("hpc_ckpt_*")):
+            print(f"ignored {strays[-1]}: name a file that Lightning has written under Slurm with --ckpt_path to load it")
         if path:
             # Compared now, before anything large is built or loaded.
             kosmos = KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"])
@@ -224,19 +241,28 @@ class KosmosCLI(LightningCLI):
         if isinstance(config.strategy, ShardedStrategy):
             check_precision(config.precision, config.strategy.config_file)
         evaluation = self._get(self.config_init, "eval")
+        # Lightning lets kwargs replace the configured value: it must be repeated. The same holds for plugins.
+        callbacks = kwargs["callbacks"] = [*(config.get("callbacks") or [])]
         if self.subcommand == "fit" and evaluation.every_n_steps is not None:
             if not evaluation.enabled_tasks:
                 raise UserError(f"eval.every_n_steps is {evaluation.every_n_steps}, but there are no eval.tasks")
-            # Lightning lets kwargs replace the configured value: it must be repeated. The same holds for plugins.
-            kwargs["callbacks"] = [*(config.get("callbacks") or []), EvaluateTasks(evaluation)]
+            callbacks.append(EvaluateTasks(evaluation))
+        if self.subcommand == "fit":
+            callbacks.append(EndAtSignals(self.interruption))
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]  # Lightning also takes a single one
         if not any(isinstance(p, CheckpointIO) for p in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        check_slurm_tasks()
+        if os.environ.get(LAUNCHER) != str(os.getppid()):
+            os.environ[LAUNCHER] = str(os.getpid())  # for the ranks that this process starts
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {error}") from error
+        leave_signals_alone(trainer)
+        take_checkpoint_as_named(trainer)
+        check_launch(trainer)
         check_backend(trainer)
         if isinstance(trainer.strategy, Fsdp2Strategy):
             # Asked now, for one message before other ranks start.
@@ -294,6 +320,13 @@ def user_errors(arguments: Sequence[str]) -> Iterator[None]:
     except (ValueError, TypeError) as error:
         if cause := _user_error_behind(error):  # the parser wraps what constructors raise
             raise cause from error
+        raise
+    except RuntimeError as error:
+        if match := re.search(r"DataLoader worker .* killed by signal: (\w+)", str(error)):
+            raise UserError(
+                f"a process of the data loader was killed ({match[1]}), as happens when a machine runs out of memory: lower "
+                "data.num_workers or data.micro_batch_rows, and resume with --ckpt_path last"
+            ) from error
         raise
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into exit code 1

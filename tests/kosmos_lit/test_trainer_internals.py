@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +13,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -22,17 +26,24 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from kosmos_lit.sharding.fsdp import Fsdp1Strategy
 from kosmos_lit.trainer_internals import (
     attached_trainer,
-    end_at_sigterm,
+    cluster_environment,
+    end_started_ranks,
     has_bucket_views,
+    leave_signals_alone,
     loss_scaler,
     lr_schedulers,
+    release_started_ranks,
     set_batch_progress,
+    started_ranks,
+    take_checkpoint_as_named,
 )
 
 N_STEPS, N_MICRO_BATCHES = 5, 2
@@ -187,21 +198,59 @@ def test_setup_model_wraps_the_root_of_fsdp1() -> None:
     assert strategy.model[0] is module
 
 
-def test_sigterm_ends_a_rank_without_a_broadcast_before_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer, killed = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), []
+def a_trainer(**more: Any) -> L.Trainer:
+    return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **more)
+
+
+def test_signals_are_left_alone_and_not_broadcast_before_each_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, before = a_trainer(), signal.getsignal(signal.SIGTERM)
     assert callable(trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor)
-    monkeypatch.setattr(type(trainer.strategy), "launcher", SimpleNamespace(kill=killed.append))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        end_at_sigterm(trainer)
-        monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: pytest.fail("a broadcast"))
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
-        with pytest.raises(SystemExit) as end:
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 143
-    assert killed == [signal.SIGTERM]
+    assert callable(trainer._signal_connector.register_signal_handlers)
+    monkeypatch.setattr("torch.distributed.broadcast", lambda *_, **__: pytest.fail("a broadcast"))
+
+    leave_signals_alone(trainer)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    trainer._signal_connector.register_signal_handlers()
+
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_checkpoint_is_taken_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    monkeypatch.setattr(SLURMEnvironment, "detect", lambda: True)
+    trainer = a_trainer(default_root_dir=tmp_path)
+    more = {"model_provided": True, "model_connected": True}
+    select = trainer._checkpoint_connector._select_ckpt_path
+    assert str(select(TrainerFn.FITTING, None, **more)).endswith("hpc_ckpt_1.ckpt")  # Lightning's own way
+
+    take_checkpoint_as_named(trainer)
+
+    select = trainer._checkpoint_connector._select_ckpt_path
+    assert select(TrainerFn.FITTING, None, **more) is None
+    assert select(TrainerFn.VALIDATING, "a.ckpt", **more) == "a.ckpt"
+
+
+def test_started_ranks_are_released_from_the_observer_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, observed = a_trainer(), [subprocess.Popen(["sleep", "100"]), subprocess.Popen(["true"])]
+    monkeypatch.setattr(type(trainer.strategy), "launcher", SimpleNamespace(procs=observed))
+
+    release_started_ranks(trainer)
+    assert observed == []
+    assert len(started_ranks(trainer)) == 2
+    end_started_ranks(trainer, seconds=0.5)
+
+    assert [process.wait() for process in started_ranks(trainer)] == [-signal.SIGKILL, 0]
+
+
+def test_the_launcher_watches_the_list_of_started_ranks() -> None:
+    # With nobody left in the list it has nobody to wait for.
+    assert _ChildProcessObserver(main_pid=0, child_processes=[])._run()
+    assert "_launch_process_observer(self.procs)" in inspect.getsource(_SubprocessScriptLauncher.launch)
+
+
+def test_what_started_the_ranks_is_known() -> None:
+    assert cluster_environment(a_trainer()) is None
+    assert isinstance(cluster_environment(a_trainer(devices=2, strategy="ddp")), LightningEnvironment)
 
 
 @pytest.mark.parametrize(
