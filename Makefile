@@ -11,7 +11,7 @@ ARGS ?=
 # Test workers use one thread each; more than eight gain nothing.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: setup quickstart finetune world world-report test test-all test-lowest lowest lint type format golden golden-torchscale docs bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
+.PHONY: setup quickstart finetune world world-report test test-all test-lowest lowest slurm slurm-test lint type format golden golden-torchscale docs bench bench-costs bench-data bench-evaluation bench-generation bench-gpu bench-index bench-loop bench-images bench-plan bench-shared bench-step check clean
 
 setup: $(READY)
 
@@ -61,6 +61,16 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "" $(ARGS)
+
+# Debian's Slurm and munge, as root; the tests start a cluster of this machine alone, and are skipped without these.
+slurm:
+	@command -v sbatch munged >/dev/null || { \
+		export DEBIAN_FRONTEND=noninteractive; \
+		timeout 300 apt-get update -qq && timeout 300 apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
+	}
+
+slurm-test: slurm $(READY)
+	$(BIN)/python -m pytest -m "" tests/test_slurm.py $(ARGS)
 
 # The lowest versions that pyproject.toml allows: on $(PYTHON), and on Python 3.12 where it runs beside that.
 test-lowest: lowest

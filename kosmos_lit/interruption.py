@@ -28,7 +28,7 @@ class Interruption:
 
     At first a signal ends the process at once: SIGINT raises KeyboardInterrupt, the others exit with their code. While
     training, from `defer` on, it is kept until `agreed` tells all ranks of it. A repeated signal changes nothing, but a
-    second SIGINT after two seconds ends the process at once.
+    second SIGINT after two seconds ends the process at once. After an agreed end all of them are ignored.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,9 @@ class Interruption:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         while self._handlers:
-            signal.signal(*self._handlers.popitem())
+            number, handler = self._handlers.popitem()
+            # A rank that ends with the others must keep its exit code: srun sends SIGTERM as soon as the first has ended.
+            signal.signal(number, signal.SIG_IGN if self.is_agreed else handler)
 
     def defer(self) -> None:
         """Keep signals from now on until `agreed` is asked. Collective: all ranks must call it."""

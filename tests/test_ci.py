@@ -15,7 +15,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 [PHONY] = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
 WEEKLY = (ROOT / ".ci" / "weekly").read_text(encoding="utf-8")
 TRIED = {match[0]: match[1].split() for match in re.findall(r"^try (\S+) (.*)$", WEEKLY, re.MULTILINE)}
-OF_OTHERS = {"test-all": "check", "lowest": "test-lowest"}
+OF_OTHERS = {"test-all": "check", "lowest": "test-lowest", "slurm": "slurm-test"}
 """Verbs that another one runs."""
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,15 @@ CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 85}
 DDP = ["--trainer.strategy=ddp"]
 FSDP2 = ["-c", "configs/trainer/fsdp.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
 FSDP1 = ["-c", "configs/trainer/fsdp1.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true"]
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Put back the handlers of signals, which a run that ended at one leaves ignored."""
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in CODES}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def sending(folder: Path, name: str, *signals: str, **more: object) -> list[str]:

@@ -138,7 +138,7 @@ def test_a_run_that_stands_still_is_not_queued_for_ever(
 
     job = submit("train.sbatch", str(run), options=("--ntasks-per-node=1", f"--export=ALL,PYTHON={script}"))
 
-    ended = cluster.wait(job, "FAILED COMPLETED PENDING", 60)
+    ended = cluster.wait(job, "FAILED COMPLETED", 60)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "85:0")
     assert "not requeued: no new checkpoint in 3 starts" in (tmp_path / f"{job}.out").read_text()
 
@@ -159,7 +159,7 @@ def test_runs_of_an_array_are_lines_of_a_file(
 
 
 def test_a_corpus_is_prepared(cluster: Cluster, submit: Callable[..., str], tmp_path: Path, tiny_world: Path) -> None:
-    options = ["--format", "jsonl", "--inputs", f"{tiny_world}/raw/text/*", "--tokenizer", f"{tiny_world}/tokenizer"]
+    options = ["--format", "jsonl", "--input", f"{tiny_world}/text-*.jsonl.zst", "--tokenizer", f"{tiny_world}/tokenizer"]
 
     job = submit("prepare.sbatch", *options, "--output", str(tmp_path / "index"), options=("--cpus-per-task=2",))
 
@@ -170,11 +170,12 @@ def test_a_corpus_is_prepared(cluster: Cluster, submit: Callable[..., str], tmp_
 
 
 def srun(cluster: Cluster, world: Path, run: Path, *more: str, options: tuple[str, ...] = (), **environment: str) -> str:
-    """Run `fit` as two tasks of two nodes, which must fail within a minute; return what it printed."""
+    """Run `fit` as two tasks of two nodes, which must fail; return what it printed."""
     command = ["srun", "--kill-on-bad-exit=1", f"--chdir={ROOT}", "--nodes=2", "--ntasks-per-node=1", *SMALL, *options]
     command += [sys.executable, "main.py", "fit", *arguments(world), f"--trainer.default_root_dir={run}", *more]
     end = subprocess.run(command, env=cluster.environment | environment, text=True, capture_output=True, timeout=120)
-    assert end.returncode == 2, end.stdout + end.stderr
+    # srun's code is the highest one, and it ends the other task, by force if that waits in the library for its peer.
+    assert end.returncode in (2, 143, 137), end.stdout + end.stderr
     assert "Traceback" not in end.stderr
     return end.stderr
 
