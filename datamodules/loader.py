@@ -180,7 +180,7 @@ def _ignore_run_signals(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR2, all_threads=True)  # the watchdog's question what this process is doing
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # the watchdog's question what this process is doing
     if sys.platform == "linux":
         # Blocked, not ignored: sigwaitinfo below takes it, and the new thread inherits the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -349,9 +349,15 @@ class OptimizerConfig(BaseConfig):
     """Optimizer steps of linear warm-up from 0."""
     total_steps: int | None = None
     """Step at which the linear decay reaches 0; None: the trainer's max_steps."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows a step whose gradient holds a NaN or an infinity, and which changes nothing: the end, or the next one."""
+    max_skipped: int = 10
+    """With `skip`, such steps within `skip_window` that do not end the run."""
+    skip_window: int = 1000
+    """Optimizer steps."""
 
     def __post_init__(self) -> None:
-        self._check_positive("lr", "eps")
+        self._check_positive("lr", "eps", "max_skipped", "skip_window")
         self._check(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
         self._check(all(0 <= b < 1 for b in self.betas), f"betas must lie in [0, 1), got {self.betas}")
         self._check(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")

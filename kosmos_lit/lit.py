@@ -27,6 +27,7 @@ from kosmos_lit.inference.engine import Engine
 from kosmos_lit.inference.prompts import Prompt, encode_prompt
 from kosmos_lit.init_from import freeze, from_pretrained
 from kosmos_lit.model import Kosmos
+from kosmos_lit.nonfinite import NonFiniteSteps
 from kosmos_lit.ops.schedules import warmup_linear
 from kosmos_lit.resume import check_trained, kernel_change, start_at_step
 from kosmos_lit.sharding.fsdp import check_strategy
@@ -98,6 +99,8 @@ class KosmosLit(L.LightningModule):
         self.attention_kernel: str = self.config.decoder.attention_kernel
         """The kernel itself from `setup` on, where the config may say `auto`."""
         self.step_loss, self.val_loss = CorpusLoss(), CorpusLoss()
+        self.nonfinite: NonFiniteSteps | None = None
+        """Of a run that trains, from its start on."""
         self.grad_norm: Tensor | None = None
         """Norm of the last step's gradient before clipping."""
         self.lr = 0.0
@@ -159,6 +162,11 @@ class KosmosLit(L.LightningModule):
         return self._data.kinds
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of the stream in an optimizer step, over all ranks."""
+        return self._data.global_batch_rows
+
+    @property
     def _data(self) -> TrainingData:
         data: TrainingData = self.trainer.datamodule  # type: ignore[attr-defined]
         return data
@@ -210,6 +218,7 @@ class KosmosLit(L.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams({"attention_kernel": self.attention_kernel})
         start_at_step(self.trainer, self.optimizer_config, self._rate)
+        self.nonfinite = NonFiniteSteps(self.optimizer_config, self.rows_per_step)
 
     def on_train_end(self) -> None:
         self.net.vision.restore_frozen()
@@ -223,13 +232,9 @@ class KosmosLit(L.LightningModule):
         return warmup_linear(step, c.warmup_steps, c.total_steps or self.trainer.max_steps)
 
     def check_finite(self) -> None:
-        """Raises: UserError if the last step's gradient had no finite norm."""
-        # Checked at rows of the log and checkpoints only, as reading the norm waits for the device.
-        if self.grad_norm is not None and not torch.isfinite(self.grad_norm):
-            raise UserError(
-                f"step {self.trainer.global_step}: the gradient's norm is {float(self.grad_norm)}; no further checkpoint "
-                "is written. Resume from the last one with a smaller learning rate, a longer warm-up or stronger clipping"
-            )
+        """Raises: UserError if a step's gradient had no finite norm, and that ends the run."""
+        if self.nonfinite is not None:
+            self.nonfinite.check()
 
     def on_train_batch_start(self, batch: KosmosBatch, batch_idx: int) -> None:
         # `step_loss` sums over the micro-batches of one step.
@@ -288,6 +293,8 @@ class KosmosLit(L.LightningModule):
             self.grad_norm = clip_grad_norm(self.parameters(), limit, strategy.n_replicas)
         else:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        if self.nonfinite is not None:
+            self.nonfinite.watch(self.trainer.optimizers[0], self.grad_norm, self.trainer.global_step + 1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         c = self.optimizer_config

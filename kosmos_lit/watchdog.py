@@ -209,4 +209,4 @@ class Watch:
 def answer_with_stacks() -> None:
     """Let this process write the stacks of its threads to stderr when it receives SIGUSR2."""
     if hasattr(signal, "SIGUSR2"):
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)

@@ -50,6 +50,25 @@ class SendSignals(Callback):
                 signal.raise_signal(getattr(signal, name))
 
 
+class BreakGradients(Callback):
+    """Puts a NaN into a gradient of one rank, in the first micro-batch of given steps, counted from 1."""
+
+    def __init__(self, steps: list[int], rank: int = 0) -> None:
+        self.steps, self.rank = steps, rank
+        self.weights: dict[int, torch.Tensor] = {}
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.weights[trainer.global_step] = local_shard(next(pl_module.parameters())).detach().clone()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0
+        self.breaks = is_first and trainer.global_step + 1 in self.steps and trainer.global_rank == self.rank
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        if self.breaks:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+
+
 class CountTrainingData(Callback):
     """Writes rows, positions, targets and images of all training steps to `training_data.json`, by source."""
 

@@ -26,7 +26,7 @@ LAYOUT = """
     evaluation
     lit
     resume
-    sharding checks costs lora init_from corpus_loss trainer_internals
+    sharding checks costs lora init_from corpus_loss trainer_internals nonfinite
     inference
     weights
     checkpoint

@@ -4,6 +4,7 @@ from kosmos_lit.callbacks.caption_report import CaptionReport
 from kosmos_lit.callbacks.checkpoints import Checkpoints
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
 from kosmos_lit.callbacks.garbage import GarbageCollection
+from kosmos_lit.callbacks.loss_spikes import LossSpikes
 from kosmos_lit.callbacks.predictions import Predictions
 from kosmos_lit.callbacks.progress import Progress
 from kosmos_lit.callbacks.step_log import StepLog
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoints",
     "EvaluateTasks",
     "GarbageCollection",
+    "LossSpikes",
     "Predictions",
     "Progress",
     "StepLog",

@@ -16,6 +16,8 @@ from kosmos_lit.lit import KosmosLit
 
 NAME = re.compile(r"step=(\d{8,})\.ckpt")
 """Names of the files that `Checkpoints` writes."""
+KEEP = ".keep"
+"""Suffix of an empty file beside a checkpoint that is kept for good."""
 
 
 class Checkpoints(ModelCheckpoint):
@@ -80,10 +82,24 @@ class Checkpoints(ModelCheckpoint):
         """
         if not trainer.is_global_zero or self.keep == -1:
             return
-        assert self.dirpath is not None
-        steps = {int(m[1]): path for path in Path(self.dirpath).glob("*.ckpt") if (m := NAME.fullmatch(path.name))}
-        for step in sorted(s for s in steps if s <= trainer.global_step)[: -self.keep - n_more]:
+        steps = {s: p for s, p in self._on_disk().items() if s <= trainer.global_step and not p.with_suffix(KEEP).exists()}
+        for step in sorted(steps)[: -self.keep - n_more]:
             trainer.strategy.remove_checkpoint(steps[step])
+
+    def _on_disk(self) -> dict[int, Path]:
+        """Return checkpoints by step."""
+        paths = Path(self.dirpath or "").glob("*.ckpt")
+        return {int(m[1]): path for path in paths if (m := NAME.fullmatch(path.name))}
+
+    def keep_newest(self, trainer: L.Trainer) -> Path | None:
+        """Keep the newest checkpoint before this step for good, beside the others; return its path, if there is one."""
+        steps = {step: path for step, path in self._on_disk().items() if step < trainer.global_step}
+        if not steps:
+            return None
+        newest = steps[max(steps)]
+        if trainer.is_global_zero:
+            newest.with_suffix(KEEP).touch()
+        return newest
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

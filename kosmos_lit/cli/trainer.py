@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kosmos_lit.callbacks.evaluation import EvaluateTasks
 from kosmos_lit.callbacks.garbage import GarbageCollection
+from kosmos_lit.callbacks.loss_spikes import LossSpikes
 from kosmos_lit.callbacks.signals import EndAtSignals
 from kosmos_lit.callbacks.watchdog import Watchdog
 from kosmos_lit.checkpoint import AtomicCheckpointIO, check_architecture, find_last, load_checkpoint
@@ -172,6 +173,7 @@ class KosmosCLI(LightningCLI):
         # Callbacks of every run, also of those whose configuration lists its own callbacks.
         parser.add_lightning_class_args(GarbageCollection, "garbage_collection")
         parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(LossSpikes, "loss_spikes")
 
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint and check that it fits the configured model.
