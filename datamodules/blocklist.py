@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -32,9 +31,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import zstandard
 
 from datamodules.corpus import IndexedCorpus
+from datamodules.io.compression import READ_ERRORS
 from datamodules.io.hashing import U64, hash_bytes
 from datamodules.io.paths import expand
 from datamodules.sources.jsonl import lines
@@ -181,6 +180,8 @@ def _read(path: Path, entries: dict[Kind, array[int]]) -> None:
     number = 0  # for the message, if the file cannot be opened at all
     try:
         for number, line in enumerate(lines(path), start=1):
+            if line is None:
+                raise UserError(f"blocklist {path}, line {number}: it is too long; give one entry a line")
             entry = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()  # a byte order mark may come first
             if not entry or entry.startswith("#"):
                 continue
@@ -201,5 +202,5 @@ def _read(path: Path, entries: dict[Kind, array[int]]) -> None:
             f"blocklist {path}, line {number}: it is not UTF-8 ({error.reason}); give text, .gz or .zst, one entry a line"
         ) from error
     # Compressed files that end early or are damaged raise any of these.
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"blocklist {path} cannot be read after line {number}: {error}") from error

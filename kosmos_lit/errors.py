@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import resource
+import shutil
+import tempfile
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from pathlib import Path
 
 CLOSE = 0.6
 """Names that are at least so similar are taken for a misspelling of one another (difflib's own default)."""
@@ -15,6 +20,31 @@ class UserError(ValueError):
 
     The command line prints it as one message without a traceback and exits with code 2.
     """
+
+
+def describe_os_error(error: OSError) -> str | None:
+    """Return a sentence on what the system refuses and what to do; None if the error names neither a file nor a limit."""
+    path = str(error.filename) if error.filename is not None else None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        places = [path] if path else [".", tempfile.gettempdir()]
+        free = ", ".join(f"{_free_bytes(place):,} bytes at {place}" for place in places)
+        return f"no space left{f' to write {path}' if path else ''}: free are {free}. Make room, or write elsewhere"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"too many open files (this process may open {limit:,}): raise the limit with `ulimit -n`, or use fewer workers"
+        )
+    if error.errno == errno.EROFS:
+        return f"{path or 'a file'} is on a read-only file system: write elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM) and path:
+        return f"no permission for {path}: choose another path, or change its owner or mode"
+    return f"{path}: {error.strerror}" if path and error.strerror else None
+
+
+def _free_bytes(place: str) -> int:
+    """Return the free bytes of the disk of a path, which need not exist."""
+    path = Path(place).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:

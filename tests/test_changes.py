@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import shutil
 from collections import Counter
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-import zstandard
 
 from datamodules import MixtureData
+from datamodules.io.compression import open_compressed
 from datamodules.stream import Stream
 from kosmos_lit.batch import CORPORA, DIGEST_MASK
 from kosmos_lit.checkpoint import load_checkpoint
@@ -64,11 +63,10 @@ def folder(begun: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def extra(tmp_path: Path, tiny_world: Path) -> list[str]:
     """Arguments that give another source of texts, `more`, of 11 documents of the world."""
-    lines = io.BytesIO()
-    with sorted(tiny_world.glob("text-*.jsonl.zst"))[0].open("rb") as file:
-        zstandard.ZstdDecompressor().copy_stream(file, lines)
+    with open_compressed(sorted(tiny_world.glob("text-*.jsonl.zst"))[0]) as file:
+        lines = file.read()
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "a.jsonl").write_bytes(b"".join(lines.getvalue().splitlines(keepends=True)[:11]))
+    (tmp_path / "more" / "a.jsonl").write_bytes(b"".join(lines.splitlines(keepends=True)[:11]))
     return more_of(tmp_path)
 
 

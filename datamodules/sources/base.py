@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, Tally
+from datamodules.io.compression import MAX_RECORD
 from kosmos_lit.errors import UserError
 
 LISTED_IMAGE = np.dtype([("url", "<u8"), ("offset", "<u8"), ("shard", "<u4"), ("length", "<u4"), ("status", "u1")])
@@ -22,6 +23,8 @@ TURN_TEMPLATE = "Question: {user} Answer: {assistant}"
 """The prompt of the paper's evaluations; the template of its instruction tuning is not published."""
 CUT_OFF = "shard cut off or corrupt"
 """The reason for a shard that cannot be read to its end."""
+TOO_LARGE = f"record of more than {MAX_RECORD >> 20} MiB"
+"""The reason for a record that is not read whole."""
 IMAGE_STATUSES = ("usable", "image too small", "image of one colour", "broken image", "not a raster image")
 
 

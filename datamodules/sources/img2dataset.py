@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import CUT_OFF, Identifiers, ReadOptions, Source
+from datamodules.io.compression import MAX_RECORD
+from datamodules.sources.base import CUT_OFF, TOO_LARGE, Identifiers, ReadOptions, Source
 from datamodules.sources.tar import Member, TarError, TarReader
 from kosmos_lit.images import ImageError, probe
 
@@ -105,6 +106,9 @@ def _document(tar: TarReader, file: str, key: str, sample: Sample, shard: int, t
         return None
     if not caption:
         tally.count_skipped("empty caption", f"{file}, {key}")
+        return None
+    if image.size > MAX_RECORD:
+        tally.count_broken(TOO_LARGE, key, file=file)
         return None
     try:
         probe(tar.read(image.offset, image.size))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from datamodules.document import Document, Tally
-from datamodules.sources.base import CUT_OFF, ReadOptions, Source
+from datamodules.io.compression import MAX_RECORD, READ_ERRORS, open_compressed
+from datamodules.sources.base import CUT_OFF, TOO_LARGE, ReadOptions, Source
 
 CHUNK = 1 << 20
-
-
-class TruncatedError(OSError):
-    """A compressed file that ends in the middle."""
 
 
 class RecordError(ValueError):
@@ -41,7 +35,9 @@ class JsonLines(Source):
         number = 0
         try:
             for number, line in enumerate(lines(path), start=1):
-                if line.strip():
+                if line is None:
+                    tally.count_broken(TOO_LARGE, f"line {number}", file=path.name)
+                elif line.strip():
                     try:
                         yield self.read(_parsed(line, number), number, path.parent, shard, options)
                     except RecordError as error:
@@ -49,7 +45,7 @@ class JsonLines(Source):
                             tally.count_broken(error.reason, f"line {number}", str(error), file=path.name)
                         else:
                             tally.count_skipped(error.reason, f"{path.name}, line {number}")
-        except (TruncatedError, OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        except READ_ERRORS as error:
             tally.count_broken(CUT_OFF, f"after line {number}", str(error), file=path.name)
 
     @abstractmethod
@@ -92,48 +88,22 @@ def _parsed(line: bytes, number: int) -> dict[str, Any]:
     return record
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """Yield a file's lines, decompressed by the ending of its name.
+def lines(path: Path) -> Iterator[bytes | None]:
+    """Yield a file's lines, decompressed by the ending of its name; None for one of more than MAX_RECORD bytes.
 
-    Raises: TruncatedError or the decompressor's error where the file breaks off, after all lines before it.
+    Raises: one of READ_ERRORS where the file breaks off, after all lines before it.
     """
     pending: list[bytes] = []  # the beginning of a line, joined once: adding to bytes would be quadratic in long lines
-    for chunk in _chunks(path):
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        if others:
-            yield b"".join(pending)
-            yield from others[:-1]
-            pending = others[-1:]
-    if last := b"".join(pending):
-        yield last
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            while chunk := file.read1(CHUNK):
-                yield chunk
-    elif path.suffix in (".zst", ".zstd"):
-        yield from _zstd_chunks(path)
-    else:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
-
-
-def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """Yield a file's decompressed bytes.
-
-    Raises: TruncatedError if the last frame is incomplete, which the library's stream reader does not notice.
-    """
-    with path.open("rb") as file:
-        data = file.read(CHUNK)
-        while data:
-            # Corpora packed with `zstd --long=31` need the largest window.
-            frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            while not frame.eof:
-                yield frame.decompress(data)
-                data = frame.unused_data or file.read(CHUNK)
-                if not data and not frame.eof:
-                    raise TruncatedError("the last zstd frame is incomplete")
+    size = 0
+    with open_compressed(path) as file:
+        while chunk := file.read1(CHUNK):  # type: ignore[attr-defined]
+            first, *others = chunk.split(b"\n")
+            size += len(first)
+            if size <= MAX_RECORD:
+                pending.append(first)
+            if others:
+                yield b"".join(pending) if size <= MAX_RECORD else None
+                yield from others[:-1]
+                pending, size = others[-1:], len(others[-1])
+    if size:
+        yield b"".join(pending) if size <= MAX_RECORD else None

@@ -18,7 +18,17 @@ from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
 from datamodules.document import Document, ImageRef, Tally
-from datamodules.sources.base import CUT_OFF, IMAGE_STATUSES, LISTED_IMAGE, Identifiers, ReadOptions, Source, read_at
+from datamodules.io.compression import MAX_RECORD
+from datamodules.sources.base import (
+    CUT_OFF,
+    IMAGE_STATUSES,
+    LISTED_IMAGE,
+    TOO_LARGE,
+    Identifiers,
+    ReadOptions,
+    Source,
+    read_at,
+)
 from datamodules.sources.pages import Link, PageError, document_parts, extract, url_hash
 from kosmos_lit.images import ImageError, open_rgb
 
@@ -125,6 +135,10 @@ def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]
                     _skip(archive, record)
                     continue
                 body = _body(record)
+                if len(body) > MAX_RECORD:
+                    tally.count_broken(TOO_LARGE, str(record.rec_headers.get_header("WARC-Target-URI")), file=path.name)
+                    _skip(archive, record)
+                    continue
                 url = str(record.rec_headers.get_header("WARC-Target-URI"))
                 offset, length = archive.get_record_offset(), archive.get_record_length()
                 yield Response(url, mime, _charset(parameters), body, offset, length)
@@ -135,11 +149,15 @@ def _responses(path: Path, mime_prefix: str, tally: Tally) -> Iterator[Response]
 
 
 def _body(record: Any) -> bytes:
-    """Return the payload, with transfer and content encodings undone.
+    """Return the payload, with transfer and content encodings undone; of a larger one one byte more than MAX_RECORD.
 
     Raises: EOFError if the record is shorter than its header says.
     """
-    body: bytes = record.content_stream().read()
+    stream, body = record.content_stream(), b""
+    while len(body) <= MAX_RECORD and (data := stream.read(MAX_RECORD + 1 - len(body))):
+        body += data
+    if len(body) > MAX_RECORD:
+        return body
     missing = getattr(record.raw_stream, "limit", 0)  # bytes that warcio still expects
     if missing > 0:
         raise EOFError(f"the record lacks its last {missing} bytes")

@@ -16,9 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import zstandard
-
 from datamodules.config import CorpusConfig
+from datamodules.io.compression import compress_zstd
 from datamodules.io.hashing import hash_key
 from datamodules.io.pool import Progress, run_all
 from datamodules.sources import ReadOptions
@@ -124,7 +123,7 @@ def _write_shard(task: _Shard, progress: Progress) -> None:
     _write_lines(folder / "blind" / f"{family}-{shard}.jsonl", blind)
     texts = [{"text": " ".join(m["content"] for m in r["messages"])} for r in blind]
     data = "".join(json.dumps(text) + "\n" for text in texts).encode()
-    (folder / f"text-{family}-{shard}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
+    (folder / f"text-{family}-{shard}.jsonl.zst").write_bytes(compress_zstd(data))
     progress(n)
 
 

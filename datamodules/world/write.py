@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from PIL import Image
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
+from datamodules.io.compression import compress_zstd
 from datamodules.io.hashing import hash_key
 from datamodules.io.pool import Progress, run_all
 from datamodules.world.language import caption, page_texts, text
@@ -185,5 +185,5 @@ def _write_response(warc: WARCWriter, url: str, mime: str, body: bytes, random: 
 
 def _write_texts(folder: Path, shard: int, n: int, random: Random, holdout: Holdout) -> None:
     lines = (json.dumps({"text": text(random, holdout), "meta": {"shard": shard, "n": i}}) for i in range(n))
-    compressed = zstandard.ZstdCompressor().compress("".join(line + "\n" for line in lines).encode())
+    compressed = compress_zstd("".join(line + "\n" for line in lines).encode())
     (folder / f"text-{shard:05d}.jsonl.zst").write_bytes(compressed)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from kosmos_lit._version import __version__
-from kosmos_lit.errors import UserError, did_you_mean
+from kosmos_lit.errors import UserError, describe_os_error, did_you_mean
 from kosmos_lit.terminal import program
 
 VERBS = {
@@ -86,6 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes stdout once more when it exits, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if (sentence := describe_os_error(error)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         resume = "; run the same command again to continue"
         advice = {"fit": "; add --ckpt_path last to continue", "test": f"{resume}, if it evaluates tasks"}

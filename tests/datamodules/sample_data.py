@@ -15,12 +15,12 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from PIL import Image
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from datamodules.corpus import IndexedCorpus
+from datamodules.io.compression import compress_zstd
 from datamodules.mixture import Mixture
 from datamodules.packing import RowLayout, RowPlan
 from datamodules.packing.split import Split
@@ -125,7 +125,7 @@ def write_lines(path: Path, lines: Iterable[bytes]) -> None:
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
     elif path.suffix == ".zst":
-        data = zstandard.ZstdCompressor().compress(data)
+        data = compress_zstd(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 

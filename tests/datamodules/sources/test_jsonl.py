@@ -1,11 +1,15 @@
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
-import zstandard
+from backports import zstd
 
 from datamodules.document import Tally
+from datamodules.io.compression import compress_zstd
 from datamodules.sources import SOURCES, ReadOptions
+from datamodules.sources.base import TOO_LARGE
 from tests.datamodules import sample_data
 
 
@@ -121,9 +125,9 @@ def test_a_file_that_is_not_compressed_at_all_is_counted(tmp_path):
 
 
 def test_frames_of_zstd_follow_one_another(tmp_path):
-    compress = zstandard.ZstdCompressor().compress
     skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"index"
-    data = compress(line("first") + b"\n") + skippable + compress(line("second") + b"\n") + compress(line("third") + b"\n")
+    first, second, third = (compress_zstd(line(text) + b"\n") for text in ("first", "second", "third"))
+    data = first + skippable + second + third
     (tmp_path / "a.jsonl.zst").write_bytes(data)
     documents, tally = read(tmp_path / "a.jsonl.zst")
     assert (texts(documents), tally) == (["first", "second", "third"], Tally())
@@ -136,3 +140,32 @@ def test_members_of_gzip_follow_one_another(tmp_path):
 
 def test_a_record_is_named_by_its_line(tmp_path):
     assert SOURCES["jsonl"].record_name(tmp_path / "a.jsonl", 7) == "line 7"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_line_that_is_too_large_is_counted_and_its_neighbours_are_read(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("datamodules.sources.jsonl.MAX_RECORD", 5_000_000)
+    sample_data.write_lines(
+        tmp_path / name, [line("first"), b'"' + bytes(6_000_000), line("x" * 4_000_000), bytes(7_000_000)]
+    )
+    documents, tally = read(tmp_path / name)
+    assert [len(text) for text in texts(documents)] == [5, 4_000_000]
+    assert tally.broken == {TOO_LARGE: 2}
+
+
+def test_a_bomb_costs_no_memory(tmp_path):
+    # 4 GB of blanks, compressed to some 130 kB: one line, which is read piece by piece.
+    with zstd.open(tmp_path / "a.jsonl.zst", "w") as file:
+        for _ in range(4_000):
+            file.write(bytes(1_000_000))
+        file.write(b"\n" + line("last"))
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 1_000_000
+    script = (
+        "import resource, sys; from pathlib import Path; from datamodules.sources.jsonl import lines; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "n = [line is None for line in lines(Path(sys.argv[1]))]; print(n, peak() - before)"
+    )
+    end = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.jsonl.zst")], text=True, capture_output=True)
+    lengths, kilobytes = end.stdout.rsplit(" ", 1)
+    assert lengths == "[True, False]", end.stderr
+    assert int(kilobytes) < 300_000
