@@ -48,12 +48,21 @@ class SingleProcess:
 def read_samples(config: EvalConfig) -> dict[str, list[Sample]]:
     """Return the samples of each task, by its name.
 
-    Raises: UserError if a dataset is missing.
+    Raises: UserError naming all datasets that are missing.
     """
-    samples = {}
+    samples, missing = {}, list[UserError]()
     for name, task in config.enabled_tasks.items():
-        samples[name] = limit_samples(task, task.samples(), config.max_samples)
-        read_pool(name, task)  # its missing files are an error now, not after hours of other tasks
+        try:
+            samples[name] = limit_samples(task, task.samples(), config.max_samples)
+            read_pool(name, task)  # its missing files are an error now, not after hours of other tasks
+        except UserError as error:
+            missing.append(error)
+    if len(missing) > 1:
+        # The same file may serve several tasks.
+        messages = dict.fromkeys(map(str, missing))
+        raise UserError("\n  ".join([f"{len(missing)} of {len(config.enabled_tasks)} tasks cannot be read:", *messages]))
+    if missing:
+        raise missing[0]
     return samples
 
 

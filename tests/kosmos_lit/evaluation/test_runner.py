@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.requests import LogLikelihood
 from kosmos_lit.evaluation.results import Result
-from kosmos_lit.evaluation.runner import evaluate
+from kosmos_lit.evaluation.runner import evaluate, read_samples
 from kosmos_lit.evaluation.scheduler import RequestScheduler
 from kosmos_lit.evaluation.storage import weights_digest
 from kosmos_lit.evaluation.task import Sample, limit_samples
@@ -210,3 +211,22 @@ def test_different_weights_have_different_digests(kosmos_tower: str) -> None:
         other.decoder.layers[1].ffn.fc1.bias[3] += 1e-6
 
     assert weights_digest(one) == weights_digest(same) != weights_digest(other)
+
+
+def test_all_datasets_that_are_missing_are_named_at_once() -> None:
+    def task(message: str | None) -> SimpleNamespace:
+        def samples() -> list[Any]:
+            if message is not None:
+                raise UserError(message)
+            return []
+
+        return SimpleNamespace(samples=samples, n_shots=0, max_samples=None)
+
+    tasks = {"a": task("no file a"), "b": task(None), "c": task("no file c"), "d": task("no file a")}
+    with pytest.raises(UserError) as all_of_them:
+        read_samples(SimpleNamespace(enabled_tasks=tasks, max_samples=None))  # type: ignore[arg-type]
+    with pytest.raises(UserError) as one:
+        read_samples(SimpleNamespace(enabled_tasks={"c": tasks["c"]}, max_samples=None))  # type: ignore[arg-type]
+
+    assert str(all_of_them.value) == "3 of 4 tasks cannot be read:\n  no file a\n  no file c"
+    assert str(one.value) == "no file c"
