@@ -133,8 +133,8 @@ class IndexedCorpus:
         if wrong:
             what = "reads images from" if self.manifest["images"] else "was made from"
             raise UserError(
-                f"the index in {self.folder} {what} {len(wrong)} shards that are gone or have changed, "
-                f"{wrong[0]} for one; put them back, or prepare the corpus again without them"
+                f"the index in {self.folder} {what} {len(wrong)} shards that are gone or have changed, {wrong[0]} for one: "
+                f"put them back, or delete {self.folder} and prepare it again, as `fit` does by itself"
             )
 
     def _changed(self, shards: Iterable[int]) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,26 @@ from kosmos_lit.config import DecoderConfig, KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.layers.init import drawn_on_cpu, embedding_std
 from kosmos_lit.lora import merge_adapters
+from kosmos_lit.terminal import program
 from kosmos_lit.weights.folder import LoadedModel, build_model
-from kosmos_lit.weights.load import load_model
+from kosmos_lit.weights.load import load_config, load_model
 
 ROWS = "decoder.embed_tokens.weight"
+FREE = frozenset({"lora", "decoder.vocab_size"})
+"""Fields of the architecture in which a model may differ from the weights that it starts from."""
+
+
+def check_pretrained(path: str, config: KosmosConfig) -> None:
+    """Make sure that a model can start from the weights of a checkpoint or model folder, without reading them.
+
+    Raises: UserError if there is no such model, or it is of another architecture, naming every field that differs.
+    """
+    if not Path(path).exists():
+        raise UserError(
+            f"model.init_from: there is no {path}; public weights become one by "
+            f"`{program()} import --format transformers --input FOLDER --output {path}`"
+        )
+    check_architecture(load_config(path), config, path, ignored=FREE)
 
 
 def from_pretrained(path: str, config: KosmosConfig, seed: int = 0) -> LoadedModel:
@@ -30,7 +47,7 @@ def from_pretrained(path: str, config: KosmosConfig, seed: int = 0) -> LoadedMod
     Raises: UserError if there is no such model, or it is of another architecture, naming every field that differs.
     """
     pretrained, tokenizer = load_model(path)
-    check_architecture(pretrained.config, config, path, ignored={"lora", "decoder.vocab_size"})
+    check_architecture(pretrained.config, config, path, ignored=FREE)
     n_rows, n_ids = config.decoder.vocab_size, tokenizer.vocab_size if tokenizer else 0
     if n_rows < n_ids:
         raise UserError(f"the tokenizer of {path} has {n_ids} ids, but model.kosmos.decoder.vocab_size is {n_rows}")

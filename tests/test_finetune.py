@@ -339,3 +339,22 @@ def test_adapters_do_not_resume_a_run_without(
     assert finetune(adapted, tiny_world, task, base_checkpoint, "--trainer.max_steps=5", "--ckpt_path=last") == 2
 
     assert "lora is (3, 6.0, " in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_told_before_data_are_prepared(
+    tmp_path: Path, tiny_world: Path, base_checkpoint: Path, config: KosmosConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(Kosmos.create(config), None, tmp_path / "folder")
+    world = tmp_path / "no world"  # which `fit` would draw first
+    other = ["--model.kosmos.decoder.n_layers=3"]
+    for path in (base_checkpoint, tmp_path / "folder"):
+        assert main(tiny_run("fit", tmp_path / "run", world, f"--model.init_from={path}", *other)) == 2
+        assert "decoder.n_layers is 2 in the checkpoint, 3 in the run" in capsys.readouterr().err
+        assert main(["plan", *tiny_run("fit", tmp_path / "run", tiny_world, f"--model.init_from={path}", *other)[1:]]) == 1
+        assert "decoder.n_layers is 2 in the checkpoint, 3 in the run" in capsys.readouterr().out
+
+    assert main(tiny_run("fit", tmp_path / "run", world, "--model.init_from=models/nothere")) == 2
+    assert "model.init_from: there is no models/nothere; public weights become one by" in capsys.readouterr().err
+    main(["plan", *tiny_run("fit", tmp_path / "run", tiny_world, "--model.init_from=models/nothere")[1:]])
+    assert "models/nothere is not there yet; `import` makes it" in capsys.readouterr().out
+    assert not world.exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kosmos_lit.cli import VERBS, generate, prepare, report, report_data, report_run, rows, verify_resume, weights
+from kosmos_lit.cli import VERBS, generate, plan, prepare, report, report_data, report_run, rows, verify_resume, weights
 from kosmos_lit.cli.trainer import KosmosCLI
 from tests.cli_runs import ROOT
 
@@ -68,6 +68,13 @@ def test_a_printed_command_can_be_run(page: str, command: str) -> None:
             assert (ROOT / script).is_file()
         case [script] if script.startswith(".ci/"):
             assert (ROOT / script).is_file()
+        case ["sbatch", *more]:
+            at = next(i for i, word in enumerate(more) if word.startswith("slurm/"))
+            assert (ROOT / more[at]).is_file()
+            if more[at] == "slurm/train.sbatch":
+                assert_parses("fit", more[at + 2 :])
+            elif more[at] == "slurm/prepare.sbatch":
+                assert_parses("prepare corpus", more[at + 1 :])
         case ["source", ".venv/bin/activate"] | ["tensorboard" | "tar", *_]:
             assert len(words) > 1
         case _:
@@ -79,8 +86,9 @@ def assert_parses(verb: str, arguments: list[str]) -> None:
     if verb in PARSERS:
         assert PARSERS[verb]().read(arguments)
     else:
-        if verb == "rows":
-            _, arguments = rows.rows_parser().read_known(arguments)
+        if verb in ("rows", "plan"):
+            own = rows.rows_parser() if verb == "rows" else plan.plan_parser()
+            _, arguments = own.read_known(arguments)
         if "--ckpt_path" in arguments:
             at = arguments.index("--ckpt_path")
             arguments = arguments[:at] + arguments[at + 2 :]

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from datamodules.module import MixtureData
@@ -14,6 +15,7 @@ from kosmos_lit.cli.parsing import Parser, verb_parser
 from kosmos_lit.cli.trainer import IGNORED_WARNINGS, KosmosCLI, linked_targets, user_errors
 from kosmos_lit.config import KosmosConfig, OptimizerConfig, collect_errors
 from kosmos_lit.errors import UserError
+from kosmos_lit.init_from import check_pretrained
 from kosmos_lit.preflight.devices import DEVICES, find_device
 from kosmos_lit.preflight.estimates import estimate_run
 from kosmos_lit.preflight.problems import find_problems
@@ -156,6 +158,10 @@ def describe_run(
     kosmos = attempt(lambda: KosmosConfig.from_dict(model["kosmos"]))
     # A config with collected mistakes is returned all the same, for other checks to use.
     is_sound = len(problems) == n_before
+    if (weights := model["init_from"]) and not Path(weights).exists():
+        notes.append(f"model.init_from: {weights} is not there yet; `import` makes it")
+    elif weights and kosmos is not None and is_sound:
+        attempt(lambda: check_pretrained(weights, kosmos))
     # The defaults stand in for an optimizer that cannot be made.
     optimizer = attempt(lambda: OptimizerConfig.from_dict(model["optimizer"])) or OptimizerConfig()
     run = RunDescription(

@@ -47,6 +47,7 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.evaluation.config import EvalConfig
 from kosmos_lit.evaluation.trainer import EvaluatedLit
+from kosmos_lit.init_from import check_pretrained
 from kosmos_lit.interruption import Interruption
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.run_lock import RunLock
@@ -202,6 +203,9 @@ class KosmosCLI(LightningCLI):
                 )
         elif path is None and verb != "fit" and not config.model.init_from:
             print(f"{verb}: no --ckpt_path, so the model is untrained")
+        if path is None and config.model.init_from:
+            # As for a checkpoint, before data are prepared.
+            check_pretrained(config.model.init_from, KosmosConfig.from_dict(config.as_dict()["model"]["kosmos"]))
         if strays := sorted(Path(config.trainer.default_root_dir or ".").glob("hpc_ckpt_*")):
             print(f"ignored {strays[-1]}: name a file that Lightning has written under Slurm with --ckpt_path to load it")
         if path:

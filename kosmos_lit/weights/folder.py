@@ -108,13 +108,7 @@ def load_folder(folder: str | Path) -> LoadedModel:
     Raises: UserError if it is none, or its files do not fit one another.
     """
     path = Path(folder)
-    table = read_json(path / CONFIG)
-    if table.get("model_type") != MODEL_TYPE or not isinstance(table.get("kosmos"), dict):
-        raise UserError(
-            f"{path} is no model folder of kosmos-lit: {CONFIG} with model_type {MODEL_TYPE!r}, {SAFETENSORS} and a "
-            f"tokenizer were expected, but model_type is {table.get('model_type')!r}"
-        )
-    config = KosmosConfig.from_dict(table["kosmos"])
+    config, table = read_folder_config(path), read_json(path / CONFIG)
     tensors, where = read_tensors(path / SAFETENSORS), str(path / SAFETENSORS)
     check_own(config, len(tensors), where)
     model = build_model(config, tensors, where)
@@ -122,6 +116,17 @@ def load_folder(folder: str | Path) -> LoadedModel:
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, str(path))
     return LoadedModel(model, tokenizer)
+
+
+def read_folder_config(path: Path) -> KosmosConfig:
+    """Return the configuration of a folder of kosmos-lit. Raises: UserError if it is none."""
+    table = read_json(path / CONFIG)
+    if table.get("model_type") != MODEL_TYPE or not isinstance(table.get("kosmos"), dict):
+        raise UserError(
+            f"{path} is no model folder of kosmos-lit: {CONFIG} with model_type {MODEL_TYPE!r}, {SAFETENSORS} and a "
+            f"tokenizer were expected, but model_type is {table.get('model_type')!r}"
+        )
+    return KosmosConfig.from_dict(table["kosmos"])
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: KosmosConfig, where: str) -> None:

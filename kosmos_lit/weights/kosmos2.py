@@ -37,12 +37,20 @@ def from_transformers(source: str | Path | Kosmos2ForConditionalGeneration) -> L
     """
     if isinstance(source, str | Path):
         folder = Path(source)
-        config = kosmos_config(_read_config(folder), *_statistics(folder))
+        config = read_kosmos2_config(folder)
         model = _build_model(config, read_tensors(folder), str(folder))
         tokenizer = Tokenizer.from_transformers(folder)
         check_tokenizer(tokenizer, config, str(folder))
         return LoadedModel(model, tokenizer)
     return LoadedModel(_build_model(kosmos_config(source.config), source.state_dict(), type(source).__name__), None)
+
+
+def read_kosmos2_config(folder: Path) -> KosmosConfig:
+    """Return the configuration of a folder of transformers' Kosmos-2.
+
+    Raises: UserError if it is none, or one with settings that no Kosmos has.
+    """
+    return kosmos_config(_read_config(folder), *_statistics(folder))
 
 
 def to_transformers(model: Kosmos) -> Kosmos2ForConditionalGeneration:

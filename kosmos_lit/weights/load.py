@@ -9,9 +9,17 @@ from kosmos_lit.config import KosmosConfig
 from kosmos_lit.errors import UserError
 from kosmos_lit.state_dicts.files import read_json
 from kosmos_lit.tokenizer import Tokenizer
-from kosmos_lit.weights.folder import CONFIG, MODEL_TYPE, LoadedModel, build_model, check_own, load_folder
+from kosmos_lit.weights.folder import (
+    CONFIG,
+    MODEL_TYPE,
+    LoadedModel,
+    build_model,
+    check_own,
+    load_folder,
+    read_folder_config,
+)
 from kosmos_lit.weights.kosmos2 import MODEL_TYPE as KOSMOS2
-from kosmos_lit.weights.kosmos2 import from_transformers
+from kosmos_lit.weights.kosmos2 import from_transformers, read_kosmos2_config
 
 
 def load_model(path: str | Path) -> LoadedModel:
@@ -43,6 +51,20 @@ def load_model(path: str | Path) -> LoadedModel:
     model = build_model(config, weights, str(path))
     # A checkpoint is tensors and plain data: the tokenizer's files are a tensor of their bytes.
     return LoadedModel(model, Tokenizer.from_bytes(checkpoint["tokenizer"].numpy().tobytes()))
+
+
+def load_config(path: str | Path) -> KosmosConfig:
+    """Return the configuration of a trained model without reading its weights.
+
+    Args:
+        path: as in `load_model`.
+
+    Raises: UserError if it is no model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return KosmosConfig.from_dict(load_checkpoint(path)["hyper_parameters"]["kosmos"])
+    return read_kosmos2_config(folder) if model_type(folder) == KOSMOS2 else read_folder_config(folder)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer | None:
