@@ -17,16 +17,19 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kosmos_lit.batch import KosmosBatch
-from kosmos_lit.callbacks import Checkpoints, Progress, StepLog, Throughput
+from kosmos_lit.callbacks import Checkpoints, GarbageCollection, LossSpikes, Progress, StepLog, Throughput, Watchdog
+from kosmos_lit.callbacks.signals import EndAtSignals
 from kosmos_lit.checks.device import check_backend
 from kosmos_lit.cli.plan import describe_run
 from kosmos_lit.config import KosmosConfig, LoraConfig, LossWeights, OptimizerConfig
 from kosmos_lit.costs.memory import MicroBatch, Setting, dummy_batch
 from kosmos_lit.errors import UserError
+from kosmos_lit.interruption import Interruption
 from kosmos_lit.lit import KosmosLit
 from kosmos_lit.model import Kosmos
 from kosmos_lit.sharding.fsdp import Fsdp2Strategy
 from kosmos_lit.tokenizer import Tokenizer
+from kosmos_lit.trainer_internals import leave_signals_alone
 from kosmos_lit.weights.folder import save_folder
 from tests.cli_runs import ROOT
 from tests.fake_cuda import DEVICE, FakeData, FakeGpu, fake_cuda
@@ -153,7 +156,8 @@ def fit(
     with fake_cuda(gpu):
         for metric in (lit.step_loss, lit.val_loss):
             metric._apply(torch.empty_like)  # fake, as the model will be
-        callbacks = [StepLog(), Throughput(), Progress(), Checkpoints(str(folder)), watch]
+        of_all = [GarbageCollection(), Watchdog(), LossSpikes(), EndAtSignals(Interruption())]
+        callbacks = [StepLog(), Throughput(), Progress(), Checkpoints(str(folder)), *of_all, watch]
         trainer = L.Trainer(
             accelerator="cuda",
             devices=1,
@@ -171,6 +175,7 @@ def fit(
             val_check_interval=None,
             default_root_dir=str(folder),
         )
+        leave_signals_alone(trainer)
         trainer.fit(lit, datamodule=data)
     assert trainer.global_step == steps - 1
     return watch
