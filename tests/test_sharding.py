@@ -270,23 +270,38 @@ def test_a_sharded_model_writes_the_single_process_s_answers(runs: Runs, strateg
     assert len(set(answers[0].splitlines())) > 3
 
 
+@pytest.fixture
+def broken_weights(tmp_path: Path, trained: Path) -> Path:
+    """A model folder whose configuration fits, and whose weights cannot be read."""
+    kosmos = load_checkpoint(trained / "checkpoints/step=00000006.ckpt")["hyper_parameters"]["kosmos"]
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "kosmos-lit", "kosmos": kosmos}), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    return folder
+
+
 @pytest.mark.slow
-def test_ranks_that_do_not_divide_a_step_are_named_before_the_model_is_built(tmp_path: Path, tiny_world: Path) -> None:
-    more = sharded("fsdp", 2, "--data.global_batch_rows=5", "--model.init_from=nowhere")
+def test_ranks_that_do_not_divide_a_step_are_named_before_the_model_is_built(
+    tmp_path: Path, tiny_world: Path, broken_weights: Path
+) -> None:
+    more = sharded("fsdp", 2, "--data.global_batch_rows=5", f"--model.init_from={broken_weights}")
 
     end = run(tiny_run("fit", tmp_path, tiny_world, *more))
 
     assert end.returncode == 2
     assert "5 is not divisible by 2 ranks x 1 micro_batch_rows; use a multiple of 2 rows, or 1 or 5 ranks" in end.stderr
-    assert "nowhere" not in end.stderr
+    assert "broken" not in end.stderr
 
 
 @pytest.mark.slow
-def test_a_model_that_rank_0_cannot_build_ends_all_ranks_with_one_message(tmp_path: Path, tiny_world: Path) -> None:
-    end = run(tiny_run("fit", tmp_path, tiny_world, *sharded("fsdp", 2, "--model.init_from=nowhere")))
+def test_a_model_that_rank_0_cannot_build_ends_all_ranks_with_one_message(
+    tmp_path: Path, tiny_world: Path, broken_weights: Path
+) -> None:
+    end = run(tiny_run("fit", tmp_path, tiny_world, *sharded("fsdp", 2, f"--model.init_from={broken_weights}")))
 
     assert end.returncode == 2
-    assert end.stderr.count("error: ") == end.stderr.count("nowhere") == 1
+    assert end.stderr.count("error: ") == end.stderr.count("broken") == 1
 
 
 @pytest.mark.parametrize(
