@@ -168,7 +168,7 @@ def test_ranks_that_a_run_has_started_end_with_it(tmp_path: Path, tiny_world: Pa
     else:
         rank.send_signal(signal.SIGTERM)
     try:
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=150)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise

@@ -51,7 +51,7 @@ def test_a_limit_that_is_no_time_is_refused(name: str) -> None:
 
 def _begin(folder: Path, world: Path, *more: str) -> subprocess.Popen[str]:
     """Start a run without end, and wait for its first checkpoint."""
-    arguments = ["--watchdog.min_seconds=4", "--watchdog.factor=1e-3", *ENDLESS, *more]
+    arguments = ["--watchdog.min_seconds=8", "--watchdog.factor=1e-3", *ENDLESS, *more]
     process = start(tiny_run("fit", folder, world, *arguments), start_new_session=True)
     deadline = time.monotonic() + 180
     while not list(folder.glob("checkpoints/*.ckpt")):
@@ -64,7 +64,7 @@ def _begin(folder: Path, world: Path, *more: str) -> subprocess.Popen[str]:
 def _end(process: subprocess.Popen[str], family: list[psutil.Process]) -> str:
     """Wait for the end of a run and of all its processes; return what it wrote to stderr."""
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
