@@ -69,7 +69,9 @@ class Watch:
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
         self._started = 0.0
-        self._launcher = int(os.environ.get(LAUNCHER, "0")) if os.environ.get(LAUNCHER) == str(os.getppid()) else None
+        # Rank 0 is nobody's, whatever a process that has run one before left in the environment.
+        is_started = os.environ.get(LAUNCHER) == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0"
+        self._launcher = os.getppid() if is_started else None
 
     def start(self) -> None:
         """Start to watch."""

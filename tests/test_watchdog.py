@@ -13,7 +13,7 @@ import pytest
 
 from kosmos_lit.callbacks import Watchdog
 from kosmos_lit.errors import UserError
-from kosmos_lit.watchdog import HUNG, Watch
+from kosmos_lit.watchdog import HUNG, LAUNCHER, Watch
 from tests.cli_runs import start, tiny_run
 
 ENDLESS = ["--trainer.max_steps=1000000", "--trainer.val_check_interval=1000000"]
@@ -47,6 +47,25 @@ def test_each_phase_has_its_limit_and_a_step_that_of_the_usual_ones(tmp_path: Pa
 def test_a_limit_that_is_no_time_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="must be positive"):
         Watchdog(**{name: 0.0})
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"), [({}, None), ({"LOCAL_RANK": "0"}, None), ({"LOCAL_RANK": "1"}, "parent")]
+)
+def test_only_a_rank_that_another_process_has_started_may_end_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], launcher: str | None
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {LAUNCHER: str(os.getppid()), **environment}.items():
+        monkeypatch.setenv(name, value)
+
+    watch = Watch(tmp_path, 0, 1, limits(), factor=10)
+
+    assert watch._launcher == (os.getppid() if launcher else None)
+
+
+def test_a_run_leaves_no_launcher_behind(trained: Path) -> None:
+    assert os.environ.get(LAUNCHER) != str(os.getpid())
 
 
 def _begin(folder: Path, world: Path, *more: str) -> subprocess.Popen[str]:

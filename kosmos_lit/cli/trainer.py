@@ -131,6 +131,8 @@ class KosmosCLI(LightningCLI):
         finally:
             if self.lock is not None:
                 self.lock.release()
+            if os.environ.get(LAUNCHER) == str(os.getpid()):
+                del os.environ[LAUNCHER]  # what this process starts from here on is no rank of this run
             if hasattr(self, "trainer"):
                 fails = sys.exc_info()[0] is not None and not self.interruption.is_agreed
                 end_started_ranks(self.trainer, seconds=3.0 if fails else 30.0)
