@@ -143,9 +143,8 @@ class Watch:
 
     def _others_hang(self) -> bool:
         try:
-            return (
-                self._hang.stat().st_mtime >= self._started
-            )  # by the file server's clock; an older file is of a former start
+            # By the file server's clock; an older file is of a former start.
+            return self._hang.stat().st_mtime >= self._started
         except OSError:
             return False
 
